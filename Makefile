@@ -1,0 +1,34 @@
+# make quickstart | make test | make lint | make format
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: install quickstart test test-slow lint format clean
+
+$(BIN)/glsim: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+install: $(BIN)/glsim
+
+quickstart: install
+	$(BIN)/glsim quickstart --out quickstart
+
+test: install lint
+	$(BIN)/python -m pytest
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff check glsim tests
+	$(BIN)/ruff format --check glsim tests
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix glsim tests
+	$(BIN)/ruff format glsim tests
+
+clean:
+	rm -rf $(VENV) quickstart build dist *.egg-info

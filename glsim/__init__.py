@@ -1,0 +1,60 @@
+"""glsim: fine-grained image recognition. `import glsim` is cheap; torch is imported when a name is first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from glsim.bundle import load, save
+    from glsim.models import METHODS, create_model
+    from glsim.pictures import explain
+    from glsim.predict import Prediction, Predictor
+    from glsim.selection import METRICS
+    from glsim.types import ConfigError, DataError, Features, GlsimError, Output, Selection
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "create_model": "glsim.models",
+    "METHODS": "glsim.models",
+    "load": "glsim.bundle",
+    "save": "glsim.bundle",
+    "METRICS": "glsim.selection",
+    "Predictor": "glsim.predict",
+    "Prediction": "glsim.predict",
+    "explain": "glsim.pictures",
+    "Features": "glsim.types",
+    "Selection": "glsim.types",
+    "Output": "glsim.types",
+    "GlsimError": "glsim.types",
+    "ConfigError": "glsim.types",
+    "DataError": "glsim.types",
+}
+
+__all__ = [
+    "METHODS",
+    "METRICS",
+    "ConfigError",
+    "DataError",
+    "Features",
+    "GlsimError",
+    "Output",
+    "Prediction",
+    "Predictor",
+    "Selection",
+    "create_model",
+    "explain",
+    "load",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'glsim' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,184 @@
+"""Floor 3: models on disk. A bundle is a folder: `model.safetensors`, `config.json`, `metrics.json` and `README.md`.
+
+Loading a bundle never unpickles anything; the publishers' `.pth` files are read by `official.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from timm.models import get_pretrained_cfg
+
+from glsim.backbone import Model, to_pair
+from glsim.models import create_model, resample_positions
+from glsim.official import convert_official
+from glsim.transforms import Preprocessing
+from glsim.types import ConfigError, DataError
+
+FORMAT = 1  # raised when config.json or the weight names change; `load` keeps reading the older ones
+WEIGHTS, CONFIG, METRICS_FILE, CARD = "model.safetensors", "config.json", "metrics.json", "README.md"
+MODEL_KEYS = ("method", "backbone", "num_classes", "image_size", "backbone_args", "options")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file whole or not at all: under a temporary name first, then renamed."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def default_preprocessing(backbone: str, image_size: Sequence[int]) -> Preprocessing:
+    """Mean and standard deviation the backbone's weights were trained with (timm's), the paper's resize ratio 1.34."""
+    cfg = get_pretrained_cfg(backbone, allow_unregistered=True)
+    mean, std = (cfg.mean, cfg.std) if cfg is not None else ((0.5,) * 3, (0.5,) * 3)
+    return Preprocessing(to_pair(image_size), 1.34, tuple(mean), tuple(std))
+
+
+def save(model: Model, folder: str | Path, labels: list[str] | None = None, **info: Any) -> Path:
+    """Write `model` (made by `create_model` or `load`) as a bundle and return the folder.
+
+    `labels` are the class names in the order of the logits. `info`: `preprocessing` (a `Preprocessing`), `metrics` (a
+    dict, written to `metrics.json`), anything else that JSON can hold goes into `config.json`.
+    """
+    folder = Path(folder)
+    config = dict(model.config)
+    labels = labels if labels is not None else config.get("label_names")
+    if labels is not None and len(labels) != config["num_classes"]:
+        raise ConfigError(f"{len(labels)} labels for a model of {config['num_classes']} classes")
+    preprocessing = info.pop("preprocessing", None) or preprocessing_of(model)
+    metrics = info.pop("metrics", None)
+    config |= {
+        "format": FORMAT,
+        "architecture": config["backbone"],
+        "label_names": list(labels) if labels is not None else None,
+        "preprocessing": preprocessing.as_dict(),
+        "pretrained_cfg": {
+            "input_size": [3, *preprocessing.image_size],
+            "mean": list(preprocessing.mean),
+            "std": list(preprocessing.std),
+            "interpolation": "bicubic",
+            "crop_pct": round(1 / preprocessing.resize_ratio, 6),
+            "crop_mode": "squash",
+        },
+        **info,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    temporary = folder / (WEIGHTS + ".tmp")
+    safetensors.torch.save_file(weights, temporary, metadata={"format": "pt"})
+    temporary.replace(folder / WEIGHTS)
+    if metrics is not None:
+        write_text(folder / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
+    write_text(folder / CARD, _card(config, metrics))
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    return folder
+
+
+def load(source: str | Path, **overrides: Any) -> Model:
+    """Load a model in eval mode from a bundle folder, `hf-hub:owner/name`, `local-dir:path` or an official `.pth` file.
+
+    `overrides` change the model: `image_size` (positions are resampled) or options of the method (`top_o=16`). For a
+    `.pth`, `method` names the publisher's model ("glsim"), and `model.conversion` tells which keys were used.
+
+    Raises ConfigError for a wrong option and DataError for files that are missing, damaged or not what they should be.
+    """
+    if isinstance(source, str) and source.startswith("hf-hub:"):
+        from huggingface_hub import snapshot_download
+
+        wanted = [WEIGHTS, CONFIG, METRICS_FILE, CARD]
+        return load_bundle(Path(snapshot_download(source.removeprefix("hf-hub:"), allow_patterns=wanted)), **overrides)
+    path = Path(str(source).removeprefix("local-dir:"))
+    if path.is_dir():
+        return load_bundle(path, **overrides)
+    if path.is_file() and path.suffix in (".pth", ".pt", ".bin"):
+        return convert_official(path, **overrides)
+    what = "is no bundle folder and no .pth file" if path.exists() else "does not exist"
+    raise DataError(f"{source} {what}; give a bundle folder, hf-hub:owner/name, local-dir:path or an official .pth")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a bundle; DataError when it is missing or not one of ours."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{folder} is no bundle: it has no {CONFIG}") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    missing = [k for k in (*MODEL_KEYS, "preprocessing") if not isinstance(config, dict) or k not in config]
+    if missing:
+        raise DataError(f"{path} is no glsim config: it lacks {', '.join(missing)}")
+    if config.get("format", 0) > FORMAT:
+        raise DataError(f"{path} has format {config['format']}, this glsim reads up to {FORMAT}; upgrade glsim")
+    return config
+
+
+def load_bundle(folder: Path, **overrides: Any) -> Model:
+    """Load a bundle folder in eval mode; see `load`."""
+    config = read_config(folder)
+    kept = {k: v for k, v in config.items() if k not in MODEL_KEYS}
+    arguments = {k: config[k] for k in MODEL_KEYS if k != "options"} | config["options"] | overrides
+    model = create_model(**arguments)
+    try:
+        weights = safetensors.torch.load_file(folder / WEIGHTS)
+    except FileNotFoundError:
+        raise DataError(f"{folder} is no bundle: it has no {WEIGHTS}") from None
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{folder / WEIGHTS} is damaged: {error}") from error
+    if list(model.config["image_size"]) != list(config["image_size"]):
+        weights = resample_positions(weights, model.backbone.net)
+        kept["preprocessing"] = {**kept["preprocessing"], "image_size": model.config["image_size"]}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise DataError(f"{folder / WEIGHTS} does not fit its {CONFIG}: {' '.join(str(error).split())}") from error
+    model.config = {**kept, **model.config}
+    return model.eval()
+
+
+def preprocessing_of(model: Model) -> Preprocessing:
+    """The preprocessing stored with `model`, or its backbone's default."""
+    stored = model.config.get("preprocessing")
+    if stored is not None:
+        return Preprocessing.from_dict(stored)
+    return default_preprocessing(model.config["backbone"], model.config["image_size"])
+
+
+def labels_of(model: Model) -> list[str]:
+    """Class names in the order of the logits; "class 0", "class 1", .. where none were stored."""
+    return model.config.get("label_names") or [f"class {i}" for i in range(model.config["num_classes"])]
+
+
+def _card(config: dict[str, Any], metrics: dict[str, Any] | None) -> str:
+    """The model card: what it is, how well it did, how to use it."""
+    labels = config.get("label_names") or []
+    shown = ", ".join(labels[:20]) + (f", .. ({len(labels)} in all)" if len(labels) > 20 else "")
+    size = config["image_size"]
+    lines = [
+        "---",
+        "library_name: glsim",
+        "pipeline_tag: image-classification",
+        "tags: [glsim, fine-grained, image-classification]",
+        "---",
+        f"# {config['method']} on {config['backbone']}",
+        "",
+        f"Tells {config['num_classes']} classes apart in images of {size[0]} x {size[1]} pixels"
+        + (f": {shown}." if shown else "."),
+        "",
+        f"- Method: `{config['method']}`, options `{json.dumps(config['options'])}`",
+        f"- Backbone: `{config['backbone']}` (timm), arguments `{json.dumps(config['backbone_args'])}`",
+    ]
+    if data := config.get("data"):
+        lines.append(f"- Data: `{data['source']}`, {data['counts']}, split hash `{data['split_hash'][:16]}`")
+    for split, result in (metrics or {}).items():
+        if isinstance(result, dict) and "top1" in result:
+            lines.append(f"- {split}: top-1 {result['top1']:.2%} ({result['correct']} of {result['count']})")
+    lines += ["", "```python", "import glsim", 'for answer in glsim.Predictor("PATH_TO_THIS_FOLDER")(["image.jpg"]):']
+    lines += ["    print(answer.labels[0], answer.probabilities[0])", "```", ""]
+    return "\n".join(lines)

@@ -1,0 +1,216 @@
+"""Floor 5: the command line. Options come from the dataclasses of `config.py`; torch waits until they are valid."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from glsim import __version__, config
+from glsim.types import ConfigError, GlsimError
+
+
+class Verb(NamedTuple):
+    """A row of the command line."""
+
+    settings: type  # its options
+    run: str  # module:function that takes them and returns a JSON-able dict
+    show: Callable[[dict[str, Any], Any], str]  # the same result for people
+    progress: bool = False  # the function draws a progress bar unless told not to
+
+
+def show_train(r: dict[str, Any], _: Any) -> str:
+    """Accuracies and where the bundle is."""
+    lines = [f"trained {r['epoch']} epochs: loss {r['train_loss']:.3f}, {r['images_per_second']} images/s"]
+    for name in ("val", "test"):
+        if name in r:
+            lines.append(f"{name}: top-1 {r[name]['top1']:.2%} ({r[name]['correct']} of {r[name]['count']})")
+    lines += [f"skipped {bad}" for bad in r["skipped"]]
+    return "\n".join([*lines, f"bundle: {r['out']} (curve.png, log.jsonl, metrics.json beside it)"])
+
+
+def show_eval(r: dict[str, Any], s: config.Eval) -> str:
+    """Accuracies, class by class where there are few."""
+    lines = [
+        f"{r['split']}: {r['count']} images, {r['images_per_second']} images/s",
+        f"top-1 {r['top1']:.2%} ({r['correct']})   top-5 {r['top5']:.2%} ({r['correct_top5']})   "
+        f"mean over classes {r['per_class_mean']:.2%}",
+    ]
+    if len(r["per_class"]) <= 30:
+        width = max(len(name) for name in r["per_class"])
+        lines += [f"  {name:{width}}  {right:4d} of {count}" for name, (right, count) in r["per_class"].items()]
+    lines += [f"skipped {bad}" for bad in r["skipped"]]
+    return "\n".join(lines + ([f"written: {s.out}"] if s.out else []))
+
+
+def show_predict(r: dict[str, Any], s: config.Predict) -> str:
+    """The answers in the format asked for."""
+    from glsim.predict import FORMATS, Prediction
+
+    answers = [
+        Prediction(
+            a["path"],
+            tuple(x["label"] for x in a["answers"]),
+            tuple(x["probability"] for x in a["answers"]),
+            tuple(a["box"]) if a["box"] else None,
+        )
+        for a in r["predictions"]
+    ]
+    for bad in r["skipped"]:
+        print(f"skipped {bad}", file=sys.stderr)
+    return f"written: {s.out}" if s.out else FORMATS[s.format](answers).rstrip("\n")
+
+
+def show_explain(r: dict[str, Any], _: Any) -> str:
+    """A line a picture."""
+    lines = [f"{p['path']}: {p['label']} {p['probability']:.1%}, {p['picture']}" for p in r["pictures"]]
+    return "\n".join([*lines, f"pictures: {r['out']}"])
+
+
+def show_convert(r: dict[str, Any], _: Any) -> str:
+    """What became of every key."""
+    lines = [f"{len(r['used'])} keys used, {len(r['ignored'])} ignored, {len(r['missing'])} missing"]
+    lines += [f"  used     {published} -> {ours}" for published, ours in r["used"].items()]
+    lines += [f"  ignored  {key}: {why}" for key, why in r["ignored"].items()]
+    lines += [f"  missing  {key}" for key in r["missing"]]
+    return "\n".join([*lines, f"options: {r['options']}", f"bundle: {r['bundle']}"])
+
+
+def show_datasets(r: dict[str, Any], _: Any) -> str:
+    """The names, or what was made."""
+    if "root" in r:
+        counts = ", ".join(f"{n} {split}" for split, n in r["counts"].items())
+        return f"{r['name']}: {r['classes']} classes, {counts} images in {r['root']}"
+    return "\n".join(f"{d['name']:10} {d['about']}" for d in r["datasets"])
+
+
+def show_quickstart(r: dict[str, Any], _: Any) -> str:
+    """Both accuracies, what the crops hold, where the report is."""
+    lines = [f"{'':8}  test top-1"]
+    lines += [f"{name:8}  {value:8.1%}" for name, value in r["test_top1"].items()]
+    inside = r["crops"]
+    lines += [
+        "",
+        f"crops that hold the part that tells the species ({inside['threshold']:.0%} of its pixels or more):",
+        f"  GLSim {inside['glsim']:.1%}   random box of the same area {inside['random']:.1%}   "
+        f"centre box of the same area {inside['centre']:.1%}   (mean area {inside['area']:.0%} of the image)",
+        "",
+        f"report:   {r['report']}",
+        f"pictures: {r['pictures']}",
+    ]
+    return "\n".join(lines)
+
+
+VERBS = {
+    "quickstart": Verb(config.Quickstart, "glsim.quickstart:run", show_quickstart, progress=True),
+    "train": Verb(config.Train, "glsim.train:run", show_train, progress=True),
+    "eval": Verb(config.Eval, "glsim.evaluate:run", show_eval),
+    "predict": Verb(config.Predict, "glsim.predict:run", show_predict, progress=True),
+    "explain": Verb(config.Explain, "glsim.pictures:run", show_explain),
+    "convert": Verb(config.Convert, "glsim.convert:run", show_convert),
+    "datasets": Verb(config.Datasets, "glsim.datasets:run", show_datasets),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `glsim VERB ..`; returns the exit status: 0 ok, 1 run-time failure, 2 usage, 3 data, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(__version__)
+        return 0
+    if words[0] not in VERBS:
+        print(f"glsim: unknown verb {words[0]!r}; choose from: {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    verb = VERBS[words[0]]
+    as_json = "--json" in words
+    try:
+        settings = parse(words[0], verb, [w for w in words[1:] if w != "--json"])
+        module, _, function = verb.run.partition(":")
+        extra = {"progress": sys.stderr.isatty() or not as_json} if verb.progress else {}
+        result = getattr(import_module(module), function)(settings, **extra)
+        print(json.dumps(result, ensure_ascii=False) if as_json else verb.show(result, settings))
+    except SystemExit as stop:  # jsonargparse printed help (0) or what is wrong (2)
+        return int(stop.code or 0)
+    except GlsimError as error:
+        print(f"glsim {words[0]}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"glsim {words[0]}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output left: head, less
+        sys.stderr.close()
+        return 1
+    return 0
+
+
+def usage() -> str:
+    """What `glsim --help` prints."""
+    width = max(map(len, VERBS))
+    rows = [f"  {name:{width}}  {(verb.settings.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
+    lines = ["usage: glsim VERB [options]", "", "Fine-grained image recognition.", "", *rows, ""]
+    return "\n".join([*lines, "glsim VERB --help tells the options of a verb; --json prints one JSON document."])
+
+
+def parse(name: str, verb: Verb, words: list[str]) -> Any:
+    """Command line words (and a recipe) to a checked settings object; exits with 2 on what does not fit."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    fields = dataclasses.fields(verb.settings)
+    positionals = [f.name.upper() for f in fields if f.metadata.get("positional")]
+    parser = ArgumentParser(
+        prog=f"glsim {name}",
+        usage=" ".join(["glsim", name, *positionals, "[options]"]),
+        description=verb.settings.__doc__,
+        exit_on_error=False,
+    )
+    if verb.settings is config.Train:
+        parser.add_argument("--recipe", action="config", help="YAML file with any of the options below")
+    hints = typing.get_type_hints(verb.settings)
+    for f in fields:
+        add_option(parser, f, hints[f.name])
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    try:
+        values = parser.parse_args(words).as_dict()
+    except ArgumentError as error:
+        options = [option for action in parser._actions for option in action.option_strings]
+        given = [word.partition("=")[0] for word in words if word.startswith("--")]
+        wrong = [word for word in given if word.partition(".")[0] not in options]
+        close = [f"did you mean {match}?" for word in wrong for match in get_close_matches(word, options, n=1)]
+        raise ConfigError("; ".join([str(error), *close, f"glsim {name} --help lists the options"])) from None
+    return verb.settings(**{f.name: values[f.name] for f in fields})
+
+
+def add_option(parser: Any, f: dataclasses.Field, hint: Any) -> None:
+    """One field of a settings class as an option, or as a word without a name."""
+    text = f.metadata["help"]
+    needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+    if f.metadata.get("positional"):
+        if hint == list[str]:
+            parser.add_argument(f.name, nargs="+", help=text)
+        elif needed:
+            parser.add_argument(f.name, type=hint, help=text)
+        else:
+            parser.add_argument(f.name, type=hint, nargs="?", default=default, help=text)
+        return
+    option = f"--{f.name.replace('_', '-')}"
+    if hint is bool:
+        parser.add_argument(option, action="store_true", default=default, help=text)
+        if default:
+            parser.add_argument(f"--no-{option[2:]}", dest=f.name, action="store_false", help=f"not {option}")
+    elif needed:
+        parser.add_argument(option, type=hint, required=True, help=text)
+    else:
+        parser.add_argument(option, type=hint, default=default, help=text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

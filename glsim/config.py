@@ -1,0 +1,220 @@
+"""Floor 3: the settings of every verb: name, type, default, help and checks in one place. Nothing here imports torch.
+
+A dataclass here is a verb's command line (`cli.py` turns fields into options) and, for `Train`, the keys of a recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from glsim.models import METHODS
+from glsim.types import ConfigError, choose
+
+Size = int | list[int] | None
+
+
+def setting(default: Any, help: str) -> Any:  # noqa: A002
+    """A dataclass field with a default and its one-line help."""
+    if isinstance(default, dict | list):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def required(help: str) -> Any:  # noqa: A002
+    """A dataclass field that a recipe or the command line has to give."""
+    return field(metadata={"help": help})
+
+
+def positional(default: Any, help: str) -> Any:  # noqa: A002
+    """A dataclass field that stands on the command line without its name; `MISSING` makes it mandatory."""
+    return field(default=default, metadata={"help": help, "positional": True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a model on a folder or CSV of images. OUT becomes a bundle: load it, evaluate it, predict with it."""
+
+    data: str = required("folder (train/CLASS/.., or CLASS/..), or CSV with path,label[,split]")
+    out: str = required("run folder to make")
+    resume: bool = setting(False, "go on from the last finished epoch in OUT")
+
+    method: str = setting("glsim", f"one of: {', '.join(METHODS)}")
+    backbone: str = setting("vit_base_patch16_224", "timm model name")
+    pretrained: bool = setting(True, "start from timm's weights (downloaded once)")
+    image_size: Size = setting(None, "pixels, one side or [height,width]; default: the backbone's own")
+    options: dict[str, Any] = setting({}, "options of the method, as --options.top_o 16 --options.metric gls_l2")
+    backbone_args: dict[str, Any] = setting({}, "handed to timm, as --backbone-args.depth 6")
+
+    val_fraction: float = setting(0.0, "share of train held out, stratified, to watch the run (0: none)")
+    test_fraction: float = setting(0.2, "share held out as test where the data has no split of its own")
+    split_seed: int = setting(0, "of both shares; kept apart from seed so that repeated runs share their splits")
+    skip_bad: bool = setting(False, "check every image first, leave unreadable ones out and list them")
+    workers: int = setting(2, "processes that load images")
+
+    resize_ratio: float = setting(1.34, "squeeze images to this many times image_size before cropping")
+    augment: str = setting("medium", "none, weak (flip) or medium (flip, TrivialAugmentWide, RandomErasing)")
+    crop: str = setting("random", "random (of the squeezed image) or resized (RandomResizedCrop)")
+    crop_scale: float = setting(0.5, "smallest share of the area with crop=resized")
+    mean: list[float] | None = setting(None, "normalisation, 3 numbers; default: the backbone's")
+    std: list[float] | None = setting(None, "normalisation, 3 numbers; default: the backbone's")
+
+    epochs: int = setting(50, "passes over train")
+    batch_size: int = setting(8, "images a step")
+    optimizer: str = setting("sgd", "sgd (Nesterov), adamw, or any other name timm knows")
+    lr: float = setting(0.01, "peak learning rate")
+    weight_decay: float = setting(0.0, "not applied to biases and norms")
+    momentum: float = setting(0.9, "of SGD")
+    warmup_steps: int = setting(500, "steps from warmup_lr up to lr")
+    warmup_lr: float = setting(1e-6, "learning rate of the first step")
+    min_lr: float = setting(1e-5, "learning rate at the end of the cosine")
+    label_smoothing: float = setting(0.1, "0 to below 1")
+    clip_grad: float = setting(1.0, "largest gradient norm (0: no clipping)")
+    ema: float = setting(0.0, "decay of averaged weights, which are then the ones saved (0: off)")
+    precision: Literal["no", "fp16", "bf16"] = setting("no", "mixed precision")
+    seed: int = setting(1, "of everything random")
+
+    def __post_init__(self) -> None:
+        choose(self.method, METHODS, "method")
+        _at_least(self, 1, "epochs", "batch_size")
+        _at_least(self, 0, "workers", "warmup_steps", "weight_decay", "clip_grad", "min_lr", "warmup_lr", "lr")
+        _below_one(self, "val_fraction", "test_fraction", "label_smoothing", "ema", "momentum")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != 3:
+                raise ConfigError(f"{name}={values}: three numbers are needed, one per colour")
+        if self.resize_ratio < 1:
+            raise ConfigError(f"resize_ratio={self.resize_ratio}: at least 1, or the crop would not fit")
+        if not 0 < self.crop_scale <= 1:
+            raise ConfigError(f"crop_scale={self.crop_scale}: above 0, at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Measure a model on one split: top-1, top-5, per-class mean, exact counts."""
+
+    source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth")
+    data: str = required("folder or CSV, as for train")
+    split: str = setting("test", "train, val or test")
+    out: str | None = setting(None, "folder for metrics.json, predictions.csv and the confusion matrix")
+    batch_size: int = setting(32, "images at a time")
+    workers: int = setting(2, "processes that load images")
+    skip_bad: bool = setting(False, "leave unreadable images out and list them")
+    device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "batch_size")
+        _at_least(self, 0, "workers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict:
+    """Name what is in images: top-k classes with probabilities, and the crop box."""
+
+    source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth")
+    images: list[str] = positional(MISSING, "files, folders or globs")
+    top_k: int = setting(5, "answers per image")
+    format: Literal["text", "jsonl", "csv"] = setting("text", "how to print")
+    out: str | None = setting(None, "write there instead of printing")
+    batch_size: int = setting(32, "images at a time")
+    workers: int = setting(2, "processes that load images")
+    skip_bad: bool = setting(False, "leave unreadable images out and list them")
+    device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "batch_size", "top_k")
+        _at_least(self, 0, "workers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explain:
+    """Draw why: the image with heat-map and box beside the crop as the network sees it, one PNG an image."""
+
+    source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth")
+    images: list[str] = positional(MISSING, "files, folders or globs")
+    out: str = required("folder for the pictures")
+    metric: str | None = setting(None, "score that is drawn; default: the model's own, gls_cos for plain")
+    limit: int = setting(100, "draw at most this many images")
+    device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "limit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Turn a checkpoint of the GLSim authors into a bundle, reporting every key used, ignored or missing."""
+
+    checkpoint: str = positional(MISSING, "official .pth file")
+    bundle: str = positional(MISSING, "folder to make")
+    labels: str | None = setting(None, "text file with one class name a line, in the order of the logits")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Datasets:
+    """List the data sets that come with glsim, or prepare one in a folder."""
+
+    action: Literal["list", "prepare"] = positional("list", "list, or prepare NAME")
+    name: str | None = positional(None, "data set to prepare: synthetic")
+    root: str | None = setting(None, "folder to make")
+    classes: int = setting(8, "synthetic: how many species")
+    train: int = setting(60, "synthetic: training images a class")
+    val: int = setting(0, "synthetic: validation images a class")
+    test: int = setting(20, "synthetic: test images a class")
+    size: int = setting(224, "synthetic: pixels a side")
+    part_scale: float = setting(1.0, "synthetic: size of the parts that tell species apart")
+    clutter: float = setting(1.0, "synthetic: how busy the background is")
+    seed: int = setting(0, "synthetic: another seed draws other images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quickstart:
+    """Train plain ViT and GLSim on the embedded synthetic birds, evaluate and explain them, write a report."""
+
+    out: str = setting("quickstart", "folder for data, runs and report")
+    epochs: int = setting(30, "passes over train, for each of the two models")
+    train: int = setting(100, "training images a species")
+    test: int = setting(25, "test images a species")
+    workers: int = setting(2, "processes that load images")
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "epochs", "train", "test")
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The keys of a recipe (YAML). Raises ConfigError naming the file and any key that `Train` does not have."""
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe {path} holds no 'key: value' lines")
+    known = {f.name for f in dataclasses.fields(Train)} - {"resume"}
+    unknown = sorted(str(k) for k in set(values) - known)
+    if unknown:
+        raise ConfigError(f"recipe {path}: unknown {', '.join(unknown)}; known keys: {', '.join(sorted(known))}")
+    return values
+
+
+def to_recipe(settings: Train) -> str:
+    """The resolved settings as YAML that `read_recipe` takes."""
+    values = dataclasses.asdict(settings)
+    del values["resume"]
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _at_least(settings: Any, least: float, *names: str) -> None:
+    for name in names:
+        if getattr(settings, name) < least:
+            raise ConfigError(f"{name}={getattr(settings, name)}: at least {least} is needed")
+
+
+def _below_one(settings: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(settings, name) < 1:
+            raise ConfigError(f"{name}={getattr(settings, name)}: from 0 to below 1")

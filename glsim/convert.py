@@ -1,0 +1,28 @@
+"""Floor 4: an official checkpoint becomes a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from glsim.bundle import CONFIG, save
+from glsim.config import Convert
+from glsim.official import convert_official
+from glsim.types import ConfigError, DataError
+
+
+def run(s: Convert) -> dict[str, Any]:
+    """The verb: write `s.bundle` and report every key of `s.checkpoint`."""
+    if (Path(s.bundle) / CONFIG).exists():
+        raise ConfigError(f"{s.bundle} already holds a bundle; name another folder")
+    if not Path(s.checkpoint).is_file():
+        raise DataError(f"{s.checkpoint} does not exist, or is no file")
+    labels = None
+    if s.labels is not None:
+        try:
+            labels = Path(s.labels).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"labels file {s.labels} cannot be read: {error}") from error
+    model = convert_official(s.checkpoint)
+    save(model, s.bundle, labels, converted_from=Path(s.checkpoint).name)
+    return {"bundle": s.bundle, "options": model.config["options"], **model.conversion._asdict()}

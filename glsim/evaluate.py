@@ -1,0 +1,184 @@
+"""Floor 4: how often a model is right, counted exactly."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+from glsim.bundle import METRICS_FILE, labels_of, load, preprocessing_of, write_text
+from glsim.config import Eval
+from glsim.data import ImageDataset, ImageList, read_data, split_hash
+from glsim.images import BadImage, find_bad
+from glsim.transforms import eval_transform
+from glsim.types import ConfigError, DataError
+
+MOST_CLASSES_DRAWN = 60
+
+
+class Evaluation(NamedTuple):
+    """What a model said of every image of a split, in the split's order."""
+
+    confusion: Tensor  # (C, C) counts, rows are true classes
+    correct_top5: int
+    predictions: Tensor  # (images,)
+    confidences: Tensor  # (images,) probability of the prediction
+    boxes: Tensor | None  # (images, 4) in pixels of the network's view; None for a method without a crop
+    seconds: float
+
+    def summary(self, classes: tuple[str, ...] | list[str]) -> dict[str, Any]:
+        """Top-1, top-5, per-class mean (over the classes that have images) and exact counts, as plain values."""
+        right, count = self.confusion.diagonal(), self.confusion.sum(dim=1)
+        total = int(count.sum())
+        return {
+            "count": total,
+            "correct": int(right.sum()),
+            "top1": int(right.sum()) / total,
+            "correct_top5": self.correct_top5,
+            "top5": self.correct_top5 / total,
+            "per_class_mean": float((right[count > 0] / count[count > 0]).mean()),
+            "per_class": {c: [int(r), int(n)] for c, r, n in zip(classes, right, count, strict=True)},
+            "images_per_second": round(total / self.seconds, 2),
+        }
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, loader: Iterable[Any], num_classes: int, accelerator: Accelerator) -> Evaluation:
+    """Run `model` over batches (images (B, 3, H, W), labels (B,)); every image of a sharded loader counts once."""
+    model.eval()
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    top5, start = 0, time.perf_counter()
+    predictions, confidences, boxes = [], [], []
+    for images, labels in loader:
+        with accelerator.autocast():
+            output = model(images)
+        box = output.selection.boxes if output.selection is not None else labels.new_empty(len(labels), 0)
+        logits, labels, box = (t.cpu() for t in accelerator.gather_for_metrics((output.logits.float(), labels, box)))
+        best = logits.softmax(dim=1).max(dim=1)
+        confusion += multiclass_confusion_matrix(best.indices, labels, num_classes)
+        top5 += int((logits.topk(min(5, num_classes)).indices == labels[:, None]).sum())
+        predictions.append(best.indices)
+        confidences.append(best.values)
+        boxes.append(box)
+    all_boxes = torch.cat(boxes)
+    return Evaluation(
+        confusion,
+        top5,
+        torch.cat(predictions),
+        torch.cat(confidences),
+        all_boxes if all_boxes.shape[1] else None,
+        time.perf_counter() - start,
+    )
+
+
+def drop_bad(images: ImageList, bad: list[BadImage]) -> ImageList:
+    """`images` without the unreadable files; DataError when nothing is left."""
+    gone = {str(b.path) for b in bad}
+    kept = [(p, y) for p, y in zip(images.paths, images.labels, strict=True) if str(p) not in gone]
+    if not kept:
+        raise DataError(f"none of the {len(images)} images can be read; the first: {bad[0]}")
+    return ImageList(tuple(p for p, _ in kept), tuple(y for _, y in kept), images.classes)
+
+
+def make_loader(images: ImageList, transform: Any, batch_size: int, workers: int, **options: Any) -> DataLoader:
+    """Batches (images (B, 3, H, W), labels (B,)), read ahead by `workers` processes."""
+    dataset: Any = ImageDataset(images, transform)
+    return DataLoader(dataset, batch_size=batch_size, num_workers=workers, **options)
+
+
+def make_accelerator(device: str | None = None, precision: str = "no") -> Accelerator:
+    """Accelerate's device and precision choice; `device="cpu"` keeps to the CPU. ConfigError for what is not there."""
+    try:
+        accelerator = Accelerator(cpu=device == "cpu", mixed_precision=precision)
+    except ValueError as error:
+        raise ConfigError(f"precision={precision}: {error}") from error
+    if device not in (None, "cpu") and torch.device(device).type != accelerator.device.type:
+        raise ConfigError(f"device={device} is not here; the best there is: {accelerator.device.type}")
+    return accelerator
+
+
+def run(s: Eval) -> dict[str, Any]:
+    """The verb: measure a bundle on one split of a data set; returns the summary and writes it under `s.out`."""
+    model = load(s.source)
+    labels = labels_of(model)
+    trained_on = model.config.get("data", {})
+    named = model.config.get("label_names")
+    splits = read_data(
+        s.data, classes=named, seed=trained_on.get("split_seed", 0), test_fraction=trained_on.get("test_fraction", 0.2)
+    )
+    if s.split not in splits:
+        raise DataError(f"{s.data} has no split {s.split!r}; it has: {', '.join(splits)}")
+    images = splits[s.split]
+    if named is None and len(images.classes) != len(labels):
+        raise DataError(f"{s.data} has {len(images.classes)} classes, the model {len(labels)} without names")
+    bad = find_bad(images.paths) if s.skip_bad else []
+    if bad:
+        images = drop_bad(images, bad)
+    accelerator = make_accelerator(s.device)
+    loader: Any = make_loader(images, eval_transform(preprocessing_of(model)), s.batch_size, s.workers)
+    model, loader = accelerator.prepare(model, loader)
+    result = evaluate(model, loader, len(labels), accelerator)
+    summary = {
+        "source": str(s.source),
+        "data": str(s.data),
+        "split": s.split,
+        "split_hash": split_hash({s.split: images}, s.data),
+        **result.summary(labels),
+        "skipped": [str(b) for b in bad],
+    }
+    if s.out is not None:
+        folder = Path(s.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / METRICS_FILE, json.dumps(summary, indent=2) + "\n")
+        write_text(folder / "predictions.csv", _table(images, labels, result))
+        if len(labels) <= MOST_CLASSES_DRAWN:
+            draw_confusion(result.confusion, labels, folder / "confusion.png")
+    return summary
+
+
+def _table(images: ImageList, labels: list[str], result: Evaluation) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["path", "label", "prediction", "confidence"])
+    for path, label, guess, p in zip(
+        images.paths, images.labels, result.predictions.tolist(), result.confidences.tolist(), strict=True
+    ):
+        writer.writerow([path, labels[label], labels[guess], f"{p:.6f}"])
+    return text.getvalue()
+
+
+def draw_confusion(confusion: Tensor, labels: list[str], path: Path) -> None:
+    """A PNG of the confusion matrix (C, C): colour is the share of the true class, numbers are counts."""
+    share = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
+    side = 3.0 + 0.35 * len(labels)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    for row, col in confusion.nonzero().tolist():
+        colour = "white" if share[row, col] > 0.5 else "black"
+        axes.text(col, row, str(int(confusion[row, col])), ha="center", va="center", fontsize=7, color=colour)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: str | Path, dpi: int = 120) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    FigureCanvasAgg(figure).figure.savefig(temporary, format="png", dpi=dpi)
+    temporary.replace(path)

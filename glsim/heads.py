@@ -1,0 +1,63 @@
+"""Floor 1: what turns tokens into logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from glsim.types import choose
+
+
+class Aggregator(nn.Module):
+    """Transformer blocks and a LayerNorm over the class tokens of image and crop (arXiv 2407.12891): (B, 2, D) -> same.
+
+    Pre-norm, D/64 heads, MLP ratio 4, no position embedding: the two tokens are told apart by what they hold.
+    """
+
+    def __init__(
+        self, dim: int, depth: int = 1, dropout: float = 0.0, drop_path: float = 0.0, norm_eps: float = 1e-6
+    ) -> None:
+        super().__init__()
+        heads = next(h for h in range(max(1, dim // 64), 0, -1) if dim % h == 0)
+        self.blocks = nn.Sequential(
+            *(Block(dim, heads, qkv_bias=True, proj_drop=dropout, drop_path=drop_path) for _ in range(depth))
+        )
+        self.norm = nn.LayerNorm(dim)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = norm_eps
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, 2, D) -> (B, 2, D)."""
+        return self.norm(self.blocks(tokens))
+
+
+# How the head reads the aggregated tokens (B, 2, D).
+CLASSIFIERS: dict[str, Callable[[Tensor, nn.Module], Tensor]] = {
+    "cls": lambda tokens, head: head(tokens[:, 0]),
+    "avg_cls": lambda tokens, head: head(tokens).mean(dim=1),
+    "max_cls": lambda tokens, head: head(tokens).amax(dim=1),
+}
+
+
+class Classifier(nn.Module):
+    """A linear layer that starts at zero, and one of the three published ways to read the tokens with it."""
+
+    def __init__(self, dim: int, num_classes: int, kind: str = "cls") -> None:
+        super().__init__()
+        self.read = choose(kind, CLASSIFIERS, "classifier")
+        self.linear = zero_linear(dim, num_classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, 2, D) -> logits (B, C)."""
+        return self.read(tokens, self.linear)
+
+
+def zero_linear(dim: int, num_classes: int) -> nn.Linear:
+    """A linear layer initialised to zero, so that training starts from even odds."""
+    linear = nn.Linear(dim, num_classes)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear

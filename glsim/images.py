@@ -1,0 +1,143 @@
+"""Floor 1: image files of every kind, whole or damaged, as RGB pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from glsim.types import DataError
+
+
+class BadImage(DataError):
+    """An image file that cannot be shown: `.path` says which, `.reason` why."""
+
+    # torch rebuilds the exception of a DataLoader worker from its text alone. Were `reason` required, that would fail
+    # and the main process would see a RuntimeError, which no longer says that the data is at fault.
+    def __init__(self, path: str | Path, reason: str = "") -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}" if self.reason else str(self.path)
+
+
+# Only these decoders are tried, whatever a file is called: another one of Pillow's starts an outside program (EPS).
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Return the image as a viewer shows it, colour profiles apart: RGB, 8 bit, upright (EXIF), on white where it is
+    transparent, 16-bit and float values scaled, the first frame of an animation.
+
+    Raises BadImage for everything else: missing, empty, truncated, damaged, not an image, or more pixels than
+    2 * PIL.Image.MAX_IMAGE_PIXELS.
+    """
+    start = b""
+    try:
+        with _pillow_warnings_off(), Path(path).open("rb") as file:
+            start = file.read(16)
+            with Image.open(file, formats=_FORMATS) as image:
+                image.load()
+                return as_shown(image)
+    except Exception as error:  # damaged files raise nearly anything: struct.error, zlib.error, IndexError, ...
+        reason = _reason(error, start)
+    # Raised out here so that it does not hold on to the first error, whose traceback keeps the pixels in memory.
+    raise BadImage(path, reason)
+
+
+def find_bad(
+    paths: Iterable[str | Path],
+    workers: int | None = None,
+    progress: Callable[[Iterator[BadImage | None]], Iterable[BadImage | None]] = iter,
+) -> list[BadImage]:
+    """Decode every file fully, in `workers` threads (0 or None: as many as suit the machine); returns the bad ones, in
+    the order of `paths`. `progress` wraps the iterator over the results, one per path, as tqdm does."""
+
+    def check(path: str | Path) -> BadImage | None:
+        try:
+            open_image(path)
+        except BadImage as error:
+            return error.with_traceback(None)
+        return None
+
+    pool = ThreadPoolExecutor(workers or None)
+    try:
+        return [bad for bad in progress(pool.map(check, paths)) if bad]
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupt must not wait for every file
+
+
+def as_shown(image: Image.Image) -> Image.Image:
+    """Return a decoded image of any mode the way a viewer shows it: RGB, 8 bit, upright, on white."""
+    orientation = 1
+    with contextlib.suppress(Exception):  # a damaged EXIF block: viewers show the picture as it is stored
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if image.mode.startswith("I;16"):
+        shown = _to_8_bit(image, 65535)
+    elif image.mode == "I":
+        shown = _to_8_bit(image, 65535, 2**31 - 1)
+    elif image.mode == "F":
+        shown = _to_8_bit(image, 1, 255, 65535)
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        shown = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    else:
+        shown = image.convert("RGB")
+    # With the rest of the EXIF block there, exif_transpose would write it anew, and fail on tags of no concern here.
+    shown.info = {}
+    shown.getexif()[ExifTags.Base.Orientation] = orientation
+    ImageOps.exif_transpose(shown, in_place=True)
+    return shown
+
+
+def _to_8_bit(image: Image.Image, *tops: int) -> Image.Image:
+    """Scale [0, top] to [0, 255] for the first of `tops` that holds all values, give or take a resize's overshoot."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float32), nan=0, posinf=0, neginf=0)
+    highest = values.max()
+    top = next((top for top in tops if highest <= 1.1 * top), highest)
+    return Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8)).convert("RGB")
+
+
+def _reason(error: Exception, start: bytes) -> str:
+    text = str(error)
+    if isinstance(error, UnidentifiedImageError):
+        return f"not an image, or damaged at its start: {start!r}" if start else "empty file (0 bytes)"
+    if isinstance(error, OSError) and error.errno:
+        return f"cannot be read: {error.strerror}"
+    if isinstance(error, Image.DecompressionBombError):
+        megapixels = [f"{int(pixels) / 1e6:.0f} megapixels" for pixels in re.findall(r"\d+", text)]
+        return f"too large: {', limit '.join(megapixels)} (2 * PIL.Image.MAX_IMAGE_PIXELS)"
+    if isinstance(error, EOFError) or "truncated" in text.lower():
+        return f"truncated: {text}"
+    return f"damaged: {type(error).__name__}: {text}"
+
+
+_filters_lock = threading.Lock()
+_filters_users: list[warnings.catch_warnings] = []  # one per thread inside; the first is the one that saved the filters
+
+
+@contextlib.contextmanager
+def _pillow_warnings_off() -> Iterator[None]:
+    # Pillow warns of large images and odd metadata. Warning filters belong to the process, not the thread: the first
+    # thread in sets them, the last one out puts them back.
+    saved = warnings.catch_warnings()
+    with _filters_lock:
+        _filters_users.append(_filters_users[0] if _filters_users else saved)
+        if len(_filters_users) == 1:
+            saved.__enter__()
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+    try:
+        yield
+    finally:
+        with _filters_lock:
+            last = _filters_users.pop()
+            if not _filters_users:
+                last.__exit__(None, None, None)

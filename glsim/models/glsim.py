@@ -1,0 +1,74 @@
+"""GLSim (Rios, Hu and Lai: Global-Local Similarity for Efficient Fine-Grained Image Recognition, arXiv 2407.12891)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glsim.backbone import Backbone, Model, build_backbone, to_pair
+from glsim.crop import BOX_RULES, crop_and_resize, select
+from glsim.heads import Aggregator, Classifier
+from glsim.selection import METRICS, NEEDS_ATTENTION
+from glsim.types import ConfigError, Output, choose
+
+
+class GLSim(Model):
+    """Encode the image, crop where class token and patches agree most, encode the crop, refine both, classify."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        aggregator: nn.Module,
+        head: nn.Module,
+        metric: str = "gls_cos",
+        top_o: int = 8,
+        box: str = "exclusive",
+        crop_size: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.aggregator, self.head = backbone, aggregator, head
+        self.metric, self.top_o, self.box, self.crop_size = metric, top_o, box, crop_size
+
+    def forward(self, images: Tensor) -> Output:
+        """`images` (B, 3, H, W), normalised. The crop is taken from these very pixels, augmentation included."""
+        f = self.features(images, attention=self.metric in NEEDS_ATTENTION)
+        selection = select(METRICS[self.metric](f), self.top_o, f.grid, to_pair(images.shape[-2:]), self.box)
+        crops = crop_and_resize(images, selection.boxes, self.crop_size)
+        tokens = torch.stack((f.cls, self.backbone(crops).cls), dim=1)  # B 2 D
+        return Output(self.head(self.aggregator(tokens)), selection, crops)
+
+
+def build(
+    backbone: str,
+    num_classes: int,
+    image_size: int | Sequence[int] | None,
+    pretrained: bool,
+    backbone_args: dict[str, Any] | None,
+    *,
+    top_o: int = 8,
+    metric: str = "gls_cos",
+    box: str = "exclusive",
+    crop_size: int | Sequence[int] | None = None,
+    classifier: str = "cls",
+    aggregator_depth: int = 1,
+    dropout: float = 0.0,
+    drop_path: float = 0.0,
+    norm_eps: float | None = None,
+) -> GLSim:
+    """`top_o` patches span the crop (the paper: 8, Stanford Dogs 16, at every image size); `crop_size` in pixels."""
+    choose(metric, METRICS, "metric")
+    choose(box, BOX_RULES, "box rule")
+    encoder = build_backbone(
+        backbone, image_size, pretrained, backbone_args, dropout=dropout, drop_path=drop_path, norm_eps=norm_eps
+    )
+    patches = encoder.grid[0] * encoder.grid[1]
+    if not 1 <= top_o <= patches:
+        raise ConfigError(f"top_o={top_o}, but the grid of {backbone!r} has {patches} patches; choose 1 to {patches}")
+    if crop_size is not None:
+        crop_size = to_pair(crop_size)
+        encoder.check_size(crop_size)
+    aggregator = Aggregator(encoder.dim, aggregator_depth, dropout, drop_path, norm_eps or 1e-6)
+    return GLSim(encoder, aggregator, Classifier(encoder.dim, num_classes, classifier), metric, top_o, box, crop_size)

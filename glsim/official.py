@@ -1,0 +1,169 @@
+"""Floor 3: the publishers' own checkpoints (`.pth`), read without running anything they contain.
+
+They are pickles: `weights_only=True` keeps to tensors, and `argparse.Namespace`, which holds the authors' arguments, is
+the one class let through.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from glsim.backbone import Model, to_pair
+from glsim.models import create_model, resample_positions
+from glsim.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from glsim.types import DataError, choose
+
+
+class Conversion(NamedTuple):
+    """What became of the keys of an official checkpoint."""
+
+    used: dict[str, str]  # published key -> ours
+    ignored: dict[str, str]  # published key -> why
+    missing: list[str]  # ours, found nowhere
+
+
+# Published argument -> the only value this package computes the same way. A file with another is refused, not guessed.
+GLSIM_FIXED = {
+    "dynamic_anchor": True,
+    "anchor_random": False,
+    "anchor_conv_stem": False,
+    "anchor_resize_size": False,
+    "select_top_k": False,
+    "aggregator": True,
+    "aggregator_norm": True,
+    "aggregator_type": "transformer",
+    "inference_crops": True,
+    "encoder_norm": True,
+    "pos_embedding_type": "learned",
+    "hidden_act": "gelu",
+    "head_norm": False,
+    "head_act": False,
+    "classifier_aux": None,
+    "adapter": None,
+}
+GLSIM_BLOCK = {"proj": "attn.proj", "norm1": "norm1", "norm2": "norm2", "pwff.fc1": "mlp.fc1", "pwff.fc2": "mlp.fc2"}
+
+
+def convert_official(path: str | Path, method: str = "glsim", **overrides: Any) -> Model:
+    """Read a publisher's checkpoint; the model's `conversion` tells what became of its keys.
+
+    Sizes come from the shapes and the saved arguments, `overrides` replace options. Raises DataError for a file that
+    is damaged, holds anything but tensors and arguments, lacks weights, or was trained with an option unknown here.
+    """
+    path = Path(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            file = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise DataError(f"{path} was refused: it holds more than tensors and arguments ({_unsafe(error)})") from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if not isinstance(file, dict) or not isinstance(file.get("model"), dict):
+        raise DataError(f'{path} is no official checkpoint: it has no "model" with weights')
+    published = {k.removeprefix("model."): v for k, v in file["model"].items()}
+    arguments = vars(file["config"]) if isinstance(file.get("config"), argparse.Namespace) else {}
+    model, used, ignored = choose(method, OFFICIAL, "published method")(path, published, arguments, overrides)
+    weights = {ours: weight for ours, (_, weight) in used.items()}
+    own = model.state_dict()
+    missing = sorted(set(own) - set(weights))
+    wrong = [k for k in weights if k in own and own[k].shape != weights[k].shape]
+    if missing or wrong:
+        raise DataError(f"{path} does not hold this model: missing {missing[:5]}, of another shape {wrong[:5]}")
+    model.load_state_dict(weights)
+    names = {source: ours for ours, (sources, _) in used.items() for source in sources}
+    left = {k: ignored.get(k, "not part of this model") for k in published if k not in names}
+    model.conversion = Conversion(names, left, missing)
+    model.config["preprocessing"] = _published_preprocessing(arguments, model).as_dict()
+    return model.eval()
+
+
+def _read_glsim(path: Path, published: dict[str, Tensor], args: dict[str, Any], overrides: dict[str, Any]) -> tuple:
+    """GLSim from a checkpoint of its authors: the model, ours -> (published keys, weight), and why keys are left."""
+    for name, value in GLSIM_FIXED.items():
+        if args.get(name, value) != value:
+            raise DataError(f"{path} was trained with {name}={args[name]!r}, which has no equal here (only {value!r})")
+    try:
+        size = args["image_size"]
+        options = {
+            "top_o": args["dynamic_top"],
+            "metric": f"gls_{args['sim_metric']}",
+            "classifier": args["classifier"],
+            "norm_eps": args["layer_norm_eps"],
+        }
+        dim, _, *patch = published["patch_embedding.weight"].shape
+        backbone_args = {
+            "embed_dim": dim,
+            "depth": _count(published, "encoder.blocks."),
+            "num_heads": args["num_attention_heads"],
+            "mlp_ratio": published["encoder.blocks.0.pwff.fc1.weight"].shape[0] / dim,
+            "patch_size": patch[0],
+        }
+        options["aggregator_depth"] = _count(published, "aggregator.blocks.")
+        head = "head" if options["classifier"] == "cls" else "head_reducer.0"
+        num_classes = published[f"{head}.weight"].shape[0]
+    except KeyError as error:
+        raise DataError(f"{path} is no GLSim checkpoint: {error} is missing") from error
+    model = create_model(
+        "glsim",
+        "vit_base_patch16_224",
+        num_classes,
+        **({"image_size": size, "backbone_args": backbone_args} | options | overrides),
+    )
+    used: dict[str, tuple[list[str], Tensor]] = {}
+
+    def take(ours: str, *keys: str, join: Callable[[list[Tensor]], Tensor] = lambda parts: parts[0]) -> None:
+        if all(k in published for k in keys):
+            used[ours] = (list(keys), join([published[k] for k in keys]))
+
+    net = "backbone.net."
+    take(net + "cls_token", "class_token")
+    take(net + "pos_embed", "positional_embedding.pos_embedding")
+    for kind in ("weight", "bias"):
+        take(f"{net}patch_embed.proj.{kind}", f"patch_embedding.{kind}")
+        take(f"{net}norm.{kind}", f"encoder_norm.{kind}")
+        take(f"aggregator.norm.{kind}", f"aggregator_norm.{kind}")
+        take(f"head.linear.{kind}", f"{head}.{kind}")
+        for theirs, ours, depth in (
+            ("encoder.blocks", net + "blocks", backbone_args["depth"]),
+            ("aggregator.blocks", "aggregator.blocks", options["aggregator_depth"]),
+        ):
+            for i in range(depth):
+                qkv = [f"{theirs}.{i}.attn.proj_{x}.{kind}" for x in "qkv"]
+                take(f"{ours}.{i}.attn.qkv.{kind}", *qkv, join=torch.cat)
+                for a, b in GLSIM_BLOCK.items():
+                    take(f"{ours}.{i}.{b}.{kind}", f"{theirs}.{i}.{a}.{kind}")
+    if "image_size" in overrides:
+        flat = resample_positions({k: w for k, (_, w) in used.items()}, model.backbone.net)
+        used = {k: (used[k][0], flat[k]) for k in used}
+    ignored = {"anchor_class_token": "created by the authors' code and never used"}
+    if head != "head":
+        ignored |= {f"head.{kind}": f"classifier={options['classifier']} reads {head}" for kind in ("weight", "bias")}
+    return model, used, ignored
+
+
+OFFICIAL = {"glsim": _read_glsim}
+
+
+def _count(published: dict[str, Tensor], prefix: str) -> int:
+    return len({k[len(prefix) :].split(".")[0] for k in published if k.startswith(prefix)})
+
+
+def _published_preprocessing(args: Mapping[str, Any], model: Model) -> Preprocessing:
+    """The authors' evaluation pipeline: square resize to 1.34 S (Cars: S / 0.875), ImageNet or 0.5 statistics."""
+    size = to_pair(model.config["image_size"])
+    resize = args.get("test_resize_size") or args.get("resize_size")
+    ratio = resize / args["image_size"] if resize else 1 / 0.875 if args.get("dataset_name") == "cars" else 1.34
+    half = args.get("custom_mean_std")
+    mean, std = ((0.5,) * 3, (0.5,) * 3) if half else (IMAGENET_MEAN, IMAGENET_STD)
+    return Preprocessing(size, ratio, mean, std)
+
+
+def _unsafe(error: Exception) -> str:
+    return str(error).split("GLOBAL ")[-1].split(" was not")[0].split("\n")[0][:120]

@@ -1,0 +1,167 @@
+"""Floor 4: names for images."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from glsim.backbone import Model
+from glsim.bundle import labels_of, load, preprocessing_of, write_text
+from glsim.config import Predict
+from glsim.data import ImageDataset, find_images
+from glsim.evaluate import make_accelerator
+from glsim.images import BadImage
+from glsim.transforms import Preprocessing, eval_transform
+
+
+class Prediction(NamedTuple):
+    """The answer for one image."""
+
+    path: str | None  # None for an image that came from memory
+    labels: tuple[str, ...]  # best first
+    probabilities: tuple[float, ...]  # of `labels`
+    box: tuple[int, int, int, int] | None  # the crop: left, top, right, bottom in pixels of the upright image
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        answers = [{"label": n, "probability": p} for n, p in zip(self.labels, self.probabilities, strict=True)]
+        return {"path": self.path, "answers": answers, "box": list(self.box) if self.box else None}
+
+
+class Predictor:
+    """`Predictor(source)(images)`: top-k answers for paths and PIL images.
+
+    `source` is anything `glsim.load` takes, or a model from it. Images are decoded ahead of the model by `workers`
+    processes (0: in this one) and run in batches.
+    """
+
+    def __init__(
+        self,
+        source: str | Path | Model,
+        top_k: int = 5,
+        batch_size: int = 32,
+        workers: int = 0,
+        device: str | None = None,
+    ) -> None:
+        model = source if isinstance(source, Model) else load(source)
+        self.device = make_accelerator(device).device
+        self.model = model.to(self.device).eval()
+        self.labels, self.preprocessing = labels_of(model), preprocessing_of(model)
+        self.top_k, self.batch_size, self.workers = min(top_k, len(self.labels)), batch_size, workers
+
+    def __call__(self, images: str | Path | Image.Image | Sequence[str | Path | Image.Image]) -> list[Prediction]:
+        """One `Prediction` an image, in order. Raises BadImage, naming the file, for one that cannot be read."""
+        predictions = []
+        for answer in self.stream([images] if isinstance(images, str | Path | Image.Image) else images):
+            if isinstance(answer, BadImage):
+                raise answer
+            predictions.append(answer)
+        return predictions
+
+    def stream(self, images: Sequence[str | Path | Image.Image]) -> Iterator[Prediction | BadImage]:
+        """The same one by one, without stopping at a bad file: its BadImage stands in the place of the answer."""
+        transform = _WithSize(eval_transform(self.preprocessing))
+        dataset: Any = ImageDataset(images, transform, keep_bad=True)
+        loader = DataLoader(dataset, batch_size=self.batch_size, num_workers=self.workers, collate_fn=_collate)
+        paths = [None if isinstance(image, Image.Image) else str(image) for image in images]
+        place = 0
+        for batch, sizes, bad in loader:
+            answers = iter(self._answer(batch, sizes) if sizes else [])
+            for i in range(len(sizes) + len(bad)):
+                yield bad[i] if i in bad else next(answers)._replace(path=paths[place])
+                place += 1
+
+    @torch.inference_mode()
+    def _answer(self, batch: Tensor, sizes: list[tuple[int, int]]) -> list[Prediction]:
+        output = self.model(batch.to(self.device))
+        top = output.logits.float().softmax(dim=1).topk(self.top_k)
+        boxes = output.selection.boxes.tolist() if output.selection is not None else [None] * len(sizes)
+        return [
+            Prediction(
+                None,
+                tuple(self.labels[i] for i in indices),
+                tuple(values),
+                to_original(box, size, self.preprocessing) if box else None,
+            )
+            for indices, values, box, size in zip(top.indices.tolist(), top.values.tolist(), boxes, sizes, strict=True)
+        ]
+
+
+def to_original(box: Sequence[int], size: tuple[int, int], p: Preprocessing) -> tuple[int, int, int, int]:
+    """A box in pixels of the network's view, back in pixels of the upright image of `size` (width, height)."""
+    scale = (size[0] / p.resize[1], size[1] / p.resize[0])
+    margin = ((p.resize[1] - p.image_size[1]) / 2, (p.resize[0] - p.image_size[0]) / 2)
+    left, top, right, bottom = (round((v + margin[i % 2]) * scale[i % 2]) for i, v in enumerate(box))
+    return left, top, right, bottom
+
+
+def run(s: Predict, progress: bool = True) -> dict[str, Any]:
+    """The verb: predictions and skipped files, as plain values; BadImage is raised unless `s.skip_bad`."""
+    paths = find_images(s.images)
+    predictor = Predictor(s.source, s.top_k, s.batch_size, min(s.workers, len(paths) - 1), s.device)
+    predictions, skipped = [], []
+    for answer in tqdm(predictor.stream(paths), total=len(paths), unit="image", disable=not progress):
+        if not isinstance(answer, BadImage):
+            predictions.append(answer)
+        elif s.skip_bad:
+            skipped.append(str(answer))
+        else:
+            raise answer
+    if s.out is not None:
+        write_text(s.out, FORMATS[s.format](predictions))
+    return {"source": str(s.source), "predictions": [a.as_dict() for a in predictions], "skipped": skipped}
+
+
+def as_text(predictions: Sequence[Prediction]) -> str:
+    """A line an image: path, then classes with probabilities, then the box."""
+    lines = []
+    for a in predictions:
+        answers = ", ".join(f"{name} {p:.1%}" for name, p in zip(a.labels, a.probabilities, strict=True))
+        lines.append(f"{a.path}: {answers}" + (f"  crop {','.join(map(str, a.box))}" if a.box else ""))
+    return "".join(line + "\n" for line in lines)
+
+
+def as_jsonl(predictions: Sequence[Prediction]) -> str:
+    """One JSON object a line."""
+    return "".join(json.dumps(a.as_dict(), ensure_ascii=False) + "\n" for a in predictions)
+
+
+def as_csv(predictions: Sequence[Prediction]) -> str:
+    """One row an image and rank: path, rank, label, probability, left, top, right, bottom."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["path", "rank", "label", "probability", "left", "top", "right", "bottom"])
+    for a in predictions:
+        for rank, (name, p) in enumerate(zip(a.labels, a.probabilities, strict=True), start=1):
+            writer.writerow([a.path, rank, name, f"{p:.6f}", *(a.box or ("",) * 4)])
+    return text.getvalue()
+
+
+FORMATS: dict[str, Callable[[Sequence[Prediction]], str]] = {"text": as_text, "jsonl": as_jsonl, "csv": as_csv}
+
+
+class _WithSize:
+    """A transform that also tells the size (width, height) of the image it was given."""
+
+    def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.transform = transform
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
+        return self.transform(image), image.size
+
+
+def _collate(items: list[Any]) -> tuple[Tensor | None, list[tuple[int, int]], dict[int, BadImage]]:
+    """Stack what could be read; bad images by their place in the batch."""
+    bad = {i: item for i, item in enumerate(items) if isinstance(item, BadImage)}
+    good = [item[0] for item in items if not isinstance(item, BadImage)]
+    return (torch.stack([image for image, _ in good]) if good else None), [size for _, size in good], bad

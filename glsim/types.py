@@ -1,0 +1,78 @@
+"""Floor 0: the names every other file shares. Nothing here imports torch when it runs: the command line stays quick.
+
+Shape legend, used in every docstring:
+
+| letter     | meaning                                                                       |
+|------------|-------------------------------------------------------------------------------|
+| B          | images in the batch                                                           |
+| H, W       | image height and width in pixels (h, w: those of a crop)                      |
+| rows, cols | the patch grid; patch i stands in row i // cols, column i % cols              |
+| N          | patches, rows * cols                                                          |
+| n          | tokens, N + prefix (class token, distillation token, registers: 0, 1, 2, 4..) |
+| D          | width of a token                                                              |
+| L          | transformer blocks                                                            |
+| h          | attention heads (in `attention_logits`)                                       |
+| g          | groups of scores a metric returns (1, one per head, or one per block)         |
+| K          | selected patches, `top_o` for GLSim                                           |
+| C          | classes                                                                       |
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class GlsimError(Exception):
+    """Something a person can put right. The command line prints it without a traceback and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class ConfigError(GlsimError, ValueError):
+    """A wrong option, name or combination of both."""
+
+    exit_code = 2
+
+
+class DataError(GlsimError, ValueError):
+    """Missing, damaged or contradictory data."""
+
+    exit_code = 3
+
+
+class Features(NamedTuple):
+    """What a backbone says of a batch of images, after its final normalisation."""
+
+    cls: Tensor  # (B, D) class token, or the pooled vector where the backbone has none
+    patches: Tensor  # (B, N, D) row by row
+    grid: tuple[int, int]  # (rows, cols)
+    num_prefix: int  # tokens before the first patch in `attention_logits`
+    attention_logits: tuple[Tensor, ...] | None = None  # L tensors (B, h, n, n), before the softmax; rows are queries
+
+
+class Selection(NamedTuple):
+    """Which patches were chosen, and the box around them."""
+
+    scores: Tensor  # (B, N), higher is more discriminative
+    indices: Tensor  # (B, K), best first
+    boxes: Tensor  # (B, 4) int64 pixels: left, top, right, bottom; right and bottom are exclusive
+    grid: tuple[int, int]  # (rows, cols)
+
+
+class Output(NamedTuple):
+    """What every model returns, whatever its method."""
+
+    logits: Tensor  # (B, C)
+    selection: Selection | None = None
+    crops: Tensor | None = None  # (B, 3, h, w), what the second pass saw
+    aux: dict[str, Any] = {}  # inputs of the method's own losses
+
+
+def choose(name: str, choices: Any, what: str) -> Any:
+    """Return `choices[name]`, or raise a ConfigError that lists what there is."""
+    if name not in choices:
+        raise ConfigError(f"unknown {what} {name!r}; choose from: {', '.join(sorted(choices))}")
+    return choices[name]

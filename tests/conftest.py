@@ -1,0 +1,95 @@
+"""Shared by all tests: small models, and where the reference material lies."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests need no network, and must not wait for one
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+SMALL = {"depth": 2, "embed_dim": 64, "num_heads": 2}
+
+
+def needs(path):
+    """Skip mark for tests that need reference material which does not come with the package."""
+    return pytest.mark.skipif(not path.exists(), reason=f"reference material {path.name} is not here")
+
+
+def scene(size: tuple[int, int] = (48, 32), seed: int = 0) -> Image.Image:
+    """A gradient with noise: compresses like a photograph, and no turn of it looks like another."""
+    x, y = np.meshgrid(np.linspace(0, 1, size[0]), np.linspace(0, 1, size[1]))
+    noise = np.random.default_rng(seed).normal(0, 3, (*x.shape, 3))
+    return Image.fromarray((np.stack([x, y, x * y], -1) * 215 + 20 + noise).clip(0, 255).astype(np.uint8))
+
+
+def touch(root: Path, *names: str) -> Path:
+    """Image files by name only: read_data never opens them."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def write(file: Path, *lines: str) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+def small_model(method="glsim", backbone="vit_tiny_patch16_224", size=64, classes=5, head=True, seed=0, **options):
+    """A shrunken model in eval mode; with `head`, the zero-initialised classifier is given values."""
+    import torch
+
+    from glsim import create_model
+
+    torch.manual_seed(seed)
+    args = {} if backbone.startswith("test_") else SMALL
+    if method == "glsim":
+        options = {"top_o": 4, **options}
+    model = create_model(method, backbone, classes, size, backbone_args=args, **options).eval()
+    if head:
+        for module in model.head.modules():
+            if isinstance(module, torch.nn.Linear):
+                torch.nn.init.normal_(module.weight, std=0.5)
+    return model
+
+
+@pytest.fixture(scope="session")
+def birds(tmp_path_factory):
+    """A tiny synthetic data set: 3 species, 6 train and 3 test images each, 64 pixels."""
+    from glsim import synthetic
+
+    folder = tmp_path_factory.mktemp("data") / "birds"
+    synthetic.write(folder, classes=3, train=6, test=3, size=64, seed=0)
+    return folder
+
+
+TINY = dict(
+    method="glsim",
+    backbone="vit_tiny_patch16_224",
+    pretrained=False,
+    backbone_args={"depth": 2, "embed_dim": 64, "num_heads": 2},
+    image_size=64,
+    options={"top_o": 4},
+    epochs=2,
+    batch_size=6,
+    optimizer="adamw",
+    lr=1e-3,
+    warmup_steps=2,
+    workers=0,
+)
+
+
+@pytest.fixture(scope="session")
+def run_folder(birds, tmp_path_factory):
+    """A trained run: two epochs of a tiny GLSim on the birds."""
+    from glsim import train
+    from glsim.config import Train
+
+    out = tmp_path_factory.mktemp("runs") / "glsim"
+    train.run(Train(data=str(birds), out=str(out), **TINY), progress=False)
+    return out

@@ -1,0 +1,161 @@
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from conftest import SHARED, needs, small_model
+from safetensors.torch import load_file, save_file
+
+import glsim
+from glsim import ConfigError, DataError
+from glsim.config import Convert
+from glsim.convert import run as convert
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    return glsim.save(small_model(), tmp_path / "bundle", labels=list("abcde"), metrics={"test": {}}, note="hello")
+
+
+def test_a_copied_bundle_answers_the_same(bundle, tmp_path):
+    moved = shutil.copytree(bundle, tmp_path / "elsewhere" / "copy")
+    shutil.rmtree(bundle)
+    images = torch.randn(2, 3, 64, 64)
+    for source in (moved, str(moved), f"local-dir:{moved}"):
+        model = glsim.load(source)
+        assert not model.training and model.config["note"] == "hello"
+        assert torch.equal(model(images).logits, small_model()(images).logits)
+
+
+def test_hub_bundles_come_as_a_snapshot(bundle, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+
+    def snapshot_download(name, allow_patterns):
+        asked.update(name=name, patterns=allow_patterns)
+        return str(bundle)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert glsim.load("hf-hub:owner/name").config["label_names"] == list("abcde")
+    assert asked["name"] == "owner/name" and "model.safetensors" in asked["patterns"]
+
+
+def test_overrides_change_options_and_size(bundle):
+    images = torch.randn(1, 3, 96, 96)
+    model = glsim.load(bundle, top_o=2, image_size=96)
+    output = model(images)
+    assert output.selection.grid == (6, 6) and output.selection.indices.shape == (1, 2)
+    assert model.config["preprocessing"]["image_size"] == [96, 96]
+    with pytest.raises(ConfigError, match="has no option topo"):
+        glsim.load(bundle, topo=2)
+
+
+def test_the_model_card_says_how_to_use_it(bundle):
+    card = (bundle / "README.md").read_text()
+    assert card.startswith("---\n") and "library_name: glsim" in card and "a, b, c, d, e" in card
+    assert "glsim.Predictor" in card
+
+
+def test_labels_must_fit(tmp_path):
+    with pytest.raises(ConfigError, match="2 labels for a model of 5 classes"):
+        glsim.save(small_model(), tmp_path / "b", labels=["a", "b"])
+    assert not (tmp_path / "b").exists()
+
+
+def test_damage_is_named(bundle, tmp_path):
+    def damaged(name):
+        return shutil.copytree(bundle, tmp_path / name)
+
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        glsim.load(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="has no config.json"):
+        glsim.load(tmp_path)
+    a = damaged("a")
+    (a / "config.json").write_text("{")
+    with pytest.raises(DataError, match=r"a/config.json cannot be read"):
+        glsim.load(a)
+    b = damaged("b")
+    (b / "config.json").write_text('{"method": "glsim"}')
+    with pytest.raises(DataError, match=r"lacks backbone, num_classes"):
+        glsim.load(b)
+    c = damaged("c")
+    weights = (c / "model.safetensors").read_bytes()
+    (c / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(DataError, match=r"c/model.safetensors is damaged"):
+        glsim.load(c)
+    d = damaged("d")
+    tensors = load_file(d / "model.safetensors")
+    del tensors["head.linear.bias"]
+    save_file(tensors, d / "model.safetensors")
+    with pytest.raises(DataError, match=r"does not fit its config.json.*head.linear.bias"):
+        glsim.load(d)
+    e = damaged("e")
+    config = json.loads((e / "config.json").read_text())
+    (e / "config.json").write_text(json.dumps(config | {"format": 99}))
+    with pytest.raises(DataError, match="format 99, this glsim reads up to 1; upgrade"):
+        glsim.load(e)
+    f = damaged("f")
+    (f / "config.json").write_text(json.dumps(config | {"method": "os.system"}))
+    with pytest.raises(ConfigError, match="unknown method 'os.system'"):
+        glsim.load(f)
+    (tmp_path / "x.txt").write_text("")
+    with pytest.raises(DataError, match="is no bundle folder and no .pth file"):
+        glsim.load(tmp_path / "x.txt")
+
+
+class Evil:
+    def __reduce__(self):
+        return (eval, ("__import__('pathlib').Path('/tmp/glsim_evil').touch()",))
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    torch.save({"model": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(DataError, match="evil.pth was refused: it holds more than tensors and arguments"):
+        glsim.load(tmp_path / "evil.pth")
+    (tmp_path / "raw.pth").write_bytes(pickle.dumps(Evil(), protocol=2))
+    with pytest.raises(DataError, match=r"raw.pth"):
+        glsim.load(tmp_path / "raw.pth")
+    (tmp_path / "empty.pth").write_bytes(b"")
+    with pytest.raises(DataError, match=r"empty.pth"):
+        glsim.load(tmp_path / "empty.pth")
+    torch.save({"weights": 1}, tmp_path / "other.pth")
+    with pytest.raises(DataError, match='has no "model"|it has no "model"'):
+        glsim.load(tmp_path / "other.pth")
+
+
+@needs(SHARED / "golden")
+def test_convert_reports_every_key(tmp_path):
+    (tmp_path / "names.txt").write_text("\n".join("abcdefg") + "\n")
+    source = SHARED / "golden" / "glsim_cos.pth"
+    arguments = {"checkpoint": str(source), "bundle": str(tmp_path / "b"), "labels": str(tmp_path / "names.txt")}
+    result = convert(Convert(**arguments))
+    assert "anchor_class_token" in result["ignored"] and result["missing"] == []
+    assert result["used"]["head.weight"] == "head.linear.weight"
+    model = glsim.load(tmp_path / "b")
+    assert model.config["label_names"] == list("abcdefg")
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(model(images).logits, glsim.load(source)(images).logits)
+    with pytest.raises(ConfigError, match="already holds a bundle"):
+        convert(Convert(**arguments))
+    (tmp_path / "names.txt").write_text("a\nb\n")
+    with pytest.raises(ConfigError, match="2 labels for a model of 7 classes"):
+        convert(Convert(**{**arguments, "bundle": str(tmp_path / "c")}))
+
+
+@needs(SHARED / "golden")
+def test_a_checkpoint_of_another_design_is_refused(tmp_path):
+    with torch.serialization.safe_globals([__import__("argparse").Namespace]):
+        file = torch.load(SHARED / "golden" / "glsim_cos.pth", weights_only=True)
+    file["config"].aggregator_type = "conv"
+    torch.save(file, tmp_path / "x.pth")
+    with pytest.raises(DataError, match="trained with aggregator_type='conv', which has no equal here"):
+        glsim.load(tmp_path / "x.pth")
+    file["config"].aggregator_type = "transformer"
+    del file["model"]["model.encoder_norm.bias"]
+    torch.save(file, tmp_path / "y.pth")
+    with pytest.raises(DataError, match=r"missing \['backbone.net.norm.bias'\]"):
+        glsim.load(tmp_path / "y.pth")
+    with pytest.raises(DataError, match="is no GLSim checkpoint"):
+        glsim.load(SHARED / "golden" / "transfg.pth")

@@ -1,0 +1,69 @@
+"""The house rule: a module imports from lower floors only."""
+
+import ast
+import subprocess
+import sys
+
+from conftest import ROOT
+
+FLOORS = [
+    {"types"},
+    {"backbone", "selection", "crop", "heads", "losses", "transforms", "images", "synthetic"},
+    {"models"},
+    {"config", "data", "bundle", "official"},
+    {"train", "evaluate", "predict", "pictures", "convert", "datasets"},
+    {"quickstart", "cli", "__init__"},
+]
+SIDEWAYS = {
+    ("crop", "selection"),  # a box is drawn around picked patches
+    ("bundle", "official"),  # `load` reads both formats
+    ("train", "evaluate"),
+    ("predict", "evaluate"),  # both only for the device and the PNG writer
+    ("pictures", "evaluate"),
+}
+
+
+def floor(name):
+    return next(i for i, names in enumerate(FLOORS) if name in names)
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "glsim":
+            parts = node.module.split(".")
+            yield from [parts[1]] if len(parts) > 1 else [a.name for a in node.names]
+        elif isinstance(node, ast.Import):
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("glsim."))
+
+
+def test_modules_import_from_lower_floors_only():
+    wrong = []
+    for path in (ROOT / "glsim").rglob("*.py"):
+        name = "models" if path.parent.name == "models" else path.stem
+        if name == "__init__":
+            continue  # names for users, resolved lazily
+        for other in imports(path):
+            if other in ("__version__", name) and other != "models":
+                continue
+            if other == name == "models" or (name, other) in SIDEWAYS:
+                continue
+            if floor(other) >= floor(name):
+                wrong.append(f"{path.name} imports {other}")
+    assert not wrong
+
+
+def test_every_module_has_a_floor():
+    names = {p.stem for p in (ROOT / "glsim").glob("*.py")} | {"models"}
+    assert names == set().union(*FLOORS)
+
+
+def test_models_do_not_import_each_other():
+    files = [p for p in (ROOT / "glsim" / "models").glob("*.py") if p.stem != "__init__"]
+    for path in files:
+        text = path.read_text()
+        assert not any(f"glsim.models.{other.stem}" in text for other in files), path
+
+
+def test_importing_glsim_and_its_settings_is_cheap():
+    code = "import glsim, glsim.cli, glsim.config, glsim.data, sys; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

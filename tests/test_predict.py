@@ -1,0 +1,110 @@
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import glsim
+from glsim.config import Predict
+from glsim.images import BadImage, open_image
+from glsim.predict import FORMATS, Prediction, run, to_original
+from glsim.transforms import Preprocessing, eval_transform, mask_transform, to_picture, train_transform
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i, size in enumerate([(80, 60), (60, 80), (64, 64), (300, 100)]):
+        Image.fromarray(rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_answers_come_in_order_whatever_the_batch_and_workers(run_folder, photos):
+    paths = [photos / f"{i}.png" for i in (2, 0, 3, 1)]
+    one = glsim.Predictor(run_folder, batch_size=1)(paths)
+    many = glsim.Predictor(run_folder, batch_size=3, workers=2)(paths)
+    memory = glsim.Predictor(run_folder)([open_image(p) for p in paths])
+    assert [a.path for a in one] == [str(p) for p in paths]
+    assert [a.path for a in memory] == [None] * 4
+    for a, b, c in zip(one, many, memory, strict=True):
+        assert a.labels == b.labels == c.labels and a.box == b.box == c.box
+        assert a.probabilities == pytest.approx(b.probabilities, abs=1e-5)
+        assert a.probabilities == pytest.approx(c.probabilities, abs=1e-5)
+        assert sum(a.probabilities) == pytest.approx(1) and list(a.probabilities) == sorted(a.probabilities)[::-1]
+
+
+def test_one_image_or_one_path_is_fine_too(run_folder, photos):
+    (a,) = glsim.Predictor(run_folder, top_k=2)(photos / "0.png")
+    (b,) = glsim.Predictor(run_folder, top_k=2)(open_image(photos / "0.png"))
+    assert len(a.labels) == 2 and a.labels == b.labels
+
+
+def test_boxes_are_in_pixels_of_the_image(run_folder, photos):
+    for answer in glsim.Predictor(run_folder)(sorted(photos.glob("*.png"))):
+        with Image.open(answer.path) as image:
+            width, height = image.size
+        left, top, right, bottom = answer.box
+        assert 0 <= left < right <= width and 0 <= top < bottom <= height
+
+
+def test_box_back_to_the_image_by_hand():
+    p = Preprocessing((100, 100), 1.5, (0.5,) * 3, (0.5,) * 3)  # squeezed to 150, the centre 100 seen
+    assert to_original([0, 0, 100, 100], (300, 600), p) == (50, 100, 250, 500)
+    assert to_original([10, 20, 60, 70], (150, 150), p) == (35, 45, 85, 95)
+
+
+def test_a_marked_spot_is_found_again_through_the_transform():
+    """The independent truth: paint a spot, see where the transform puts it, map that back."""
+    p = Preprocessing((64, 64), 1.34, (0.5,) * 3, (0.5,) * 3)
+    pixels = np.zeros((200, 120, 3), np.uint8)
+    pixels[90:110, 50:70] = 255
+    seen = to_picture(eval_transform(p)(Image.fromarray(pixels)), p)[..., 0] > 127
+    rows, cols = np.where(seen)
+    left, top, right, bottom = to_original([cols.min(), rows.min(), cols.max() + 1, rows.max() + 1], (120, 200), p)
+    assert abs(left - 50) <= 2 and abs(right - 70) <= 2 and abs(top - 90) <= 3 and abs(bottom - 110) <= 3
+    mask = mask_transform(p)(Image.fromarray(pixels[..., 0]))
+    assert (mask.numpy() != seen).mean() < 0.01
+
+
+def test_bad_files_are_named_or_skipped(run_folder, photos, tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"")
+    open_image(photos / "0.png").save(tmp_path / "good.png")
+    images = [str(tmp_path)]
+    with pytest.raises(BadImage, match=r"bad.jpg: empty file"):
+        run(Predict(source=str(run_folder), images=images, workers=0), progress=False)
+    result = run(Predict(source=str(run_folder), images=images, workers=0, skip_bad=True), progress=False)
+    assert len(result["predictions"]) == 1 and len(result["skipped"]) == 1
+    only_bad = Predict(source=str(run_folder), images=[str(tmp_path / "bad.jpg")], workers=0, skip_bad=True)
+    assert run(only_bad, progress=False)["predictions"] == []
+
+
+def test_formats_hold_the_same(run_folder, photos, tmp_path):
+    answers = glsim.Predictor(run_folder, top_k=2)(sorted(photos.glob("*.png")))
+    lines = FORMATS["jsonl"](answers).splitlines()
+    assert [json.loads(line)["path"] for line in lines] == [a.path for a in answers]
+    rows = list(csv.DictReader(io.StringIO(FORMATS["csv"](answers))))
+    assert len(rows) == 8 and rows[1]["rank"] == "2" and rows[0]["label"] == answers[0].labels[0]
+    assert answers[0].labels[0] in FORMATS["text"](answers).splitlines()[0]
+    plain = Prediction("x.jpg", ("a",), (1.0,), None)
+    assert FORMATS["csv"]([plain]).splitlines()[1] == "x.jpg,1,a,1.000000,,,,"
+    out = tmp_path / "answers.csv"
+    run(Predict(source=str(run_folder), images=[str(photos)], format="csv", out=str(out), top_k=2, workers=0), False)
+    assert out.read_text() == FORMATS["csv"](answers)
+
+
+def test_train_transforms_make_normalised_images_of_the_right_size():
+    p = Preprocessing((48, 64), 1.34, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert p.resize == (64, 85)
+    image = Image.fromarray(np.full((30, 200, 3), 128, np.uint8))
+    for augment in ("none", "weak", "medium"):
+        for crop in ("random", "resized"):
+            assert train_transform(p, augment, crop)(image).shape == (3, 48, 64)
+    assert (to_picture(eval_transform(p)(image), p) == 128).all()
+    assert Preprocessing.from_dict(json.loads(json.dumps(p.as_dict()))) == p
+    with pytest.raises(glsim.ConfigError, match="preprocessing"):
+        Preprocessing.from_dict({"image_size": [3]})
+    assert torch.is_tensor(train_transform(p)(image))

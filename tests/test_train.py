@@ -1,0 +1,263 @@
+"""Training, evaluation, resuming: a run is repeatable, never half-written, never silently overwritten."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import TINY
+from PIL import Image
+from safetensors.torch import load_file
+
+import glsim
+from glsim import ConfigError, DataError, evaluate, train
+from glsim.config import Eval, Train, read_recipe
+from glsim.data import read_data
+
+
+def settings(birds, out, **changes):
+    return Train(data=str(birds), out=str(out), **{**TINY, **changes})
+
+
+def test_a_run_folder_is_a_bundle_with_everything_beside_it(run_folder, birds):
+    names = {"model.safetensors", "config.json", "metrics.json", "README.md", "train.yaml", "log.jsonl", "curve.png"}
+    assert names <= {p.name for p in run_folder.iterdir()}
+    assert not list(run_folder.glob("*.tmp"))
+    log = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in log] == [1, 2]
+    assert "test_top1" not in log[0] and "test_top1" in log[1]  # test is measured once
+    config = json.loads((run_folder / "config.json").read_text())
+    assert config["label_names"] == list(read_data(birds)["train"].classes)
+    assert config["architecture"] == "vit_tiny_patch16_224" and config["pretrained_cfg"]["input_size"] == [3, 64, 64]
+    assert config["data"]["counts"] == {"train": 18, "test": 9} and len(config["data"]["split_hash"]) == 64
+    assert (run_folder / "curve.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_eval_prints_what_training_measured(run_folder, birds, tmp_path):
+    trained = json.loads((run_folder / "metrics.json").read_text())["test"]
+    result = evaluate.run(
+        Eval(source=str(run_folder), data=str(birds), out=str(tmp_path / "e"), workers=0, batch_size=4)
+    )
+    for key in ("count", "correct", "top1", "correct_top5", "top5", "per_class_mean", "per_class"):
+        assert result[key] == trained[key]
+    rows = (tmp_path / "e" / "predictions.csv").read_text().splitlines()
+    assert len(rows) == 10
+    right = sum(row.split(",")[1] == row.split(",")[2] for row in rows[1:])
+    assert right == result["correct"]
+    assert {p.name for p in (tmp_path / "e").iterdir()} == {"metrics.json", "predictions.csv", "confusion.png"}
+
+
+def test_metrics_by_hand():
+    class Fixed(torch.nn.Module):
+        def forward(self, images):
+            return glsim.Output(images)
+
+    logits = torch.eye(7)[[0, 0, 1, 2, 2]] * 5 - torch.arange(7) * 0.1
+    labels = torch.tensor([0, 1, 1, 6, 2])
+    accelerator = evaluate.make_accelerator("cpu")
+    result = evaluate.evaluate(Fixed(), [(logits[:3], labels[:3]), (logits[3:], labels[3:])], 7, accelerator)
+    summary = result.summary("abcdefg")
+    assert (summary["count"], summary["correct"], summary["correct_top5"]) == (5, 3, 4)
+    assert summary["per_class_mean"] == pytest.approx((1 + 0.5 + 1 + 0) / 4)  # classes without images do not count
+    assert summary["per_class"]["b"] == [1, 2] and summary["per_class"]["d"] == [0, 0]
+    assert result.confusion[6, 2] == 1 and result.confusion[1, 0] == 1
+
+
+def test_same_seed_same_weights_other_seed_others(birds, tmp_path):
+    weights = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train.run(settings(birds, tmp_path / name, epochs=1, seed=seed), progress=False)
+        weights.append(load_file(tmp_path / name / "model.safetensors"))
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    assert not all(torch.equal(weights[0][k], weights[2][k]) for k in weights[0])
+
+
+def test_training_learns_what_is_easy(tmp_path):
+    """Three colours, as easy as it gets: the loop must reach every test image."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("test", 3)):
+        for label in range(3):
+            for i in range(count):
+                pixels = rng.integers(0, 90, (64, 64, 3), dtype=np.uint8)
+                pixels[..., label] += 150
+                path = tmp_path / "data" / split / "rgb"[label] / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(path)
+    result = train.run(settings(tmp_path / "data", tmp_path / "r", epochs=8, augment="weak"), progress=False)
+    assert result["test"]["top1"] == 1.0
+    log = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["train_loss"] < 0.7 * log[0]["train_loss"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sigkill_in_mid_epoch_then_resume_ends_as_undisturbed(birds, tmp_path, workers):
+    epochs = {"epochs": 4, "workers": workers}
+    whole, broken = settings(birds, tmp_path / "whole", **epochs), settings(birds, tmp_path / "broken", **epochs)
+    train.run(whole, progress=False)
+    # The child kills itself, without any warning, in the middle of the third epoch.
+    code = f"""
+import os, signal, torch
+from glsim import train
+from glsim.config import Train
+steps, plain = [], train.objective
+def objective(*a, **k):
+    steps.append(1)
+    if len(steps) == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(*a, **k)
+train.objective = objective
+train.run(Train(**{asdict(broken)!r}), progress=False)
+"""
+    dead = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert dead.returncode == -signal.SIGKILL, dead.stderr
+    assert len((tmp_path / "broken" / "log.jsonl").read_text().splitlines()) == 2
+    result = train.run(settings(birds, tmp_path / "broken", resume=True, **epochs), progress=False)
+    assert result["epoch"] == 4
+    a, b = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "broken"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    ours, theirs = (json.loads((tmp_path / n / "metrics.json").read_text())["test"] for n in ("whole", "broken"))
+    assert ours["correct"] == theirs["correct"]
+
+
+def test_a_crash_between_the_two_renames_loses_nothing(birds, tmp_path):
+    out = tmp_path / "r"
+    train.run(settings(birds, out, epochs=2), progress=False)
+    (out / "checkpoint").rename(out / "checkpoint.old")
+    (out / "checkpoint.new").mkdir()
+    result = train.run(settings(birds, out, epochs=2, resume=True), progress=False)
+    assert result["epoch"] == 2
+
+
+def test_resume_refuses_other_settings_and_runs_are_not_overwritten(run_folder, birds, tmp_path):
+    with pytest.raises(ConfigError, match="already holds a run: go on with --resume"):
+        train.run(settings(birds, run_folder), progress=False)
+    with pytest.raises(ConfigError, match=r"started with other settings: lr=0.5 \(was 0.001\)"):
+        train.run(settings(birds, run_folder, lr=0.5, resume=True), progress=False)
+    with pytest.raises(ConfigError, match=r"nothing to resume: .*nowhere has no train.yaml"):
+        train.run(settings(birds, tmp_path / "nowhere", resume=True), progress=False)
+
+
+def test_the_saved_settings_are_a_recipe(run_folder, birds):
+    assert Train(**read_recipe(run_folder / "train.yaml")) == settings(birds, run_folder)
+
+
+def test_ema_is_what_is_saved_and_resumed(birds, tmp_path):
+    whole = train.run(settings(birds, tmp_path / "a", epochs=2, ema=0.9), progress=False)
+    a = load_file(tmp_path / "a" / "model.safetensors")
+    raw = load_file(tmp_path / "a" / "checkpoint" / "model.safetensors")
+    assert not all(torch.equal(a[k], raw[k]) for k in a)
+    assert whole["test"]["count"] == 9
+
+
+def test_val_fraction_is_watched_and_held_out(birds, tmp_path):
+    result = train.run(settings(birds, tmp_path / "r", epochs=1, val_fraction=0.34), progress=False)
+    assert result["val"]["count"] == 6
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert config["data"]["counts"] == {"train": 12, "val": 6, "test": 9}
+
+
+def test_bad_images_stop_training_by_name_or_are_skipped(birds, tmp_path):
+    data = tmp_path / "birds"
+    shutil.copytree(birds, data)
+    victim = sorted((data / "train").rglob("*.jpg"))[4]
+    victim.write_bytes(victim.read_bytes()[:200])
+    with pytest.raises(DataError, match=victim.name):
+        train.run(settings(data, tmp_path / "a", epochs=1), progress=False)
+    result = train.run(settings(data, tmp_path / "b", epochs=1, skip_bad=True), progress=False)
+    assert len(result["skipped"]) == 1 and str(victim) in result["skipped"][0]
+    assert str(victim) in (tmp_path / "b" / "bad_images.txt").read_text()
+
+
+def test_a_loss_that_is_no_number_stops_the_run(birds, tmp_path):
+    with pytest.raises(glsim.GlsimError, match=r"the loss is nan at step .*; try a smaller lr than 1e\+30"):
+        train.run(settings(birds, tmp_path / "r", lr=1e30, warmup_lr=1e30, clip_grad=0.0, epochs=3), progress=False)
+
+
+def test_wrong_settings_say_what_would_work(birds, tmp_path):
+    with pytest.raises(ConfigError, match="unknown optimizer 'adamv'; choose from: .*adamw"):
+        train.run(settings(birds, tmp_path / "r", optimizer="adamv"), progress=False)
+    with pytest.raises(ConfigError, match="unknown augmentation 'strong'; choose from: medium, none, weak"):
+        train.run(settings(birds, tmp_path / "r", augment="strong"), progress=False)
+    with pytest.raises(ConfigError, match="fp16"):
+        train.run(settings(birds, tmp_path / "r", precision="fp16"), progress=False)
+    assert not (tmp_path / "r").exists()
+    for name, value in (
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("resize_ratio", 0.9),
+        ("label_smoothing", 1.0),
+        ("mean", [1]),
+    ):
+        with pytest.raises(ConfigError, match=name):
+            settings(birds, tmp_path / "r", **{name: value})
+
+
+def test_schedule_warms_up_and_comes_down(birds, tmp_path):
+    s = settings(birds, tmp_path, optimizer="sgd", lr=0.1, warmup_steps=10, warmup_lr=1e-6, min_lr=1e-5)
+    optimizer = train.make_optimizer(s, torch.nn.Linear(2, 2))
+    assert optimizer.defaults["nesterov"]
+    schedule = train.make_schedule(s, optimizer, 100)
+    rates = []
+    for step in range(100):
+        schedule.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == pytest.approx(1e-6) and max(rates) == pytest.approx(0.1) and rates.index(max(rates)) == 10
+    assert rates[-1] < 2e-4 and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_unsplit_folder_keeps_its_split_for_eval(birds, tmp_path):
+    data = tmp_path / "flat"
+    shutil.copytree(birds / "train", data)
+    result = train.run(
+        settings(data, tmp_path / "r", epochs=1, test_fraction=0.34, split_seed=7, seed=3), progress=False
+    )
+    again = evaluate.run(Eval(source=str(tmp_path / "r"), data=str(data), workers=0))
+    assert (
+        (again["count"], again["correct"])
+        == (result["test"]["count"], result["test"]["correct"])
+        == (6, again["correct"])
+    )
+
+
+def test_recipe_errors_name_the_file(tmp_path):
+    (tmp_path / "r.yaml").write_text("lr: 1\nepoch: 3\n")
+    with pytest.raises(ConfigError, match=r"r.yaml: unknown epoch; known keys: .*epochs"):
+        read_recipe(tmp_path / "r.yaml")
+    (tmp_path / "r.yaml").write_text("- a\n")
+    with pytest.raises(ConfigError, match="holds no 'key: value' lines"):
+        read_recipe(tmp_path / "r.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_recipe(tmp_path / "none.yaml")
+    assert yaml.safe_load(train.to_recipe(settings("d", "o")))["lr"] == 1e-3
+
+
+def test_eval_names_what_is_missing(run_folder, birds, tmp_path):
+    with pytest.raises(DataError, match="has no split 'val'; it has: train, test"):
+        evaluate.run(Eval(source=str(run_folder), data=str(birds), split="val"))
+    other = tmp_path / "other"
+    shutil.copytree(birds / "test", other / "test")
+    next((other / "test").iterdir()).rename(other / "test" / "ostrich")
+    with pytest.raises(DataError, match="ostrich"):
+        evaluate.run(Eval(source=str(run_folder), data=str(other)))
+
+
+def test_keyboard_interrupt_leaves_with_130(birds, tmp_path):
+    words = [f"--{k.replace('_', '-')}={json.dumps(v) if isinstance(v, dict) else v}" for k, v in TINY.items()]
+    words = [w for w in words if "pretrained" not in w and "epochs" not in w] + ["--no-pretrained", "--epochs=500"]
+    command = [sys.executable, "-m", "glsim.cli", "train", f"--data={birds}", f"--out={tmp_path / 'r'}", *words]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while not (tmp_path / "r" / "checkpoint").exists() and time.time() < deadline and child.poll() is None:
+        time.sleep(0.1)
+    os.kill(child.pid, signal.SIGINT)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 130, errors
+    assert "interrupted" in errors and "Traceback" not in errors
