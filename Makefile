@@ -22,13 +22,13 @@ test-slow: install
 	$(BIN)/python -m pytest -m slow
 
 lint: install
-	$(BIN)/ruff check glsim tests
-	$(BIN)/ruff format --check glsim tests
+	$(BIN)/ruff check glsim tests docs
+	$(BIN)/ruff format --check glsim tests docs
 	$(BIN)/mypy
 
 format: install
-	$(BIN)/ruff check --fix glsim tests
-	$(BIN)/ruff format glsim tests
+	$(BIN)/ruff check --fix glsim tests docs
+	$(BIN)/ruff format glsim tests docs
 
 clean:
 	rm -rf $(VENV) quickstart build dist *.egg-info

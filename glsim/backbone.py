@@ -41,7 +41,8 @@ class Backbone(nn.Module):
         self.late_norm = isinstance(net.norm, nn.Identity)
         self.pooled = net.cls_token is None or getattr(net, "attn_pool", None) is not None
         self.dim: int = net.embed_dim
-        self.num_prefix: int = net.num_prefix_tokens
+        self.skip: int = net.num_prefix_tokens  # tokens before the first patch
+        self.num_prefix = self.skip if net.cls_token is not None else 0  # the same, where the first is a class token
         self.image_size: tuple[int, int] = to_pair(net.patch_embed.img_size)
         self.grid: tuple[int, int] = to_pair(net.patch_embed.grid_size)
         self.patch_size = (self.image_size[0] // self.grid[0], self.image_size[1] // self.grid[1])
@@ -60,10 +61,10 @@ class Backbone(nn.Module):
             logits, raw = None, self.net.forward_features(images)
         tokens = self.net.fc_norm(raw) if self.late_norm else raw
         cls = self.net.forward_head(raw, pre_logits=True) if self.pooled else tokens[:, 0]
-        grid = self.net.patch_embed.dynamic_feat_size(images.shape[-2:])
-        return Features(
-            cls, tokens[:, self.num_prefix :], tuple(grid), self.num_prefix, None if logits is None else tuple(logits)
-        )
+        grid = to_pair(self.net.patch_embed.dynamic_feat_size(images.shape[-2:]))
+        if logits is not None and not self.num_prefix:  # registers alone: their rows and columns say nothing of places
+            logits = [a[..., self.skip :, self.skip :] for a in logits]
+        return Features(cls, tokens[:, self.skip :], grid, self.num_prefix, None if logits is None else tuple(logits))
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Raise ConfigError unless images of `size` (H, W) can be encoded."""
@@ -82,6 +83,10 @@ class Model(nn.Module):
     backbone: Backbone
     config: dict[str, Any]
     conversion: Any = None  # of an official checkpoint: what became of its keys
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimisers leave undecayed beside biases and norms: tokens and positions."""
+        return {f"backbone.net.{name}" for name in self.backbone.net.no_weight_decay()}
 
     def features(self, images: Tensor, attention: bool = False) -> Features:
         """Tokens of the first pass over `images` (B, 3, H, W), for any metric and picture."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from timm.models import get_pretrained_cfg
 
@@ -142,6 +143,22 @@ def load_bundle(folder: Path, **overrides: Any) -> Model:
     return model.eval()
 
 
+def init_from(model: Model, source: str | Path) -> list[str]:
+    """Give `model` the weights of another one wherever name and shape agree; returns the names it kept as they were.
+
+    `source` is anything `load` takes; its positions are resampled to the image size of `model`. Raises ConfigError
+    when not even the backbones agree.
+    """
+    other = load(source, image_size=model.config["image_size"]).state_dict()
+    own = model.state_dict()
+    taken = {k: v for k, v in other.items() if k in own and own[k].shape == v.shape}
+    kept = sorted(set(own) - set(taken))
+    if any(k.startswith("backbone.") for k in kept):
+        raise ConfigError(f"{source} has another backbone than {model.config['backbone']!r}: nothing for {kept[0]}")
+    model.load_state_dict(taken, strict=False)
+    return kept
+
+
 def preprocessing_of(model: Model) -> Preprocessing:
     """The preprocessing stored with `model`, or its backbone's default."""
     stored = model.config.get("preprocessing")
@@ -153,6 +170,19 @@ def preprocessing_of(model: Model) -> Preprocessing:
 def labels_of(model: Model) -> list[str]:
     """Class names in the order of the logits; "class 0", "class 1", .. where none were stored."""
     return model.config.get("label_names") or [f"class {i}" for i in range(model.config["num_classes"])]
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device `name` ("cpu", "cuda:1"), by default the best there is; ConfigError when it is not there."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    best = accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name) if name is not None else best
+    except RuntimeError as error:
+        raise ConfigError(f"device={name}: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", best.type):
+        raise ConfigError(f"device={name} is not here; the best there is: {best.type}")
+    return device
 
 
 def _card(config: dict[str, Any], metrics: dict[str, Any] | None) -> str:

@@ -69,6 +69,7 @@ def show_predict(r: dict[str, Any], s: config.Predict) -> str:
 def show_explain(r: dict[str, Any], _: Any) -> str:
     """A line a picture."""
     lines = [f"{p['path']}: {p['label']} {p['probability']:.1%}, {p['picture']}" for p in r["pictures"]]
+    lines += [f"skipped {bad}" for bad in r["skipped"]]
     return "\n".join([*lines, f"pictures: {r['out']}"])
 
 
@@ -142,12 +143,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GlsimError as error:
         print(f"glsim {words[0]}: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print(f"glsim {words[0]}: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the reader of our output left: head, less
         sys.stderr.close()
         return 1
+    except OSError as error:  # a full disk, a folder that cannot be written, an out that is a file
+        print(f"glsim {words[0]}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"glsim {words[0]}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -170,6 +174,8 @@ def parse(name: str, verb: Verb, words: list[str]) -> Any:
         usage=" ".join(["glsim", name, *positionals, "[options]"]),
         description=verb.settings.__doc__,
         exit_on_error=False,
+        allow_abbrev=False,
+        print_config="--print-recipe",
     )
     if verb.settings is config.Train:
         parser.add_argument("--recipe", action="config", help="YAML file with any of the options below")

@@ -50,6 +50,8 @@ class Train:
     options: dict[str, Any] = setting({}, "options of the method, as --options.top_o 16 --options.metric gls_l2")
     backbone_args: dict[str, Any] = setting({}, "handed to timm, as --backbone-args.depth 6")
 
+    init_from: str | None = setting(None, "bundle whose weights to start from, wherever name and shape agree")
+
     val_fraction: float = setting(0.0, "share of train held out, stratified, to watch the run (0: none)")
     test_fraction: float = setting(0.2, "share held out as test where the data has no split of its own")
     split_seed: int = setting(0, "of both shares; kept apart from seed so that repeated runs share their splits")
@@ -139,6 +141,7 @@ class Explain:
     out: str = required("folder for the pictures")
     metric: str | None = setting(None, "score that is drawn; default: the model's own, gls_cos for plain")
     limit: int = setting(100, "draw at most this many images")
+    skip_bad: bool = setting(False, "leave unreadable images out and list them")
     device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
 
     def __post_init__(self) -> None:
@@ -176,9 +179,9 @@ class Quickstart:
     """Train plain ViT and GLSim on the embedded synthetic birds, evaluate and explain them, write a report."""
 
     out: str = setting("quickstart", "folder for data, runs and report")
-    epochs: int = setting(30, "passes over train, for each of the two models")
+    epochs: int = setting(20, "passes over train, for each of the two models")
     train: int = setting(100, "training images a species")
-    test: int = setting(25, "test images a species")
+    test: int = setting(30, "test images a species")
     workers: int = setting(2, "processes that load images")
 
     def __post_init__(self) -> None:

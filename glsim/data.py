@@ -64,6 +64,25 @@ def read_data(
     return _number(rows, classes)
 
 
+def split_data(
+    source: str | Path,
+    classes: Sequence[str] | None = None,
+    split_seed: int = 0,
+    test_fraction: float = 0.2,
+    val_fraction: float = 0.0,
+) -> dict[str, ImageList]:
+    """`read_data`, with `val_fraction` of train held out as "val": how a run sees its data, and how it is seen again.
+
+    Raises ConfigError where the data has a val split of its own and val_fraction would make a second one.
+    """
+    splits = read_data(source, classes=classes, seed=split_seed, test_fraction=test_fraction)
+    if val_fraction and "train" in splits:
+        if "val" in splits:
+            raise ConfigError(f"{source} has a val split of its own; leave val_fraction at 0")
+        splits["train"], splits["val"] = hold_out(splits["train"], val_fraction, split_seed)
+    return splits
+
+
 def hold_out(images: ImageList, fraction: float, seed: int) -> tuple[ImageList, ImageList]:
     """Split into (kept, held out), `fraction` of each class held out: at least one image, but never a class's last one.
 

@@ -12,15 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from glsim.bundle import METRICS_FILE, labels_of, load, preprocessing_of, write_text
+from glsim.bundle import METRICS_FILE, labels_of, load, pick_device, preprocessing_of, write_text
 from glsim.config import Eval
-from glsim.data import ImageDataset, ImageList, read_data, split_hash
+from glsim.data import ImageDataset, ImageList, split_data, split_hash
+from glsim.figures import draw_confusion
 from glsim.images import BadImage, find_bad
 from glsim.transforms import eval_transform
 from glsim.types import ConfigError, DataError
@@ -99,24 +98,23 @@ def make_loader(images: ImageList, transform: Any, batch_size: int, workers: int
 
 
 def make_accelerator(device: str | None = None, precision: str = "no") -> Accelerator:
-    """Accelerate's device and precision choice; `device="cpu"` keeps to the CPU. ConfigError for what is not there."""
+    """Accelerate's choice of devices and precision; ConfigError for what is not there."""
     try:
-        accelerator = Accelerator(cpu=device == "cpu", mixed_precision=precision)
+        return Accelerator(cpu=pick_device(device).type == "cpu", mixed_precision=precision)
     except ValueError as error:
         raise ConfigError(f"precision={precision}: {error}") from error
-    if device not in (None, "cpu") and torch.device(device).type != accelerator.device.type:
-        raise ConfigError(f"device={device} is not here; the best there is: {accelerator.device.type}")
-    return accelerator
 
 
 def run(s: Eval) -> dict[str, Any]:
     """The verb: measure a bundle on one split of a data set; returns the summary and writes it under `s.out`."""
     model = load(s.source)
     labels = labels_of(model)
-    trained_on = model.config.get("data", {})
     named = model.config.get("label_names")
-    splits = read_data(
-        s.data, classes=named, seed=trained_on.get("split_seed", 0), test_fraction=trained_on.get("test_fraction", 0.2)
+    trained_on = model.config.get("data", {})
+    splits = split_data(
+        s.data,
+        named,
+        **{k: trained_on[k] for k in ("split_seed", "test_fraction", "val_fraction") if k in trained_on},
     )
     if s.split not in splits:
         raise DataError(f"{s.data} has no split {s.split!r}; it has: {', '.join(splits)}")
@@ -157,28 +155,3 @@ def _table(images: ImageList, labels: list[str], result: Evaluation) -> str:
     ):
         writer.writerow([path, labels[label], labels[guess], f"{p:.6f}"])
     return text.getvalue()
-
-
-def draw_confusion(confusion: Tensor, labels: list[str], path: Path) -> None:
-    """A PNG of the confusion matrix (C, C): colour is the share of the true class, numbers are counts."""
-    share = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
-    side = 3.0 + 0.35 * len(labels)
-    figure = Figure(figsize=(side, side), layout="constrained")
-    axes = figure.add_subplot()
-    axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8)
-    axes.set_yticks(range(len(labels)), labels, fontsize=8)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
-    for row, col in confusion.nonzero().tolist():
-        colour = "white" if share[row, col] > 0.5 else "black"
-        axes.text(col, row, str(int(confusion[row, col])), ha="center", va="center", fontsize=7, color=colour)
-    save_figure(figure, path)
-
-
-def save_figure(figure: Figure, path: str | Path, dpi: int = 120) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    FigureCanvasAgg(figure).figure.savefig(temporary, format="png", dpi=dpi)
-    temporary.replace(path)

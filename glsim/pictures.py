@@ -18,12 +18,12 @@ from PIL import Image
 from torch import Tensor
 
 from glsim.backbone import Model
-from glsim.bundle import labels_of, load, preprocessing_of
+from glsim.bundle import labels_of, load, pick_device, preprocessing_of
 from glsim.config import Explain
 from glsim.crop import crop_and_resize, select
 from glsim.data import find_images
-from glsim.evaluate import make_accelerator, save_figure
-from glsim.images import open_image
+from glsim.figures import save_figure
+from glsim.images import BadImage, open_image
 from glsim.selection import METRICS, NEEDS_ATTENTION
 from glsim.transforms import eval_transform, to_picture
 from glsim.types import DataError, choose
@@ -39,6 +39,7 @@ class Explanation(NamedTuple):
     heatmap: np.ndarray  # float32 (H, W) in [0, 1]
     box: tuple[int, int, int, int]  # left, top, right, bottom; right and bottom exclusive
     crop: np.ndarray  # uint8 (h, w, 3), what the second pass saw
+    metric: str  # whose scores the heat-map shows
     label: str
     probability: float
 
@@ -64,7 +65,7 @@ def explain(model: Model, images: Tensor, metric: str | None = None) -> list[Exp
     answers = output.logits.float().softmax(dim=1).max(dim=1)
     p, labels = preprocessing_of(model), labels_of(model)
     return [
-        Explanation(image, heatmap, tuple(box), crop, labels[answer], probability)
+        Explanation(image, heatmap, tuple(box), crop, metric, labels[answer], probability)
         for image, heatmap, box, crop, answer, probability in zip(
             to_picture(images, p),
             to_heatmap(selection.scores, selection.grid, size).cpu().numpy(),
@@ -106,7 +107,7 @@ def draw(explanations: Sequence[Explanation], path: str | Path, titles: Sequence
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
         axes[0].set_title(titles[row] if titles else "image and box", fontsize=10)
-        axes[1].set_title("similarity", fontsize=10)
+        axes[1].set_title(e.metric, fontsize=10)
         axes[2].set_title(f"{e.label}  {e.probability:.0%}", fontsize=10, fontweight="bold")
     save_figure(figure, path)
 
@@ -114,23 +115,30 @@ def draw(explanations: Sequence[Explanation], path: str | Path, titles: Sequence
 def run(s: Explain) -> dict[str, Any]:
     """The verb: one PNG an image, and `sheet.png` with up to 24 of them when there are several."""
     paths = find_images(s.images)[: s.limit]
-    model = load(s.source).to(make_accelerator(s.device).device)
+    model = load(s.source).to(pick_device(s.device))
     folder = Path(s.out)
     if folder.exists() and not folder.is_dir():
         raise DataError(f"out={folder} is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     transform = eval_transform(preprocessing_of(model))
-    explanations, rows = [], []
+    explanations, names, rows, skipped = [], [], [], []
     for path, name in zip(paths, _unique_names(paths), strict=True):
-        (e,) = explain(model, _batch(open_image(path), transform, model), s.metric)
+        try:
+            image = open_image(path)
+        except BadImage as error:
+            if not s.skip_bad:
+                raise
+            skipped.append(str(error))
+            continue
+        (e,) = explain(model, _batch(image, transform, model), s.metric)
         draw([e], folder / f"{name}.png", [path.name])
         explanations.append(e)
+        names.append(path.name)
         row = {"path": str(path), "picture": str(folder / f"{name}.png"), "label": e.label}
         rows.append({**row, "probability": e.probability, "box": list(e.box)})
-    if len(paths) > 1:
-        shown = explanations[:SHEET_ROWS]
-        draw(shown, folder / "sheet.png", [p.name for p in paths[: len(shown)]])
-    return {"source": str(s.source), "out": str(folder), "pictures": rows}
+    if len(rows) > 1:
+        draw(explanations[:SHEET_ROWS], folder / "sheet.png", names[:SHEET_ROWS])
+    return {"source": str(s.source), "out": str(folder), "pictures": rows, "skipped": skipped}
 
 
 def _batch(image: Image.Image, transform: Any, model: Model) -> Tensor:

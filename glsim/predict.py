@@ -16,10 +16,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from glsim.backbone import Model
-from glsim.bundle import labels_of, load, preprocessing_of, write_text
+from glsim.bundle import labels_of, load, pick_device, preprocessing_of, write_text
 from glsim.config import Predict
 from glsim.data import ImageDataset, find_images
-from glsim.evaluate import make_accelerator
 from glsim.images import BadImage
 from glsim.transforms import Preprocessing, eval_transform
 
@@ -54,7 +53,7 @@ class Predictor:
         device: str | None = None,
     ) -> None:
         model = source if isinstance(source, Model) else load(source)
-        self.device = make_accelerator(device).device
+        self.device = pick_device(device)
         self.model = model.to(self.device).eval()
         self.labels, self.preprocessing = labels_of(model), preprocessing_of(model)
         self.top_k, self.batch_size, self.workers = min(top_k, len(self.labels)), batch_size, workers

@@ -13,17 +13,17 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from matplotlib.figure import Figure
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
 from glsim.backbone import Model
-from glsim.bundle import CONFIG, METRICS_FILE, default_preprocessing, save, write_text
+from glsim.bundle import CONFIG, METRICS_FILE, default_preprocessing, init_from, save, write_text
 from glsim.config import Train, read_recipe, to_recipe
-from glsim.data import ImageList, hold_out, read_data, split_hash
-from glsim.evaluate import drop_bad, evaluate, make_accelerator, make_loader, save_figure
+from glsim.data import ImageList, split_data, split_hash
+from glsim.evaluate import drop_bad, evaluate, make_accelerator, make_loader
+from glsim.figures import draw_curve
 from glsim.images import BadImage, find_bad
 from glsim.losses import objective
 from glsim.models import create_model
@@ -44,6 +44,8 @@ def run(s: Train, progress: bool = True) -> dict[str, Any]:
     model = create_model(
         s.method, s.backbone, len(classes), s.image_size, s.pretrained, s.backbone_args or None, **s.options
     )
+    if s.init_from is not None:
+        init_from(model, s.init_from)
     p = _preprocessing(s, model)
     to_train = train_transform(p, s.augment, s.crop, s.crop_scale)
     drop_last = len(splits["train"]) > s.batch_size  # a last batch of one image would weigh as much as a full one
@@ -64,16 +66,19 @@ def run(s: Train, progress: bool = True) -> dict[str, Any]:
     final.config = model.config
 
     history = resume(accelerator, out) if s.resume else []
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / RECIPE, to_recipe(s))
-    write_text(out / BAD_IMAGES, "".join(f"{b}\n" for b in bad))
+    accelerator.wait_for_everyone()  # every process has looked at `out` before the first writes to it
+    if accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / RECIPE, to_recipe(s))
+        write_text(out / BAD_IMAGES, "".join(f"{b}\n" for b in bad))
     about = {
         "data": {
-            "source": str(s.data),
+            "source": Path(s.data).name,  # not the path: bundles travel
             "counts": {name: len(images) for name, images in splits.items()},
             "split_hash": split_hash(splits, s.data),
             "split_seed": s.split_seed,
             "test_fraction": s.test_fraction,
+            "val_fraction": s.val_fraction,
         }
     }
     with tqdm(total=steps, initial=len(history) * len(loader), unit="step", disable=not progress) as bar:
@@ -148,13 +153,9 @@ def train_epoch(
 
 def read_splits(s: Train) -> tuple[dict[str, ImageList], list[BadImage]]:
     """The splits to train, watch and test on, and the unreadable files left out of them (with `skip_bad`)."""
-    splits = read_data(s.data, seed=s.split_seed, test_fraction=s.test_fraction)
+    splits = split_data(s.data, None, s.split_seed, s.test_fraction, s.val_fraction)
     if "train" not in splits:
         raise DataError(f"{s.data} has no split 'train'; it has: {', '.join(splits)}")
-    if s.val_fraction:
-        if "val" in splits:
-            raise ConfigError(f"{s.data} has a val split of its own; leave val_fraction at 0")
-        splits["train"], splits["val"] = hold_out(splits["train"], s.val_fraction, s.split_seed)
     bad = []
     if s.skip_bad:
         bad = find_bad([path for images in splits.values() for path in images.paths])
@@ -209,24 +210,6 @@ def resume(accelerator: Accelerator, out: Path) -> list[dict[str, Any]]:
             accelerator.load_state(str(folder))
             return json.loads((folder / "history.json").read_text())
     return []
-
-
-def draw_curve(history: list[dict[str, Any]], path: Path) -> None:
-    """Loss and accuracy over the epochs, as PNG."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in history]
-    loss.plot(epochs, [row["train_loss"] for row in history], marker=".", label="train")
-    loss.set(xlabel="epoch", ylabel="loss", title="Loss")
-    for name in ("train", "val", "test"):
-        points = [(row["epoch"], 100 * row[f"{name}_top1"]) for row in history if f"{name}_top1" in row]
-        if points:
-            accuracy.plot(*zip(*points, strict=True), marker="." if len(points) > 1 else "*", label=name)
-    accuracy.set(xlabel="epoch", ylabel="top-1, %", title="Accuracy", ylim=(0, 101))
-    for axes in (loss, accuracy):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    save_figure(figure, path)
 
 
 def _check_out(s: Train, out: Path) -> None:

@@ -5,10 +5,10 @@ Shape legend, used in every docstring:
 | letter     | meaning                                                                       |
 |------------|-------------------------------------------------------------------------------|
 | B          | images in the batch                                                           |
-| H, W       | image height and width in pixels (h, w: those of a crop)                      |
+| H, W       | image height and width in pixels (crops: height and width)                    |
 | rows, cols | the patch grid; patch i stands in row i // cols, column i % cols              |
 | N          | patches, rows * cols                                                          |
-| n          | tokens, N + prefix (class token, distillation token, registers: 0, 1, 2, 4..) |
+| n          | tokens, N + prefix (class token, distillation token, registers: 0, 1, 2, 5..) |
 | D          | width of a token                                                              |
 | L          | transformer blocks                                                            |
 | h          | attention heads (in `attention_logits`)                                       |
@@ -49,7 +49,7 @@ class Features(NamedTuple):
     cls: Tensor  # (B, D) class token, or the pooled vector where the backbone has none
     patches: Tensor  # (B, N, D) row by row
     grid: tuple[int, int]  # (rows, cols)
-    num_prefix: int  # tokens before the first patch in `attention_logits`
+    num_prefix: int  # tokens before the first patch in `attention_logits`, the first a class token; 0 without one
     attention_logits: tuple[Tensor, ...] | None = None  # L tensors (B, h, n, n), before the softmax; rows are queries
 
 
@@ -67,7 +67,7 @@ class Output(NamedTuple):
 
     logits: Tensor  # (B, C)
     selection: Selection | None = None
-    crops: Tensor | None = None  # (B, 3, h, w), what the second pass saw
+    crops: Tensor | None = None  # (B, 3, height, width), what the second pass saw
     aux: dict[str, Any] = {}  # inputs of the method's own losses
 
 

@@ -3,7 +3,7 @@ import timm
 import torch
 from conftest import SMALL
 
-from glsim import ConfigError
+from glsim import METRICS, ConfigError
 from glsim.backbone import build_backbone, explicit_attention
 
 # name, shrunken, image size, prefix tokens, pooled vector instead of a class token, takes any size
@@ -127,6 +127,14 @@ def test_pretrained_weights_from_a_local_file(tmp_path):
     backbone = build_backbone("vit_tiny_patch16_224", 96, pretrained=True, backbone_args={**SMALL, **overlay})
     assert backbone.grid == (6, 6)
     torch.testing.assert_close(backbone.net.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
+
+
+def test_registers_without_a_class_token_are_no_place_and_no_class():
+    backbone = build_backbone("vit_medium_patch16_reg4_gap_256", 64, backbone_args=SMALL).eval()
+    f = backbone(torch.randn(2, 3, 64, 64), attention=True)
+    assert (backbone.skip, f.num_prefix, f.patches.shape) == (4, 0, (2, 16, 64))
+    assert all(a.shape == (2, 2, 16, 16) for a in f.attention_logits)
+    assert METRICS["attention"](f).shape == (2, 1, 16)
 
 
 def test_dropout_and_constant_drop_path():

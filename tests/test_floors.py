@@ -8,7 +8,7 @@ from conftest import ROOT
 
 FLOORS = [
     {"types"},
-    {"backbone", "selection", "crop", "heads", "losses", "transforms", "images", "synthetic"},
+    {"backbone", "selection", "crop", "heads", "losses", "transforms", "images", "figures", "synthetic"},
     {"models"},
     {"config", "data", "bundle", "official"},
     {"train", "evaluate", "predict", "pictures", "convert", "datasets"},
@@ -18,8 +18,6 @@ SIDEWAYS = {
     ("crop", "selection"),  # a box is drawn around picked patches
     ("bundle", "official"),  # `load` reads both formats
     ("train", "evaluate"),
-    ("predict", "evaluate"),  # both only for the device and the PNG writer
-    ("pictures", "evaluate"),
 }
 
 

@@ -45,6 +45,16 @@ def test_heatmap_is_bright_where_the_score_is_high():
     assert (maps[1] == 0).all()
 
 
+def test_bad_images_stop_by_name_or_are_skipped(run_folder, birds, tmp_path):
+    good = next((birds / "test").rglob("*.jpg"))
+    (tmp_path / "bad.jpg").write_bytes(b"")
+    words = {"source": str(run_folder), "images": [str(tmp_path / "bad.jpg"), str(good)], "out": str(tmp_path / "p")}
+    with pytest.raises(glsim.DataError, match="bad.jpg: empty file"):
+        run(Explain(**words))
+    result = run(Explain(**words, skip_bad=True))
+    assert len(result["pictures"]) == 1 and len(result["skipped"]) == 1
+
+
 def test_pictures_are_written_under_unique_names(run_folder, birds, tmp_path):
     folders = [str(birds / "test")]  # every class holds 0000.jpg, 0001.jpg, ..
     result = run(Explain(source=str(run_folder), images=folders, out=str(tmp_path / "p"), limit=5))

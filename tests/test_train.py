@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import glsim
 from glsim import ConfigError, DataError, evaluate, train
+from glsim.bundle import init_from
 from glsim.config import Eval, Train, read_recipe
 from glsim.data import read_data
 
@@ -97,9 +98,9 @@ def test_training_learns_what_is_easy(tmp_path):
     assert log[-1]["train_loss"] < 0.7 * log[0]["train_loss"]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_sigkill_in_mid_epoch_then_resume_ends_as_undisturbed(birds, tmp_path, workers):
-    epochs = {"epochs": 4, "workers": workers}
+@pytest.mark.parametrize(("workers", "ema"), [(0, 0.9), (2, 0.0)])
+def test_sigkill_in_mid_epoch_then_resume_ends_as_undisturbed(birds, tmp_path, workers, ema):
+    epochs = {"epochs": 4, "workers": workers, "ema": ema}
     whole, broken = settings(birds, tmp_path / "whole", **epochs), settings(birds, tmp_path / "broken", **epochs)
     train.run(whole, progress=False)
     # The child kills itself, without any warning, in the middle of the third epoch.
@@ -149,7 +150,7 @@ def test_the_saved_settings_are_a_recipe(run_folder, birds):
     assert Train(**read_recipe(run_folder / "train.yaml")) == settings(birds, run_folder)
 
 
-def test_ema_is_what_is_saved_and_resumed(birds, tmp_path):
+def test_ema_is_what_is_saved(birds, tmp_path):
     whole = train.run(settings(birds, tmp_path / "a", epochs=2, ema=0.9), progress=False)
     a = load_file(tmp_path / "a" / "model.safetensors")
     raw = load_file(tmp_path / "a" / "checkpoint" / "model.safetensors")
@@ -162,6 +163,37 @@ def test_val_fraction_is_watched_and_held_out(birds, tmp_path):
     assert result["val"]["count"] == 6
     config = json.loads((tmp_path / "r" / "config.json").read_text())
     assert config["data"]["counts"] == {"train": 12, "val": 6, "test": 9}
+
+
+def test_eval_sees_the_split_that_was_held_out(birds, tmp_path):
+    trained = train.run(settings(birds, tmp_path / "r", epochs=1, val_fraction=0.34), progress=False)["val"]
+    again = evaluate.run(Eval(source=str(tmp_path / "r"), data=str(birds), split="val", workers=0))
+    assert (again["count"], again["per_class"]) == (trained["count"], trained["per_class"])
+    assert evaluate.run(Eval(source=str(tmp_path / "r"), data=str(birds), split="train", workers=0))["count"] == 12
+
+
+def test_init_from_takes_what_fits(run_folder, birds, tmp_path):
+    source = glsim.load(run_folder).state_dict()
+    plain = glsim.create_model("plain", TINY["backbone"], 3, 96, backbone_args=TINY["backbone_args"])
+    kept = init_from(plain, run_folder)
+    assert kept == ["head.bias", "head.weight"]
+    key = "backbone.net.blocks.1.mlp.fc1.weight"
+    assert torch.equal(plain.state_dict()[key], source[key])
+    other = glsim.create_model("plain", TINY["backbone"], 3, 64, backbone_args={**TINY["backbone_args"], "depth": 3})
+    with pytest.raises(ConfigError, match="has another backbone than 'vit_tiny_patch16_224'"):
+        init_from(other, run_folder)
+    start = {"init_from": str(run_folder), "lr": 0.0, "min_lr": 0.0, "warmup_lr": 0.0, "epochs": 1}
+    train.run(settings(birds, tmp_path / "r", **start), progress=False)
+    assert torch.equal(load_file(tmp_path / "r" / "model.safetensors")[key], source[key])
+
+
+def test_decay_spares_biases_norms_tokens_and_positions(birds, tmp_path):
+    model = glsim.create_model("glsim", TINY["backbone"], 3, 64, backbone_args=TINY["backbone_args"])
+    optimizer = train.make_optimizer(settings(birds, tmp_path, weight_decay=0.1), model)
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+    assert decayed and all(n.endswith("weight") and "norm" not in n for n in decayed)
+    assert not any("cls_token" in n or "pos_embed" in n for n in decayed)
 
 
 def test_bad_images_stop_training_by_name_or_are_skipped(birds, tmp_path):

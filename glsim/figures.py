@@ -1,0 +1,53 @@
+"""Floor 1: plots as PNG files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+
+def save_figure(figure: Figure, path: str | Path, dpi: int = 120) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    FigureCanvasAgg(figure).figure.savefig(temporary, format="png", dpi=dpi)
+    temporary.replace(path)
+
+
+def draw_curve(history: list[dict[str, Any]], path: Path) -> None:
+    """Loss and accuracy over the epochs, as PNG."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in history]
+    loss.plot(epochs, [row["train_loss"] for row in history], marker=".", label="train")
+    loss.set(xlabel="epoch", ylabel="loss", title="Loss")
+    for name in ("train", "val", "test"):
+        points = [(row["epoch"], 100 * row[f"{name}_top1"]) for row in history if f"{name}_top1" in row]
+        if points:
+            accuracy.plot(*zip(*points, strict=True), marker="." if len(points) > 1 else "*", label=name)
+    accuracy.set(xlabel="epoch", ylabel="top-1, %", title="Accuracy", ylim=(0, 101))
+    for axes in (loss, accuracy):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    save_figure(figure, path)
+
+
+def draw_confusion(confusion: Tensor, labels: list[str], path: Path) -> None:
+    """A PNG of the confusion matrix (C, C): colour is the share of the true class, numbers are counts."""
+    share = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
+    side = 3.0 + 0.35 * len(labels)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    for row, col in confusion.nonzero().tolist():
+        colour = "white" if share[row, col] > 0.5 else "black"
+        axes.text(col, row, str(int(confusion[row, col])), ha="center", va="center", fontsize=7, color=colour)
+    save_figure(figure, path)
