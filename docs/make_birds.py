@@ -21,10 +21,11 @@ import glsim
 from glsim.bundle import labels_of, preprocessing_of
 from glsim.pictures import BOX_COLOUR
 from glsim.predict import to_original
+from glsim.quickstart import BIRDS
 from glsim.synthetic import Species, draw, species
 from glsim.transforms import Preprocessing, eval_transform
 
-BIRDS = 3
+COLUMNS = 3
 SIZE = 448  # finer than the network's input: box and crop are found there, and shown in the full drawing
 SEED = 2024  # data sets are drawn with seed 0 unless told otherwise, so these birds are in none of them
 WIDTH, DPI = 960, 100  # pixels of the picture
@@ -58,16 +59,17 @@ def known_species(model: Any) -> list[Species]:
     """The first three of the model's species; ConfigError where it was trained on something else."""
     labels = set(labels_of(model))
     birds = [bird for bird in species(180) if bird.name in labels]  # of all there are
-    if len(birds) < BIRDS:
+    if len(birds) < COLUMNS:
         some = ", ".join(sorted(labels)[:5])
-        raise glsim.ConfigError(f"the model has to know {BIRDS} species of the synthetic set; it knows {some}")
-    return birds[:BIRDS]
+        raise glsim.ConfigError(f"the model has to know {COLUMNS} species of the synthetic set; it knows {some}")
+    return birds[:COLUMNS]
 
 
 def explain_bird(model: Any, bird: Species, number: int) -> Panel:
     """Draw a bird, ask the model, and take its box and crop over to the full drawing."""
     p = preprocessing_of(model)
-    drawing = draw(bird, np.random.default_rng([SEED, number]), SIZE).image
+    looks = {key: BIRDS[key] for key in ("part_scale", "clutter")}
+    drawing = draw(bird, np.random.default_rng([SEED, number]), SIZE, **looks).image
     (e,) = glsim.explain(model, eval_transform(p)(drawing)[None])
     height, width = p.image_size
     left, top, right, bottom = to_drawing((0, 0, width, height), p)

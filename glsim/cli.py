@@ -24,13 +24,20 @@ class Verb(NamedTuple):
     progress: bool = False  # the function draws a progress bar unless told not to
 
 
+def show_skipped(r: dict[str, Any]) -> list[str]:
+    """The unreadable images, counted and listed."""
+    return [f"skipped {len(r['skipped'])} unreadable images:", *(f"  {bad}" for bad in r["skipped"])] * bool(
+        r["skipped"]
+    )
+
+
 def show_train(r: dict[str, Any], _: Any) -> str:
     """Accuracies and where the bundle is."""
     lines = [f"trained {r['epoch']} epochs: loss {r['train_loss']:.3f}, {r['images_per_second']} images/s"]
     for name in ("val", "test"):
         if name in r:
             lines.append(f"{name}: top-1 {r[name]['top1']:.2%} ({r[name]['correct']} of {r[name]['count']})")
-    lines += [f"skipped {bad}" for bad in r["skipped"]]
+    lines += show_skipped(r)
     return "\n".join([*lines, f"bundle: {r['out']} (curve.png, log.jsonl, metrics.json beside it)"])
 
 
@@ -44,7 +51,7 @@ def show_eval(r: dict[str, Any], s: config.Eval) -> str:
     if len(r["per_class"]) <= 30:
         width = max(len(name) for name in r["per_class"])
         lines += [f"  {name:{width}}  {right:4d} of {count}" for name, (right, count) in r["per_class"].items()]
-    lines += [f"skipped {bad}" for bad in r["skipped"]]
+    lines += show_skipped(r)
     return "\n".join(lines + ([f"written: {s.out}"] if s.out else []))
 
 
@@ -61,15 +68,15 @@ def show_predict(r: dict[str, Any], s: config.Predict) -> str:
         )
         for a in r["predictions"]
     ]
-    for bad in r["skipped"]:
-        print(f"skipped {bad}", file=sys.stderr)
+    for line in show_skipped(r):
+        print(line, file=sys.stderr)
     return f"written: {s.out}" if s.out else FORMATS[s.format](answers).rstrip("\n")
 
 
 def show_explain(r: dict[str, Any], _: Any) -> str:
     """A line a picture."""
     lines = [f"{p['path']}: {p['label']} {p['probability']:.1%}, {p['picture']}" for p in r["pictures"]]
-    lines += [f"skipped {bad}" for bad in r["skipped"]]
+    lines += show_skipped(r)
     return "\n".join([*lines, f"pictures: {r['out']}"])
 
 

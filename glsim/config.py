@@ -180,8 +180,8 @@ class Quickstart:
 
     out: str = setting("quickstart", "folder for data, runs and report")
     epochs: int = setting(20, "passes over train, for each of the two models")
-    train: int = setting(100, "training images a species")
-    test: int = setting(30, "test images a species")
+    train: int = setting(120, "training images a species")
+    test: int = setting(40, "test images a species")
     workers: int = setting(2, "processes that load images")
 
     def __post_init__(self) -> None:

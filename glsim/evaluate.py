@@ -94,7 +94,8 @@ def drop_bad(images: ImageList, bad: list[BadImage]) -> ImageList:
 def make_loader(images: ImageList, transform: Any, batch_size: int, workers: int, **options: Any) -> DataLoader:
     """Batches (images (B, 3, H, W), labels (B,)), read ahead by `workers` processes."""
     dataset: Any = ImageDataset(images, transform)
-    return DataLoader(dataset, batch_size=batch_size, num_workers=workers, **options)
+    pin = torch.accelerator.is_available()
+    return DataLoader(dataset, batch_size=batch_size, num_workers=workers, pin_memory=pin, **options)
 
 
 def make_accelerator(device: str | None = None, precision: str = "no") -> Accelerator:
