@@ -13,6 +13,7 @@ $(BIN)/glsim: pyproject.toml
 install: $(BIN)/glsim
 
 quickstart: install
+	rm -rf quickstart
 	$(BIN)/glsim quickstart --out quickstart
 
 test: install lint

@@ -45,7 +45,7 @@ class Backbone(nn.Module):
         self.num_prefix = self.skip if net.cls_token is not None else 0  # the same, where the first is a class token
         self.image_size: tuple[int, int] = to_pair(net.patch_embed.img_size)
         self.grid: tuple[int, int] = to_pair(net.patch_embed.grid_size)
-        self.patch_size = (self.image_size[0] // self.grid[0], self.image_size[1] // self.grid[1])
+        self.patch_size = to_pair(net.patch_embed.feat_ratio(as_scalar=False))
         self.any_size: bool = getattr(net, "dynamic_img_size", False)
 
     def forward(self, images: Tensor, attention: bool = False) -> Features:
@@ -61,10 +61,11 @@ class Backbone(nn.Module):
             logits, raw = None, self.net.forward_features(images)
         tokens = self.net.fc_norm(raw) if self.late_norm else raw
         cls = self.net.forward_head(raw, pre_logits=True) if self.pooled else tokens[:, 0]
-        grid = to_pair(self.net.patch_embed.dynamic_feat_size(images.shape[-2:]))
+        rows, cols = self.net.patch_embed.dynamic_feat_size(images.shape[-2:])
         if logits is not None and not self.num_prefix:  # registers alone: their rows and columns say nothing of places
             logits = [a[..., self.skip :, self.skip :] for a in logits]
-        return Features(cls, tokens[:, self.skip :], grid, self.num_prefix, None if logits is None else tuple(logits))
+        maps = None if logits is None else tuple(logits)
+        return Features(cls, tokens[:, self.skip :], (rows, cols), self.num_prefix, maps)
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Raise ConfigError unless images of `size` (H, W) can be encoded."""
@@ -189,8 +190,12 @@ def build_backbone(
 
 
 def to_pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """`224` or `(192, 256)` as (height, width)."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    """`224` or `(192, 256)` as (height, width); ConfigError for anything else."""
+    if isinstance(size, int):
+        return size, size
+    if len(size) != 2 or not all(isinstance(side, int) for side in size):
+        raise ConfigError(f"size {list(size)}: give one side or [height, width], in whole pixels")
+    return size[0], size[1]
 
 
 def _no_grid(name: str) -> ConfigError:

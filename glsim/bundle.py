@@ -23,6 +23,7 @@ from glsim.types import ConfigError, DataError
 
 FORMAT = 1  # raised when config.json or the weight names change; `load` keeps reading the older ones
 WEIGHTS, CONFIG, METRICS_FILE, CARD = "model.safetensors", "config.json", "metrics.json", "README.md"
+WHERE_FROM = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}  # for timm
 MODEL_KEYS = ("method", "backbone", "num_classes", "image_size", "backbone_args", "options")
 
 
@@ -49,6 +50,7 @@ def save(model: Model, folder: str | Path, labels: list[str] | None = None, **in
     """
     folder = Path(folder)
     config = dict(model.config)
+    config["backbone_args"] = {k: v for k, v in config["backbone_args"].items() if k not in WHERE_FROM}
     labels = labels if labels is not None else config.get("label_names")
     if labels is not None and len(labels) != config["num_classes"]:
         raise ConfigError(f"{len(labels)} labels for a model of {config['num_classes']} classes")
@@ -93,7 +95,11 @@ def load(source: str | Path, **overrides: Any) -> Model:
         from huggingface_hub import snapshot_download
 
         wanted = [WEIGHTS, CONFIG, METRICS_FILE, CARD]
-        return load_bundle(Path(snapshot_download(source.removeprefix("hf-hub:"), allow_patterns=wanted)), **overrides)
+        try:
+            folder = snapshot_download(source.removeprefix("hf-hub:"), allow_patterns=wanted)
+        except (OSError, ValueError) as error:  # not there, no access, no network, no such name
+            raise DataError(f"{source} cannot be had: {str(error).splitlines()[0]}") from error
+        return load_bundle(Path(folder), **overrides)
     path = Path(str(source).removeprefix("local-dir:"))
     if path.is_dir():
         return load_bundle(path, **overrides)
@@ -115,6 +121,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     missing = [k for k in (*MODEL_KEYS, "preprocessing") if not isinstance(config, dict) or k not in config]
     if missing:
         raise DataError(f"{path} is no glsim config: it lacks {', '.join(missing)}")
+    kinds = {"method": str, "backbone": str, "num_classes": int, "image_size": list, "backbone_args": dict}
+    kinds |= {"options": dict, "preprocessing": dict, "format": int}
+    wrong = [k for k, kind in kinds.items() if k in config and not isinstance(config[k], kind)]
+    if wrong:
+        raise DataError(f"{path} is damaged: {', '.join(f'{k}={config[k]!r}' for k in wrong)}")
     if config.get("format", 0) > FORMAT:
         raise DataError(f"{path} has format {config['format']}, this glsim reads up to {FORMAT}; upgrade glsim")
     return config
@@ -124,8 +135,12 @@ def load_bundle(folder: Path, **overrides: Any) -> Model:
     """Load a bundle folder in eval mode; see `load`."""
     config = read_config(folder)
     kept = {k: v for k, v in config.items() if k not in MODEL_KEYS}
+    # Nothing that a config says may make timm read other files or the network: older versions of it unpickle them.
+    unsafe = (set(config["backbone_args"]) & WHERE_FROM) | (set(config["options"]) & {*MODEL_KEYS, "pretrained"})
+    if unsafe:
+        raise DataError(f"{folder / CONFIG} was refused: a bundle may not set {', '.join(sorted(unsafe))}")
     arguments = {k: config[k] for k in MODEL_KEYS if k != "options"} | config["options"] | overrides
-    model = create_model(**arguments)
+    model = create_model(**arguments, pretrained=False)
     try:
         weights = safetensors.torch.load_file(folder / WEIGHTS)
     except FileNotFoundError:

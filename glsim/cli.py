@@ -70,7 +70,7 @@ def show_predict(r: dict[str, Any], s: config.Predict) -> str:
     ]
     for line in show_skipped(r):
         print(line, file=sys.stderr)
-    return f"written: {s.out}" if s.out else FORMATS[s.format](answers).rstrip("\n")
+    return f"written: {s.out}" if s.out else FORMATS[str(s.format)](answers).rstrip("\n")
 
 
 def show_explain(r: dict[str, Any], _: Any) -> str:
@@ -148,18 +148,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # jsonargparse printed help (0) or what is wrong (2)
         return int(stop.code or 0)
     except GlsimError as error:
-        print(f"glsim {words[0]}: {error}", file=sys.stderr)
-        return error.exit_code
+        return fail(words[0], error, error.exit_code, as_json)
     except BrokenPipeError:  # the reader of our output left: head, less
         sys.stderr.close()
         return 1
     except OSError as error:  # a full disk, a folder that cannot be written, an out that is a file
-        print(f"glsim {words[0]}: {error}", file=sys.stderr)
-        return 1
+        return fail(words[0], error, 1, as_json)
     except KeyboardInterrupt:
-        print(f"glsim {words[0]}: interrupted", file=sys.stderr)
-        return 130
+        return fail(words[0], "interrupted", 130, as_json)
     return 0
+
+
+def fail(verb: str, error: object, code: int, as_json: bool) -> int:
+    """Say what went wrong, on stderr for people and with --json on stdout for programs; returns `code`."""
+    print(f"glsim {verb}: {error}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"error": str(error), "exit_code": code}, ensure_ascii=False))
+    return code
 
 
 def usage() -> str:

@@ -101,8 +101,8 @@ class Eval:
 
     source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth")
     data: str = required("folder or CSV, as for train")
-    split: str = setting("test", "train, val or test")
-    out: str | None = setting(None, "folder for metrics.json, predictions.csv and the confusion matrix")
+    split: Literal["train", "val", "test", "all"] = setting("test", "which images; all: every one there is")
+    out: str | None = setting(None, "folder for evaluation.json, predictions.csv and the confusion matrix")
     batch_size: int = setting(32, "images at a time")
     workers: int = setting(2, "processes that load images")
     skip_bad: bool = setting(False, "leave unreadable images out and list them")
@@ -120,7 +120,7 @@ class Predict:
     source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth")
     images: list[str] = positional(MISSING, "files, folders or globs")
     top_k: int = setting(5, "answers per image")
-    format: Literal["text", "jsonl", "csv"] = setting("text", "how to print")
+    format: Literal["text", "jsonl", "csv"] | None = setting(None, "default: by the ending of --out, else text")
     out: str | None = setting(None, "write there instead of printing")
     batch_size: int = setting(32, "images at a time")
     workers: int = setting(2, "processes that load images")
@@ -130,6 +130,9 @@ class Predict:
     def __post_init__(self) -> None:
         _at_least(self, 1, "batch_size", "top_k")
         _at_least(self, 0, "workers")
+        if self.format is None:
+            ending = Path(self.out).suffix.lstrip(".").lower() if self.out else ""
+            object.__setattr__(self, "format", ending if ending in ("jsonl", "csv") else "text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +182,7 @@ class Quickstart:
     """Train plain ViT and GLSim on the embedded synthetic birds, evaluate and explain them, write a report."""
 
     out: str = setting("quickstart", "folder for data, runs and report")
-    epochs: int = setting(20, "passes over train, for each of the two models")
+    epochs: int = setting(16, "passes over train, for each of the two models")
     train: int = setting(120, "training images a species")
     test: int = setting(40, "test images a species")
     workers: int = setting(2, "processes that load images")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ BOX_RULES: dict[str, Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
 
 
 def boxes_from_indices(
-    indices: Tensor, grid: tuple[int, int], image_size: tuple[int, int], rule: str = "exclusive"
+    indices: Tensor, grid: tuple[int, int], image_size: Sequence[int], rule: str = "exclusive"
 ) -> Tensor:
     """Draw a box around the patches `indices` (B, K) of a `grid` (rows, cols) over an image (H, W).
 
@@ -48,7 +48,7 @@ def boxes_from_indices(
 
 
 def select(
-    scores: Tensor, top_o: int, grid: tuple[int, int], image_size: tuple[int, int], rule: str = "exclusive"
+    scores: Tensor, top_o: int, grid: tuple[int, int], image_size: Sequence[int], rule: str = "exclusive"
 ) -> Selection:
     """Take the `top_o` best patches of a metric's `scores` (B, g, N) and put a box around them."""
     scores, indices = pick(scores, top_o)

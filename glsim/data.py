@@ -48,8 +48,8 @@ def read_data(
     `source` is, the first that fits: a folder with train.csv (or train_val.csv), val.csv, test.csv; a folder
     train|val|test/CLASS/...; a folder CLASS/...; a CSV file with the header `path,label[,split]` (paths relative to its
     folder) or `dir,class_id` (names in classid_classname.csv beside it). Where nothing says the split, `test_fraction`
-    of each class goes to "test", drawn by a hash of `seed` and path: the same on every machine. train_val.csv is read
-    only where train.csv is missing; val.csv, which is a part of it, is then left out.
+    of each class goes to "test", drawn by a hash of `seed` and path: the same on every machine. train_val.csv,
+    where it exists, is the train split, as the field's protocol has it; val.csv, which is a part of it, is left out.
 
     All splits share one class order: `classes` where given (the list stored with a model), else that of the train
     split, by class_id or by name. Raises DataError for anything missing or contradictory, naming file, line and class.
@@ -62,25 +62,6 @@ def read_data(
         held = _held_out(((row.key, row.label) for row in rows), test_fraction, seed)
         rows = [row._replace(split="test" if row.key in held else "train") for row in rows]
     return _number(rows, classes)
-
-
-def split_data(
-    source: str | Path,
-    classes: Sequence[str] | None = None,
-    split_seed: int = 0,
-    test_fraction: float = 0.2,
-    val_fraction: float = 0.0,
-) -> dict[str, ImageList]:
-    """`read_data`, with `val_fraction` of train held out as "val": how a run sees its data, and how it is seen again.
-
-    Raises ConfigError where the data has a val split of its own and val_fraction would make a second one.
-    """
-    splits = read_data(source, classes=classes, seed=split_seed, test_fraction=test_fraction)
-    if val_fraction and "train" in splits:
-        if "val" in splits:
-            raise ConfigError(f"{source} has a val split of its own; leave val_fraction at 0")
-        splits["train"], splits["val"] = hold_out(splits["train"], val_fraction, split_seed)
-    return splits
 
 
 def hold_out(images: ImageList, fraction: float, seed: int) -> tuple[ImageList, ImageList]:
@@ -144,7 +125,7 @@ class _Row(NamedTuple):
 
 def _rows_of_lists(folder: Path) -> list[_Row]:
     lists = {split: folder / f"{split}.csv" for split in SPLITS}
-    if not lists["train"].is_file() and (folder / "train_val.csv").is_file():
+    if (folder / "train_val.csv").is_file():
         lists = {"train": folder / "train_val.csv", "test": folder / "test.csv"}
     present = {split: file for split, file in lists.items() if file.is_file()}
     return [row._replace(split=split) for split, file in present.items() for row in _rows_of_list(file)]
@@ -188,13 +169,14 @@ def _rows_of_list(file: Path) -> list[_Row]:
                 raise DataError(f"{where}: unknown split {cells['split']!r}; use train, val or test")
         key = PurePosixPath(cells[path_column].replace("\\", "/")).as_posix()
         rows.append(_Row(folder / key, key, label, where, split, class_id))
-    # The published lists name files below their own folder or below data/ in it, and do not say which.
-    bases = (folder, folder / "data") if published else (folder,)
+    # The published lists name files below their own folder or one in it (data/, images/), and do not say which.
+    inside = _folders(folder) if published else []
+    bases = [folder, *(base for base in inside if any((base / row.key).is_file() for row in rows[:20]))]
     missing = {base: [row for row in rows if not (base / row.key).is_file()] for base in bases}
     base = min(bases, key=lambda base: len(missing[base]))
     if missing[base]:
         first = "".join(f"\n  {row.where}: {row.key}" for row in missing[base][:5])
-        looked = " and ".join(map(str, bases))
+        looked = f"{folder} and the folders in it" if published else str(folder)
         raise DataError(f"{file}: {len(missing[base])} of {len(rows)} images are missing below {looked}; first:{first}")
     return [row._replace(path=base / row.key) for row in rows]
 

@@ -7,18 +7,20 @@ import io
 import json
 import time
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from glsim.bundle import METRICS_FILE, labels_of, load, pick_device, preprocessing_of, write_text
+from glsim.bundle import labels_of, load, pick_device, preprocessing_of, write_text
 from glsim.config import Eval
-from glsim.data import ImageDataset, ImageList, split_data, split_hash
+from glsim.data import ImageDataset, ImageList, hold_out, read_data, split_hash
 from glsim.figures import draw_confusion
 from glsim.images import BadImage, find_bad
 from glsim.transforms import eval_transform
@@ -82,6 +84,13 @@ def evaluate(model: nn.Module, loader: Iterable[Any], num_classes: int, accelera
     )
 
 
+def join(lists: Iterable[ImageList]) -> ImageList:
+    """Several splits of one data set as one."""
+    lists = list(lists)
+    paths, labels = (tuple(chain(*parts)) for parts in zip(*((i.paths, i.labels) for i in lists), strict=True))
+    return ImageList(paths, labels, lists[0].classes)
+
+
 def drop_bad(images: ImageList, bad: list[BadImage]) -> ImageList:
     """`images` without the unreadable files; DataError when nothing is left."""
     gone = {str(b.path) for b in bad}
@@ -99,9 +108,16 @@ def make_loader(images: ImageList, transform: Any, batch_size: int, workers: int
 
 
 def make_accelerator(device: str | None = None, precision: str = "no") -> Accelerator:
-    """Accelerate's choice of devices and precision; ConfigError for what is not there."""
+    """Accelerate's choice of devices and precision, anew each time; ConfigError for what is not there."""
+    chosen = pick_device(device)
+    if precision == "fp16" and chosen.type == "cpu":
+        raise ConfigError("precision=fp16 needs an accelerator, there is only a CPU; use no or bf16")
+    if chosen.index is not None and chosen.type != "cpu":
+        torch.accelerator.set_device_index(chosen.index)
+    if PartialState(cpu=chosen.type == "cpu").num_processes == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier run in this very process
     try:
-        return Accelerator(cpu=pick_device(device).type == "cpu", mixed_precision=precision)
+        return Accelerator(cpu=chosen.type == "cpu", mixed_precision=precision)
     except ValueError as error:
         raise ConfigError(f"precision={precision}: {error}") from error
 
@@ -111,17 +127,19 @@ def run(s: Eval) -> dict[str, Any]:
     model = load(s.source)
     labels = labels_of(model)
     named = model.config.get("label_names")
-    trained_on = model.config.get("data", {})
-    splits = split_data(
-        s.data,
-        named,
-        **{k: trained_on[k] for k in ("split_seed", "test_fraction", "val_fraction") if k in trained_on},
-    )
-    if s.split not in splits:
-        raise DataError(f"{s.data} has no split {s.split!r}; it has: {', '.join(splits)}")
-    images = splits[s.split]
+    seen = {"split_seed": 0, "test_fraction": 0.2, "val_fraction": 0.0} | (model.config.get("data") or {})
+    splits = read_data(s.data, classes=named, seed=seen["split_seed"], test_fraction=seen["test_fraction"])
+    if seen["val_fraction"] and "train" in splits and "val" not in splits:
+        splits["train"], splits["val"] = hold_out(splits["train"], seen["val_fraction"], seen["split_seed"])
+    if s.split == "all":
+        images = join(splits.values())
+    elif s.split in splits:
+        images = splits[s.split]
+    else:
+        raise DataError(f"{s.data} has no split {s.split!r}; it has: {', '.join(splits)} (and all)")
     if named is None and len(images.classes) != len(labels):
         raise DataError(f"{s.data} has {len(images.classes)} classes, the model {len(labels)} without names")
+    labels = list(images.classes)  # an unnamed model's classes are taken to be in the order of the data's
     bad = find_bad(images.paths) if s.skip_bad else []
     if bad:
         images = drop_bad(images, bad)
@@ -140,7 +158,7 @@ def run(s: Eval) -> dict[str, Any]:
     if s.out is not None:
         folder = Path(s.out)
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / METRICS_FILE, json.dumps(summary, indent=2) + "\n")
+        write_text(folder / "evaluation.json", json.dumps(summary, indent=2) + "\n")
         write_text(folder / "predictions.csv", _table(images, labels, result))
         if len(labels) <= MOST_CLASSES_DRAWN:
             draw_confusion(result.confusion, labels, folder / "confusion.png")

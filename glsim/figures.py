@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 120) -> None:
     """Write a figure as PNG, whole or not at all."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    FigureCanvasAgg(figure).figure.savefig(temporary, format="png", dpi=dpi)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a script the font lacks shows as boxes
+        FigureCanvasAgg(figure).figure.savefig(temporary, format="png", dpi=dpi)
     temporary.replace(path)
 
 
@@ -43,8 +46,8 @@ def draw_confusion(confusion: Tensor, labels: list[str], path: Path) -> None:
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8)
-    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8, parse_math=False)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8, parse_math=False)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     for row, col in confusion.nonzero().tolist():

@@ -34,11 +34,26 @@ class Aggregator(nn.Module):
         return self.norm(self.blocks(tokens))
 
 
-# How the head reads the aggregated tokens (B, 2, D).
+def read_first(tokens: Tensor, head: nn.Module) -> Tensor:
+    """Logits (B, C) of the image's token, which has seen the crop's in the aggregator."""
+    return head(tokens[:, 0])
+
+
+def read_mean(tokens: Tensor, head: nn.Module) -> Tensor:
+    """Mean of both tokens' logits (B, C)."""
+    return head(tokens).mean(dim=1)
+
+
+def read_max(tokens: Tensor, head: nn.Module) -> Tensor:
+    """Largest of both tokens' logits (B, C), class by class."""
+    return head(tokens).amax(dim=1)
+
+
+# How the head reads the aggregated tokens (B, 2, D); the published names.
 CLASSIFIERS: dict[str, Callable[[Tensor, nn.Module], Tensor]] = {
-    "cls": lambda tokens, head: head(tokens[:, 0]),
-    "avg_cls": lambda tokens, head: head(tokens).mean(dim=1),
-    "max_cls": lambda tokens, head: head(tokens).amax(dim=1),
+    "cls": read_first,
+    "avg_cls": read_mean,
+    "max_cls": read_max,
 }
 
 

@@ -47,6 +47,7 @@ GLSIM_FIXED = {
     "head_act": False,
     "classifier_aux": None,
     "adapter": None,
+    "deit_recipe": False,
 }
 GLSIM_BLOCK = {"proj": "attn.proj", "norm1": "norm1", "norm2": "norm2", "pwff.fc1": "mlp.fc1", "pwff.fc2": "mlp.fc2"}
 
@@ -74,11 +75,14 @@ def convert_official(path: str | Path, method: str = "glsim", **overrides: Any) 
     own = model.state_dict()
     missing = sorted(set(own) - set(weights))
     wrong = [k for k in weights if k in own and own[k].shape != weights[k].shape]
-    if missing or wrong:
-        raise DataError(f"{path} does not hold this model: missing {missing[:5]}, of another shape {wrong[:5]}")
-    model.load_state_dict(weights)
     names = {source: ours for ours, (sources, _) in used.items() for source in sources}
     left = {k: ignored.get(k, "not part of this model") for k in published if k not in names}
+    if missing or wrong:
+        raise DataError(
+            f"{path} does not hold this model; missing: {', '.join(missing) or 'none'}; "
+            f"of another shape: {', '.join(wrong) or 'none'}; ignored: {', '.join(left) or 'none'}; {len(names)} used"
+        )
+    model.load_state_dict(weights)
     model.conversion = Conversion(names, left, missing)
     model.config["preprocessing"] = _published_preprocessing(arguments, model).as_dict()
     return model.eval()
@@ -159,6 +163,8 @@ def _published_preprocessing(args: Mapping[str, Any], model: Model) -> Preproces
     """The authors' evaluation pipeline: square resize to 1.34 S (Cars: S / 0.875), ImageNet or 0.5 statistics."""
     size = to_pair(model.config["image_size"])
     resize = args.get("test_resize_size") or args.get("resize_size")
+    if args.get("test_resize_directly"):
+        resize = args["image_size"]
     ratio = resize / args["image_size"] if resize else 1 / 0.875 if args.get("dataset_name") == "cars" else 1.34
     half = args.get("custom_mean_std")
     mean, std = ((0.5,) * 3, (0.5,) * 3) if half else (IMAGENET_MEAN, IMAGENET_STD)

@@ -26,10 +26,10 @@ from glsim.figures import save_figure
 from glsim.images import BadImage, open_image
 from glsim.selection import METRICS, NEEDS_ATTENTION
 from glsim.transforms import eval_transform, to_picture
-from glsim.types import DataError, choose
+from glsim.types import ConfigError, DataError, choose
 
 BOX_COLOUR = "#ff2d55"
-SHEET_ROWS = 24
+SHEET, SHEET_ROWS = "sheet.png", 24
 
 
 class Explanation(NamedTuple):
@@ -106,9 +106,9 @@ def draw(explanations: Sequence[Explanation], path: str | Path, titles: Sequence
         for ax in axes:
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
-        axes[0].set_title(titles[row] if titles else "image and box", fontsize=10)
+        axes[0].set_title(titles[row] if titles else "image and box", fontsize=10, parse_math=False)
         axes[1].set_title(e.metric, fontsize=10)
-        axes[2].set_title(f"{e.label}  {e.probability:.0%}", fontsize=10, fontweight="bold")
+        axes[2].set_title(f"{e.label}  {e.probability:.0%}", fontsize=10, fontweight="bold", parse_math=False)
     save_figure(figure, path)
 
 
@@ -121,8 +121,12 @@ def run(s: Explain) -> dict[str, Any]:
         raise DataError(f"out={folder} is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     transform = eval_transform(preprocessing_of(model))
+    targets = [folder / f"{name}.png" for name in _unique_names(paths)]
+    taken = {path.resolve() for path in paths} & {target.resolve() for target in [*targets, folder / SHEET]}
+    if taken:
+        raise ConfigError(f"out={folder} would overwrite the image {min(taken)}; name another folder")
     explanations, names, rows, skipped = [], [], [], []
-    for path, name in zip(paths, _unique_names(paths), strict=True):
+    for path, target in zip(paths, targets, strict=True):
         try:
             image = open_image(path)
         except BadImage as error:
@@ -131,13 +135,13 @@ def run(s: Explain) -> dict[str, Any]:
             skipped.append(str(error))
             continue
         (e,) = explain(model, _batch(image, transform, model), s.metric)
-        draw([e], folder / f"{name}.png", [path.name])
+        draw([e], target, [path.name])
         explanations.append(e)
         names.append(path.name)
-        row = {"path": str(path), "picture": str(folder / f"{name}.png"), "label": e.label}
+        row = {"path": str(path), "picture": str(target), "label": e.label}
         rows.append({**row, "probability": e.probability, "box": list(e.box)})
     if len(rows) > 1:
-        draw(explanations[:SHEET_ROWS], folder / "sheet.png", names[:SHEET_ROWS])
+        draw(explanations[:SHEET_ROWS], folder / SHEET, names[:SHEET_ROWS])
     return {"source": str(s.source), "out": str(folder), "pictures": rows, "skipped": skipped}
 
 

@@ -21,6 +21,7 @@ from glsim.config import Predict
 from glsim.data import ImageDataset, find_images
 from glsim.images import BadImage
 from glsim.transforms import Preprocessing, eval_transform
+from glsim.types import ConfigError
 
 
 class Prediction(NamedTuple):
@@ -52,6 +53,8 @@ class Predictor:
         workers: int = 0,
         device: str | None = None,
     ) -> None:
+        if top_k < 1 or batch_size < 1:
+            raise ConfigError(f"top_k={top_k}, batch_size={batch_size}: both have to be at least 1")
         model = source if isinstance(source, Model) else load(source)
         self.device = pick_device(device)
         self.model = model.to(self.device).eval()
@@ -117,7 +120,7 @@ def run(s: Predict, progress: bool = True) -> dict[str, Any]:
         else:
             raise answer
     if s.out is not None:
-        write_text(s.out, FORMATS[s.format](predictions))
+        write_text(s.out, FORMATS[str(s.format)](predictions))
     return {"source": str(s.source), "predictions": [a.as_dict() for a in predictions], "skipped": skipped}
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from glsim.backbone import Model
 from glsim.bundle import CONFIG, METRICS_FILE, default_preprocessing, init_from, save, write_text
 from glsim.config import Train, read_recipe, to_recipe
-from glsim.data import ImageList, split_data, split_hash
+from glsim.data import ImageList, hold_out, read_data, split_hash
 from glsim.evaluate import drop_bad, evaluate, make_accelerator, make_loader
 from glsim.figures import draw_curve
 from glsim.images import BadImage, find_bad
@@ -30,7 +30,8 @@ from glsim.models import create_model
 from glsim.transforms import Preprocessing, eval_transform, train_transform
 from glsim.types import ConfigError, DataError, GlsimError
 
-RECIPE, LOG, CURVE, BAD_IMAGES, CHECKPOINT = "train.yaml", "log.jsonl", "curve.png", "bad_images.txt", "checkpoint"
+RECIPE, LOG, CURVE, BAD_IMAGES = "train.yaml", "log.jsonl", "curve.png", "bad_images.txt"
+CHECKPOINT, STATE = "checkpoint", "state.json"
 
 
 def run(s: Train, progress: bool = True) -> dict[str, Any]:
@@ -65,7 +66,8 @@ def run(s: Train, progress: bool = True) -> dict[str, Any]:
     final: Any = ema.module if ema is not None else model
     final.config = model.config
 
-    history = resume(accelerator, out) if s.resume else []
+    data_hash = split_hash(splits, s.data)
+    history = resume(accelerator, out, data_hash) if s.resume else []
     accelerator.wait_for_everyone()  # every process has looked at `out` before the first writes to it
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
@@ -75,7 +77,7 @@ def run(s: Train, progress: bool = True) -> dict[str, Any]:
         "data": {
             "source": Path(s.data).name,  # not the path: bundles travel
             "counts": {name: len(images) for name, images in splits.items()},
-            "split_hash": split_hash(splits, s.data),
+            "split_hash": data_hash,
             "split_seed": s.split_seed,
             "test_fraction": s.test_fraction,
             "val_fraction": s.val_fraction,
@@ -97,7 +99,7 @@ def run(s: Train, progress: bool = True) -> dict[str, Any]:
                 save(final, out, list(classes), preprocessing=p, metrics={**row, **metrics}, **about)
                 write_text(out / LOG, "".join(json.dumps(r) + "\n" for r in history))
                 draw_curve(history, out / CURVE)
-            checkpoint(accelerator, out, history)
+            checkpoint(accelerator, out, history, data_hash)
     return {"out": str(out), **json.loads((out / METRICS_FILE).read_text()), "skipped": [str(b) for b in bad]}
 
 
@@ -153,9 +155,15 @@ def train_epoch(
 
 def read_splits(s: Train) -> tuple[dict[str, ImageList], list[BadImage]]:
     """The splits to train, watch and test on, and the unreadable files left out of them (with `skip_bad`)."""
-    splits = split_data(s.data, None, s.split_seed, s.test_fraction, s.val_fraction)
+    splits = read_data(s.data, seed=s.split_seed, test_fraction=s.test_fraction)
     if "train" not in splits:
         raise DataError(f"{s.data} has no split 'train'; it has: {', '.join(splits)}")
+    if len(splits["train"].classes) < 2:
+        raise DataError(f"{s.data} has one class, {splits['train'].classes[0]!r}; there is nothing to tell apart")
+    if s.val_fraction:
+        if "val" in splits:
+            raise ConfigError(f"{s.data} has a val split of its own; leave val_fraction at 0")
+        splits["train"], splits["val"] = hold_out(splits["train"], s.val_fraction, s.split_seed)
     bad = []
     if s.skip_bad:
         bad = find_bad([path for images in splits.values() for path in images.paths])
@@ -188,13 +196,13 @@ def make_schedule(s: Train, optimizer: Any, steps: int) -> CosineLRScheduler:
     )
 
 
-def checkpoint(accelerator: Accelerator, out: Path, history: list[dict[str, Any]]) -> None:
+def checkpoint(accelerator: Accelerator, out: Path, history: list[dict[str, Any]], data_hash: str) -> None:
     """Everything that `resume` needs, swapped in by renaming: at every moment one whole checkpoint exists."""
     new, old, final = (out / f"{CHECKPOINT}{end}" for end in (".new", ".old", ""))
     shutil.rmtree(new, ignore_errors=True)
     accelerator.save_state(str(new))
     if accelerator.is_main_process:
-        write_text(new / "history.json", json.dumps(history))
+        write_text(new / STATE, json.dumps({"history": history, "split_hash": data_hash}))
         shutil.rmtree(old, ignore_errors=True)
         if final.exists():
             final.rename(old)
@@ -203,12 +211,18 @@ def checkpoint(accelerator: Accelerator, out: Path, history: list[dict[str, Any]
     accelerator.wait_for_everyone()
 
 
-def resume(accelerator: Accelerator, out: Path) -> list[dict[str, Any]]:
-    """Load the last whole checkpoint of `out`; returns the log of its finished epochs (empty: none was finished)."""
+def resume(accelerator: Accelerator, out: Path, data_hash: str) -> list[dict[str, Any]]:
+    """Load the last whole checkpoint of `out`; returns the log of its finished epochs (empty: none was finished).
+
+    The data may have moved, but ConfigError is raised when an image, a class or a split is another one.
+    """
     for folder in (out / CHECKPOINT, out / f"{CHECKPOINT}.old"):
-        if (folder / "history.json").is_file():
+        if (folder / STATE).is_file():
+            state = json.loads((folder / STATE).read_text())
+            if state["split_hash"] != data_hash:
+                raise ConfigError(f"{out} was trained on other images, classes or splits than the data has now")
             accelerator.load_state(str(folder))
-            return json.loads((folder / "history.json").read_text())
+            return state["history"]
     return []
 
 
@@ -216,18 +230,18 @@ def _check_out(s: Train, out: Path) -> None:
     """A run is never overwritten; resuming with other settings is an error that names them."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out={out} is a file; name a folder")
+    go_on = f"glsim train --recipe {out / RECIPE} --resume"
     if not s.resume:
-        if (out / RECIPE).exists() or (out / CONFIG).exists():
-            raise ConfigError(f"{out} already holds a run: go on with --resume, or name another --out")
+        if (out / CONFIG).exists() or any(out.glob(f"{CHECKPOINT}*")):
+            raise ConfigError(f"{out} already holds a run: go on with {go_on}, or name another --out")
         return
     if not (out / RECIPE).exists():
         raise ConfigError(f"nothing to resume: {out} has no {RECIPE}")
-    saved = read_recipe(out / RECIPE)
-    free = {"workers", "out", "data"}  # may change without changing the run
-    now = yaml.safe_load(to_recipe(s))
+    saved, now = read_recipe(out / RECIPE), yaml.safe_load(to_recipe(s))
+    free = {"workers", "out", "data"}  # may change without changing the run; resume() looks into the data
     changed = [f"{k}={now[k]!r} (was {saved.get(k)!r})" for k in now if k not in free and now[k] != saved.get(k)]
     if changed:
-        raise ConfigError(f"{out} was started with other settings: {', '.join(changed)}")
+        raise ConfigError(f"{out} was started with other settings: {', '.join(changed)}; go on with {go_on}")
 
 
 def _preprocessing(s: Train, model: Model) -> Preprocessing:

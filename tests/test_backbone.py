@@ -22,7 +22,7 @@ FAMILIES = [
     ("beitv2_base_patch16_224", True, (64, 64), 1, False, False),
     ("vit_tiny_r_s16_p8_224", True, (128, 128), 1, False, True),
     ("test_vit", False, None, 1, False, True),
-    ("test_vit2", False, None, 1, True, True),
+    ("test_vit2", False, None, 0, True, True),  # one register, no class token
 ]
 IDS = [f[0] for f in FAMILIES]
 
@@ -45,7 +45,7 @@ def test_features_have_names_and_shapes(name, shrunk, size, prefix, pooled, any_
     assert (f.num_prefix, backbone.pooled, backbone.any_size) == (prefix, pooled, any_size)
     assert f.attention_logits is None
     # the tokens are timm's own
-    torch.testing.assert_close(f.patches, normed[:, prefix:])
+    torch.testing.assert_close(f.patches, normed[:, backbone.skip :])
     if pooled:
         torch.testing.assert_close(f.cls, classified)
     # spelled-out attention gives the same, and its logits
@@ -110,6 +110,11 @@ def test_errors_say_what_would_work():
         build_backbone("vit_bse_patch16_224")
     with pytest.raises(ConfigError, match=r"image size 225x225 is no multiple of the patch, 16x16"):
         build_backbone("vit_tiny_patch16_224", 225, backbone_args=SMALL)
+    for size in (238, 63, (64, 63)):
+        with pytest.raises(ConfigError, match=r"is no multiple of the patch, 16x16"):
+            build_backbone("vit_tiny_patch16_224", size, backbone_args=SMALL)
+    with pytest.raises(ConfigError, match=r"size \[64, 96, 3\]: give one side or \[height, width\]"):
+        build_backbone("vit_tiny_patch16_224", [64, 96, 3], backbone_args=SMALL)
     with pytest.raises(ConfigError, match=r"cannot build.*dept"):
         build_backbone("vit_tiny_patch16_224", 64, backbone_args={"dept": 2})
     with pytest.raises(ConfigError, match=r"no pre-trained weights.*pretrained_cfg_overlay.*pretrained=False"):

@@ -105,6 +105,34 @@ def test_damage_is_named(bundle, tmp_path):
         glsim.load(tmp_path / "x.txt")
 
 
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [("backbone_args", "checkpoint_path"), ("backbone_args", "pretrained_cfg_overlay"), ("options", "pretrained")],
+)
+def test_a_bundle_cannot_make_timm_read_other_files(bundle, part, key):
+    config = json.loads((bundle / "config.json").read_text())
+    config[part][key] = "/tmp/evil.pth"
+    (bundle / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=f"refused: a bundle may not set {key}"):
+        glsim.load(bundle)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("options", None), ("num_classes", "5"), ("format", "9"), ("image_size", 64)]
+)
+def test_a_config_of_the_wrong_types_is_named(bundle, key, value):
+    config = json.loads((bundle / "config.json").read_text())
+    (bundle / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(DataError, match=f"is damaged: {key}="):
+        glsim.load(bundle)
+
+
+def test_a_hub_name_that_cannot_be_had():
+    for name in ("hf-hub:a/b/c", "hf-hub:nobody/nothing"):
+        with pytest.raises(DataError, match=f"{name} cannot be had"):
+            glsim.load(name)
+
+
 class Evil:
     def __reduce__(self):
         return (eval, ("__import__('pathlib').Path('/tmp/glsim_evil').touch()",))
@@ -155,7 +183,10 @@ def test_a_checkpoint_of_another_design_is_refused(tmp_path):
     file["config"].aggregator_type = "transformer"
     del file["model"]["model.encoder_norm.bias"]
     torch.save(file, tmp_path / "y.pth")
-    with pytest.raises(DataError, match=r"missing \['backbone.net.norm.bias'\]"):
+    with pytest.raises(
+        DataError,
+        match=r"missing: backbone.net.norm.bias; of another shape: none; ignored: anchor_class_token; \d+ used",
+    ):
         glsim.load(tmp_path / "y.pth")
     with pytest.raises(DataError, match="is no GLSim checkpoint"):
         glsim.load(SHARED / "golden" / "transfg.pth")

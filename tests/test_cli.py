@@ -138,6 +138,11 @@ def test_bad_data_leaves_with_3(capsys, run_folder, tmp_path):
     assert call(capsys, "explain", run_folder, tmp_path / "bad.jpg", "--out", tmp_path / "p")[0] == 3
     assert call(capsys, "convert", tmp_path / "none.pth", tmp_path / "b")[0] == 3
     assert call(capsys, "predict", tmp_path, tmp_path / "bad.jpg")[0] == 3
+    code, out, _ = call(capsys, "predict", run_folder, tmp_path / "bad.jpg", "--workers", "0", "--json")
+    assert json.loads(out) == {
+        "error": f"{tmp_path / 'bad.jpg'}: not an image, or damaged at its start: b'no image'",
+        "exit_code": 3,
+    }
 
 
 def test_an_out_that_cannot_be_written_is_one_sentence(capsys, run_folder, birds, tmp_path):

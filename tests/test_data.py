@@ -213,12 +213,11 @@ def test_csv_that_is_no_text(tmp_path):
 # --- published lists --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("below", ["", "data/"])
+@pytest.mark.parametrize("below", ["", "data/", "images/", "car_ims/"])
 def test_published_lists(tmp_path, below):
     touch(tmp_path, *[f"{below}{i}.jpg" for i in range(8)])
     write(tmp_path / "train.csv", "dir,class_id", "0.jpg,10", "1.jpg,2", "2.jpg,7")
     write(tmp_path / "val.csv", "dir,class_id", "3.jpg,7")
-    write(tmp_path / "train_val.csv", "dir,class_id", "0.jpg,10", "1.jpg,2", "2.jpg,7", "3.jpg,7")
     write(tmp_path / "test.csv", "dir,class_id", "4.jpg,2", "5.jpg,10")
     splits = read_data(tmp_path)
     assert list(splits) == list(SPLITS)
@@ -233,17 +232,10 @@ def test_published_lists(tmp_path, below):
     assert read_data(tmp_path)["test"].classes == ("zebra", "yak", "ant")  # the order of the ids, not of the names
     assert read_data(tmp_path)["test"].labels == (0, 2)
 
-    (tmp_path / "train.csv").unlink()  # now train_val is the train split, and val, a part of it, is left out
-    splits = read_data(tmp_path)
+    write(tmp_path / "train_val.csv", "dir,class_id", "0.jpg,10", "1.jpg,2", "2.jpg,7", "3.jpg,7")
+    splits = read_data(tmp_path)  # now that is the train split, as the field has it, and val, a part of it, is left out
     assert {split: len(images) for split, images in splits.items()} == {"train": 4, "test": 2}
     assert list(read_data(tmp_path / "test.csv")) == ["train"]  # a single list is split, here into classes of one image
-
-
-def test_train_csv_without_val_csv_wins_over_train_val(tmp_path):
-    touch(tmp_path, "0.jpg", "1.jpg")
-    write(tmp_path / "train.csv", "dir,class_id", "0.jpg,1")
-    write(tmp_path / "train_val.csv", "dir,class_id", "0.jpg,1", "1.jpg,1")
-    assert {split: len(images) for split, images in read_data(tmp_path).items()} == {"train": 1}
 
 
 def test_each_published_list_finds_its_own_base(tmp_path):
@@ -280,7 +272,9 @@ def test_published_names_errors(tmp_path, names, message):
 def test_published_missing_images_name_both_places(tmp_path):
     touch(tmp_path, "data/0.jpg")
     write(tmp_path / "test.csv", "dir,class_id", "0.jpg,1", "1.jpg,2")
-    with pytest.raises(DataError, match=r"1 of 2 images are missing below .* and .*data; first:\n  .*line 3: 1\.jpg"):
+    with pytest.raises(
+        DataError, match=r"1 of 2 images are missing below .* and the folders in it; first:\n  .*line 3: 1\.jpg"
+    ):
         read_data(tmp_path)
 
 

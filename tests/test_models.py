@@ -1,6 +1,7 @@
 """One contract for every method x metric x backbone family, and what is particular to GLSim."""
 
 import inspect
+import pickle
 import warnings
 
 import pytest
@@ -99,12 +100,16 @@ def test_compile_and_export_take_the_whole_model(metric, backbone):
 
 
 def test_the_forward_reads_like_the_paper():
-    lines = inspect.getsource(glsim.create_model("plain", "test_vit", 2).forward.__func__)
-    assert lines
     from glsim.models.glsim import GLSim
 
     code = [ln for ln in inspect.getsource(GLSim.forward).splitlines() if ln.strip() and '"""' not in ln]
     assert len(code) <= 6
+
+
+def test_models_can_be_pickled():
+    model = small_model()
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(images).logits, model(images).logits)
 
 
 def test_a_new_model_starts_from_even_odds():
@@ -176,6 +181,7 @@ def test_wrong_names_list_the_choices(arguments, message):
         ({"classifier": "x"}, "unknown classifier 'x'; choose from: avg_cls, cls, max_cls"),
         ({"top_o": 17}, "top_o=17, but the grid of 'vit_tiny_patch16_224' has 16 patches"),
         ({"top_o": 0}, "top_o=0"),
+        ({"top_o": 4.0}, "top_o=4.0"),
     ],
 )
 def test_wrong_options_say_what_would_work(options, message):

@@ -6,6 +6,7 @@ from PIL import Image
 
 import glsim
 from glsim.config import Explain
+from glsim.images import open_image
 from glsim.pictures import run, to_heatmap
 
 
@@ -53,6 +54,23 @@ def test_bad_images_stop_by_name_or_are_skipped(run_folder, birds, tmp_path):
         run(Explain(**words))
     result = run(Explain(**words, skip_bad=True))
     assert len(result["pictures"]) == 1 and len(result["skipped"]) == 1
+
+
+def test_photographs_are_never_overwritten(run_folder, birds, tmp_path):
+    photo = tmp_path / "a.png"
+    open_image(next((birds / "test").rglob("*.jpg"))).save(photo)
+    before = photo.read_bytes()
+    with pytest.raises(glsim.ConfigError, match=r"would overwrite the image .*a.png; name another folder"):
+        run(Explain(source=str(run_folder), images=[str(photo)], out=str(tmp_path)))
+    assert photo.read_bytes() == before
+
+
+def test_names_are_no_formulas(run_folder, birds, tmp_path):
+    odd = [tmp_path / "a$\\frac$b.png", tmp_path / "鳥.png"]
+    for path in odd:
+        open_image(next((birds / "test").rglob("*.jpg"))).save(path)
+    result = run(Explain(source=str(run_folder), images=[str(p) for p in odd], out=str(tmp_path / "p")))
+    assert len(result["pictures"]) == 2
 
 
 def test_pictures_are_written_under_unique_names(run_folder, birds, tmp_path):

@@ -92,7 +92,7 @@ def test_formats_hold_the_same(run_folder, photos, tmp_path):
     plain = Prediction("x.jpg", ("a",), (1.0,), None)
     assert FORMATS["csv"]([plain]).splitlines()[1] == "x.jpg,1,a,1.000000,,,,"
     out = tmp_path / "answers.csv"
-    run(Predict(source=str(run_folder), images=[str(photos)], format="csv", out=str(out), top_k=2, workers=0), False)
+    run(Predict(source=str(run_folder), images=[str(photos)], out=str(out), top_k=2, workers=0), False)  # by its ending
     assert out.read_text() == FORMATS["csv"](answers)
 
 

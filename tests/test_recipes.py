@@ -18,6 +18,8 @@ def test_recipe_states_its_claim_and_builds(path):
     text = "\n".join(header)
     for word in ("Claim:", "Source:", "Command:", "Hardware:"):
         assert word in text, f"{path.name} lacks {word}"
+    claim = text.split("Claim:")[1].split("Source:")[0]
+    assert "%" in claim and any(c.isdigit() for c in claim), f"{path.name} claims no number"
     s = cli.parse("train", cli.VERBS["train"], ["--recipe", str(path), "--data", "d", "--out", "o"])
     args = {**s.backbone_args, "depth": 1}  # one block is enough to check names and sizes
     model = glsim.create_model(s.method, s.backbone, 12, s.image_size, False, args, **s.options)

@@ -53,7 +53,7 @@ def test_eval_prints_what_training_measured(run_folder, birds, tmp_path):
     assert len(rows) == 10
     right = sum(row.split(",")[1] == row.split(",")[2] for row in rows[1:])
     assert right == result["correct"]
-    assert {p.name for p in (tmp_path / "e").iterdir()} == {"metrics.json", "predictions.csv", "confusion.png"}
+    assert {p.name for p in (tmp_path / "e").iterdir()} == {"evaluation.json", "predictions.csv", "confusion.png"}
 
 
 def test_metrics_by_hand():
@@ -138,12 +138,38 @@ def test_a_crash_between_the_two_renames_loses_nothing(birds, tmp_path):
 
 
 def test_resume_refuses_other_settings_and_runs_are_not_overwritten(run_folder, birds, tmp_path):
-    with pytest.raises(ConfigError, match="already holds a run: go on with --resume"):
+    with pytest.raises(
+        ConfigError, match=r"already holds a run: go on with glsim train --recipe .*train.yaml --resume"
+    ):
         train.run(settings(birds, run_folder), progress=False)
     with pytest.raises(ConfigError, match=r"started with other settings: lr=0.5 \(was 0.001\)"):
         train.run(settings(birds, run_folder, lr=0.5, resume=True), progress=False)
     with pytest.raises(ConfigError, match=r"nothing to resume: .*nowhere has no train.yaml"):
         train.run(settings(birds, tmp_path / "nowhere", resume=True), progress=False)
+
+
+def test_resume_refuses_other_data_but_lets_it_move(birds, tmp_path):
+    data = tmp_path / "birds"
+    shutil.copytree(birds, data)
+    train.run(settings(data, tmp_path / "r", epochs=1), progress=False)
+    moved = data.rename(tmp_path / "moved")
+    assert train.run(settings(moved, tmp_path / "r", epochs=1, resume=True), progress=False)["epoch"] == 1
+    for split in ("train", "test"):
+        (moved / split / "red_crown").rename(moved / split / "aaa")
+    with pytest.raises(ConfigError, match="was trained on other images, classes or splits"):
+        train.run(settings(moved, tmp_path / "r", epochs=1, resume=True), progress=False)
+
+
+def test_one_class_is_refused_before_training(birds, tmp_path):
+    shutil.copytree(birds / "train" / "red_crown", tmp_path / "one" / "train" / "red_crown")
+    with pytest.raises(DataError, match="has one class, 'red_crown'; there is nothing to tell apart"):
+        train.run(settings(tmp_path / "one", tmp_path / "r"), progress=False)
+
+
+def test_a_run_in_one_precision_and_the_next_in_another(birds, tmp_path):
+    train.run(settings(birds, tmp_path / "a", epochs=1, precision="bf16"), progress=False)
+    result = evaluate.run(Eval(source=str(tmp_path / "a"), data=str(birds), workers=0, device="cpu"))
+    assert result["count"] == 9
 
 
 def test_the_saved_settings_are_a_recipe(run_folder, birds):
@@ -203,9 +229,10 @@ def test_bad_images_stop_training_by_name_or_are_skipped(birds, tmp_path):
     victim.write_bytes(victim.read_bytes()[:200])
     with pytest.raises(DataError, match=victim.name):
         train.run(settings(data, tmp_path / "a", epochs=1), progress=False)
-    result = train.run(settings(data, tmp_path / "b", epochs=1, skip_bad=True), progress=False)
+    # nothing was finished there, so the same folder may be used again
+    result = train.run(settings(data, tmp_path / "a", epochs=1, skip_bad=True), progress=False)
     assert len(result["skipped"]) == 1 and str(victim) in result["skipped"][0]
-    assert str(victim) in (tmp_path / "b" / "bad_images.txt").read_text()
+    assert str(victim) in (tmp_path / "a" / "bad_images.txt").read_text()
 
 
 def test_a_loss_that_is_no_number_stops_the_run(birds, tmp_path):
@@ -218,7 +245,7 @@ def test_wrong_settings_say_what_would_work(birds, tmp_path):
         train.run(settings(birds, tmp_path / "r", optimizer="adamv"), progress=False)
     with pytest.raises(ConfigError, match="unknown augmentation 'strong'; choose from: medium, none, weak"):
         train.run(settings(birds, tmp_path / "r", augment="strong"), progress=False)
-    with pytest.raises(ConfigError, match="fp16"):
+    with pytest.raises(ConfigError, match="precision=fp16 needs an accelerator"):
         train.run(settings(birds, tmp_path / "r", precision="fp16"), progress=False)
     assert not (tmp_path / "r").exists()
     for name, value in (
@@ -252,11 +279,9 @@ def test_unsplit_folder_keeps_its_split_for_eval(birds, tmp_path):
         settings(data, tmp_path / "r", epochs=1, test_fraction=0.34, split_seed=7, seed=3), progress=False
     )
     again = evaluate.run(Eval(source=str(tmp_path / "r"), data=str(data), workers=0))
-    assert (
-        (again["count"], again["correct"])
-        == (result["test"]["count"], result["test"]["correct"])
-        == (6, again["correct"])
-    )
+    assert (again["count"], again["correct"]) == (6, result["test"]["correct"])
+    everything = evaluate.run(Eval(source=str(tmp_path / "r"), data=str(data), workers=0, split="all"))
+    assert everything["count"] == 18
 
 
 def test_recipe_errors_name_the_file(tmp_path):

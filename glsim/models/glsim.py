@@ -35,7 +35,7 @@ class GLSim(Model):
     def forward(self, images: Tensor) -> Output:
         """`images` (B, 3, H, W), normalised. The crop is taken from these very pixels, augmentation included."""
         f = self.features(images, attention=self.metric in NEEDS_ATTENTION)
-        selection = select(METRICS[self.metric](f), self.top_o, f.grid, to_pair(images.shape[-2:]), self.box)
+        selection = select(METRICS[self.metric](f), self.top_o, f.grid, images.shape[-2:], self.box)
         crops = crop_and_resize(images, selection.boxes, self.crop_size)
         tokens = torch.stack((f.cls, self.backbone(crops).cls), dim=1)  # B 2 D
         return Output(self.head(self.aggregator(tokens)), selection, crops)
@@ -65,7 +65,7 @@ def build(
         backbone, image_size, pretrained, backbone_args, dropout=dropout, drop_path=drop_path, norm_eps=norm_eps
     )
     patches = encoder.grid[0] * encoder.grid[1]
-    if not 1 <= top_o <= patches:
+    if not isinstance(top_o, int) or not 1 <= top_o <= patches:
         raise ConfigError(f"top_o={top_o}, but the grid of {backbone!r} has {patches} patches; choose 1 to {patches}")
     if crop_size is not None:
         crop_size = to_pair(crop_size)
