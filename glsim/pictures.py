@@ -135,9 +135,10 @@ def run(s: Explain) -> dict[str, Any]:
             skipped.append(str(error))
             continue
         (e,) = explain(model, _batch(image, transform, model), s.metric)
-        draw([e], target, [path.name])
+        name = "/".join(path.parts[-2:])  # with the folder, which is often the class
+        draw([e], target, [name])
         explanations.append(e)
-        names.append(path.name)
+        names.append(name)
         row = {"path": str(path), "picture": str(target), "label": e.label}
         rows.append({**row, "probability": e.probability, "box": list(e.box)})
     if len(rows) > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,10 @@ def run(s: Train, progress: bool = True) -> dict[str, Any]:
             "val_fraction": s.val_fraction,
         }
     }
-    with tqdm(total=steps, initial=len(history) * len(loader), unit="step", disable=not progress) as bar:
+    often = 0.2 if sys.stderr.isatty() else 30.0  # seconds between looks; a log file needs fewer
+    with tqdm(
+        total=steps, initial=len(history) * len(loader), unit="step", disable=not progress, mininterval=often
+    ) as bar:
         for epoch in range(len(history), s.epochs):
             # All randomness of an epoch follows from (seed, epoch): a resumed run repeats the undisturbed one.
             set_seed(s.seed * 10_000 + epoch, device_specific=True)
@@ -140,7 +144,9 @@ def train_epoch(
                 raise GlsimError(f"the loss is {mean_loss} at step {step}; try a smaller lr than {s.lr}")
             bar.set_description(f"epoch {epoch + 1}/{s.epochs}", refresh=False)
             speed = seen / (time.perf_counter() - start)
-            bar.set_postfix_str(f"loss {mean_loss:.3f}, accuracy {float(right) / seen:.1%}, {speed:.0f} images/s")
+            bar.set_postfix_str(
+                f"loss {mean_loss:.3f}, accuracy {float(right) / seen:.1%}, {speed:.0f} images/s", refresh=False
+            )
     seconds = time.perf_counter() - start
     return {
         "epoch": epoch + 1,
