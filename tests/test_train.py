@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import pytest
@@ -310,11 +311,17 @@ def test_keyboard_interrupt_leaves_with_130(birds, tmp_path):
     words = [f"--{k.replace('_', '-')}={json.dumps(v) if isinstance(v, dict) else v}" for k, v in TINY.items()]
     words = [w for w in words if "pretrained" not in w and "epochs" not in w] + ["--no-pretrained", "--epochs=500"]
     command = [sys.executable, "-m", "glsim.cli", "train", f"--data={birds}", f"--out={tmp_path / 'r'}", *words]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    deadline = time.time() + 60
-    while not (tmp_path / "r" / "checkpoint").exists() and time.time() < deadline and child.poll() is None:
-        time.sleep(0.1)
-    os.kill(child.pid, signal.SIGINT)
-    _, errors = child.communicate(timeout=60)
+    # A shell's background job, as a CI run may be, ignores SIGINT, and its children would inherit that.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, preexec_fn=heed, **pipes) as child:
+        deadline = time.time() + 120
+        while not (tmp_path / "r" / "checkpoint").exists() and time.time() < deadline and child.poll() is None:
+            time.sleep(0.1)
+        os.kill(child.pid, signal.SIGINT)
+        try:
+            _, errors = child.communicate(timeout=60)
+        finally:
+            child.kill()
     assert child.returncode == 130, errors
     assert "interrupted" in errors and "Traceback" not in errors
