@@ -170,7 +170,7 @@ def build_backbone(
             raise ConfigError(
                 f"no pre-trained weights for {name!r}: {_first_line(error)}. Connect to the network once (they are "
                 "kept in the cache), hand timm a local file with backbone_args={'pretrained_cfg_overlay': "
-                "{'file': 'weights.safetensors'}}, or use pretrained=False"
+                "{'file': 'weights.safetensors'}}, or start from nothing: pretrained=False (--no-pretrained)"
             ) from error
         if "proj_drop_rate" in str(error):
             raise _no_grid(name) from error

@@ -48,6 +48,8 @@ def show_eval(r: dict[str, Any], s: config.Eval) -> str:
         f"top-1 {r['top1']:.2%} ({r['correct']})   top-5 {r['top5']:.2%} ({r['correct_top5']})   "
         f"mean over classes {r['per_class_mean']:.2%}",
     ]
+    if r["split_drawn"]:
+        lines.append(f"({r['data']} has no splits of its own: these images were drawn; --split all measures every one)")
     if len(r["per_class"]) <= 30:
         width = max(len(name) for name in r["per_class"])
         lines += [f"  {name:{width}}  {right:4d} of {count}" for name, (right, count) in r["per_class"].items()]

@@ -54,14 +54,16 @@ def read_data(
     All splits share one class order: `classes` where given (the list stored with a model), else that of the train
     split, by class_id or by name. Raises DataError for anything missing or contradictory, naming file, line and class.
     """
-    source = Path(source)
-    if not source.exists():
-        raise DataError(f"{source}: does not exist; {LAYOUTS}")
-    rows = _rows_of_list(source) if source.is_file() else _rows_of_lists(source) or _rows_of_folders(source)
+    rows = _rows(Path(source))
     if rows[0].split is None:
         held = _held_out(((row.key, row.label) for row in rows), test_fraction, seed)
         rows = [row._replace(split="test" if row.key in held else "train") for row in rows]
     return _number(rows, classes)
+
+
+def is_split(source: str | Path) -> bool:
+    """Whether a data set says itself which image is in which split; where not, `read_data` draws them."""
+    return _rows(Path(source))[0].split is not None
 
 
 def hold_out(images: ImageList, fraction: float, seed: int) -> tuple[ImageList, ImageList]:
@@ -121,6 +123,12 @@ class _Row(NamedTuple):
     where: str  # for messages: the file and line, or the folder
     split: str | None = None  # None: to be drawn
     class_id: int = 0  # classes are ordered by (class_id, label)
+
+
+def _rows(source: Path) -> list[_Row]:
+    if not source.exists():
+        raise DataError(f"{source}: does not exist; {LAYOUTS}")
+    return _rows_of_list(source) if source.is_file() else _rows_of_lists(source) or _rows_of_folders(source)
 
 
 def _rows_of_lists(folder: Path) -> list[_Row]:

@@ -20,7 +20,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from glsim.bundle import labels_of, load, pick_device, preprocessing_of, write_text
 from glsim.config import Eval
-from glsim.data import ImageDataset, ImageList, hold_out, read_data, split_hash
+from glsim.data import ImageDataset, ImageList, hold_out, is_split, read_data, split_hash
 from glsim.figures import draw_confusion
 from glsim.images import BadImage, find_bad
 from glsim.transforms import eval_transform
@@ -36,7 +36,6 @@ class Evaluation(NamedTuple):
     correct_top5: int
     predictions: Tensor  # (images,)
     confidences: Tensor  # (images,) probability of the prediction
-    boxes: Tensor | None  # (images, 4) in pixels of the network's view; None for a method without a crop
     seconds: float
 
     def summary(self, classes: tuple[str, ...] | list[str]) -> dict[str, Any]:
@@ -61,25 +60,21 @@ def evaluate(model: nn.Module, loader: Iterable[Any], num_classes: int, accelera
     model.eval()
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     top5, start = 0, time.perf_counter()
-    predictions, confidences, boxes = [], [], []
+    predictions, confidences = [], []
     for images, labels in loader:
         with accelerator.autocast():
             output = model(images)
-        box = output.selection.boxes if output.selection is not None else labels.new_empty(len(labels), 0)
-        logits, labels, box = (t.cpu() for t in accelerator.gather_for_metrics((output.logits.float(), labels, box)))
+        logits, labels = (t.cpu() for t in accelerator.gather_for_metrics((output.logits.float(), labels)))
         best = logits.softmax(dim=1).max(dim=1)
         confusion += multiclass_confusion_matrix(best.indices, labels, num_classes)
         top5 += int((logits.topk(min(5, num_classes)).indices == labels[:, None]).sum())
         predictions.append(best.indices)
         confidences.append(best.values)
-        boxes.append(box)
-    all_boxes = torch.cat(boxes)
     return Evaluation(
         confusion,
         top5,
         torch.cat(predictions),
         torch.cat(confidences),
-        all_boxes if all_boxes.shape[1] else None,
         time.perf_counter() - start,
     )
 
@@ -151,6 +146,7 @@ def run(s: Eval) -> dict[str, Any]:
         "source": str(s.source),
         "data": str(s.data),
         "split": s.split,
+        "split_drawn": s.split != "all" and not is_split(s.data),
         "split_hash": split_hash({s.split: images}, s.data),
         **result.summary(labels),
         "skipped": [str(b) for b in bad],

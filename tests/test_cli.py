@@ -127,6 +127,13 @@ def test_text_for_people(capsys, run_folder, birds, tmp_path):
     assert code == 0 and "sheet.png" not in out and str(tmp_path / "p") in out
 
 
+def test_eval_says_when_it_drew_the_split(capsys, run_folder, birds):
+    _, out, _ = call(capsys, "eval", run_folder, "--data", birds / "test", "--workers", "0")
+    assert "has no splits of its own" in out and "--split all" in out
+    _, out, _ = call(capsys, "eval", run_folder, "--data", birds / "test", "--workers", "0", "--split", "all")
+    assert "has no splits of its own" not in out and "all: 9 images" in out
+
+
 def test_bad_data_leaves_with_3(capsys, run_folder, tmp_path):
     assert call(capsys, "train", "--data", tmp_path / "none", "--out", tmp_path / "o", "--no-pretrained")[0] == 3
     assert call(capsys, "eval", run_folder, "--data", tmp_path / "none")[0] == 3

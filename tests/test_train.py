@@ -283,6 +283,8 @@ def test_unsplit_folder_keeps_its_split_for_eval(birds, tmp_path):
     assert (again["count"], again["correct"]) == (6, result["test"]["correct"])
     everything = evaluate.run(Eval(source=str(tmp_path / "r"), data=str(data), workers=0, split="all"))
     assert everything["count"] == 18
+    assert again["split_drawn"] and not everything["split_drawn"]
+    assert not evaluate.run(Eval(source=str(tmp_path / "r"), data=str(birds), workers=0))["split_drawn"]
 
 
 def test_recipe_errors_name_the_file(tmp_path):
