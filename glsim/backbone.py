@@ -1,24 +1,24 @@
-"""Floor 1: one face for every timm vision transformer with a single token grid.
+"""Floor 1: one face for every timm network, above all for vision transformers with a single token grid.
 
-timm does the work; this adapter gives the tokens names (`Features`) and, on request, the attention logits.
+timm does the work; these adapters give the tokens names (`Features`) and, on request, the attention logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import timm
-import torch.nn.functional as F
-from timm.layers import DropPath
+import torch
+from timm.layers import DropPath, PatchEmbed
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from glsim.attention import explicit_attention
 from glsim.types import ConfigError, Features
 
 FAMILIES = (
@@ -28,11 +28,20 @@ FAMILIES = (
 )
 
 
+class Stage(NamedTuple):
+    """What a transformer holds after one of its blocks, before the final norm."""
+
+    tokens: Tensor  # (B, n, D)
+    features: Features  # the same with names; `attention_logits` are those of the blocks so far
+
+
 class Backbone(nn.Module):
     """Adapter over a timm `VisionTransformer`, `Eva` or `Beit` built with `num_classes=0`.
 
     `image_size` (H, W) is the size it was built for; `patch_size` the pixels from one patch to the next.
     """
+
+    has_attention = True  # of a kind that metrics can read
 
     def __init__(self, net: Any) -> None:
         super().__init__()
@@ -59,23 +68,162 @@ class Backbone(nn.Module):
                 raw = self.net.forward_features(images)
         else:
             logits, raw = None, self.net.forward_features(images)
-        tokens = self.net.fc_norm(raw) if self.late_norm else raw
+        tokens = self.norm(raw)
         cls = self.net.forward_head(raw, pre_logits=True) if self.pooled else tokens[:, 0]
-        rows, cols = self.net.patch_embed.dynamic_feat_size(images.shape[-2:])
         if logits is not None and not self.num_prefix:  # registers alone: their rows and columns say nothing of places
             logits = [a[..., self.skip :, self.skip :] for a in logits]
         maps = None if logits is None else tuple(logits)
-        return Features(cls, tokens[:, self.skip :], (rows, cols), self.num_prefix, maps)
+        return Features(cls, tokens[:, self.skip :], self._grid(images), self.num_prefix, maps)
+
+    def norm(self, raw: Tensor) -> Tensor:
+        """What timm still leaves to do on the tokens `forward_features` returns (B, n, D)."""
+        return self.net.fc_norm(raw) if self.late_norm else raw
+
+    def stages(self, images: Tensor) -> list[Stage]:
+        """The tokens after every block but the last, for methods that choose tokens inside the network."""
+        with explicit_attention(self.net) as logits:
+            between = self.net.forward_intermediates(
+                images,
+                indices=list(range(len(self.net.blocks) - 1)),
+                return_prefix_tokens=True,
+                stop_early=True,
+                output_fmt="NLC",
+                intermediates_only=True,
+            )
+        grid = self._grid(images)
+        return [
+            Stage(
+                torch.cat((prefix, patches), dim=1),
+                Features(prefix[:, 0], patches, grid, self.num_prefix, tuple(logits[: i + 1])),
+            )
+            for i, (patches, prefix) in enumerate(between)
+        ]
+
+    def last_block(self, tokens: Tensor, chosen: Tensor, index: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Block L over the prefix of `tokens` (B, n, D) and `chosen` tokens (B, K, D); normalised, (B, prefix + K, D).
+
+        `index` (B, K) says which of the n tokens the chosen ones were: rotary positions (EVA-02, DINOv3) follow them.
+        """
+        tokens = torch.cat((tokens[:, : self.skip], chosen), dim=1)
+        rope = getattr(self.net, "rope", None)
+        if rope is None:
+            tokens = self.net.blocks[-1](tokens)
+        else:
+            places = rope.get_embed(shape=list(grid))  # N, sines and cosines
+            still = places.new_zeros(self.skip, places.shape[-1])
+            still[:, places.shape[-1] // 2 :] = 1  # a prefix token has no place: it is not turned
+            tokens = self.net.blocks[-1](tokens, rope=torch.cat((still, places))[index][:, None])
+        return self.norm(self.net.norm(tokens))
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Raise ConfigError unless images of `size` (H, W) can be encoded."""
-        if any(side < patch or side % patch for side, patch in zip(size, self.patch_size, strict=True)):
-            raise ConfigError(f"image size {_by(size)} is no multiple of the patch, {_by(self.patch_size)} pixels")
+        if any(side < patch or side % patch for side, patch in zip(size, self._patch(), strict=True)):
+            raise ConfigError(f"image size {_by(size)} is no multiple of the patch, {_by(self._patch())} pixels")
         if size != self.image_size and not self.any_size:
             raise ConfigError(
                 f"{type(self.net).__name__} keeps relative positions for {_by(self.image_size)} pixels only; "
                 f"crops of {_by(size)} need a ViT, DINO, SigLIP or EVA backbone"
             )
+
+    def check_class_token(self, method: str, inner: bool = False) -> None:
+        """Raise ConfigError without a class token, or, with `inner`, where block L cannot take some tokens only."""
+        if self.num_prefix == 0 or self.pooled:
+            raise ConfigError(
+                f"{method!r} reads a class token, which this {type(self.net).__name__} does not have; "
+                "try ViT, DeiT, DINO or EVA backbones (with global_pool: token)"
+            )
+        if inner and (isinstance(self.net, Beit) or getattr(self.net, "rope_mixed", False)):
+            raise ConfigError(
+                f"{method!r} sends some of the tokens through the last block, and the positions of this "
+                f"{type(self.net).__name__} need them all; try ViT, DeiT, DINO or EVA backbones"
+            )
+        if inner and len(self.net.blocks) < 2:
+            raise ConfigError(f"{method!r} needs two blocks or more")
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        rows, cols = self.net.patch_embed.dynamic_feat_size(images.shape[-2:])
+        return rows, cols
+
+    def _patch(self) -> tuple[int, int]:
+        """What the image's sides must be multiples of."""
+        return (1, 1) if isinstance(self.net.patch_embed, OverlappingPatches) else self.patch_size
+
+
+class MapBackbone(Backbone):
+    """Adapter over any other timm network: its last feature map is the grid, a place on it a patch.
+
+    A place goes through the network's own head (pooling, norm, ..) like the whole map does, so that patches and the
+    pooled vector live in one space. A network without a map has a single patch, its pooled vector.
+    """
+
+    has_attention = False
+
+    def __init__(self, net: Any, image_size: tuple[int, int], any_size: bool) -> None:
+        nn.Module.__init__(self)
+        self.net = net
+        self.skip = self.num_prefix = 0
+        self.pooled, self.image_size, self.any_size = True, image_size, any_size
+        was_training = net.training
+        with torch.no_grad():
+            f = self.eval()(torch.zeros(1, 3, *image_size))
+        self.train(was_training)
+        self.dim, self.grid = f.cls.shape[1], f.grid
+        self.patch_size = (image_size[0] // f.grid[0], image_size[1] // f.grid[1])
+
+    def forward(self, images: Tensor, attention: bool = False) -> Features:
+        """Encode `images` (B, 3, H, W), normalised as the network expects; raises ConfigError with `attention`."""
+        if attention:
+            raise ConfigError(f"{type(self.net).__name__} has no attention maps over its patches; choose a gls metric")
+        raw = self.net.forward_features(images)
+        cls = self.net.forward_head(raw, pre_logits=True)
+        if raw.ndim != 4:
+            return Features(cls, cls[:, None], (1, 1), 0)
+        last = str(getattr(self.net, "output_fmt", "NCHW")) == "NHWC"
+        rows, cols, width = raw.shape[1:] if last else (*raw.shape[2:], raw.shape[1])
+        places = (raw if last else raw.permute(0, 2, 3, 1)).reshape(-1, *((1, 1, width) if last else (width, 1, 1)))
+        patches = self.net.forward_head(places, pre_logits=True).unflatten(0, (len(images), rows * cols))
+        return Features(cls, patches, (rows, cols), 0)
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise ConfigError unless images of `size` (H, W) can be encoded."""
+        if size != self.image_size and not self.any_size:
+            raise ConfigError(f"{type(self.net).__name__} was built for {_by(self.image_size)} pixels only")
+
+
+class OverlappingPatches(PatchEmbed):
+    """Patch embedding whose patches start every `stride` pixels (TransFG, arXiv 2103.07976, section 3.2).
+
+    `stride` in pixels, or as a share of the patch (0.75: the paper's 12 of 16). What is left at the right and bottom
+    edges, less than a stride, is not seen, as published.
+    """
+
+    def __init__(self, *args: Any, stride: int | float, patch_size: int | tuple[int, int] = 16, **kwargs: Any) -> None:
+        pair = patch_size if isinstance(patch_size, tuple) else (patch_size, patch_size)
+        step = [stride if isinstance(stride, int) else max(1, int(side * stride)) for side in pair]
+        if not all(1 <= s <= side for s, side in zip(step, pair, strict=True)):
+            raise ValueError(f"stride={stride} and patches of {_by(pair)} pixels; give 1 to {min(pair)}")
+        self.stride: tuple[int, int] = (step[0], step[1])
+        super().__init__(*args, patch_size=patch_size, **kwargs)  # type: ignore[arg-type]
+        self.proj.stride = self.stride
+
+    def _init_img_size(self, img_size: Any) -> Any:
+        size = to_pair(img_size)
+        rows, cols = self.dynamic_feat_size(size)
+        return size, (rows, cols), rows * cols
+
+    def feat_ratio(self, as_scalar: bool = True) -> Any:
+        """Pixels from one patch to the next."""
+        return max(self.stride) if as_scalar else self.stride
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of patches that fit into an image (H, W)."""
+        rows, cols = ((s - p) // t + 1 for s, p, t in zip(img_size, self.patch_size, self.stride, strict=True))
+        return rows, cols
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> (B, N, D), or (B, rows, cols, D) where timm asks for it."""
+        x = self.proj(x).permute(0, 2, 3, 1)
+        return self.norm(x.flatten(1, 2) if self.flatten else x)
 
 
 class Model(nn.Module):
@@ -87,51 +235,12 @@ class Model(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that timm's optimisers leave undecayed beside biases and norms: tokens and positions."""
-        return {f"backbone.net.{name}" for name in self.backbone.net.no_weight_decay()}
+        inner = getattr(self.backbone.net, "no_weight_decay", set)()
+        return {f"backbone.net.{name}" for name in inner}
 
     def features(self, images: Tensor, attention: bool = False) -> Features:
         """Tokens of the first pass over `images` (B, 3, H, W), for any metric and picture."""
         return self.backbone(images, attention=attention)
-
-
-class _SpelledOut(TorchFunctionMode):
-    """While active, scaled dot-product attention is computed in three steps and its logits are kept."""
-
-    def __init__(self, logits: list[Tensor]) -> None:
-        self.logits = logits
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        return self._attend(*args, **kwargs)
-
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **_: Any
-    ) -> Tensor:
-        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        if attn_mask is not None:  # BEiT's relative position bias; the other families pass none
-            logits = logits + attn_mask
-        self.logits.append(logits)
-        return F.dropout(logits.softmax(dim=-1), dropout_p) @ v
-
-
-@contextmanager
-def explicit_attention(net: Any) -> Iterator[list[Tensor]]:
-    """Collect the attention logits (B, h, n, n) of every block of `net` that runs inside, first block first.
-
-    The outputs stay timm's own. The fused-attention switches are put back afterwards, also after an exception.
-    """
-    logits: list[Tensor] = []
-    switches: list[Any] = [(m, m.fused_attn) for m in net.modules() if hasattr(m, "fused_attn")]
-    for module, _ in switches:  # only the fused path calls the function that `_SpelledOut` replaces
-        module.fused_attn = True
-    try:
-        with _SpelledOut(logits):
-            yield logits
-    finally:
-        for module, fused in switches:
-            module.fused_attn = fused
 
 
 def build_backbone(
@@ -143,16 +252,18 @@ def build_backbone(
     dropout: float = 0.0,
     drop_path: float = 0.0,
     norm_eps: float | None = None,
+    stride: int | float | None = None,
 ) -> Backbone:
     """Build the timm model `name` and wrap it.
 
     `image_size` in pixels (one side, or height and width; None: the size timm lists for the weights).
     `backbone_args` goes to timm untouched (`depth=2`, `embed_dim=64`, ..). `dropout` acts after the attention
     projection and in the MLP, `drop_path` is the same in every block (timm's own rises with depth; the paper's does
-    not), `norm_eps` replaces the epsilon of every LayerNorm.
+    not), `norm_eps` replaces the epsilon of every LayerNorm, `stride` makes the patches of a ViT overlap (pixels, or a
+    share of the patch).
 
-    Raises ConfigError for an unknown name, a family without one token grid, a size the backbone cannot take, an
-    argument timm does not know, and for pre-trained weights that cannot be had.
+    Raises ConfigError for an unknown name, a size the backbone cannot take, an argument timm does not know, and for
+    pre-trained weights that cannot be had.
     """
     args = dict(backbone_args or {})
     if not timm.is_model(name):
@@ -160,23 +271,16 @@ def build_backbone(
         raise ConfigError(f"timm has no model {name!r}" + (f"; close to it: {close}" if close else f"; try {FAMILIES}"))
     if image_size is not None:
         args["img_size"] = to_pair(image_size)
-    entry = timm.model_entrypoint(name)
-    if entry.__module__.rpartition(".")[2] in ("vision_transformer", "vision_transformer_hybrid", "deit", "eva"):
+    if dropout:
+        args["proj_drop_rate"] = dropout
+    family = timm.model_entrypoint(name).__module__.rpartition(".")[2]
+    if family in ("vision_transformer", "vision_transformer_hybrid", "deit", "eva"):
         args.setdefault("dynamic_img_size", True)
-    try:
-        net = timm.create_model(name, pretrained=pretrained, num_classes=0, proj_drop_rate=dropout, **args)
-    except (TypeError, AssertionError, ValueError, RuntimeError, OSError) as error:
-        if not isinstance(error, TypeError) and pretrained and _is_download_error(error):
-            raise ConfigError(
-                f"no pre-trained weights for {name!r}: {_first_line(error)}. Connect to the network once (they are "
-                "kept in the cache), hand timm a local file with backbone_args={'pretrained_cfg_overlay': "
-                "{'file': 'weights.safetensors'}}, or start from nothing: pretrained=False (--no-pretrained)"
-            ) from error
-        if "proj_drop_rate" in str(error):
-            raise _no_grid(name) from error
-        raise ConfigError(f"timm cannot build {name!r} with {args}: {_first_line(error)}") from error
-    if not isinstance(net, VisionTransformer | Eva | Beit):
-        raise _no_grid(name)
+    if stride is not None:
+        if family not in ("vision_transformer", "deit"):
+            raise ConfigError(f"stride={stride}: only the patches of ViT and DeiT can overlap, not those of {name!r}")
+        args["embed_layer"] = partial(OverlappingPatches, stride=stride)
+    net, sized = _create(name, pretrained, args)
     for module in net.modules():
         if drop_path and hasattr(module, "drop_path1"):
             module.drop_path1, module.drop_path2 = DropPath(drop_path), DropPath(drop_path)
@@ -184,9 +288,34 @@ def build_backbone(
             module.drop_path = DropPath(drop_path)
         if norm_eps is not None and isinstance(module, nn.LayerNorm):
             module.eps = norm_eps
-    backbone = Backbone(net)
-    backbone.check_size(backbone.image_size)
-    return backbone
+    if isinstance(net, VisionTransformer | Eva | Beit):
+        backbone = Backbone(net)
+        backbone.check_size(backbone.image_size)
+        return backbone
+    size = to_pair(image_size if image_size is not None else list(net.pretrained_cfg["input_size"][-2:]))
+    try:
+        return MapBackbone(net, size, any_size=not sized)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ConfigError(f"{name!r} cannot encode images of {_by(size)} pixels: {_first_line(error)}") from error
+
+
+def _create(name: str, pretrained: bool, args: dict[str, Any]) -> tuple[Any, bool]:
+    """timm's network, and whether it was told the image size (a convolutional one takes any, and must not be)."""
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **args), "img_size" in args
+    except (TypeError, AssertionError, ValueError, RuntimeError, OSError) as error:
+        if isinstance(error, TypeError) and "'img_size'" in str(error):
+            return _create(name, pretrained, {k: v for k, v in args.items() if k != "img_size"})
+        if not isinstance(error, TypeError) and pretrained and _is_download_error(error):
+            raise ConfigError(
+                f"no pre-trained weights for {name!r}: {_first_line(error)}. Connect to the network once (they are "
+                "kept in the cache), hand timm a local file with backbone_args={'pretrained_cfg_overlay': "
+                "{'file': 'weights.safetensors'}}, or start from nothing: pretrained=False (--no-pretrained)"
+            ) from error
+        if "proj_drop_rate" in str(error):
+            raise ConfigError(f"dropout={args['proj_drop_rate']}: {name!r} has none; leave it at 0") from error
+        shown = {k: v for k, v in args.items() if k != "embed_layer"}
+        raise ConfigError(f"timm cannot build {name!r} with {shown}: {_first_line(error)}") from error
 
 
 def to_pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -196,10 +325,6 @@ def to_pair(size: int | Sequence[int]) -> tuple[int, int]:
     if len(size) != 2 or not all(isinstance(side, int) for side in size):
         raise ConfigError(f"size {list(size)}: give one side or [height, width], in whole pixels")
     return size[0], size[1]
-
-
-def _no_grid(name: str) -> ConfigError:
-    return ConfigError(f"{name!r} has no single grid of patch tokens to compare; families that work: {FAMILIES}")
 
 
 def _is_download_error(error: Exception) -> bool:

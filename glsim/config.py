@@ -44,7 +44,7 @@ class Train:
     resume: bool = setting(False, "go on from the last finished epoch in OUT")
 
     method: str = setting("glsim", f"one of: {', '.join(METHODS)}")
-    backbone: str = setting("vit_base_patch16_224", "timm model name")
+    backbone: str | None = setting(None, "timm model name; default: vit_base_patch16_224, for cal resnet101")
     pretrained: bool = setting(True, "start from timm's weights (downloaded once)")
     image_size: Size = setting(None, "pixels, one side or [height,width]; default: the backbone's own")
     options: dict[str, Any] = setting({}, "options of the method, as --options.top_o 16 --options.metric gls_l2")

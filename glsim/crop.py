@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from glsim.selection import pick
+from glsim.selection import largest_component, pick, stand_out
 from glsim.types import Selection, choose
 
 
@@ -47,12 +47,51 @@ def boxes_from_indices(
     return torch.stack((left, top, right, bottom), dim=1)
 
 
+def boxes_from_mask(mask: Tensor, image_size: Sequence[int], padding: float = 0.0) -> Tensor:
+    """Draw the tightest box around what is True in `mask` (B, rows, cols), laid over an image (H, W); (B, 4) as above.
+
+    `padding` widens it on every side by that share of the image. An empty mask gives the whole image.
+    """
+    mask = mask | ~mask.any(dim=(1, 2), keepdim=True)
+    sides = []
+    for lines, side in ((mask.any(dim=2), image_size[0]), (mask.any(dim=1), image_size[1])):
+        count = lines.shape[1]
+        first = lines.long().argmax(dim=1)
+        last = count - 1 - lines.long().flip(1).argmax(dim=1)
+        margin = int(padding * side)
+        step = side // count
+        sides.append(((first * step - margin).clamp(min=0), ((last + 1) * step + margin).clamp(max=side)))
+    (top, bottom), (left, right) = sides
+    return torch.stack((left, top, right, bottom), dim=1)
+
+
 def select(
     scores: Tensor, top_o: int, grid: tuple[int, int], image_size: Sequence[int], rule: str = "exclusive"
 ) -> Selection:
     """Take the `top_o` best patches of a metric's `scores` (B, g, N) and put a box around them."""
     scores, indices = pick(scores, top_o)
     return Selection(scores, indices, boxes_from_indices(indices, grid, image_size, rule), grid)
+
+
+def select_component(
+    scores: Tensor, factor: float, grid: tuple[int, int], image_size: Sequence[int], padding: float = 0.0
+) -> Selection:
+    """Take the largest connected group of patches whose score exceeds `factor` times the mean (RAMS-Trans).
+
+    `scores` (B, g, N) as a metric gives them; the box is inclusive.
+    """
+    scores = scores.mean(dim=1)
+    mask = largest_component(stand_out(scores, factor), grid)
+    order = scores.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True)
+    indices = torch.where(mask.gather(1, order), order, -1)
+    return Selection(scores, indices, boxes_from_mask(mask.unflatten(1, grid), image_size, padding), grid)
+
+
+def select_these(scores: Tensor, indices: Tensor, grid: tuple[int, int], image_size: Sequence[int]) -> Selection:
+    """Name the patches `indices` (B, K) that a method took by a rule of its own, -1 for none, with their box."""
+    mask = torch.zeros(len(scores), scores.shape[1] + 1, dtype=torch.bool, device=scores.device)
+    mask = mask.scatter(1, indices + 1, True)[:, 1:]
+    return Selection(scores, indices, boxes_from_mask(mask.unflatten(1, grid), image_size), grid)
 
 
 def crop_and_resize(images: Tensor, boxes: Tensor, size: tuple[int, int] | None = None) -> Tensor:

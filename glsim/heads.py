@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -20,9 +21,8 @@ class Aggregator(nn.Module):
         self, dim: int, depth: int = 1, dropout: float = 0.0, drop_path: float = 0.0, norm_eps: float = 1e-6
     ) -> None:
         super().__init__()
-        heads = next(h for h in range(max(1, dim // 64), 0, -1) if dim % h == 0)
         self.blocks = nn.Sequential(
-            *(Block(dim, heads, qkv_bias=True, proj_drop=dropout, drop_path=drop_path) for _ in range(depth))
+            *(Block(dim, count_heads(dim), qkv_bias=True, proj_drop=dropout, drop_path=drop_path) for _ in range(depth))
         )
         self.norm = nn.LayerNorm(dim)
         for module in self.modules():
@@ -76,3 +76,43 @@ def zero_linear(dim: int, num_classes: int) -> nn.Linear:
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
+
+
+class LayerWeights(nn.Module):
+    """Squeeze and excitation over blocks (AF-Trans, arXiv 2110.01240): which block's attention counts how much.
+
+    Squeeze: the share of its attention that the class token gives to patches, block by block; excitation: two linear
+    layers with GELU between (the usual ReLU dies where shares hardly differ) and a sigmoid after.
+    """
+
+    def __init__(self, depth: int, reduction: int = 2) -> None:
+        super().__init__()
+        hidden = max(1, depth // reduction)
+        self.excite = nn.Sequential(nn.Linear(depth, hidden), nn.GELU(), nn.Linear(hidden, depth), nn.Sigmoid())
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Class-token attention of all blocks (B, L, N) -> weights in (0, 1) (B, L)."""
+        return self.excite(rows.sum(dim=-1))
+
+
+class CrossBlock(nn.Module):
+    """A pre-norm transformer block whose queries are a few of the tokens, and a LayerNorm (DCAL's global-local part)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = nn.MultiheadAttention(dim, count_heads(dim), batch_first=True)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, 4 * dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        """Queries (B, K, D) ask tokens (B, n, D): (B, K, D)."""
+        given = self.norm1(tokens)
+        x = queries + self.attn(self.norm1(queries), given, given, need_weights=False)[0]
+        return self.norm(x + self.mlp(self.norm2(x)))
+
+
+def count_heads(dim: int) -> int:
+    """One attention head for every 64 of `dim`, or the next fewer that divide it."""
+    return next(h for h in range(max(1, dim // 64), 0, -1) if dim % h == 0)

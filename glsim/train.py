@@ -251,6 +251,6 @@ def _check_out(s: Train, out: Path) -> None:
 
 
 def _preprocessing(s: Train, model: Model) -> Preprocessing:
-    default = default_preprocessing(s.backbone, model.backbone.image_size)
+    default = default_preprocessing(model.config["backbone"], model.backbone.image_size)
     mean, std = tuple(s.mean or default.mean), tuple(s.std or default.std)
     return Preprocessing(default.image_size, s.resize_ratio, mean, std)

@@ -51,13 +51,14 @@ class Features(NamedTuple):
     grid: tuple[int, int]  # (rows, cols)
     num_prefix: int  # tokens before the first patch in `attention_logits`, the first a class token; 0 without one
     attention_logits: tuple[Tensor, ...] | None = None  # L tensors (B, h, n, n), before the softmax; rows are queries
+    layer_weights: Tensor | None = None  # (B, L) how much each block's attention counts, where a model learns that
 
 
 class Selection(NamedTuple):
     """Which patches were chosen, and the box around them."""
 
     scores: Tensor  # (B, N), higher is more discriminative
-    indices: Tensor  # (B, K), best first
+    indices: Tensor  # (B, K), best first; -1 where a rule that chooses freely many took fewer than K
     boxes: Tensor  # (B, 4) int64 pixels: left, top, right, bottom; right and bottom are exclusive
     grid: tuple[int, int]  # (rows, cols)
 
@@ -71,8 +72,8 @@ class Output(NamedTuple):
     aux: dict[str, Any] = {}  # inputs of the method's own losses
 
 
-def choose(name: str, choices: Any, what: str) -> Any:
+def choose(name: Any, choices: Any, what: str) -> Any:
     """Return `choices[name]`, or raise a ConfigError that lists what there is."""
     if name not in choices:
-        raise ConfigError(f"unknown {what} {name!r}; choose from: {', '.join(sorted(choices))}")
+        raise ConfigError(f"unknown {what} {name!r}; choose from: {', '.join(str(c) for c in sorted(choices))}")
     return choices[name]

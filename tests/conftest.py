@@ -52,8 +52,8 @@ def small_model(method="glsim", backbone="vit_tiny_patch16_224", size=64, classe
         options = {"top_o": 4, **options}
     model = create_model(method, backbone, classes, size, backbone_args=args, **options).eval()
     if head:
-        for module in model.head.modules():
-            if isinstance(module, torch.nn.Linear):
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear) and not module.weight.any():
                 torch.nn.init.normal_(module.weight, std=0.5)
     return model
 

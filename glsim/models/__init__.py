@@ -1,4 +1,9 @@
-"""Floor 2: one file a paper. A new method is a file here with a `build` function, and its name in `METHODS`."""
+"""Floor 2: one file a paper. A new method is a file here with a `build` function, and its name in `METHODS`.
+
+`build(encoder, num_classes, *, options ..)` returns the model; its keyword-only parameters are the method's options.
+Where a file has them, `BACKBONE` is the method's own default backbone (else `BACKBONE` here) and `ENCODER` its defaults
+for options of the encoder.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +19,23 @@ if TYPE_CHECKING:
 
     from glsim.backbone import Model
 
+BACKBONE = "vit_base_patch16_224"
 METHODS = {  # name -> module; imported when asked for, so that the names cost nothing
     "plain": "glsim.models.plain",
     "glsim": "glsim.models.glsim",
+    "transfg": "glsim.models.transfg",
+    "ffvt": "glsim.models.ffvt",
+    "rams": "glsim.models.rams",
+    "aftrans": "glsim.models.aftrans",
+    "dcal": "glsim.models.dcal",
+    "ielt": "glsim.models.ielt",
+    "cal": "glsim.models.cal",
 }
 
 
 def create_model(
     method: str,
-    backbone: str = "vit_base_patch16_224",
+    backbone: str | None = None,
     num_classes: int = 1000,
     image_size: int | Sequence[int] | None = None,
     pretrained: bool = False,
@@ -31,35 +44,47 @@ def create_model(
 ) -> Model:
     """Build a model: `model(images (B, 3, H, W))` returns an `Output` whatever the method.
 
-    `backbone` is a timm name, `backbone_args` goes to timm (`{"depth": 2, "embed_dim": 64}`), `options` to the method
-    (`top_o`, `metric`, `box`, `crop_size`, `classifier`, `aggregator_depth`, `dropout`, `drop_path`, `norm_eps`).
+    `backbone` is a timm name (default: ViT-B/16, for cal ResNet-101), `backbone_args` goes to timm (`{"depth": 2, "embed_dim": 64}`). `options` are those of the
+    method (the keyword-only parameters of its `build`: `top_o`, `metric`, ..) and those every encoder has (`dropout`,
+    `drop_path`, `norm_eps`, `stride`).
     `model.config` holds all of it, as plain values, for `glsim.save`.
 
     Raises ConfigError for any name, option or size that does not fit, listing what would.
     """
-    build = import_module(choose(method, METHODS, "method")).build
-    parameters = inspect.signature(build).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    from glsim.backbone import build_backbone  # here, so that the names above cost nothing
+
+    module = import_module(choose(method, METHODS, "method"))
+    own, encoder = _defaults(module.build), _defaults(build_backbone)
+    defaults = encoder | getattr(module, "ENCODER", {}) | own
     unknown = sorted(set(options) - set(defaults))
     if unknown:
         raise ConfigError(f"{method!r} has no option {', '.join(unknown)}; its options: {', '.join(sorted(defaults))}")
     if num_classes < 1:
         raise ConfigError(f"num_classes={num_classes}; at least one class is needed")
-    model = build(backbone, num_classes, image_size, pretrained, backbone_args, **options)
+    options = {**defaults, **options}
+    backbone = backbone or getattr(module, "BACKBONE", BACKBONE)
+    net = build_backbone(backbone, image_size, pretrained, backbone_args, **{k: options[k] for k in encoder})
+    model = module.build(net, num_classes, **{k: options[k] for k in own})
     model.config = {
         "method": method,
         "backbone": backbone,
         "num_classes": num_classes,
         "image_size": list(model.backbone.image_size),
         "backbone_args": dict(backbone_args or {}),
-        "options": {**defaults, **options},
+        "options": options,
     }
     return model
+
+
+def _defaults(build: Any) -> dict[str, Any]:
+    """The options of a builder: its keyword-only parameters."""
+    return {p.name: p.default for p in inspect.signature(build).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 
 def resample_positions(weights: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
     """Position embeddings for another image size, by timm's own filter for the family of `net`."""
     prefix = "backbone.net."
     inner = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-    inner = import_module(type(net).__module__).checkpoint_filter_fn(inner, net)
+    resample = getattr(import_module(type(net).__module__), "checkpoint_filter_fn", None)
+    inner = resample(inner, net) if resample else inner  # a convolutional network has no positions
     return {k: v for k, v in weights.items() if not k.startswith(prefix)} | {prefix + k: v for k, v in inner.items()}

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from glsim.backbone import Backbone, Model, build_backbone, to_pair
+from glsim.backbone import Backbone, Model, to_pair
 from glsim.crop import BOX_RULES, crop_and_resize, select
 from glsim.heads import Aggregator, Classifier
-from glsim.selection import METRICS, NEEDS_ATTENTION
-from glsim.types import ConfigError, Output, choose
+from glsim.selection import check_metric, check_top, needs_attention, score
+from glsim.types import Output, choose
 
 
 class GLSim(Model):
@@ -34,19 +33,16 @@ class GLSim(Model):
 
     def forward(self, images: Tensor) -> Output:
         """`images` (B, 3, H, W), normalised. The crop is taken from these very pixels, augmentation included."""
-        f = self.features(images, attention=self.metric in NEEDS_ATTENTION)
-        selection = select(METRICS[self.metric](f), self.top_o, f.grid, images.shape[-2:], self.box)
+        f = self.features(images, attention=needs_attention(self.metric))
+        selection = select(score(self.metric, f), self.top_o, f.grid, images.shape[-2:], self.box)
         crops = crop_and_resize(images, selection.boxes, self.crop_size)
         tokens = torch.stack((f.cls, self.backbone(crops).cls), dim=1)  # B 2 D
         return Output(self.head(self.aggregator(tokens)), selection, crops)
 
 
 def build(
-    backbone: str,
+    encoder: Backbone,
     num_classes: int,
-    image_size: int | Sequence[int] | None,
-    pretrained: bool,
-    backbone_args: dict[str, Any] | None,
     *,
     top_o: int = 8,
     metric: str = "gls_cos",
@@ -59,14 +55,9 @@ def build(
     norm_eps: float | None = None,
 ) -> GLSim:
     """`top_o` patches span the crop (the paper: 8, Stanford Dogs 16, at every image size); `crop_size` in pixels."""
-    choose(metric, METRICS, "metric")
+    check_metric(metric, encoder.has_attention)
     choose(box, BOX_RULES, "box rule")
-    encoder = build_backbone(
-        backbone, image_size, pretrained, backbone_args, dropout=dropout, drop_path=drop_path, norm_eps=norm_eps
-    )
-    patches = encoder.grid[0] * encoder.grid[1]
-    if not isinstance(top_o, int) or not 1 <= top_o <= patches:
-        raise ConfigError(f"top_o={top_o}, but the grid of {backbone!r} has {patches} patches; choose 1 to {patches}")
+    check_top(top_o, encoder.grid, "top_o")
     if crop_size is not None:
         crop_size = to_pair(crop_size)
         encoder.check_size(crop_size)

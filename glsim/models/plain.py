@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from torch import Tensor, nn
 
-from glsim.backbone import Backbone, Model, build_backbone
+from glsim.backbone import Backbone, Model
 from glsim.heads import zero_linear
 from glsim.types import Output
 
@@ -24,19 +21,6 @@ class Plain(Model):
         return Output(self.head(self.features(images).cls))
 
 
-def build(
-    backbone: str,
-    num_classes: int,
-    image_size: int | Sequence[int] | None,
-    pretrained: bool,
-    backbone_args: dict[str, Any] | None,
-    *,
-    dropout: float = 0.0,
-    drop_path: float = 0.0,
-    norm_eps: float | None = None,
-) -> Plain:
-    """A timm transformer and a linear layer that starts at zero."""
-    encoder = build_backbone(
-        backbone, image_size, pretrained, backbone_args, dropout=dropout, drop_path=drop_path, norm_eps=norm_eps
-    )
+def build(encoder: Backbone, num_classes: int) -> Plain:
+    """Any timm network and a linear layer that starts at zero."""
     return Plain(encoder, zero_linear(encoder.dim, num_classes))

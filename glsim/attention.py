@@ -1,0 +1,85 @@
+"""Floor 1: what happens between queries and keys, changed for a while and always put back.
+
+Every block of a timm transformer calls `F.scaled_dot_product_attention`; `replaced_attention` answers that call with
+another function. So no network is forked, whatever its family, and the fused kernels are back when the block ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+
+
+class _Replaced(TorchFunctionMode):
+    def __init__(self, attend: Attend) -> None:
+        self.attend = attend
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        return self._call(*args, **(kwargs or {}))
+
+    def _call(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **_: Any
+    ) -> Tensor:
+        return self.attend(q, k, v, attn_mask, dropout_p)
+
+
+@contextmanager
+def replaced_attention(net: nn.Module, attend: Attend) -> Iterator[None]:
+    """Inside, every attention of `net` is `attend(q, k, v, mask, dropout)`: (B, h, n, d) each, mask added to the logits.
+
+    The fused-attention switches of `net` are put back afterwards, also after an exception.
+    """
+    switches: list[Any] = [(m, m.fused_attn) for m in net.modules() if hasattr(m, "fused_attn")]
+    for module, _ in switches:  # only the fused path calls the function that is replaced
+        module.fused_attn = True
+    try:
+        with _Replaced(attend):
+            yield
+    finally:
+        for module, fused in switches:
+            module.fused_attn = fused
+
+
+@contextmanager
+def explicit_attention(net: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the attention logits (B, h, n, n) of every block of `net` that runs inside, first block first.
+
+    The outputs stay timm's own: the same attention, computed in three steps.
+    """
+    collected: list[Tensor] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        if mask is not None:  # BEiT's relative position bias; the other families pass none
+            logits = logits + mask
+        collected.append(logits)
+        return F.dropout(logits.softmax(dim=-1), dropout) @ v
+
+    with replaced_attention(net, attend):
+        yield collected
+
+
+@contextmanager
+def paired_attention(net: nn.Module) -> Iterator[None]:
+    """Inside, every image of a batch also attends to the tokens of the one before it (DCAL, arXiv 2205.02151, eq. 6).
+
+    Queries stay an image's own; keys and values are its own and its partner's, one softmax over both.
+    """
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+        k, v = (torch.cat((x, x.roll(1, dims=0)), dim=2) for x in (k, v))
+        mask = None if mask is None else torch.cat((mask, mask), dim=-1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+    with replaced_attention(net, attend):
+        yield

@@ -1,0 +1,54 @@
+"""AF-Trans-style (Zhang et al.: A Free Lunch from ViT: Adaptive Attention Multi-scale Fusion Transformer for
+Fine-grained Visual Recognition, arXiv 2110.01240). There is no public code: this follows the text, and says where not.
+"""  # noqa: D205
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from glsim.backbone import Backbone, Model
+from glsim.crop import crop_and_resize, select_component
+from glsim.heads import LayerWeights, zero_linear
+from glsim.selection import check_metric, class_rows, needs_attention, score
+from glsim.types import ConfigError, Features, Output
+
+
+class AFTrans(Model):
+    """Attention of all blocks, each weighted by how much it says, marks a region; the region is encoded again."""
+
+    def __init__(self, backbone: Backbone, excite: nn.Module, head: nn.Module, metric: str, threshold: float) -> None:
+        super().__init__()
+        self.backbone, self.excite, self.head = backbone, excite, head
+        self.metric, self.threshold = metric, threshold
+
+    def forward(self, images: Tensor) -> Output:
+        """`images` (B, 3, H, W), normalised. The answer is the mean of both passes' logits."""
+        f = self.features(images, attention=self.training or needs_attention(self.metric))
+        scores = score(self.metric, f)
+        selection = select_component(scores, self.threshold, f.grid, images.shape[-2:])
+        crops = crop_and_resize(images, selection.boxes)
+        logits = self.head(torch.stack((f.cls, self.backbone(crops).cls)))  # 2 B C
+        losses = {}
+        if self.training:
+            # No gradient flows through a box. The paper leaves open what teaches the weights of the blocks: here it is
+            # a third cross-entropy, on the patches averaged by the weighted attention.
+            weights = score("sacm", f)
+            pooled = (weights / weights.sum(dim=-1, keepdim=True)) @ f.patches  # B 1 D
+            losses = {"cross_entropy": ((1.0, logits[0]), (1.0, logits[1]), (1.0, self.head(pooled[:, 0])))}
+        return Output(logits.mean(dim=0), selection, crops, losses)
+
+    def features(self, images: Tensor, attention: bool = False) -> Features:
+        """Tokens of the first pass; with `attention`, the learned weight of every block too."""
+        f = self.backbone(images, attention=attention)
+        return f._replace(layer_weights=self.excite(class_rows(f))) if attention else f
+
+
+def build(encoder: Backbone, num_classes: int, *, metric: str = "sacm", threshold: float = 1.2) -> AFTrans:
+    """Patches above `threshold` times the mean score make the region (ours; the paper's value is not known)."""
+    encoder.check_class_token("aftrans")
+    check_metric(metric, encoder.has_attention)
+    if threshold < 1:
+        raise ConfigError(f"threshold={threshold}: at least 1, times the mean score")
+    excite = LayerWeights(len(encoder.net.blocks))
+    return AFTrans(encoder, excite, zero_linear(encoder.dim, num_classes), metric, threshold)

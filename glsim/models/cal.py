@@ -1,0 +1,108 @@
+"""CAL (Rao et al.: Counterfactual Attention Learning for Fine-Grained Visual Categorization and Re-identification,
+arXiv 2108.08728)."""  # noqa: D205, D209
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glsim.backbone import Backbone, Model
+from glsim.crop import boxes_from_mask, crop_and_resize
+from glsim.types import ConfigError, Output, Selection, choose
+
+BACKBONE = "resnet101"
+VIEWS: dict[int, tuple[tuple[float, float], ...]] = {  # passes at test time -> (threshold, padding) of the crops
+    1: (),
+    2: ((0.3, 0.1),),
+    8: ((0.3, 0.1), (0.2, 0.1), (0.1, 0.05)),  # image and three crops, and again mirrored
+}
+
+
+class CAL(Model):
+    """Attention maps pool the features; what they gain over random maps is trained too, so that they must matter."""
+
+    def __init__(self, backbone: Backbone, num_classes: int, maps: int, views: int) -> None:
+        super().__init__()
+        self.backbone, self.views = backbone, views
+        self.attend = nn.Linear(backbone.dim, maps, bias=False)  # over places: a 1x1 convolution
+        self.norm = nn.BatchNorm1d(maps, eps=1e-3)
+        self.head = nn.Linear(maps * backbone.dim, num_classes, bias=False)
+        self.register_buffer("centres", torch.zeros(num_classes, maps * backbone.dim))
+        self.centres: Tensor
+
+    def forward(self, images: Tensor) -> Output:
+        """`images` (B, 3, H, W), normalised. Training encodes them, a crop and a masked copy; testing `views` views."""
+        if not self.training:
+            return self.test(images)
+        vector, logits, effect, maps, grid = self.look(images)
+        with torch.no_grad():  # two maps an image, strong ones more often: one to crop to, one to hide
+            strength = maps.mean(dim=1).add(1e-6).sqrt()  # B M
+            index = torch.multinomial(strength, 2)[:, None].expand(-1, maps.shape[1], -1)
+            to_crop, to_hide = maps.gather(2, index).unbind(dim=2)  # B N
+            theta = torch.rand(2, len(images), 1, 1, device=images.device)
+            size = images.shape[-2:]
+            boxes = boxes_from_mask(over(to_crop, grid, size, 0.4 + 0.2 * theta[0]), size, 0.1)
+            hidden = images.masked_fill(over(to_hide, grid, size, 0.2 + 0.3 * theta[1])[:, None], 0.0)
+        crops = crop_and_resize(images, boxes)
+        _, more, more_effect, *_ = self.look(torch.cat((crops, hidden)))
+        losses = {
+            "cross_entropy": ((1 / 3, logits), (1.0, torch.cat((effect, more_effect))), (2 / 3, more)),
+            "centre": (vector, self.centres),
+        }
+        return Output(logits, as_selection(maps, grid, boxes), crops, losses)
+
+    def look(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[int, int]]:
+        """Pooled vector (B, F), logits (B, C), their gain over counterfactual maps, maps (B, N, M), grid."""
+        f = self.features(images)
+        maps = F.relu(self.norm(self.attend(f.patches).transpose(1, 2))).transpose(1, 2)
+        fake = 2 * torch.rand_like(maps) if self.training else torch.ones_like(maps)
+        vector = pool(f.patches, maps)
+        logits = self.head(100 * vector)
+        return vector, logits, logits - self.head(100 * pool(f.patches, fake)), maps, f.grid
+
+    def test(self, images: Tensor) -> Output:
+        """The mean of the logits of the image, of crops at falling thresholds, and (8 views) of their mirror images."""
+        size = images.shape[-2:]
+        logits: list[Tensor] = []
+        selection, crops = None, None
+        for view in (images, images.flip(-1)) if self.views == 8 else (images,):
+            _, whole, _, maps, grid = self.look(view)
+            logits.append(whole)
+            mean = maps.mean(dim=-1)
+            for threshold, padding in VIEWS[self.views]:
+                boxes = boxes_from_mask(over(mean, grid, size, threshold), size, padding)
+                crop = crop_and_resize(view, boxes)
+                logits.append(self.look(crop)[1])
+                if selection is None:
+                    selection, crops = as_selection(maps, grid, boxes), crop
+        if selection is None:
+            selection = as_selection(maps, grid, boxes_from_mask(over(mean, grid, size, 0.3), size, 0.1))
+        return Output(torch.stack(logits).mean(dim=0), selection, crops)
+
+
+def pool(patches: Tensor, maps: Tensor) -> Tensor:
+    """Bilinear attention pooling: features (B, N, D) under each map (B, N, M), root-scaled, unit length: (B, M D)."""
+    x = (maps.transpose(1, 2) @ patches / maps.shape[1]).flatten(1)
+    return F.normalize(x.sign() * (x.abs() + 1e-6).sqrt(), dim=-1)
+
+
+def over(scores: Tensor, grid: tuple[int, int], size: tuple[int, int], threshold: float | Tensor) -> Tensor:
+    """Which pixels of an image of `size` (H, W) lie above `threshold` times the largest of `scores` (B, N): (B, H, W)."""
+    maps = F.interpolate(scores.unflatten(1, grid)[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+    return maps > threshold * maps.amax(dim=(1, 2), keepdim=True)
+
+
+def as_selection(maps: Tensor, grid: tuple[int, int], boxes: Tensor) -> Selection:
+    """The mean of the attention maps (B, N, M) as scores; the patch where each map is strongest, and the box."""
+    return Selection(maps.mean(dim=-1), maps.argmax(dim=1), boxes, grid)
+
+
+def build(encoder: Backbone, num_classes: int, *, maps: int = 32, views: int = 8) -> CAL:
+    """`maps` attention maps (the paper: 32); `views` at test time: 1 (image), 2 (and a crop) or 8 (the paper's)."""
+    choose(views, VIEWS, "number of views")
+    if getattr(encoder.net, "attn_pool", None) is not None:
+        raise ConfigError("'cal' pools by maps of its own; choose a backbone without attention pooling")
+    if maps < 2:
+        raise ConfigError(f"maps={maps}: two or more are needed, one to crop to and one to hide")
+    return CAL(encoder, num_classes, maps, views)

@@ -1,0 +1,50 @@
+"""DCAL (Zhu et al.: Dual Cross-Attention Learning for Fine-Grained Visual Categorization and Object Re-Identification,
+arXiv 2205.02151)."""  # noqa: D205, D209
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glsim.attention import paired_attention
+from glsim.backbone import Backbone, Model
+from glsim.crop import select
+from glsim.heads import CrossBlock, zero_linear
+from glsim.selection import check_metric, gather_tokens, needs_attention, score
+from glsim.types import ConfigError, Output
+
+
+class DCAL(Model):
+    """The best patches ask all tokens once more; in training every image is distracted by another one."""
+
+    def __init__(self, backbone: Backbone, cross: nn.Module, heads: nn.ModuleList, metric: str, share: float) -> None:
+        super().__init__()
+        self.backbone, self.cross, self.heads, self.metric, self.share = backbone, cross, heads, metric, share
+        self.uncertainty = nn.Parameter(torch.zeros(3))  # of the three losses
+
+    def forward(self, images: Tensor) -> Output:
+        """`images` (B, 3, H, W), normalised. The answer adds the probabilities of both class tokens."""
+        f = self.features(images, attention=needs_attention(self.metric))
+        top = max(1, round(self.share * f.patches.shape[1]))
+        selection = select(score(self.metric, f), top, f.grid, images.shape[-2:], "inclusive")
+        queries = torch.cat((f.cls[:, None], gather_tokens(f.patches, selection.indices)), dim=1)  # B 1+R D
+        tokens = torch.cat((f.cls[:, None], f.patches), dim=1)
+        whole, local = self.heads[0](f.cls), self.heads[1](self.cross(queries, tokens)[:, 0])
+        losses = {}
+        if self.training:
+            with paired_attention(self.backbone.net):
+                pair = self.heads[0](self.backbone(images).cls)
+            losses = {"uncertainty": (torch.stack((whole, local, pair)), self.uncertainty)}
+        logits = torch.logaddexp(F.log_softmax(whole, dim=-1), F.log_softmax(local, dim=-1))
+        return Output(logits, selection, aux=losses)
+
+
+def build(encoder: Backbone, num_classes: int, *, metric: str = "rollout", share: float = 0.1) -> DCAL:
+    """`share` of the patches ask (the paper: 10 %, chosen by rollout)."""
+    encoder.check_class_token("dcal")
+    check_metric(metric, encoder.has_attention)
+    if not 0 < share <= 1:
+        raise ConfigError(f"share={share}: above 0, at most 1")
+    heads = nn.ModuleList(zero_linear(encoder.dim, num_classes) for _ in range(2))
+    return DCAL(encoder, CrossBlock(encoder.dim), heads, metric, share)

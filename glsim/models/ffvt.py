@@ -1,0 +1,48 @@
+"""FFVT (Wang, Yu and Gao: Feature Fusion Vision Transformer for Fine-Grained Visual Categorization, arXiv 2107.02341)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glsim.backbone import Backbone, Model
+from glsim.crop import select_these
+from glsim.heads import zero_linear
+from glsim.selection import check_metric, check_top, gather_tokens, mutual_attention, score
+from glsim.types import Features, Output
+
+
+class FFVT(Model):
+    """The best tokens of every block go, with the class token, through the last one."""
+
+    def __init__(self, backbone: Backbone, head: nn.Module, metric: str, top_k: int) -> None:
+        super().__init__()
+        self.backbone, self.head, self.metric, self.top_k = backbone, head, metric, top_k
+
+    def forward(self, images: Tensor) -> Output:
+        """`images` (B, 3, H, W), normalised."""
+        stages = self.backbone.stages(images)
+        skip, grid = self.backbone.skip, stages[0].features.grid
+        weights = [self.weigh(stage.features) for stage in stages]  # L - 1 of (B, n)
+        indices = [w.topk(self.top_k, dim=-1).indices for w in weights]
+        chosen = [gather_tokens(stage.tokens, index) for stage, index in zip(stages, indices, strict=True)]
+        index = torch.cat(indices, dim=1)  # B (L-1)K
+        tokens = self.backbone.last_block(stages[-1].tokens, torch.cat(chosen, dim=1), index, grid)
+        scores = torch.stack(weights).mean(dim=0)[:, skip:]
+        selection = select_these(scores, (index - skip).clamp(min=-1), grid, images.shape[-2:])
+        return Output(self.head(tokens[:, 0]), selection)
+
+    def weigh(self, f: Features) -> Tensor:
+        """Scores of all n tokens after a block (B, n). The paper's own rank the class token too; others only patches."""
+        if self.metric == "maws":
+            return mutual_attention(f, f.attention_logits[-1])  # type: ignore[index]
+        return F.pad(score(self.metric, f).mean(dim=1), (f.num_prefix, 0), value=-torch.inf)
+
+
+def build(encoder: Backbone, num_classes: int, *, metric: str = "maws", top_k: int = 12) -> FFVT:
+    """`top_k` tokens of each block (the paper: 12, Stanford Dogs 24); `metric` is read off every block in turn."""
+    encoder.check_class_token("ffvt", inner=True)
+    check_metric(metric, encoder.has_attention)
+    check_top(top_k, encoder.grid, "top_k")
+    return FFVT(encoder, zero_linear(encoder.dim, num_classes), metric, top_k)

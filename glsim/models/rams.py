@@ -1,0 +1,48 @@
+"""RAMS-Trans (Hu et al.: Recurrent Attention Multi-scale Transformer for Fine-grained Image Recognition, arXiv 2107.08192)."""  # noqa: E501
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from glsim.backbone import Backbone, Model
+from glsim.crop import crop_and_resize, select_component
+from glsim.heads import zero_linear
+from glsim.selection import check_metric, needs_attention, score
+from glsim.types import ConfigError, Output
+
+
+class RAMS(Model):
+    """Attention rolled out over all blocks marks a region; the region is encoded again with a class token of its own."""
+
+    def __init__(self, backbone: Backbone, head: nn.Module, metric: str, threshold: float) -> None:
+        super().__init__()
+        self.backbone, self.head, self.metric, self.threshold = backbone, head, metric, threshold
+        self.crop_token = nn.Parameter(backbone.net.cls_token.detach().clone())  # 1 1 D
+
+    def forward(self, images: Tensor) -> Output:
+        """`images` (B, 3, H, W), normalised.
+
+        Trained by two cross-entropies; the answer is the mean of both passes' logits (the paper does not say).
+        """
+        f = self.features(images, attention=needs_attention(self.metric))
+        selection = select_component(score(self.metric, f), self.threshold, f.grid, images.shape[-2:])
+        crops = crop_and_resize(images, selection.boxes)
+        local = functional_call(self.backbone, {"net.cls_token": self.crop_token}, (crops,)).cls
+        logits = self.head(torch.stack((f.cls, local)))  # 2 B C
+        losses = {"cross_entropy": ((1.0, logits[0]), (1.0, logits[1]))}
+        return Output(logits.mean(dim=0), selection, crops, losses if self.training else {})
+
+    def no_weight_decay(self) -> set[str]:
+        """The crop's class token too."""
+        return super().no_weight_decay() | {"crop_token"}
+
+
+def build(encoder: Backbone, num_classes: int, *, metric: str = "rams", threshold: float = 1.2) -> RAMS:
+    """Patches above `threshold` times the mean score make the region (the paper: 1.2)."""
+    encoder.check_class_token("rams")
+    check_metric(metric, encoder.has_attention)
+    if threshold < 1:
+        raise ConfigError(f"threshold={threshold}: at least 1, times the mean score")
+    return RAMS(encoder, zero_linear(encoder.dim, num_classes), metric, threshold)

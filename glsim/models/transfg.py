@@ -1,0 +1,44 @@
+"""TransFG (He et al.: TransFG: A Transformer Architecture for Fine-grained Recognition, arXiv 2103.07976)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from glsim.backbone import Backbone, Model
+from glsim.crop import select_these
+from glsim.heads import zero_linear
+from glsim.selection import check_metric, gather_tokens, score
+from glsim.types import Features, Output
+
+ENCODER = {"stride": 0.75}  # patches overlap: 12 pixels of 16
+
+
+class TransFG(Model):
+    """Overlapping patches; for every head the patch that attention leads to; only those go through the last block."""
+
+    def __init__(self, backbone: Backbone, head: nn.Module, metric: str) -> None:
+        super().__init__()
+        self.backbone, self.head, self.metric = backbone, head, metric
+
+    def forward(self, images: Tensor) -> Output:
+        """`images` (B, 3, H, W), normalised."""
+        tokens, f = self.backbone.stages(images)[-1]
+        scores = score(self.metric, f)  # B h N
+        parts = scores.argmax(dim=-1)  # B h
+        index = parts + self.backbone.skip
+        cls = self.backbone.last_block(tokens, gather_tokens(tokens, index), index, f.grid)[:, 0]
+        logits = self.head(cls)
+        selection = select_these(scores.sum(dim=1), parts, f.grid, images.shape[-2:])
+        losses = {"cross_entropy": ((1.0, logits),), "contrastive": cls}
+        return Output(logits, selection, aux=losses if self.training else {})
+
+    def features(self, images: Tensor, attention: bool = False) -> Features:
+        """What the parts are chosen from: tokens and attention before the last block, which sees the parts only."""
+        return self.backbone.stages(images)[-1].features
+
+
+def build(encoder: Backbone, num_classes: int, *, metric: str = "psm") -> TransFG:
+    """`metric` with a map for each head chooses as many parts (the paper: psm)."""
+    encoder.check_class_token("transfg", inner=True)
+    check_metric(metric, encoder.has_attention)
+    return TransFG(encoder, zero_linear(encoder.dim, num_classes), metric)
