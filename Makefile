@@ -23,13 +23,13 @@ test-slow: install
 	$(BIN)/python -m pytest -m slow
 
 lint: install
-	$(BIN)/ruff check glsim tests docs
-	$(BIN)/ruff format --check glsim tests docs
+	$(BIN)/ruff check glsim tests docs benchmarks
+	$(BIN)/ruff format --check glsim tests docs benchmarks
 	$(BIN)/mypy
 
 format: install
-	$(BIN)/ruff check --fix glsim tests docs
-	$(BIN)/ruff format glsim tests docs
+	$(BIN)/ruff check --fix glsim tests docs benchmarks
+	$(BIN)/ruff format glsim tests docs benchmarks
 
 clean:
 	rm -rf $(VENV) quickstart build dist *.egg-info

@@ -19,7 +19,7 @@ from PIL import Image
 
 import glsim
 from glsim.bundle import labels_of, preprocessing_of
-from glsim.pictures import BOX_COLOUR
+from glsim.pictures import BOX_COLOUR, explanations
 from glsim.predict import to_original
 from glsim.quickstart import BIRDS
 from glsim.synthetic import Species, draw, species
@@ -70,7 +70,7 @@ def explain_bird(model: Any, bird: Species, number: int) -> Panel:
     p = preprocessing_of(model)
     looks = {key: BIRDS[key] for key in ("part_scale", "clutter")}
     drawing = draw(bird, np.random.default_rng([SEED, number]), SIZE, **looks).image
-    (e,) = glsim.explain(model, eval_transform(p)(drawing)[None])
+    (e,) = explanations(model, eval_transform(p)(drawing)[None])
     height, width = p.image_size
     left, top, right, bottom = to_drawing((0, 0, width, height), p)
     box = to_drawing(e.box, p)

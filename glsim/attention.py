@@ -35,7 +35,7 @@ class _Replaced(TorchFunctionMode):
 
 @contextmanager
 def replaced_attention(net: nn.Module, attend: Attend) -> Iterator[None]:
-    """Inside, every attention of `net` is `attend(q, k, v, mask, dropout)`: (B, h, n, d) each, mask added to the logits.
+    """Inside, every attention of `net` is `attend(q, k, v, mask, dropout)`, q, k and v (B, h, n, d).
 
     The fused-attention switches of `net` are put back afterwards, also after an exception.
     """

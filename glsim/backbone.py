@@ -50,12 +50,14 @@ class Backbone(nn.Module):
         self.late_norm = isinstance(net.norm, nn.Identity)
         self.pooled = net.cls_token is None or getattr(net, "attn_pool", None) is not None
         self.dim: int = net.embed_dim
+        self.depth = len(net.blocks)
         self.skip: int = net.num_prefix_tokens  # tokens before the first patch
         self.num_prefix = self.skip if net.cls_token is not None else 0  # the same, where the first is a class token
         self.image_size: tuple[int, int] = to_pair(net.patch_embed.img_size)
         self.grid: tuple[int, int] = to_pair(net.patch_embed.grid_size)
         self.patch_size = to_pair(net.patch_embed.feat_ratio(as_scalar=False))
         self.any_size: bool = getattr(net, "dynamic_img_size", False)
+        self.overlapping = isinstance(net.patch_embed, OverlappingPatches)
 
     def forward(self, images: Tensor, attention: bool = False) -> Features:
         """Encode `images` (B, 3, H, W), normalised as the backbone expects.
@@ -84,7 +86,7 @@ class Backbone(nn.Module):
         with explicit_attention(self.net) as logits:
             between = self.net.forward_intermediates(
                 images,
-                indices=list(range(len(self.net.blocks) - 1)),
+                indices=list(range(self.depth - 1)),
                 return_prefix_tokens=True,
                 stop_early=True,
                 output_fmt="NLC",
@@ -117,8 +119,9 @@ class Backbone(nn.Module):
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Raise ConfigError unless images of `size` (H, W) can be encoded."""
-        if any(side < patch or side % patch for side, patch in zip(size, self._patch(), strict=True)):
-            raise ConfigError(f"image size {_by(size)} is no multiple of the patch, {_by(self._patch())} pixels")
+        patch = self.net.patch_embed.patch_size if self.overlapping else self.patch_size
+        if any(side < p or (side % p and not self.overlapping) for side, p in zip(size, patch, strict=True)):
+            raise ConfigError(f"image size {_by(size)} is no multiple of the patch, {_by(patch)} pixels")
         if size != self.image_size and not self.any_size:
             raise ConfigError(
                 f"{type(self.net).__name__} keeps relative positions for {_by(self.image_size)} pixels only; "
@@ -137,16 +140,12 @@ class Backbone(nn.Module):
                 f"{method!r} sends some of the tokens through the last block, and the positions of this "
                 f"{type(self.net).__name__} need them all; try ViT, DeiT, DINO or EVA backbones"
             )
-        if inner and len(self.net.blocks) < 2:
+        if inner and self.depth < 2:
             raise ConfigError(f"{method!r} needs two blocks or more")
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         rows, cols = self.net.patch_embed.dynamic_feat_size(images.shape[-2:])
         return rows, cols
-
-    def _patch(self) -> tuple[int, int]:
-        """What the image's sides must be multiples of."""
-        return (1, 1) if isinstance(self.net.patch_embed, OverlappingPatches) else self.patch_size
 
 
 class MapBackbone(Backbone):
@@ -161,7 +160,7 @@ class MapBackbone(Backbone):
     def __init__(self, net: Any, image_size: tuple[int, int], any_size: bool) -> None:
         nn.Module.__init__(self)
         self.net = net
-        self.skip = self.num_prefix = 0
+        self.skip = self.num_prefix = self.depth = 0
         self.pooled, self.image_size, self.any_size = True, image_size, any_size
         was_training = net.training
         with torch.no_grad():
@@ -181,7 +180,7 @@ class MapBackbone(Backbone):
         last = str(getattr(self.net, "output_fmt", "NCHW")) == "NHWC"
         rows, cols, width = raw.shape[1:] if last else (*raw.shape[2:], raw.shape[1])
         places = (raw if last else raw.permute(0, 2, 3, 1)).reshape(-1, *((1, 1, width) if last else (width, 1, 1)))
-        patches = self.net.forward_head(places, pre_logits=True).unflatten(0, (len(images), rows * cols))
+        patches = self.net.forward_head(places, pre_logits=True).unflatten(0, (images.shape[0], rows * cols))
         return Features(cls, patches, (rows, cols), 0)
 
     def check_size(self, size: tuple[int, int]) -> None:
@@ -203,7 +202,7 @@ class OverlappingPatches(PatchEmbed):
         if not all(1 <= s <= side for s, side in zip(step, pair, strict=True)):
             raise ValueError(f"stride={stride} and patches of {_by(pair)} pixels; give 1 to {min(pair)}")
         self.stride: tuple[int, int] = (step[0], step[1])
-        super().__init__(*args, patch_size=patch_size, **kwargs)  # type: ignore[arg-type]
+        super().__init__(*args, patch_size=patch_size, **kwargs)  # type: ignore[arg-type, misc]
         self.proj.stride = self.stride
 
     def _init_img_size(self, img_size: Any) -> Any:
@@ -235,7 +234,7 @@ class Model(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that timm's optimisers leave undecayed beside biases and norms: tokens and positions."""
-        inner = getattr(self.backbone.net, "no_weight_decay", set)()
+        inner: set[str] = getattr(self.backbone.net, "no_weight_decay", set)()
         return {f"backbone.net.{name}" for name in inner}
 
     def features(self, images: Tensor, attention: bool = False) -> Features:
@@ -278,7 +277,10 @@ def build_backbone(
         args.setdefault("dynamic_img_size", True)
     if stride is not None:
         if family not in ("vision_transformer", "deit"):
-            raise ConfigError(f"stride={stride}: only the patches of ViT and DeiT can overlap, not those of {name!r}")
+            raise ConfigError(
+                f"stride={stride}: only the patches of ViT and DeiT can overlap, not those of {name!r}; "
+                "without overlap: stride=None (--options.stride null)"
+            )
         args["embed_layer"] = partial(OverlappingPatches, stride=stride)
     net, sized = _create(name, pretrained, args)
     for module in net.modules():
@@ -300,9 +302,11 @@ def build_backbone(
 
 
 def _create(name: str, pretrained: bool, args: dict[str, Any]) -> tuple[Any, bool]:
-    """timm's network, and whether it was told the image size (a convolutional one takes any, and must not be)."""
+    """timm's network, and whether it is made for one image size (a convolutional one takes any, and is not told)."""
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, **args), "img_size" in args
+        net = timm.create_model(name, pretrained=pretrained, num_classes=0, **args)
+        fixed = getattr(getattr(net, "patch_embed", None), "img_size", None) is not None
+        return net, "img_size" in args or fixed
     except (TypeError, AssertionError, ValueError, RuntimeError, OSError) as error:
         if isinstance(error, TypeError) and "'img_size'" in str(error):
             return _create(name, pretrained, {k: v for k, v in args.items() if k != "img_size"})

@@ -6,6 +6,7 @@ Loading a bundle never unpickles anything; the publishers' `.pth` files are read
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from timm.models import get_pretrained_cfg
+from timm.models.vision_transformer import VisionTransformer
 
 from glsim.backbone import Model, to_pair
 from glsim.models import create_model, resample_positions
-from glsim.official import convert_official
+from glsim.official import OFFICIAL, convert_official
 from glsim.transforms import Preprocessing
 from glsim.types import ConfigError, DataError
 
@@ -87,7 +89,9 @@ def load(source: str | Path, **overrides: Any) -> Model:
     """Load a model in eval mode from a bundle folder, `hf-hub:owner/name`, `local-dir:path` or an official `.pth` file.
 
     `overrides` change the model: `image_size` (positions are resampled) or options of the method (`top_o=16`). For a
-    `.pth`, `method` names the publisher's model ("glsim"), and `model.conversion` tells which keys were used.
+    `.pth`, `method` names the publisher's model ("glsim", "transfg", "ffvt"), and `model.conversion` tells which keys
+    were used; TransFG's and FFVT's files do not hold `num_heads`, `image_size`, `patch_size`, `stride` and `top_k`,
+    which default to those of the published ViT-B/16.
 
     Raises ConfigError for a wrong option and DataError for files that are missing, damaged or not what they should be.
     """
@@ -161,10 +165,15 @@ def load_bundle(folder: Path, **overrides: Any) -> Model:
 def init_from(model: Model, source: str | Path) -> list[str]:
     """Give `model` the weights of another one wherever name and shape agree; returns the names it kept as they were.
 
-    `source` is anything `load` takes; its positions are resampled to the image size of `model`. Raises ConfigError
-    when not even the backbones agree.
+    `source` is anything `load` takes, or a `.npz` file of the ViT authors (ImageNet-21k: where the field starts from),
+    which timm reads. Positions are resampled to the grid of `model`. Raises ConfigError when not even the backbones
+    agree, and DataError for a file that cannot be read.
     """
-    other = load(source, image_size=model.config["image_size"]).state_dict()
+    if Path(source).suffix == ".npz":
+        return _init_from_npz(model, Path(source))
+    method = model.config["method"]
+    published = {"method": method} if str(source).endswith((".pth", ".pt", ".bin")) and method in OFFICIAL else {}
+    other = load(source, image_size=model.config["image_size"], **published).state_dict()
     own = model.state_dict()
     taken = {k: v for k, v in other.items() if k in own and own[k].shape == v.shape}
     kept = sorted(set(own) - set(taken))
@@ -172,6 +181,22 @@ def init_from(model: Model, source: str | Path) -> list[str]:
         raise ConfigError(f"{source} has another backbone than {model.config['backbone']!r}: nothing for {kept[0]}")
     model.load_state_dict(taken, strict=False)
     return kept
+
+
+def _init_from_npz(model: Model, path: Path) -> list[str]:
+    net = model.backbone.net
+    if not isinstance(net, VisionTransformer):
+        raise ConfigError(f"{path}: .npz files hold the weights of a ViT, {model.config['backbone']!r} is none")
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    try:
+        net.load_pretrained(str(path))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        net.load_state_dict(before)
+        raise DataError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
+    except (RuntimeError, AssertionError, IndexError, TypeError) as error:
+        net.load_state_dict(before)
+        raise ConfigError(f"{path} does not fit {model.config['backbone']!r}: {error}") from error
+    return sorted(k for k in model.state_dict() if not k.startswith("backbone."))
 
 
 def preprocessing_of(model: Model) -> Preprocessing:

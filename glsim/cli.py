@@ -91,12 +91,47 @@ def show_convert(r: dict[str, Any], _: Any) -> str:
     return "\n".join([*lines, f"options: {r['options']}", f"bundle: {r['bundle']}"])
 
 
+def show_doctor(r: dict[str, Any], _: Any) -> str:
+    """What was found, every problem by name; the memory of the planned run; where the page is."""
+    from glsim.doctor import as_gib
+
+    images = ", ".join(f"{count} {split}" for split, count in r["counts"].items())
+    lines = [f"{r['data']}: {images} images of {r['classes']['count']} classes, {r['seconds']} s"]
+    for f in r["findings"]:
+        lines.append(f"{f['severity']}: {f['title']}: {f['count']}. {f['advice']}")
+        most = 5 if f["severity"] == "warning" else f["count"]
+        for item in f["items"][:most]:
+            paths = " = ".join(image["path"] for image in item["images"])
+            lines.append("  " + ": ".join(part for part in (paths, item["note"]) if part))
+        if f["count"] > most:
+            lines.append(f"  .. and {f['count'] - most} more (--json lists all)")
+    m = r["memory"]
+    lines.append(
+        f"memory of a step: about {as_gib(m['total'])}, free on {m['device']}: {as_gib(m['free'])}; "
+        + (f"batches up to {m['largest_batch_size']} fit" if m["fits"] else "it will not fit; what helps:")
+    )
+    lines += [f"  {advice}" for advice in m["advice"]]
+    return "\n".join([*lines, *["nothing found"] * (not r["findings"]), f"page: {r['out']}"])
+
+
 def show_datasets(r: dict[str, Any], _: Any) -> str:
     """The names, or what was made."""
     if "root" in r:
         counts = ", ".join(f"{n} {split}" for split, n in r["counts"].items())
-        return f"{r['name']}: {r['classes']} classes, {counts} images in {r['root']}"
-    return "\n".join(f"{d['name']:10} {d['about']}" for d in r["datasets"])
+        lines = [f"{r['name']}: {r['classes']} classes, {counts} images in {r['root']}"]
+        if "csv" in r:
+            lines += [f"list: {r['csv']}, split {r['split_hash']}", f"licence: {r['licence']}"]
+            lines.append(f"next: glsim train --dataset {r['name']} --data {r['root']} --out RUN")
+        return "\n".join(lines)
+    lines = []
+    for d in r["datasets"]:
+        lines.append(f"{d['name']:10} {d['about']}")
+        if "counts" in d:
+            counts = ", ".join(f"{n} {split}" for split, n in d["counts"].items()) or "counts not stated"
+            lines[-1] += f": {d['classes']} classes, {counts}"
+            how = "downloaded by prepare" if d["download"] else "download it yourself, then prepare --source"
+            lines += [f"{'':10} {d['protocol']}", f"{'':10} licence: {d['licence']}; {d['homepage']} ({how})"]
+    return "\n".join(lines)
 
 
 def show_quickstart(r: dict[str, Any], _: Any) -> str:
@@ -123,6 +158,7 @@ VERBS = {
     "predict": Verb(config.Predict, "glsim.predict:run", show_predict, progress=True),
     "explain": Verb(config.Explain, "glsim.pictures:run", show_explain),
     "convert": Verb(config.Convert, "glsim.convert:run", show_convert),
+    "doctor": Verb(config.Doctor, "glsim.doctor:run", show_doctor, progress=True),
     "datasets": Verb(config.Datasets, "glsim.datasets:run", show_datasets),
 }
 
@@ -146,7 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module, _, function = verb.run.partition(":")
         extra = {"progress": sys.stderr.isatty() or not as_json} if verb.progress else {}
         result = getattr(import_module(module), function)(settings, **extra)
-        print(json.dumps(result, ensure_ascii=False) if as_json else verb.show(result, settings))
+        text = json.dumps(result, ensure_ascii=False) if as_json else verb.show(result, settings)
+        print(text.encode("utf-8", "backslashreplace").decode())  # a file name may hold bytes that are no text
+        return int(result.get("exit_code", 0))  # of a verb that looked and found something wrong
     except SystemExit as stop:  # jsonargparse printed help (0) or what is wrong (2)
         return int(stop.code or 0)
     except GlsimError as error:
@@ -158,7 +196,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(words[0], error, 1, as_json)
     except KeyboardInterrupt:
         return fail(words[0], "interrupted", 130, as_json)
-    return 0
 
 
 def fail(verb: str, error: object, code: int, as_json: bool) -> int:
@@ -226,6 +263,8 @@ def add_option(parser: Any, f: dataclasses.Field, hint: Any) -> None:
         parser.add_argument(option, action="store_true", default=default, help=text)
         if default:
             parser.add_argument(f"--no-{option[2:]}", dest=f.name, action="store_false", help=f"not {option}")
+    elif hint == list[str] | None:
+        parser.add_argument(option, nargs="+", default=default, help=text)
     elif needed:
         parser.add_argument(option, type=hint, required=True, help=text)
     else:

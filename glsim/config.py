@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
+from glsim.catalog import SETS
 from glsim.models import METHODS
 from glsim.types import ConfigError, choose
 
@@ -40,6 +41,7 @@ class Train:
     """Train a model on a folder or CSV of images. OUT becomes a bundle: load it, evaluate it, predict with it."""
 
     data: str = required("folder (train/CLASS/.., or CLASS/..), or CSV with path,label[,split]")
+    dataset: str | None = setting(None, "data set prepared in DATA; its settings hold unless others are given")
     out: str = required("run folder to make")
     resume: bool = setting(False, "go on from the last finished epoch in OUT")
 
@@ -50,7 +52,7 @@ class Train:
     options: dict[str, Any] = setting({}, "options of the method, as --options.top_o 16 --options.metric gls_l2")
     backbone_args: dict[str, Any] = setting({}, "handed to timm, as --backbone-args.depth 6")
 
-    init_from: str | None = setting(None, "bundle whose weights to start from, wherever name and shape agree")
+    init_from: str | None = setting(None, "bundle (wherever name and shape agree) or ViT .npz to start from")
 
     val_fraction: float = setting(0.0, "share of train held out, stratified, to watch the run (0: none)")
     test_fraction: float = setting(0.2, "share held out as test where the data has no split of its own")
@@ -58,7 +60,8 @@ class Train:
     skip_bad: bool = setting(False, "check every image first, leave unreadable ones out and list them")
     workers: int = setting(2, "processes that load images")
 
-    resize_ratio: float = setting(1.34, "squeeze images to this many times image_size before cropping")
+    # None only until __post_init__ is done.
+    resize_ratio: float = setting(None, "squeeze images to this many times image_size before cropping; default: 1.34")
     augment: str = setting("medium", "none, weak (flip) or medium (flip, TrivialAugmentWide, RandomErasing)")
     crop: str = setting("random", "random (of the squeezed image) or resized (RandomResizedCrop)")
     crop_scale: float = setting(0.5, "smallest share of the area with crop=resized")
@@ -66,7 +69,9 @@ class Train:
     std: list[float] | None = setting(None, "normalisation, 3 numbers; default: the backbone's")
 
     epochs: int = setting(50, "passes over train")
-    batch_size: int = setting(8, "images a step")
+    batch_size: int = setting(8, "images at a time, on each device")
+    accumulate: int = setting(1, "batches whose gradients make one step")
+    save_steps: int = setting(0, "save every so many steps too (0: after every epoch)")
     optimizer: str = setting("sgd", "sgd (Nesterov), adamw, or any other name timm knows")
     lr: float = setting(0.01, "peak learning rate")
     weight_decay: float = setting(0.0, "not applied to biases and norms")
@@ -74,6 +79,9 @@ class Train:
     warmup_steps: int = setting(500, "steps from warmup_lr up to lr")
     warmup_lr: float = setting(1e-6, "learning rate of the first step")
     min_lr: float = setting(1e-5, "learning rate at the end of the cosine")
+    schedule: Literal["cosine", "step"] = setting("cosine", "after the warm-up: down a cosine, or in steps")
+    decay_epochs: float = setting(30.0, "schedule=step: epochs from one decay to the next")
+    decay_rate: float = setting(0.1, "schedule=step: each decay multiplies the learning rate by it")
     label_smoothing: float = setting(0.1, "0 to below 1")
     clip_grad: float = setting(1.0, "largest gradient norm (0: no clipping)")
     ema: float = setting(0.0, "decay of averaged weights, which are then the ones saved (0: off)")
@@ -82,8 +90,11 @@ class Train:
 
     def __post_init__(self) -> None:
         choose(self.method, METHODS, "method")
-        _at_least(self, 1, "epochs", "batch_size")
-        _at_least(self, 0, "workers", "warmup_steps", "weight_decay", "clip_grad", "min_lr", "warmup_lr", "lr")
+        self._fill()
+        choose(self.schedule, {"cosine": None, "step": None}, "schedule")
+        _at_least(self, 1, "epochs", "batch_size", "accumulate")
+        _at_least(self, 0, "workers", "save_steps", "warmup_steps", "weight_decay", "clip_grad")
+        _at_least(self, 0, "lr", "min_lr", "warmup_lr")
         _below_one(self, "val_fraction", "test_fraction", "label_smoothing", "ema", "momentum")
         for name in ("mean", "std"):
             values = getattr(self, name)
@@ -91,8 +102,22 @@ class Train:
                 raise ConfigError(f"{name}={values}: three numbers are needed, one per colour")
         if self.resize_ratio < 1:
             raise ConfigError(f"resize_ratio={self.resize_ratio}: at least 1, or the crop would not fit")
-        if not 0 < self.crop_scale <= 1:
-            raise ConfigError(f"crop_scale={self.crop_scale}: above 0, at most 1")
+        for name in ("crop_scale", "decay_rate"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: above 0, at most 1")
+        if self.decay_epochs <= 0:
+            raise ConfigError(f"decay_epochs={self.decay_epochs}: above 0")
+
+    def _fill(self) -> None:
+        """Give what is left open the values of the named data set, so that they stand in the resolved recipe."""
+        chosen: dict[str, Any] = {"resize_ratio": 1.34}
+        if self.dataset is not None:
+            named = choose(self.dataset, SETS, "data set")
+            chosen = {"resize_ratio": named.resize_ratio, "mean": list(named.mean), "std": list(named.std)}
+            object.__setattr__(self, "options", {**named.options(self.method), **self.options})
+        for name, value in chosen.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +126,7 @@ class Eval:
 
     source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth")
     data: str = required("folder or CSV, as for train")
+    dataset: str | None = setting(None, "name of a data set prepared in DATA")
     split: Literal["train", "val", "test", "all"] = setting("test", "which images; all: every one there is")
     out: str | None = setting(None, "folder for evaluation.json, predictions.csv and the confusion matrix")
     batch_size: int = setting(32, "images at a time")
@@ -111,6 +137,8 @@ class Eval:
     def __post_init__(self) -> None:
         _at_least(self, 1, "batch_size")
         _at_least(self, 0, "workers")
+        if self.dataset is not None:
+            choose(self.dataset, SETS, "data set")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,36 +165,80 @@ class Predict:
 
 @dataclass(frozen=True, kw_only=True)
 class Explain:
-    """Draw why: the image with heat-map and box beside the crop as the network sees it, one PNG an image."""
+    """Draw why: heat-map, box and crop as PNG, by one score or several; a sheet of all images beside."""
 
     source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth")
     images: list[str] = positional(MISSING, "files, folders or globs")
     out: str = required("folder for the pictures")
-    metric: str | None = setting(None, "score that is drawn; default: the model's own, gls_cos for plain")
+    metrics: list[str] | None = setting(None, "scores to draw, or all; default: the model's own, gls_cos for plain")
+    alpha: float = setting(0.7, "opacity of the heat-map where it is highest, 0 to 1")
+    colormap: str = setting("turbo", "of the heat-map, as matplotlib names them")
+    top_only: int = setting(0, "show the scores of only so many best patches (0: all)")
+    power: float = setting(1.0, "exponent on the heat-map in [0, 1]; above 1 leaves the peaks")
     limit: int = setting(100, "draw at most this many images")
     skip_bad: bool = setting(False, "leave unreadable images out and list them")
     device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "limit")
+        _at_least(self, 0, "top_only")
+        if not 0 <= self.alpha <= 1:
+            raise ConfigError(f"alpha={self.alpha}: from 0 to 1")
+        if not self.power > 0:
+            raise ConfigError(f"power={self.power}: above 0 is needed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Turn a checkpoint of the GLSim authors into a bundle, reporting every key used, ignored or missing."""
+    """Turn a checkpoint of the GLSim, TransFG or FFVT authors into a bundle, reporting every key used or ignored."""
 
     checkpoint: str = positional(MISSING, "official .pth file")
     bundle: str = positional(MISSING, "folder to make")
+    method: Literal["glsim", "transfg", "ffvt"] = setting("glsim", "whose checkpoint it is")
+    options: dict[str, Any] = setting({}, "what the file does not hold, as --options.num_heads 12 --options.stride 12")
     labels: str | None = setting(None, "text file with one class name a line, in the order of the logits")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Look through a data set before training: bad files, duplicates, leaks, labels, sizes, memory; writes a page."""
+
+    data: str = positional(MISSING, "folder or CSV, as for train")
+    out: str = setting("doctor.html", "page to write; an older one is replaced")
+    near: int = setting(32, "pictures are nearly the same when at most so many of the 256 bits of their hash differ")
+    min_images: int = setting(5, "training images a class should have")
+    test_fraction: float = setting(0.2, "share held out as test where the data has no split of its own")
+    split_seed: int = setting(0, "of that share")
+    workers: int | None = setting(None, "processes that read images; default: one a core; 0: none beside this one")
+
+    method: str = setting("glsim", "the planned run, as for train; its memory is estimated")
+    backbone: str | None = setting(None, "timm model name; default: vit_base_patch16_224, for cal resnet101")
+    image_size: Size = setting(None, "pixels, one side or [height,width]; default: the backbone's own")
+    options: dict[str, Any] = setting({}, "options of the method")
+    backbone_args: dict[str, Any] = setting({}, "handed to timm")
+    batch_size: int = setting(8, "images at a time, on each device")
+    optimizer: str = setting("sgd", "sgd (Nesterov), adamw, or any other name timm knows")
+    precision: Literal["no", "fp16", "bf16"] = setting("no", "mixed precision")
+    device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
+
+    def __post_init__(self) -> None:
+        choose(self.method, METHODS, "method")
+        _at_least(self, 1, "batch_size", "min_images")
+        _at_least(self, 0, "near")
+        _below_one(self, "test_fraction")
+        if self.workers is not None:
+            _at_least(self, 0, "workers")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Datasets:
-    """List the data sets that come with glsim, or prepare one in a folder."""
+    """List the data sets glsim knows by name, or prepare one in a folder for --dataset NAME."""
 
     action: Literal["list", "prepare"] = positional("list", "list, or prepare NAME")
-    name: str | None = positional(None, "data set to prepare: synthetic")
-    root: str | None = setting(None, "folder to make")
+    name: str | None = positional(None, "synthetic, or a name of the list")
+    root: str | None = setting(None, "folder to make, or to fill")
+    source: list[str] | None = setting(None, "the publisher's archives, or the folder they were unpacked in")
+    partial: bool = setting(False, "leave out listed images that are not there, and accept other counts")
     classes: int = setting(8, "synthetic: how many species")
     train: int = setting(60, "synthetic: training images a class")
     val: int = setting(0, "synthetic: validation images a class")

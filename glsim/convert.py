@@ -23,6 +23,6 @@ def run(s: Convert) -> dict[str, Any]:
             labels = Path(s.labels).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"labels file {s.labels} cannot be read: {error}") from error
-    model = convert_official(s.checkpoint)
+    model = convert_official(s.checkpoint, s.method, **s.options)
     save(model, s.bundle, labels, converted_from=Path(s.checkpoint).name)
     return {"bundle": s.bundle, "options": model.config["options"], **model.conversion._asdict()}

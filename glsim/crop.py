@@ -11,21 +11,25 @@ from glsim.selection import largest_component, pick, stand_out
 from glsim.types import Selection, choose
 
 
-def exclusive(start: Tensor, end: Tensor, patch: int, side: int) -> tuple[Tensor, Tensor]:
+def exclusive(start: Tensor, end: Tensor, count: int, side: int) -> tuple[Tensor, Tensor]:
     """The published rule: the box ends where the last selected patch begins, and is at least one patch wide.
 
     So the last selected row and column of patches stay outside, unless the box is one patch thin.
     """
-    first, last = start * patch, end * patch
-    return first, torch.maximum(last, first + patch).clamp(max=side)
+    return cut(start, count, side), torch.maximum(cut(end, count, side), cut(start + 1, count, side))
 
 
-def inclusive(start: Tensor, end: Tensor, patch: int, side: int) -> tuple[Tensor, Tensor]:
+def inclusive(start: Tensor, end: Tensor, count: int, side: int) -> tuple[Tensor, Tensor]:
     """The rule of the paper's figure: the box ends where the last selected patch ends."""
-    return start * patch, ((end + 1) * patch).clamp(max=side)
+    return cut(start, count, side), cut(end + 1, count, side)
 
 
-# A rule turns the first and last selected grid line (B,) of one axis into pixels: start, and exclusive end.
+def cut(line: Tensor, count: int, side: int) -> Tensor:
+    """The pixel where grid line `line` of `count` begins: patches share the side evenly, also where they overlap."""
+    return line * side // count
+
+
+# A rule turns the first and last selected of `count` grid lines (B,) along a side into pixels: start, exclusive end.
 BOX_RULES: dict[str, Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]] = {
     "exclusive": exclusive,
     "inclusive": inclusive,
@@ -42,8 +46,8 @@ def boxes_from_indices(
     """
     bounds = choose(rule, BOX_RULES, "box rule")
     rows, cols = indices // grid[1], indices % grid[1]
-    top, bottom = bounds(rows.amin(1), rows.amax(1), image_size[0] // grid[0], image_size[0])
-    left, right = bounds(cols.amin(1), cols.amax(1), image_size[1] // grid[1], image_size[1])
+    top, bottom = bounds(rows.amin(1), rows.amax(1), grid[0], image_size[0])
+    left, right = bounds(cols.amin(1), cols.amax(1), grid[1], image_size[1])
     return torch.stack((left, top, right, bottom), dim=1)
 
 
@@ -58,9 +62,9 @@ def boxes_from_mask(mask: Tensor, image_size: Sequence[int], padding: float = 0.
         count = lines.shape[1]
         first = lines.long().argmax(dim=1)
         last = count - 1 - lines.long().flip(1).argmax(dim=1)
+        start, end = inclusive(first, last, count, side)
         margin = int(padding * side)
-        step = side // count
-        sides.append(((first * step - margin).clamp(min=0), ((last + 1) * step + margin).clamp(max=side)))
+        sides.append(((start - margin).clamp(min=0), (end + margin).clamp(max=side)))
     (top, bottom), (left, right) = sides
     return torch.stack((left, top, right, bottom), dim=1)
 
@@ -89,7 +93,7 @@ def select_component(
 
 def select_these(scores: Tensor, indices: Tensor, grid: tuple[int, int], image_size: Sequence[int]) -> Selection:
     """Name the patches `indices` (B, K) that a method took by a rule of its own, -1 for none, with their box."""
-    mask = torch.zeros(len(scores), scores.shape[1] + 1, dtype=torch.bool, device=scores.device)
+    mask = torch.zeros(scores.shape[0], scores.shape[1] + 1, dtype=torch.bool, device=scores.device)
     mask = mask.scatter(1, indices + 1, True)[:, 1:]
     return Selection(scores, indices, boxes_from_mask(mask.unflatten(1, grid), image_size), grid)
 

@@ -15,12 +15,13 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+from glsim.batches import make_loader
 from glsim.bundle import labels_of, load, pick_device, preprocessing_of, write_text
+from glsim.catalog import prepared
 from glsim.config import Eval
-from glsim.data import ImageDataset, ImageList, hold_out, is_split, read_data, split_hash
+from glsim.data import ImageList, hold_out, is_split, read_data, split_hash
 from glsim.figures import draw_confusion
 from glsim.images import BadImage, find_bad
 from glsim.transforms import eval_transform
@@ -95,15 +96,11 @@ def drop_bad(images: ImageList, bad: list[BadImage]) -> ImageList:
     return ImageList(tuple(p for p, _ in kept), tuple(y for _, y in kept), images.classes)
 
 
-def make_loader(images: ImageList, transform: Any, batch_size: int, workers: int, **options: Any) -> DataLoader:
-    """Batches (images (B, 3, H, W), labels (B,)), read ahead by `workers` processes."""
-    dataset: Any = ImageDataset(images, transform)
-    pin = torch.accelerator.is_available()
-    return DataLoader(dataset, batch_size=batch_size, num_workers=workers, pin_memory=pin, **options)
+def make_accelerator(device: str | None = None, precision: str = "no", accumulate: int = 1) -> Accelerator:
+    """Accelerate's choice of devices and precision, anew each time; ConfigError for what is not there.
 
-
-def make_accelerator(device: str | None = None, precision: str = "no") -> Accelerator:
-    """Accelerate's choice of devices and precision, anew each time; ConfigError for what is not there."""
+    Gradients are summed over `accumulate` batches.
+    """
     chosen = pick_device(device)
     if precision == "fp16" and chosen.type == "cpu":
         raise ConfigError("precision=fp16 needs an accelerator, there is only a CPU; use no or bf16")
@@ -112,7 +109,8 @@ def make_accelerator(device: str | None = None, precision: str = "no") -> Accele
     if PartialState(cpu=chosen.type == "cpu").num_processes == 1:
         AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier run in this very process
     try:
-        return Accelerator(cpu=chosen.type == "cpu", mixed_precision=precision)
+        cpu = chosen.type == "cpu"
+        return Accelerator(cpu=cpu, mixed_precision=precision, gradient_accumulation_steps=accumulate)
     except ValueError as error:
         raise ConfigError(f"precision={precision}: {error}") from error
 
@@ -123,7 +121,8 @@ def run(s: Eval) -> dict[str, Any]:
     labels = labels_of(model)
     named = model.config.get("label_names")
     seen = {"split_seed": 0, "test_fraction": 0.2, "val_fraction": 0.0} | (model.config.get("data") or {})
-    splits = read_data(s.data, classes=named, seed=seen["split_seed"], test_fraction=seen["test_fraction"])
+    data = prepared(s.data, s.dataset)
+    splits = read_data(data, classes=named, seed=seen["split_seed"], test_fraction=seen["test_fraction"])
     if seen["val_fraction"] and "train" in splits and "val" not in splits:
         splits["train"], splits["val"] = hold_out(splits["train"], seen["val_fraction"], seen["split_seed"])
     if s.split == "all":
@@ -146,8 +145,8 @@ def run(s: Eval) -> dict[str, Any]:
         "source": str(s.source),
         "data": str(s.data),
         "split": s.split,
-        "split_drawn": s.split != "all" and not is_split(s.data),
-        "split_hash": split_hash({s.split: images}, s.data),
+        "split_drawn": s.split != "all" and not is_split(data),
+        "split_hash": split_hash({s.split: images}, data),
         **result.summary(labels),
         "skipped": [str(b) for b in bad],
     }

@@ -96,7 +96,7 @@ class LayerWeights(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """A pre-norm transformer block whose queries are a few of the tokens, and a LayerNorm (DCAL's global-local part)."""
+    """A pre-norm transformer block whose queries are a few of the tokens, and a LayerNorm (DCAL, eq. 3)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()

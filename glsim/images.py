@@ -40,13 +40,19 @@ def open_image(path: str | Path) -> Image.Image:
     Raises BadImage for everything else: missing, empty, truncated, damaged, not an image, or more pixels than
     2 * PIL.Image.MAX_IMAGE_PIXELS.
     """
+    return open_as_stored(path)[0]
+
+
+def open_as_stored(path: str | Path) -> tuple[Image.Image, str, str]:
+    """Return the image of `open_image`, and how it is stored: the format its content has (JPEG, PNG, ..; the name of
+    the file may claim another) and Pillow's mode (RGB, L, CMYK, ..). Raises BadImage as `open_image` does."""
     start = b""
     try:
         with _pillow_warnings_off(), Path(path).open("rb") as file:
             start = file.read(16)
             with Image.open(file, formats=_FORMATS) as image:
                 image.load()
-                return as_shown(image)
+                return as_shown(image), str(image.format), image.mode
     except Exception as error:  # damaged files raise nearly anything: struct.error, zlib.error, IndexError, ...
         reason = _reason(error, start)
     # Raised out here so that it does not hold on to the first error, whose traceback keeps the pixels in memory.

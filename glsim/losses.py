@@ -56,16 +56,15 @@ def uncertainty(given: tuple[Tensor, Tensor], labels: Tensor, label_smoothing: f
 def centre(given: tuple[Tensor, Tensor], labels: Tensor, label_smoothing: float, beta: float = 0.05) -> Tensor:
     """CAL's centre loss (arXiv 2108.08728): squared distance of the features (B, F) to their class's centre (C, F).
 
-    Summed over F, mean over B; the distance is to the centre scaled to length one. The centres then move by `beta`
-    towards the features, in place: they are a buffer of the model, no parameter.
+    Summed over F, mean over B; the distance is to the centre scaled to length one. A centre then moves, in place, by
+    `beta` times the mean difference of its images (published: of the last one). It is a buffer, no parameter.
     """
     features, centres = given
-    own = F.normalize(centres[labels], dim=-1)
-    loss = (features - own).square().sum(dim=-1).mean()
+    difference = features.float() - F.normalize(centres[labels], dim=-1)
     with torch.no_grad():
-        moved = own + beta * (features.detach().to(own.dtype) - own)
-        centres.index_copy_(0, labels, moved.to(centres.dtype))
-    return loss
+        alike = (labels[:, None] == labels[None, :]).sum(dim=1, keepdim=True)
+        centres.index_add_(0, labels, beta * difference / alike)
+    return difference.square().sum(dim=-1).mean()
 
 
 # Terms by the name a model gives them in `Output.aux`: (what the model hands over, labels (B,), label smoothing).

@@ -7,6 +7,7 @@ the one class let through.
 from __future__ import annotations
 
 import argparse
+import math
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 from glsim.backbone import Model, to_pair
 from glsim.models import create_model, resample_positions
 from glsim.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from glsim.types import DataError, choose
+from glsim.types import ConfigError, DataError, choose
 
 
 class Conversion(NamedTuple):
@@ -152,7 +153,98 @@ def _read_glsim(path: Path, published: dict[str, Tensor], args: dict[str, Any], 
     return model, used, ignored
 
 
-OFFICIAL = {"glsim": _read_glsim}
+# Blocks of TransFG and FFVT: theirs -> timm's; query, key and value become one.
+VIT_BLOCK = {
+    "attention_norm": "norm1",
+    "attn.out": "attn.proj",
+    "ffn_norm": "norm2",
+    "ffn.fc1": "mlp.fc1",
+    "ffn.fc2": "mlp.fc2",
+}
+
+
+def _read_transfg(path: Path, published: dict[str, Tensor], args: dict[str, Any], overrides: dict[str, Any]) -> tuple:
+    """TransFG from a checkpoint of its authors; see `_read_vit`."""
+    # `stride` given with the call, or the paper's 12 pixels; as a share it fits any patch
+    return _read_vit(path, published, overrides, "transfg", "part_layer", "part_norm", "part_head", {"stride": 0.75})
+
+
+def _read_ffvt(path: Path, published: dict[str, Tensor], args: dict[str, Any], overrides: dict[str, Any]) -> tuple:
+    """FFVT from a checkpoint of its authors; see `_read_vit`."""
+    return _read_vit(path, published, overrides, "ffvt", "ff_last_layer", "ff_encoder_norm", "head", {"top_k": 12})
+
+
+def _read_vit(
+    path: Path,
+    published: dict[str, Tensor],
+    overrides: dict[str, Any],
+    method: str,
+    last: str,
+    norm: str,
+    head: str,
+    options: dict[str, Any],
+) -> tuple:
+    """A checkpoint that says nothing of itself: widths come from the shapes, the rest from `overrides` or ViT-B/16.
+
+    `overrides`: `num_heads` (default: one for every 64 of the width), `image_size` (default: the square that the
+    positions were made for), `patch_size` (has to be the stored one), and options of the method. Another `image_size`
+    than the stored one resamples the positions.
+    """
+    overrides = dict(overrides)
+    embeddings, layers = "transformer.embeddings.", "transformer.encoder."
+    try:
+        positions = published[embeddings + "position_embeddings"].shape[1] - 1
+        dim, _, patch, _ = published[embeddings + "patch_embeddings.weight"].shape
+        mlp_ratio = published[f"{layers}{last}.ffn.fc1.weight"].shape[0] / dim
+        num_classes = published[f"{head}.weight"].shape[0]
+    except KeyError as error:
+        raise DataError(f"{path} is no {method} checkpoint: {error} is missing") from error
+    depth = _count(published, layers + "layer.") + 1
+    heads = overrides.pop("num_heads", max(1, dim // 64))
+    if dim % heads:
+        raise ConfigError(f"num_heads={heads}: the width of {path} is {dim}, which that does not divide")
+    if overrides.pop("patch_size", patch) != patch:
+        raise ConfigError(f"patch_size: {path} was made for patches of {patch} pixels")
+    options = options | {"norm_eps": 1e-6} | overrides
+    stride = options.get("stride") or patch
+    stride = stride if isinstance(stride, int) else int(stride * patch)
+    side = math.isqrt(positions)
+    stored = (side - 1) * stride + patch
+    size = options.pop("image_size", stored)
+    backbone_args = {
+        "embed_dim": dim,
+        "depth": depth,
+        "num_heads": heads,
+        "mlp_ratio": mlp_ratio,
+        "patch_size": patch,
+    }
+    model = create_model(method, "vit_base_patch16_224", num_classes, size, backbone_args=backbone_args, **options)
+    used: dict[str, tuple[list[str], Tensor]] = {}
+
+    def take(ours: str, *keys: str) -> None:
+        if all(k in published for k in keys):
+            used[ours] = (list(keys), torch.cat([published[k] for k in keys]))
+
+    net = "backbone.net."
+    take(net + "cls_token", embeddings + "cls_token")
+    take(net + "pos_embed", embeddings + "position_embeddings")
+    for kind in ("weight", "bias"):
+        take(f"{net}patch_embed.proj.{kind}", f"{embeddings}patch_embeddings.{kind}")
+        take(f"{net}norm.{kind}", f"{layers}{norm}.{kind}")
+        take(f"head.{kind}", f"{head}.{kind}")
+        for i in range(depth):
+            theirs = f"{layers}layer.{i}" if i < depth - 1 else layers + last
+            qkv = [f"{theirs}.attn.{x}.{kind}" for x in ("query", "key", "value")]
+            take(f"{net}blocks.{i}.attn.qkv.{kind}", *qkv)
+            for a, b in VIT_BLOCK.items():
+                take(f"{net}blocks.{i}.{b}.{kind}", f"{theirs}.{a}.{kind}")
+    if model.backbone.grid[0] * model.backbone.grid[1] != positions:
+        flat = resample_positions({k: w for k, (_, w) in used.items()}, model.backbone.net)
+        used = {k: (used[k][0], flat[k]) for k in used}
+    return model, used, {}
+
+
+OFFICIAL = {"glsim": _read_glsim, "transfg": _read_transfg, "ffvt": _read_ffvt}
 
 
 def _count(published: dict[str, Tensor], prefix: str) -> int:

@@ -5,13 +5,18 @@ The file is not called `explain.py` so that `glsim.explain` can be the function.
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -20,16 +25,34 @@ from torch import Tensor
 from glsim.backbone import Model
 from glsim.bundle import labels_of, load, pick_device, preprocessing_of
 from glsim.config import Explain
-from glsim.crop import crop_and_resize, select
+from glsim.crop import crop_and_resize, select, select_component
 from glsim.data import find_images
 from glsim.figures import save_figure
-from glsim.images import BadImage, open_image
-from glsim.selection import METRICS, NEEDS_ATTENTION
-from glsim.transforms import eval_transform, to_picture
-from glsim.types import ConfigError, DataError, choose
+from glsim.images import BadImage, as_shown, open_image
+from glsim.selection import METRICS, check_metric, check_top, needs_attention, score
+from glsim.transforms import Preprocessing, eval_transform, to_picture
+from glsim.types import ConfigError, DataError, Output, Selection
 
-BOX_COLOUR = "#ff2d55"
+BOX_COLOUR, INK, GREY = "#ff2d55", "#1c1c1e", "#6e6e73"
 SHEET, SHEET_ROWS = "sheet.png", 24
+FINE = 768  # pixels at least of the longer side of a view that pictures are made from
+SIDE, WIDEST, LARGEST = 300, 3800, 12e6  # pixels: of a cell at most, of a picture's width, of a sheet's area
+TITLES = {
+    "gls_cos": "GLS cos",
+    "gls_l1": "GLS L1",
+    "gls_l2": "GLS L2",
+    "attention": "Attention",
+    "rollout": "Rollout",
+    "psm": "PSM",
+    "maws": "MAWS",
+    "sacm": "SACM",
+    "rams": "RAMS",
+    "mhv": "MHV",
+    "random": "Random",
+    "cal": "CAL",
+}
+
+Photograph = str | Path | Image.Image
 
 
 class Explanation(NamedTuple):
@@ -38,94 +61,218 @@ class Explanation(NamedTuple):
     image: np.ndarray  # uint8 (H, W, 3)
     heatmap: np.ndarray  # float32 (H, W) in [0, 1]
     box: tuple[int, int, int, int]  # left, top, right, bottom; right and bottom exclusive
-    crop: np.ndarray  # uint8 (h, w, 3), what the second pass saw
-    metric: str  # whose scores the heat-map shows
+    crop: np.ndarray  # uint8 (h, w, 3), what the second pass saw, or would see
+    metric: str  # whose scores the heat-map shows; the method's name where it scores in a way of its own
     label: str
     probability: float
 
 
-@torch.inference_mode()
-def explain(model: Model, images: Tensor, metric: str | None = None) -> list[Explanation]:
-    """Explain `model`'s answers for normalised `images` (B, 3, H, W).
+@overload
+def explain(
+    model: Model, images: Tensor, metric: str | None = None, *, top_o: int | None = None, power: float = 1.0
+) -> np.ndarray: ...
 
-    `metric` names the score to draw; by default the model's own, or gls_cos where the method selects nothing. Box and
-    crop are the model's own when the metric is; otherwise those that the metric would have chosen.
+
+@overload
+def explain(
+    model: Model,
+    images: Photograph | Sequence[Photograph],
+    metric: str | None = None,
+    *,
+    top_o: int | None = None,
+    power: float = 1.0,
+) -> list[np.ndarray]: ...
+
+
+def explain(
+    model: Model,
+    images: Tensor | Photograph | Sequence[Photograph],
+    metric: str | None = None,
+    *,
+    top_o: int | None = None,
+    power: float = 1.0,
+) -> np.ndarray | list[np.ndarray]:
+    """Heat-maps of what `model` (in eval mode) looks at: float32 in [0, 1], as CAM libraries give them.
+
+    For a tensor of normalised images (B, 3, H, W) an array (B, H, W). For paths and PIL images, one or several, a list
+    of arrays (height, width), each of the size of its upright photograph, 0 at the edges that the network is not shown.
+
+    `metric` names the score, parameters and all ("attention:block=3"); by default the model's own, or gls_cos where
+    the method selects nothing. `top_o` keeps the best patches only, `power` is an exponent on the map.
+
+    Raises ConfigError for a metric that is unknown or reads attention maps the backbone does not have, a `top_o`
+    beyond the grid, or a `power` that is not positive, and BadImage for a file that cannot be read.
     """
-    own = getattr(model, "metric", None)
-    metric = metric or own or "gls_cos"
-    score = choose(metric, METRICS, "metric")
-    size = (images.shape[-2], images.shape[-1])
-    output = model(images)
-    selection, crops = output.selection, output.crops
-    if selection is None or metric != own:
-        f = model.features(images, attention=metric in NEEDS_ATTENTION)
-        top_o = min(getattr(model, "top_o", 8), f.patches.shape[1])
-        selection = select(score(f), top_o, f.grid, size, getattr(model, "box", "exclusive"))
-        crops = crop_and_resize(images, selection.boxes)
-    answers = output.logits.float().softmax(dim=1).max(dim=1)
+    if isinstance(images, Tensor):
+        ((_, selection, _),) = _select(model, images, [metric])[1]
+        return _heatmaps(selection, images, top_o, power)
+    p = preprocessing_of(model)
+    transform = eval_transform(p)
+    maps = []
+    for image in [images] if isinstance(images, Photograph) else images:
+        photograph = as_shown(image) if isinstance(image, Image.Image) else open_image(image)
+        heatmap = explain(model, transform(photograph)[None], metric, top_o=top_o, power=power)[0]
+        maps.append(to_photograph(heatmap, photograph.size, p))
+    return maps
+
+
+def explanations(model: Model, images: Tensor, metric: str | None = None) -> list[Explanation]:
+    """Explain the answers of `model` (in eval mode) for normalised `images` (B, 3, H, W).
+
+    `metric` as for `explain`, which says what is raised. Box and crop are the model's own when the metric is; for
+    another metric they are those that the model's rule would have drawn by it.
+    """
+    return _explanations(model, images, [metric])[0]
+
+
+def _explanations(
+    model: Model, images: Tensor, metrics: Sequence[str | None], top_o: int | None = None, power: float = 1.0
+) -> list[list[Explanation]]:
+    """For each metric, an explanation of each image; None stands for the model's own, or gls_cos."""
     p, labels = preprocessing_of(model), labels_of(model)
+    output, selections = _select(model, images, metrics)
+    answers = output.logits.float().softmax(dim=1).max(dim=1)
     return [
-        Explanation(image, heatmap, tuple(box), crop, metric, labels[answer], probability)
-        for image, heatmap, box, crop, answer, probability in zip(
-            to_picture(images, p),
-            to_heatmap(selection.scores, selection.grid, size).cpu().numpy(),
-            selection.boxes.tolist(),
-            to_picture(crops, p),
-            answers.indices.tolist(),
-            answers.values.tolist(),
-            strict=True,
-        )
+        [
+            Explanation(image, heatmap, tuple(box), crop, metric, labels[answer], probability)
+            for image, heatmap, box, crop, answer, probability in zip(
+                to_picture(images, p),
+                _heatmaps(selection, images, top_o, power),
+                selection.boxes.tolist(),
+                to_picture(crops, p),
+                answers.indices.tolist(),
+                answers.values.tolist(),
+                strict=True,
+            )
+        ]
+        for metric, selection, crops in selections
     ]
 
 
-def to_heatmap(scores: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Patch scores (B, N) as smooth maps (B, H, W), each stretched to [0, 1] (a constant map is 0)."""
-    maps = scores.float().view(-1, 1, *grid)
-    low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
-    maps = (maps - low) / (high - low).clamp(min=1e-12)
-    return F.interpolate(maps, size, mode="bicubic", align_corners=False).clamp(0, 1)[:, 0]
+@torch.inference_mode()
+def _select(
+    model: Model, images: Tensor, metrics: Sequence[str | None]
+) -> tuple[Output, list[tuple[str, Selection, Tensor]]]:
+    """The answer, and for each metric its name, what it selects and the crops (B, 3, h, w).
+
+    The images are encoded once for the answer and once, at most, for all metrics that are not the model's own.
+    """
+    images = images.to(next(model.parameters()).device)
+    output = model(images)
+    own = None if output.selection is None else getattr(model, "metric", model.config["method"])
+    names = list(dict.fromkeys(metric or own or "gls_cos" for metric in metrics))
+    others = [name for name in names if name != own]
+    for name in others:
+        check_metric(name, model.backbone.has_attention)
+    scores = _score(model, images, others)
+    found = []
+    for name in names:
+        if name == own:
+            selection, crops = output.selection, output.crops
+        else:
+            selection, crops = _select_by(scores[name], model, images), None
+        found.append((name, selection, crop_and_resize(images, selection.boxes) if crops is None else crops))
+    return output, found
 
 
-def draw(explanations: Sequence[Explanation], path: str | Path, titles: Sequence[str] | None = None) -> None:
-    """Write one PNG: a row for each explanation with the image and box, the heat-map, and the crop."""
-    rows = len(explanations)
-    figure = Figure(figsize=(9.0, 3.3 * rows), layout="constrained")
-    grid = figure.subplots(rows, 3, squeeze=False)
-    for row, (axes, e) in enumerate(zip(grid, explanations, strict=True)):
-        left, top, right, bottom = e.box
-        axes[0].imshow(e.image)
-        axes[1].imshow(e.image)
-        # Where the score is low the photograph stays visible: the map's opacity grows with it.
-        axes[1].imshow(e.heatmap, cmap="turbo", alpha=0.25 + 0.4 * e.heatmap, vmin=0, vmax=1)
-        axes[2].imshow(e.crop)
-        for ax in axes[:2]:
-            ax.add_patch(Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, ec="white", lw=4.0))
-            ax.add_patch(
-                Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, ec=BOX_COLOUR, lw=2.0)
-            )
-        for ax in axes:
-            ax.set(xticks=[], yticks=[])
-            ax.spines[:].set_visible(False)
-        axes[0].set_title(titles[row] if titles else "image and box", fontsize=10, parse_math=False)
-        axes[1].set_title(e.metric, fontsize=10)
-        axes[2].set_title(f"{e.label}  {e.probability:.0%}", fontsize=10, fontweight="bold", parse_math=False)
-    save_figure(figure, path)
+def _score(model: Model, images: Tensor, metrics: Sequence[str]) -> dict[str, tuple[Tensor, tuple[int, int]]]:
+    """Each metric's scores (B, g, N) and the grid, from one pass."""
+    if not metrics:
+        return {}
+    f = model.features(images, attention=any(map(needs_attention, metrics)))
+    return {metric: (score(metric, f), f.grid) for metric in metrics}
+
+
+def _select_by(scored: tuple[Tensor, tuple[int, int]], model: Any, images: Tensor) -> Selection:
+    """What the model's rule (default: the box around the 8 best patches) selects by scores of another metric."""
+    (scores, grid), size = scored, images.shape[-2:]
+    if hasattr(model, "threshold"):
+        return select_component(scores, model.threshold, grid, size)
+    top_o = min(getattr(model, "top_o", 8), scores.shape[-1])
+    return select(scores, top_o, grid, size, getattr(model, "box", "exclusive"))
+
+
+def _heatmaps(selection: Selection, images: Tensor, top_o: int | None, power: float) -> np.ndarray:
+    size = (images.shape[-2], images.shape[-1])
+    return to_heatmap(selection.scores, selection.grid, size, top_o, power).cpu().numpy()
+
+
+def to_heatmap(
+    scores: Tensor, grid: tuple[int, int], size: tuple[int, int], top_o: int | None = None, power: float = 1.0
+) -> Tensor:
+    """Patch scores (B, N) as smooth maps (B, H, W), each stretched to [0, 1] (a constant map is 0).
+
+    `top_o` sets all but the best patches to 0 before the map is smoothed; `power` is an exponent on the result.
+    Raises ConfigError for a `top_o` beyond the grid, or a `power` that is not positive.
+    """
+    if not power > 0:
+        raise ConfigError(f"power={power}: above 0 is needed")
+    scores = scores.float()
+    low, high = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
+    maps = (scores - low) / (high - low).clamp(min=1e-12)
+    if top_o is not None:
+        check_top(top_o, grid, "top_o")
+        best = scores.topk(top_o, dim=1).indices
+        maps = torch.zeros_like(maps).scatter(1, best, maps.gather(1, best))
+    maps = F.interpolate(maps.view(-1, 1, *grid), size, mode="bicubic", align_corners=False)
+    return maps.clamp(0, 1)[:, 0] ** power
+
+
+def to_photograph(heatmap: np.ndarray, size: tuple[int, int], p: Preprocessing) -> np.ndarray:
+    """A map over the network's view (H, W) as one over the upright photograph of `size` (width, height).
+
+    Returns (height, width); what the network was not shown of the photograph is 0.
+    """
+    pads = []
+    for view, whole in zip(reversed(heatmap.shape), reversed(p.resize), strict=True):
+        before = round((whole - view) / 2)
+        pads += [before, whole - view - before]
+    canvas = F.pad(torch.from_numpy(heatmap)[None, None], pads)
+    maps = F.interpolate(canvas, (size[1], size[0]), mode="bilinear", align_corners=False, antialias=True)
+    return maps[0, 0].clamp(0, 1).numpy()
+
+
+def overlay(image: np.ndarray, heatmap: np.ndarray, alpha: float = 0.7, colormap: str = "turbo") -> np.ndarray:
+    """Lay a `heatmap` in [0, 1], of any size, over an `image`, uint8 (H, W, 3): uint8 (H, W, 3).
+
+    The colours' opacity is `alpha` where the map is 1 and less where it is lower: there the image stays visible.
+    Raises ConfigError for a `colormap` that matplotlib does not have.
+    """
+    check_colormap(colormap)
+    size = (image.shape[1], image.shape[0])
+    heat = np.asarray(Image.fromarray(heatmap.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
+    colours = matplotlib.colormaps[colormap](heat)[..., :3] * 255
+    opacity = alpha * (0.4 + 0.6 * heat[..., None])
+    return (image * (1 - opacity) + colours * opacity).round().astype(np.uint8)
+
+
+def check_colormap(name: str) -> None:
+    """Raise ConfigError unless matplotlib has the colour map."""
+    if name not in matplotlib.colormaps:
+        raise ConfigError(f"unknown colormap {name!r}; try turbo, jet, viridis, magma, gray or another of matplotlib's")
 
 
 def run(s: Explain) -> dict[str, Any]:
     """The verb: one PNG an image, and `sheet.png` with up to 24 of them when there are several."""
+    check_colormap(s.colormap)
     paths = find_images(s.images)[: s.limit]
     model = load(s.source).to(pick_device(s.device))
+    metrics = _metrics(s.metrics, model)
+    if s.top_only:
+        check_top(s.top_only, model.backbone.grid, "top_only")
     folder = Path(s.out)
     if folder.exists() and not folder.is_dir():
         raise DataError(f"out={folder} is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    transform = eval_transform(preprocessing_of(model))
     targets = [folder / f"{name}.png" for name in _unique_names(paths)]
     taken = {path.resolve() for path in paths} & {target.resolve() for target in [*targets, folder / SHEET]}
     if taken:
         raise ConfigError(f"out={folder} would overwrite the image {min(taken)}; name another folder")
-    explanations, names, rows, skipped = [], [], [], []
+    p = preprocessing_of(model)
+    transform = eval_transform(p)
+    names: list[str] = []
+    rows: list[Row] = []
+    pictures, skipped = [], []
     for path, target in zip(paths, targets, strict=True):
         try:
             image = open_image(path)
@@ -134,20 +281,196 @@ def run(s: Explain) -> dict[str, Any]:
                 raise
             skipped.append(str(error))
             continue
-        (e,) = explain(model, _batch(image, transform, model), s.metric)
-        name = "/".join(path.parts[-2:])  # with the folder, which is often the class
-        draw([e], target, [name])
-        explanations.append(e)
-        names.append(name)
-        row = {"path": str(path), "picture": str(target), "label": e.label}
-        rows.append({**row, "probability": e.probability, "box": list(e.box)})
-    if len(rows) > 1:
-        draw(explanations[:SHEET_ROWS], folder / SHEET, names[:SHEET_ROWS])
-    return {"source": str(s.source), "out": str(folder), "pictures": rows, "skipped": skipped}
+        batch = transform(image)[None]
+        found = [e for (e,) in _explanations(model, batch, metrics, s.top_only or None, s.power)]
+        row = Row(_view(image, p), found, "/".join(path.parts[-2:]))  # with the folder, which is often the class
+        if len(found) == 1:
+            draw_sheet([row], target, s.alpha, s.colormap)
+        else:
+            draw_mechanisms(row, target, s.alpha, s.colormap)
+        if len(rows) < SHEET_ROWS:
+            rows.append(row)
+        names = [e.metric for e in found]
+        boxes = {e.metric: list(e.box) for e in found}
+        where = {"boxes": boxes} if len(found) > 1 else {"box": list(found[0].box)}
+        answer = {"label": found[0].label, "probability": found[0].probability}
+        pictures.append({"path": str(path), "picture": str(target), **answer, **where})
+    sheet = str(folder / SHEET) if len(pictures) > 1 else None
+    if sheet:
+        draw_sheet(rows, sheet, s.alpha, s.colormap)
+    result = {"source": str(s.source), "out": str(folder), "metrics": names, "sheet": sheet}
+    return {**result, "pictures": pictures, "skipped": skipped}
 
 
-def _batch(image: Image.Image, transform: Any, model: Model) -> Tensor:
-    return transform(image)[None].to(next(model.parameters()).device)
+def _metrics(names: list[str] | None, model: Model) -> list[str | None]:
+    """Spell out "all": the model's own (None), and every other that it can take; ConfigError for what it cannot."""
+    every = [name for name in METRICS if model.backbone.has_attention or not needs_attention(name)]
+    metrics: list[str | None] = []
+    for name in names or []:
+        if name not in ("all", model.config["method"]):
+            check_metric(name, model.backbone.has_attention)
+        metrics += [None, *every] if name == "all" else [name]
+    return metrics or [None]
+
+
+class Row(NamedTuple):
+    """One image, and what each metric says of it."""
+
+    view: np.ndarray  # uint8, what the network was shown, in more pixels than it was
+    found: list[Explanation]
+    name: str
+
+    def answer(self) -> str:
+        """Label and probability."""
+        return f"{self.found[0].label.replace('_', ' ')}  {self.found[0].probability:.0%}"
+
+    def crop(self, e: Explanation) -> np.ndarray:
+        """What is in the box of `e`, in the shape that the second pass sees."""
+        scale = self.view.shape[0] // e.image.shape[0]
+        cut = Image.fromarray(self.view).crop([side * scale for side in e.box])  # type: ignore[arg-type]
+        size = (e.crop.shape[1] * scale, e.crop.shape[0] * scale)
+        return np.asarray(cut.resize(size, Image.Resampling.BICUBIC))
+
+
+def _view(image: Image.Image, p: Preprocessing) -> np.ndarray:
+    height, width = p.image_size
+    scale = math.ceil(FINE / max(height, width))
+    fine = replace(p, image_size=(height * scale, width * scale))
+    return to_picture(eval_transform(fine)(image), fine)
+
+
+class Page:
+    """A white page of pixels; pictures, boxes and words are put at (x, y), counted from the top left corner."""
+
+    def __init__(self, width: float, height: float) -> None:
+        self.pixels = np.full((math.ceil(height), math.ceil(width), 3), 255, np.uint8)
+        height, width = self.pixels.shape[:2]
+        self.figure = Figure(figsize=(width / 72, height / 72), dpi=72)  # a point is a pixel
+        FigureCanvasAgg(self.figure)
+        self.axes = self.figure.add_axes((0, 0, 1, 1))
+        self.axes.set(xlim=(0, width), ylim=(height, 0))
+        self.axes.set_axis_off()
+
+    def picture(self, image: np.ndarray, x: float, y: float, width: float, height: float) -> None:
+        """Put `image` at the place, as large as fits without changing its shape, in the middle."""
+        scale = min(width / image.shape[1], height / image.shape[0])
+        w, h = round(image.shape[1] * scale), round(image.shape[0] * scale)
+        left, top = round(x + (width - w) / 2), round(y + (height - h) / 2)
+        small = Image.fromarray(image).resize((w, h), Image.Resampling.LANCZOS)
+        self.pixels[top : top + h, left : left + w] = np.asarray(small)
+
+    def box(self, e: Explanation, x: float, y: float, width: float, height: float) -> None:
+        """Draw the box of `e` on a picture of its whole view that lies there."""
+        line = max(2.0, width / 75)
+        step = (width / e.image.shape[1], height / e.image.shape[0]) * 2
+        left, top, right, bottom = (side * s for side, s in zip(e.box, step, strict=True))
+        left, top = max(left, line), max(top, line)  # the line stays on the picture
+        right, bottom = min(right, width - line), min(bottom, height - line)
+        for colour, thick in (("white", 1.8 * line), (BOX_COLOUR, line)):
+            corner = (round(x) + left, round(y) + top)
+            self.axes.add_patch(Rectangle(corner, right - left, bottom - top, fill=False, ec=colour, lw=thick))
+
+    def words(self, text: str, x: float, y: float, room: float, size: float, **style: Any) -> float:
+        """Write `text` with its baseline at `y`; returns its width.
+
+        Where it is wider than `room` its `size` shrinks to two thirds, and then its middle is left out.
+        """
+        style = {"color": INK, "va": "baseline", **style}
+        shown = self.axes.text(x, y, text, parse_math=False, fontsize=size, **style)
+        kept = len(text)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing")
+            if (width := _width(shown)) > room:
+                shown.set_fontsize(size * max(0.66, 0.99 * room / width))
+            while (width := _width(shown)) > room and kept > 1:
+                kept = max(1, min(kept - 1, int(kept * room / width)))
+                shown.set_text(f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}")
+        return width
+
+    def write(self, path: str | Path) -> None:
+        """Write the page as PNG."""
+        height, width = self.pixels.shape[:2]
+        self.axes.imshow(self.pixels, extent=(0, width, height, 0), interpolation="nearest", aspect="auto")
+        save_figure(self.figure, path, dpi=72)
+
+
+def _width(text: Any) -> float:
+    extent = text.get_window_extent()
+    return extent.height if text.get_rotation() == 90 else extent.width
+
+
+def draw_sheet(rows: Sequence[Row], path: str | Path, alpha: float = 0.7, colormap: str = "turbo") -> None:
+    """Write one PNG with a row for each image.
+
+    With one metric the columns are the image with its box, the heat-map and the crop; with several, the image and the
+    heat-map with box of each metric.
+    """
+    metrics = [e.metric for e in rows[0].found]
+    single = len(metrics) == 1
+    columns = 3 if single else 1 + len(metrics)
+    side = min(1.4 * SIDE if single else SIDE, WIDEST / (columns * 1.03), math.sqrt(LARGEST / (columns * len(rows))))
+    width, height = _cell(rows[0].view, side)
+    gap, font = round(0.03 * side), 0.07 * side if single else 0.11 * side
+    head, caption = 1.7 * font, 2.0 * font
+    page = Page(columns * (width + gap) + gap, head + len(rows) * (height + caption) + gap)
+    xs = [gap + i * (width + gap) for i in range(columns)]
+    titles = ["Image and box", _title(metrics[0]), "Crop"] if single else ["Image", *map(_title, metrics)]
+    for x, title in zip(xs, titles, strict=True):
+        page.words(title, x + width / 2, 1.35 * font, width, font, ha="center", fontweight="bold")
+    for i, row in enumerate(rows):
+        y = head + i * (height + caption)
+        baseline = y + 1.45 * font
+        used = page.words(row.answer(), gap, baseline, 0.7 * (page.pixels.shape[1] - 2 * gap), 0.9 * font)
+        room = page.pixels.shape[1] - 3 * gap - used - font
+        page.words(row.name, gap + used + font, baseline, room, 0.75 * font, color=GREY)
+        y += caption
+        page.picture(row.view, xs[0], y, width, height)
+        for x, e in zip(xs[1:], row.found, strict=False):
+            page.picture(overlay(row.view, e.heatmap, alpha, colormap), x, y, width, height)
+            page.box(e, x, y, width, height)
+        if single:
+            page.box(row.found[0], xs[0], y, width, height)
+            page.picture(row.crop(row.found[0]), xs[2], y, width, height)
+    page.write(path)
+
+
+def draw_mechanisms(row: Row, path: str | Path, alpha: float = 0.7, colormap: str = "turbo") -> None:
+    """Write one PNG of an image: large at the left, then a column for each metric with heat-map, box and crop."""
+    side = min(SIDE, WIDEST / (len(row.found) + 3.5))
+    width, height = _cell(row.view, side)
+    gap, font = round(0.03 * side), 0.11 * side
+    head = 2.0 * font
+    large_width, large_height = 3 * width + 2 * gap, 3 * height + 2 * gap
+    start = gap + large_width + 1.6 * font
+    page = Page(start + len(row.found) * (width + gap), head + large_height + gap)
+    baseline = 1.35 * font
+    used = page.words(row.answer(), gap, baseline, 0.7 * large_width, font, fontweight="bold")
+    room = large_width - used - font
+    page.words(row.name, gap + large_width, baseline, room, 0.75 * font, color=GREY, ha="right")
+    page.picture(row.view, gap, head, large_width, large_height)
+    ys = [head + i * (height + gap) for i in range(3)]
+    for y, name in zip(ys, ("Score", "Box", "Crop"), strict=True):
+        style = {"rotation": 90, "ha": "center", "va": "center", "color": GREY}
+        page.words(name, start - 0.75 * font, y + height / 2, height, 0.9 * font, **style)
+    for i, e in enumerate(row.found):
+        x = start + i * (width + gap)
+        page.words(_title(e.metric), x + width / 2, baseline, width, font, ha="center", fontweight="bold")
+        for y, picture in zip(ys, (overlay(row.view, e.heatmap, alpha, colormap), row.view, row.crop(e)), strict=True):
+            page.picture(picture, x, y, width, height)
+        page.box(e, x, ys[1], width, height)
+    page.write(path)
+
+
+def _cell(view: np.ndarray, side: float) -> tuple[int, int]:
+    """Width and height of a picture of `view` whose longer side has `side` pixels."""
+    scale = side / max(view.shape[:2])
+    return round(view.shape[1] * scale), round(view.shape[0] * scale)
+
+
+def _title(metric: str) -> str:
+    """The metric for people: "PSM", "Rollout (first=2, last=8)"."""
+    name, _, given = metric.partition(":")
+    return TITLES.get(name, name) + (f" ({given.replace(',', ', ')})" if given else "")
 
 
 def _unique_names(paths: Sequence[Path]) -> list[str]:

@@ -77,8 +77,10 @@ def maws(f: Features, block: int | None = None) -> Tensor:
 
 
 def mutual_attention(f: Features, logits: Tensor) -> Tensor:
-    """FFVT's weights of all n tokens in one block: mean attention from the class token, times the mean softmax over
-    queries of the logits towards it. `logits` (B, h, n, n) -> (B, n)"""  # noqa: D209
+    """FFVT's weights of all n tokens in one block, from its `logits` (B, h, n, n): (B, n).
+
+    Mean attention from the class token, times the mean softmax over queries of the logits towards it.
+    """
     given = _class_row(f, logits.softmax(dim=-1), all_tokens=True).mean(dim=1)
     taken = logits.softmax(dim=-2)  # over queries
     taken = taken[..., 0] if f.num_prefix else taken.mean(dim=-1)
@@ -107,7 +109,7 @@ def mhv(f: Features, block: int | None = None, votes: int = 24) -> Tensor:
     that of `block` alone.
     """
     chosen = _blocks(f, 0, -1) if block is None else _blocks(f, block, block)
-    return torch.stack([_vote(_class_row(f, logits), f.grid, votes) for logits in chosen], dim=1)
+    return torch.stack([_vote(_class_row(f, logits.softmax(dim=-1)), f.grid, votes) for logits in chosen], dim=1)
 
 
 def _vote(rows: Tensor, grid: tuple[int, int], votes: int) -> Tensor:
@@ -122,10 +124,11 @@ def _vote(rows: Tensor, grid: tuple[int, int], votes: int) -> Tensor:
 def random(f: Features, seed: int = 0) -> Tensor:
     """Uniform in [0, 1) over the whole grid: the control that every mechanism has to beat. (B, 1, N)
 
-    The draw follows from `seed` and the image (the signs of its tokens' mean), so that an image gets the same one in
-    any batch, and another image another one. No generator is touched.
+    The draw follows from `seed` and the image (which channels of its mean patch exceed their average), so that an image
+    gets the same one in any batch, and another image another one. No generator is touched.
     """
-    signs = (f.patches.mean(dim=1) > 0).long()
+    patch_mean = f.patches.mean(dim=1)
+    signs = (patch_mean > patch_mean.mean(dim=1, keepdim=True)).long()
     code = _scramble(torch.arange(signs.shape[1], device=signs.device) + (seed + 1) * 1_000_003)
     key = _scramble((signs * code).sum(dim=1, keepdim=True) & MASK)
     patch = torch.arange(f.patches.shape[1], device=signs.device)
@@ -158,7 +161,7 @@ METRICS: dict[str, Callable[..., Tensor]] = {
 NEEDS_ATTENTION = {"attention", "rollout", "psm", "maws", "sacm", "rams", "mhv"}
 
 
-def find_metric(spec: str) -> Callable[[Features], Tensor]:
+def find_metric(spec: str) -> partial[Tensor]:
     """The metric that `spec` names, its parameters set: "psm", "attention:block=3", "rollout:first=2,last=8".
 
     Raises ConfigError for an unknown name or parameter, listing the choices.
@@ -189,12 +192,18 @@ def needs_attention(spec: str) -> bool:
     return spec.partition(":")[0] in NEEDS_ATTENTION
 
 
-def check_metric(spec: str, has_attention: bool) -> None:
-    """Raise ConfigError for a metric that is not there, or reads attention maps that the backbone does not have."""
-    find_metric(spec)
+def check_metric(spec: str, has_attention: bool, depth: int | None = None) -> None:
+    """Raise ConfigError for a metric that is not there, or reads attention maps that the backbone does not have.
+
+    `depth`: how many blocks the metric will see, where a method shows it fewer than all.
+    """
+    given = find_metric(spec).keywords
     if needs_attention(spec) and not has_attention:
         rest = ", ".join(sorted(set(METRICS) - NEEDS_ATTENTION))
         raise ConfigError(f"metric {spec!r} reads attention maps, which this backbone has none of; choose from: {rest}")
+    for key in ("block", "first", "last"):
+        if depth is not None and given.get(key) is not None and not -depth <= given[key] < depth:
+            raise ConfigError(f"metric {spec!r}: {key} must lie between {-depth} and {depth - 1} here")
 
 
 def check_top(k: int, grid: tuple[int, int], what: str) -> None:
@@ -243,8 +252,9 @@ def largest_component(mask: Tensor, grid: tuple[int, int]) -> Tensor:
     for _ in range((rows * cols + rows + cols) // 2):
         label = F.max_pool2d(label, 3, stride=1, padding=1) * inside
     names = label.flatten(1).long()  # B N, 0 outside
-    sizes = torch.zeros(len(mask), rows * cols + 1, device=mask.device).scatter_add(1, names, inside.flatten(1))
-    best = (sizes + torch.arange(rows * cols + 1, device=mask.device) * 1e-6 * (sizes > 0)).argmax(dim=1)
+    cells = rows * cols + 1
+    sizes = torch.zeros(mask.shape[0], cells, dtype=torch.long, device=mask.device).scatter_add(1, names, mask.long())
+    best = (sizes * cells + torch.arange(cells, device=mask.device) * (sizes > 0)).argmax(dim=1)
     return mask & (names == best[:, None])
 
 
@@ -255,8 +265,8 @@ def _blocks(f: Features, first: int, last: int) -> tuple[Tensor, ...]:
     depth = len(f.attention_logits)
     start, end = (b + depth if b < 0 else b for b in (first, last))
     if not 0 <= start <= end < depth:
-        which = f"block {first}" if first == last else f"blocks {first} to {last}"
-        raise ConfigError(f"there is no {which}: the features hold {depth}, 0 to {depth - 1}")
+        which = f"is no block {first}" if first == last else f"are no blocks {first} to {last}"
+        raise ConfigError(f"there {which}: the features hold {depth}, 0 to {depth - 1}")
     return f.attention_logits[start : end + 1]
 
 

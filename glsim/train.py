@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -15,15 +13,20 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import CosineLRScheduler, StepLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
+from torch import Tensor
 from tqdm import tqdm
 
 from glsim.backbone import Model
+from glsim.batches import TrainBatches, make_loader, mix, train_loader
 from glsim.bundle import CONFIG, METRICS_FILE, default_preprocessing, init_from, save, write_text
+from glsim.catalog import prepared
+from glsim.checkpoint import CHECKPOINT, Interrupted, load_checkpoint, save_checkpoint, stop_signal
 from glsim.config import Train, read_recipe, to_recipe
 from glsim.data import ImageList, hold_out, read_data, split_hash
-from glsim.evaluate import drop_bad, evaluate, make_accelerator, make_loader
+from glsim.evaluate import drop_bad, evaluate, make_accelerator
 from glsim.figures import draw_curve
 from glsim.images import BadImage, find_bad
 from glsim.losses import objective
@@ -32,16 +35,19 @@ from glsim.transforms import Preprocessing, eval_transform, train_transform
 from glsim.types import ConfigError, DataError, GlsimError
 
 RECIPE, LOG, CURVE, BAD_IMAGES = "train.yaml", "log.jsonl", "curve.png", "bad_images.txt"
-CHECKPOINT, STATE = "checkpoint", "state.json"
 
 
 def run(s: Train, progress: bool = True) -> dict[str, Any]:
-    """The verb: train as `s` says; returns the metrics. `s.out` is a bundle after every epoch."""
+    """The verb: train as `s` says; returns the metrics. `s.out` is a bundle after every epoch.
+
+    Raises Interrupted after SIGINT or SIGTERM, the state saved, and GlsimError when the loss is no longer a number or a
+    file cannot be written.
+    """
     out = Path(s.out)
     _check_out(s, out)
     splits, bad = read_splits(s)
     classes = splits["train"].classes
-    accelerator = make_accelerator(None, s.precision)
+    accelerator = make_accelerator(None, s.precision, s.accumulate)
     set_seed(s.seed)
     model = create_model(
         s.method, s.backbone, len(classes), s.image_size, s.pretrained, s.backbone_args or None, **s.options
@@ -49,9 +55,8 @@ def run(s: Train, progress: bool = True) -> dict[str, Any]:
     if s.init_from is not None:
         init_from(model, s.init_from)
     p = _preprocessing(s, model)
-    to_train = train_transform(p, s.augment, s.crop, s.crop_scale)
-    drop_last = len(splits["train"]) > s.batch_size  # a last batch of one image would weigh as much as a full one
-    loader = make_loader(splits["train"], to_train, s.batch_size, s.workers, shuffle=True, drop_last=drop_last)
+    batches = TrainBatches(len(splits["train"]), s.batch_size, accelerator.num_processes * s.accumulate, s.seed)
+    loader = train_loader(splits["train"], train_transform(p, s.augment, s.crop, s.crop_scale), batches, s.workers)
     watched = {
         name: accelerator.prepare(make_loader(images, eval_transform(p), s.batch_size, s.workers))
         for name, images in splits.items()
@@ -62,13 +67,14 @@ def run(s: Train, progress: bool = True) -> dict[str, Any]:
     if ema is not None:
         accelerator.register_for_checkpointing(ema)
     wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    steps = s.epochs * len(loader)
-    schedule = make_schedule(s, optimizer, steps)
+    schedule = make_schedule(s, optimizer, s.epochs * batches.steps)
     final: Any = ema.module if ema is not None else model
     final.config = model.config
 
     data_hash = split_hash(splits, s.data)
-    history = resume(accelerator, out, data_hash) if s.resume else []
+    state = load_checkpoint(accelerator, out, data_hash) if s.resume else {}
+    history, step = state.get("history", []), state.get("step", 0)
+    tally = Tally(accelerator, state.get("tally"))
     accelerator.wait_for_everyone()  # every process has looked at `out` before the first writes to it
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
@@ -84,14 +90,52 @@ def run(s: Train, progress: bool = True) -> dict[str, Any]:
             "val_fraction": s.val_fraction,
         }
     }
+
+    def keep() -> None:
+        tally.check(batches, splits["train"], s.lr)
+        progress = {"step": step, "history": history, "tally": tally.sums(), "split_hash": data_hash}
+        save_checkpoint(accelerator, out, progress)
+
     often = 0.2 if sys.stderr.isatty() else 30.0  # seconds between looks; a log file needs fewer
-    with tqdm(
-        total=steps, initial=len(history) * len(loader), unit="step", disable=not progress, mininterval=often
-    ) as bar:
-        for epoch in range(len(history), s.epochs):
-            # All randomness of an epoch follows from (seed, epoch): a resumed run repeats the undisturbed one.
-            set_seed(s.seed * 10_000 + epoch, device_specific=True)
-            row = train_epoch(wrapped, loader, optimizer, schedule, accelerator, ema, s, epoch, bar)
+    total = s.epochs * batches.steps
+    with (
+        stop_signal(accelerator) as stop,
+        tqdm(total=total, initial=step, unit="step", disable=not progress, mininterval=often) as bar,
+    ):
+        for epoch in range(step // batches.steps, s.epochs):
+            batches.epoch, batches.start = epoch, step % batches.steps
+            wrapped.train()
+            for part, (images, labels) in enumerate(loader):
+                # All randomness follows from seed, step and image: a resumed run repeats the undisturbed one.
+                torch.manual_seed(mix(s.seed, step, part % s.accumulate, accelerator.process_index))
+                schedule.step_update(step)
+                with accelerator.accumulate(wrapped):
+                    with accelerator.autocast():
+                        output = wrapped(images)
+                        loss = objective(output, labels, s.label_smoothing)
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients and s.clip_grad:
+                        accelerator.clip_grad_norm_(wrapped.parameters(), s.clip_grad)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                tally.add(output.logits, labels, loss, step)
+                if not accelerator.sync_gradients:
+                    continue
+                if ema is not None:
+                    ema.update(accelerator.unwrap_model(wrapped), step=step)
+                step += 1
+                bar.update()
+                if step % 10 == 0:  # each look waits for the device
+                    tally.check(batches, splits["train"], s.lr)
+                    bar.set_description(f"epoch {epoch + 1}/{s.epochs}", refresh=False)
+                    bar.set_postfix_str(str(tally), refresh=False)
+                stopped = stop.heard()
+                if step % batches.steps and (stopped or (s.save_steps and step % s.save_steps == 0)):
+                    keep()
+                if stopped and step % batches.steps:
+                    raise Interrupted(_stopped(out, step, total))
+            tally.check(batches, splits["train"], s.lr)
+            row = {"epoch": epoch + 1, "step": step, "lr": optimizer.param_groups[0]["lr"], **tally.row()}
             metrics: dict[str, Any] = {}
             for name, images in watched.items():
                 # The test split is measured once, after the last epoch; nothing is chosen by it.
@@ -99,69 +143,77 @@ def run(s: Train, progress: bool = True) -> dict[str, Any]:
                     metrics[name] = evaluate(final, images, len(classes), accelerator).summary(classes)
                     row[f"{name}_top1"] = metrics[name]["top1"]
             history.append(row)
+            tally = Tally(accelerator)
             if accelerator.is_main_process:
                 save(final, out, list(classes), preprocessing=p, metrics={**row, **metrics}, **about)
                 write_text(out / LOG, "".join(json.dumps(r) + "\n" for r in history))
                 draw_curve(history, out / CURVE)
-            checkpoint(accelerator, out, history, data_hash)
+            keep()
+            if stop.heard() and epoch + 1 < s.epochs:
+                raise Interrupted(_stopped(out, step, total))
     return {"out": str(out), **json.loads((out / METRICS_FILE).read_text()), "skipped": [str(b) for b in bad]}
 
 
-def train_epoch(
-    model: Any,
-    loader: Any,
-    optimizer: Any,
-    schedule: CosineLRScheduler,
-    accelerator: Accelerator,
-    ema: ModelEmaV3 | None,
-    s: Train,
-    epoch: int,
-    bar: tqdm,
-) -> dict[str, Any]:
-    """One pass over `loader`; returns its row of the log. GlsimError when the loss is no longer a number."""
-    model.train()
-    start, seen = time.perf_counter(), 0
-    right, total_loss = torch.zeros(2, device=accelerator.device)
-    for step, (images, labels) in enumerate(loader, start=epoch * len(loader)):
-        schedule.step_update(step)
-        with accelerator.autocast():
-            output = model(images)
-            loss = objective(output, labels, s.label_smoothing)
-        accelerator.backward(loss)
-        if s.clip_grad:
-            accelerator.clip_grad_norm_(model.parameters(), s.clip_grad)
-        optimizer.step()
-        optimizer.zero_grad()
-        if ema is not None:
-            ema.update(accelerator.unwrap_model(model), step=step)
-        seen += len(labels)
-        right += (output.logits.argmax(dim=1) == labels).sum()
-        total_loss += loss.detach() * len(labels)
-        bar.update()
-        if step % 10 == 0 or step + 1 == (epoch + 1) * len(loader):  # each look waits for the device
-            mean_loss = float(total_loss) / seen
-            if not math.isfinite(mean_loss):
-                raise GlsimError(f"the loss is {mean_loss} at step {step}; try a smaller lr than {s.lr}")
-            bar.set_description(f"epoch {epoch + 1}/{s.epochs}", refresh=False)
-            speed = seen / (time.perf_counter() - start)
-            bar.set_postfix_str(
-                f"loss {mean_loss:.3f}, accuracy {float(right) / seen:.1%}, {speed:.0f} images/s", refresh=False
+class Tally:
+    """What an epoch adds up to: loss, right answers, images, seconds; and the first step whose loss was no number."""
+
+    def __init__(self, accelerator: Accelerator, sums: list[float] | None = None) -> None:
+        self.accelerator, self.start, self.seconds = accelerator, time.perf_counter(), 0.0
+        self.values = torch.zeros(3, device=accelerator.device)  # loss, right, images: of this process
+        self.bad = torch.tensor(-1, device=accelerator.device)
+        if sums is not None:
+            self.seconds = sums[3]
+            if accelerator.is_main_process:
+                self.values += torch.tensor(sums[:3], device=accelerator.device)
+
+    @torch.no_grad()
+    def add(self, logits: Tensor, labels: Tensor, loss: Tensor, step: int) -> None:
+        """One batch: logits (B, C), labels (B,), the mean loss. Does not wait for the device."""
+        right = (logits.argmax(dim=1) == labels).sum()
+        self.values += torch.stack((loss.detach() * len(labels), right, torch.full_like(loss, len(labels))))
+        self.bad = torch.where((self.bad < 0) & ~loss.isfinite(), step, self.bad)
+
+    def sums(self) -> list[float]:
+        """Loss, right answers and images of all processes, and seconds."""
+        return [*self.accelerator.reduce(self.values.clone(), "sum").tolist(), self.elapsed()]
+
+    def elapsed(self) -> float:
+        """Seconds of the epoch so far, without those it lay still."""
+        return self.seconds + time.perf_counter() - self.start
+
+    def row(self) -> dict[str, float]:
+        """The epoch as a row of the log."""
+        loss, right, images, seconds = self.sums()
+        return {
+            "train_loss": loss / images,
+            "train_top1": right / images,
+            "images_per_second": round(images / seconds, 1),
+            "seconds": round(seconds, 2),
+        }
+
+    def __str__(self) -> str:
+        loss, right, images = self.values.tolist()
+        speed = images * self.accelerator.num_processes / self.elapsed()
+        return f"loss {loss / images:.3f}, accuracy {right / images:.1%}, {speed:.0f} images/s"
+
+    def check(self, batches: TrainBatches, images: ImageList, lr: float) -> None:
+        """Raise GlsimError naming step and files once a loss was not a number."""
+        step = int(self.bad)
+        if step >= 0:
+            names = ", ".join(str(images.paths[i]) for i in batches.step(step))
+            raise GlsimError(
+                f"the loss is not a number at step {step}; try a smaller lr than {lr}, a longer warm-up, or clip_grad. "
+                f"The images of that step: {names}"
             )
-    seconds = time.perf_counter() - start
-    return {
-        "epoch": epoch + 1,
-        "step": (epoch + 1) * len(loader),
-        "lr": optimizer.param_groups[0]["lr"],
-        "train_loss": float(total_loss) / seen,
-        "train_top1": float(right) / seen,
-        "images_per_second": round(seen / seconds, 1),
-        "seconds": round(seconds, 2),
-    }
+
+
+def _stopped(out: Path, step: int, total: int) -> str:
+    return f"interrupted after step {step} of {total}, saved; go on with glsim train --recipe {out / RECIPE} --resume"
 
 
 def read_splits(s: Train) -> tuple[dict[str, ImageList], list[BadImage]]:
     """The splits to train, watch and test on, and the unreadable files left out of them (with `skip_bad`)."""
-    splits = read_data(s.data, seed=s.split_seed, test_fraction=s.test_fraction)
+    splits = read_data(prepared(s.data, s.dataset), seed=s.split_seed, test_fraction=s.test_fraction)
     if "train" not in splits:
         raise DataError(f"{s.data} has no split 'train'; it has: {', '.join(splits)}")
     if len(splits["train"].classes) < 2:
@@ -188,48 +240,18 @@ def make_optimizer(s: Train, model: Model) -> torch.optim.Optimizer:
     return create_optimizer_v2(model, opt=s.optimizer, lr=s.lr, weight_decay=s.weight_decay, momentum=s.momentum)
 
 
-def make_schedule(s: Train, optimizer: Any, steps: int) -> CosineLRScheduler:
-    """Linear warm-up (at most half of all steps), then cosine down to `min_lr`, set by `step_update(step)`."""
-    warmup = min(s.warmup_steps, steps // 2)
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=steps - warmup,
-        lr_min=min(s.min_lr, s.lr),
-        warmup_t=warmup,
-        warmup_lr_init=min(s.warmup_lr, s.lr),
-        warmup_prefix=True,
-        t_in_epochs=False,
-    )
+def make_schedule(s: Train, optimizer: Any, steps: int) -> Scheduler:
+    """Linear warm-up (at most half of all steps), then cosine down to `min_lr` or decay by steps.
 
-
-def checkpoint(accelerator: Accelerator, out: Path, history: list[dict[str, Any]], data_hash: str) -> None:
-    """Everything that `resume` needs, swapped in by renaming: at every moment one whole checkpoint exists."""
-    new, old, final = (out / f"{CHECKPOINT}{end}" for end in (".new", ".old", ""))
-    shutil.rmtree(new, ignore_errors=True)
-    accelerator.save_state(str(new))
-    if accelerator.is_main_process:
-        write_text(new / STATE, json.dumps({"history": history, "split_hash": data_hash}))
-        shutil.rmtree(old, ignore_errors=True)
-        if final.exists():
-            final.rename(old)
-        new.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-    accelerator.wait_for_everyone()
-
-
-def resume(accelerator: Accelerator, out: Path, data_hash: str) -> list[dict[str, Any]]:
-    """Load the last whole checkpoint of `out`; returns the log of its finished epochs (empty: none was finished).
-
-    The data may have moved, but ConfigError is raised when an image, a class or a split is another one.
+    `step_update(step)` sets the rate, which follows from the number of the step alone.
     """
-    for folder in (out / CHECKPOINT, out / f"{CHECKPOINT}.old"):
-        if (folder / STATE).is_file():
-            state = json.loads((folder / STATE).read_text())
-            if state["split_hash"] != data_hash:
-                raise ConfigError(f"{out} was trained on other images, classes or splits than the data has now")
-            accelerator.load_state(str(folder))
-            return state["history"]
-    return []
+    warmup = min(s.warmup_steps, steps // 2)
+    start = min(s.warmup_lr, s.lr)
+    common: Any = {"warmup_t": warmup, "warmup_lr_init": start, "warmup_prefix": True, "t_in_epochs": False}
+    if s.schedule == "step":
+        every = max(1, round(s.decay_epochs * steps / s.epochs))
+        return StepLRScheduler(optimizer, decay_t=every, decay_rate=s.decay_rate, **common)
+    return CosineLRScheduler(optimizer, t_initial=steps - warmup, lr_min=min(s.min_lr, s.lr), **common)
 
 
 def _check_out(s: Train, out: Path) -> None:

@@ -40,17 +40,33 @@ def write(file: Path, *lines: str) -> Path:
     return file
 
 
-def small_model(method="glsim", backbone="vit_tiny_patch16_224", size=64, classes=5, head=True, seed=0, **options):
-    """A shrunken model in eval mode; with `head`, the zero-initialised classifier is given values."""
+SMALL_OPTIONS = {  # for grids of 16 patches
+    "glsim": {"top_o": 4},
+    "ffvt": {"top_k": 3},
+    "ielt": {"tokens": 12, "votes": 4},
+}
+SMALL_MAPS = {  # networks that are no transformer on one grid, small, and with a gradient in everything at the start
+    "resnet18": {"zero_init_last": False},
+    "swin_tiny_patch4_window7_224": {"embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2)},
+    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 16, 32, 64)},
+}
+
+
+def small_model(
+    method="glsim", backbone="vit_tiny_patch16_224", size=64, classes=5, head=True, seed=0, args=None, **options
+):
+    """A shrunken model in eval mode; with `head`, the zero-initialised classifier is given values.
+
+    `args` go to timm besides those that make it small, `options` replace the small ones of the method.
+    """
     import torch
 
     from glsim import create_model
 
     torch.manual_seed(seed)
-    args = {} if backbone.startswith("test_") else SMALL
-    if method == "glsim":
-        options = {"top_o": 4, **options}
-    model = create_model(method, backbone, classes, size, backbone_args=args, **options).eval()
+    small = {} if backbone.startswith("test_") else SMALL_MAPS.get(backbone, SMALL)
+    options = SMALL_OPTIONS.get(method, {}) | options
+    model = create_model(method, backbone, classes, size, backbone_args=small | (args or {}), **options).eval()
     if head:
         for module in model.modules():
             if isinstance(module, torch.nn.Linear) and not module.weight.any():

@@ -1,10 +1,11 @@
 import pytest
 import timm
 import torch
-from conftest import SMALL
+from conftest import SMALL, SMALL_MAPS
 
 from glsim import METRICS, ConfigError
-from glsim.backbone import build_backbone, explicit_attention
+from glsim.attention import explicit_attention
+from glsim.backbone import MapBackbone, build_backbone
 
 # name, shrunken, image size, prefix tokens, pooled vector instead of a class token, takes any size
 FAMILIES = [
@@ -97,10 +98,28 @@ def test_explicit_attention_is_undone_after_an_exception():
     torch.testing.assert_close(backbone(images).cls, before)
 
 
-@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "hiera_tiny_224", "convnext_tiny", "resnet18"])
-def test_families_without_one_grid_are_refused(name):
-    with pytest.raises(ConfigError, match=r"no single grid.*DINOv2.*SigLIP.*BEiT"):
-        build_backbone(name)
+@pytest.mark.parametrize(
+    ("name", "size", "args", "grid"),
+    [
+        ("swin_tiny_patch4_window7_224", 64, SMALL_MAPS["swin_tiny_patch4_window7_224"], (2, 2)),
+        ("convnext_atto", (64, 96), SMALL_MAPS["convnext_atto"], (2, 3)),
+        ("resnet18", (96, 64), None, (3, 2)),
+        ("hiera_tiny_224", 64, None, (1, 1)),  # its tokens are no map: one patch, the pooled vector
+    ],
+)
+def test_families_without_one_grid_of_tokens_work_too(name, size, args, grid):
+    torch.manual_seed(0)
+    backbone = build_backbone(name, size, backbone_args=args).eval()
+    assert isinstance(backbone, MapBackbone) and not backbone.has_attention
+    images = torch.randn(2, 3, *backbone.image_size)
+    with torch.inference_mode():
+        f = backbone(images)
+        torch.testing.assert_close(f.cls, backbone.net(images))  # what timm hands to its classifier
+    assert f.grid == backbone.grid == grid and f.num_prefix == 0 and f.attention_logits is None
+    assert f.patches.shape == (2, grid[0] * grid[1], backbone.dim) and f.patches.isfinite().all()
+    assert METRICS["gls_cos"](f).shape == (2, 1, grid[0] * grid[1])
+    with pytest.raises(ConfigError, match=r"has no attention maps over its patches; choose a gls metric"):
+        backbone(images, attention=True)
 
 
 def test_errors_say_what_would_work():

@@ -2,13 +2,15 @@ import json
 import pickle
 import shutil
 
+import numpy as np
 import pytest
 import torch
-from conftest import SHARED, needs, small_model
+from conftest import SHARED, SMALL, needs, small_model
 from safetensors.torch import load_file, save_file
 
 import glsim
 from glsim import ConfigError, DataError
+from glsim.bundle import init_from
 from glsim.config import Convert
 from glsim.convert import run as convert
 
@@ -190,3 +192,84 @@ def test_a_checkpoint_of_another_design_is_refused(tmp_path):
         glsim.load(tmp_path / "y.pth")
     with pytest.raises(DataError, match="is no GLSim checkpoint"):
         glsim.load(SHARED / "golden" / "transfg.pth")
+
+
+def as_npz(net, path):
+    """The weights of a timm ViT in the layout of its authors' .npz files, the kernels input first."""
+    dim, heads = net.embed_dim, net.blocks[0].attn.num_heads
+    w = {
+        "embedding/kernel": net.patch_embed.proj.weight.permute(2, 3, 1, 0),
+        "embedding/bias": net.patch_embed.proj.bias,
+        "cls": net.cls_token,
+        "Transformer/posembed_input/pos_embedding": net.pos_embed,
+        "Transformer/encoder_norm/scale": net.norm.weight,
+        "Transformer/encoder_norm/bias": net.norm.bias,
+    }
+    for i, block in enumerate(net.blocks):
+        root = f"Transformer/encoderblock_{i}/"
+        for name, weight, bias in zip(
+            ("query", "key", "value"), block.attn.qkv.weight.chunk(3), block.attn.qkv.bias.chunk(3), strict=True
+        ):
+            w[f"{root}MultiHeadDotProductAttention_1/{name}/kernel"] = weight.T.reshape(dim, heads, -1)
+            w[f"{root}MultiHeadDotProductAttention_1/{name}/bias"] = bias.reshape(heads, -1)
+        w[f"{root}MultiHeadDotProductAttention_1/out/kernel"] = block.attn.proj.weight.T.reshape(heads, -1, dim)
+        w[f"{root}MultiHeadDotProductAttention_1/out/bias"] = block.attn.proj.bias
+        for ours, theirs in ((block.norm1, "LayerNorm_0"), (block.norm2, "LayerNorm_2")):
+            w[f"{root}{theirs}/scale"], w[f"{root}{theirs}/bias"] = ours.weight, ours.bias
+        for j, layer in enumerate((block.mlp.fc1, block.mlp.fc2)):
+            w[f"{root}MlpBlock_3/Dense_{j}/kernel"] = layer.weight.T
+            w[f"{root}MlpBlock_3/Dense_{j}/bias"] = layer.bias
+    np.savez(path, **{k: v.detach().numpy() for k, v in w.items()})
+
+
+def test_the_vit_authors_npz_is_a_start_for_every_grid(tmp_path):
+    source = small_model("plain", seed=1)
+    as_npz(source.backbone.net, tmp_path / "ViT.npz")
+    same = small_model("glsim", seed=2)
+    kept = init_from(same, tmp_path / "ViT.npz")
+    assert kept and not any(k.startswith("backbone.") for k in kept)
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(same.features(images).patches, source.features(images).patches)
+    overlapping = small_model("transfg", size=(64, 96), seed=2)  # 5 x 7 places instead of 4 x 4
+    init_from(overlapping, tmp_path / "ViT.npz")
+    net = overlapping.backbone.net
+    assert torch.equal(net.blocks[1].mlp.fc1.weight, source.backbone.net.blocks[1].mlp.fc1.weight)
+    old, new = source.backbone.net.pos_embed[0, 1:].view(4, 4, -1), net.pos_embed[0, 1:].view(5, 7, -1)
+    wanted = torch.nn.functional.interpolate(old.permute(2, 0, 1)[None], (5, 7), mode="bilinear")[0].permute(1, 2, 0)
+    torch.testing.assert_close(new, wanted)
+
+
+def test_a_wrong_npz_changes_nothing(tmp_path):
+    model = small_model("plain")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    (tmp_path / "damaged.npz").write_bytes(b"no archive")
+    np.savez(tmp_path / "other.npz", weights=np.zeros(3))
+    with pytest.raises(DataError, match="damaged.npz cannot be read"):
+        init_from(model, tmp_path / "damaged.npz")
+    with pytest.raises(DataError, match="none.npz cannot be read"):
+        init_from(model, tmp_path / "none.npz")
+    with pytest.raises(DataError, match="other.npz cannot be read"):
+        init_from(model, tmp_path / "other.npz")
+    wide = small_model("plain", backbone="vit_tiny_patch16_224")
+    as_npz(wide.backbone.net, tmp_path / "wide.npz")
+    narrow = glsim.create_model("plain", "vit_tiny_patch16_224", 5, 64, backbone_args={**SMALL, "embed_dim": 32})
+    with pytest.raises(ConfigError, match="wide.npz does not fit 'vit_tiny_patch16_224'"):
+        init_from(narrow, tmp_path / "wide.npz")
+    with pytest.raises(ConfigError, match="'resnet18' is none"):
+        init_from(glsim.create_model("plain", "resnet18", 5, 64), tmp_path / "wide.npz")
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@needs(SHARED / "golden")
+@pytest.mark.parametrize("method", ["transfg", "ffvt"])
+def test_competitors_checkpoints_convert(method, tmp_path):
+    options = {"num_heads": 2, **({"top_k": 3} if method == "ffvt" else {"stride": 12})}
+    result = convert(
+        Convert(
+            checkpoint=str(SHARED / "golden" / f"{method}.pth"),
+            bundle=str(tmp_path / "b"),
+            method=method,
+            options=options,
+        )
+    )
+    assert result["missing"] == [] and glsim.load(tmp_path / "b").config["method"] == method

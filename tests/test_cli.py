@@ -39,7 +39,7 @@ def call(capsys, *words):
         (["predict", "run", "x", "--top-k", "0"], 2, "top_k=0: at least 1"),
         (["datasets"], 0, "synthetic"),
         (["datasets", "prepare"], 2, "glsim datasets prepare synthetic --root FOLDER"),
-        (["datasets", "prepare", "cub", "--root", "x"], 2, "unknown data set 'cub'; choose from: synthetic"),
+        (["datasets", "prepare", "owls", "--root", "x"], 2, "unknown data set 'owls'; choose from: aircraft, cars"),
     ],
 )
 def test_answers_and_exit_codes_without_torch(capsys, words, code, said):

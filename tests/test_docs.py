@@ -2,21 +2,26 @@
 
 import contextlib
 import importlib.util
+import inspect
 import io
 import re
 import shlex
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import ROOT, scene, small_model
+import torch
+from conftest import ROOT, SMALL, scene, small_model
 from PIL import Image
 from test_floors import FLOORS
 
 import glsim
 from glsim import cli
+from glsim.backbone import build_backbone
 from glsim.crop import BOX_RULES
+from glsim.losses import TERMS
 from glsim.selection import NEEDS_ATTENTION
 from glsim.synthetic import species
 
@@ -68,17 +73,31 @@ def anchors(page):
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder with what the pages speak of: a bundle runs/flowers and an image photo.jpg."""
+    """A folder with what the pages speak of: a bundle runs/flowers and an image photo.jpg. Its modules can be imported."""
     labels = ["buttercup", "daffodil", "daisy", "iris", "snowdrop"]
     glsim.save(small_model(), tmp_path / "runs" / "flowers", labels=labels)
     scene((96, 64)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
-    registries = glsim.METRICS, BOX_RULES, NEEDS_ATTENTION  # a page may show how to add to them
+    monkeypatch.syspath_prepend(tmp_path)
+    registries = glsim.METRICS, glsim.METHODS, BOX_RULES, TERMS, NEEDS_ATTENTION  # a page may show how to add to them
     kept = [registry.copy() for registry in registries]
     yield tmp_path
     for registry, before in zip(registries, kept, strict=True):
         registry.clear()
         registry.update(before)
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(f"{tmp_path}/"):
+            del sys.modules[name]
+
+
+def run_block(block, names):
+    """Run a block of Python and return what it prints. One that begins with `# NAME.py` becomes that file instead."""
+    if file := re.match(r"# (\w+\.py)\n", block.text):
+        Path(file[1]).write_text(block.text, encoding="utf-8")
+        return ""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile("\n" * (block.line - 1) + block.text, str(block.page), "exec"), names)
+    return out.getvalue()
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if "\n```python\n" in p.read_text()], ids=lambda p: p.name)
@@ -86,9 +105,7 @@ def test_python_runs_in_order_and_prints_what_it_says(page, workplace):
     names, said = {}, None
     for block in blocks(page):
         if block.language == "python":
-            with contextlib.redirect_stdout(io.StringIO()) as out:
-                exec(compile("\n" * (block.line - 1) + block.text, str(page), "exec"), names)
-            said = out.getvalue()
+            said = run_block(block, names)
         elif block.language == "output":
             assert said is not None, f"{page.name}, line {block.line}: no Python block stands above this output"
             assert said == block.text, f"{page.name}, line {block.line}"
@@ -192,9 +209,115 @@ def test_the_picture_can_be_made(workplace, monkeypatch, capsys):
     assert "species of the synthetic set" in capsys.readouterr().err
 
 
+def section(heading, marks="##", page="method.md"):
+    """The text under a heading of a page in docs/, up to the next one of its level or above."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8").split(f"\n{marks} {heading}\n")[1]
+    return re.split(rf"^#{{2,{len(marks)}}} ", text, maxsplit=1, flags=re.M)[0]
+
+
+def rows(text):
+    """The first name of every row of the tables in `text`."""
+    return re.findall(r"^\| `(\w+)` \|", text, re.M)
+
+
 @pytest.mark.parametrize(
-    ("registry", "heading"), [(glsim.METRICS, "Metrics"), (BOX_RULES, "Box rules")], ids=["metrics", "box rules"]
+    ("registry", "heading"),
+    [(glsim.METRICS, "Metrics"), (BOX_RULES, "Box rules"), (glsim.METHODS, "Methods"), (TERMS, "Loss terms")],
+    ids=["metrics", "box rules", "methods", "loss terms"],
 )
 def test_method_lists_everything_there_is(registry, heading):
-    section = (ROOT / "docs" / "method.md").read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    assert set(re.findall(r"^\| `(\w+)` \|", section, re.M)) == set(registry)
+    assert sorted(rows(section(heading))) == sorted(registry)
+
+
+def test_metrics_that_read_attention_are_the_ones_that_method_says():
+    assert set(glsim.METRICS) - NEEDS_ATTENTION == {"gls_cos", "gls_l1", "gls_l2", "random"}
+    assert "all but the `gls_` metrics and `random` read" in section("Metrics").replace("\n", " ")
+
+
+def test_metrics_have_the_parameters_that_method_says():
+    for names, given in re.findall(r"^\| ([a-z, ]+) \| (`.*) \| `", section("Metrics"), re.M):
+        for name in names.split(", "):
+            parameters = list(inspect.signature(glsim.METRICS[name]).parameters.values())[1:]
+            assert {p.name for p in parameters} == set(re.findall(r"`(\w+)", given)), name
+            said = re.findall(r"`(\w+=-?\d+)`", given)
+            assert said == [f"{p.name}={p.default}" for p in parameters if p.default is not None], name
+
+
+def keywords(build):
+    return {p.name: p.default for p in inspect.signature(build).parameters.values() if p.kind is p.KEYWORD_ONLY}
+
+
+@pytest.mark.parametrize("method", glsim.METHODS)
+def test_methods_have_the_options_that_method_says(method):
+    module = import_module(glsim.METHODS[method])
+    shared = keywords(build_backbone)
+    own = {name: default for name, default in keywords(module.build).items() if name not in shared}
+    text = section(method, "###").replace("\n", " ")
+    said = re.search(r"Options: (.*?)\. From the paper", text)
+    said = re.findall(r"`(\w+=[^`]+)`", said[1]) if said else []
+    assert sorted(said) == sorted(f"{k}={v}" for k, v in (own | getattr(module, "ENCODER", {})).items())
+    assert said or "No options." in text
+
+
+def backbones():
+    """The rows of the table of backbones: (timm name, method, what stands in the cell)."""
+    head, _, *lines = [line.strip("| ").split(" | ") for line in section("Backbones").splitlines() if line[:1] == "|"]
+    for first, *cells in lines:
+        for methods, cell in zip(head[1:], cells, strict=True):
+            yield from ((re.search(r"`(\w+)`", first)[1], method, cell) for method in methods.split(", "))
+
+
+SMALL_NETWORKS = {"resnet18": {"layers": (1, 1, 1, 1)}, "mixer_s32_224": {}}  # others: SMALL
+
+
+@pytest.mark.parametrize(("backbone", "method", "cell"), [pytest.param(*row, id="-".join(row)) for row in backbones()])
+def test_methods_take_the_backbones_that_method_says(backbone, method, cell):
+    size = 224 if backbone.startswith("mixer") else 112  # of which patches of 14 and of 16 pixels make whole grids
+    options = {"ielt": {"tokens": 24}}.get(method, {})
+
+    def build(**more):
+        args = SMALL_NETWORKS.get(backbone, SMALL)
+        return glsim.create_model(method, backbone, 5, size, backbone_args=args, **options, **more)
+
+    if cell == "yes":
+        build()
+        return
+    with pytest.raises(glsim.ConfigError):
+        build()
+    if cell == "`stride=None`":
+        build(stride=None)
+    else:
+        assert cell == "no"
+        with pytest.raises(glsim.ConfigError):
+            build(**({"stride": None} if method == "transfg" else {}))
+
+
+def test_every_method_stands_in_the_table_of_backbones():
+    assert {method for _, method, _ in backbones()} == set(glsim.METHODS)
+
+
+def test_a_metric_takes_15_lines_and_is_the_one_that_is_used(workplace):
+    first = next(b for b in blocks(ROOT / "docs" / "extend.md") if b.language == "python")
+    assert len(first.text.splitlines()) <= 15
+    known, names = set(glsim.METRICS), {}
+    assert run_block(first, names)
+    (new,) = set(glsim.METRICS) - known
+    model, images = names["model"], names["images"]
+    assert model.metric == new and model.config["options"]["metric"] == new
+
+    f = model.features(images)
+    mean = f.patches.mean(dim=1)
+    for b, (patches, chosen) in enumerate(zip(f.patches, model(images).selection.indices, strict=True)):
+        scores = [torch.cosine_similarity(z, f.cls[b], 0) - torch.cosine_similarity(z, mean[b], 0) for z in patches]
+        best = sorted(range(len(scores)), key=lambda i: -scores[i])[: model.top_o]
+        assert chosen.tolist() == best
+
+    heatmaps = glsim.explain(model, images, metric=new)
+    assert heatmaps.shape == (2, 64, 64) and heatmaps.dtype == "float32"
+    assert heatmaps.min() >= 0 and heatmaps.max() <= 1
+    assert abs(heatmaps - glsim.explain(model, images, metric="gls_cos")).max() > 0.01
+    first_patch = torch.eye(f.patches.shape[1])[:1].repeat(len(images), 1, 1)
+    glsim.METRICS[new] = lambda f: first_patch
+    assert model(images).selection.indices[:, 0].tolist() == [0, 0]
+    peaks = glsim.explain(model, images, metric=new).reshape(2, -1).argmax(axis=1)
+    assert (peaks // 64 < 16).all() and (peaks % 64 < 16).all()

@@ -8,16 +8,23 @@ from conftest import ROOT
 
 FLOORS = [
     {"types"},
-    {"backbone", "selection", "crop", "heads", "losses", "transforms", "images", "figures", "synthetic"},
+    {
+        *("attention", "backbone", "selection", "crop", "heads", "losses"),
+        *("transforms", "images", "figures", "synthetic", "catalog"),
+    },
     {"models"},
-    {"config", "data", "bundle", "official"},
-    {"train", "evaluate", "predict", "pictures", "convert", "datasets"},
+    {"config", "data", "bundle", "official", "batches", "checkpoint"},
+    {"train", "evaluate", "predict", "pictures", "convert", "datasets", "doctor"},
     {"quickstart", "cli", "__init__"},
 ]
 SIDEWAYS = {
+    ("backbone", "attention"),  # an adapter hands out the logits that were collected
     ("crop", "selection"),  # a box is drawn around picked patches
     ("bundle", "official"),  # `load` reads both formats
+    ("batches", "data"),
+    ("checkpoint", "bundle"),  # files written whole or not at all
     ("train", "evaluate"),
+    ("doctor", "train"),  # the memory of a step with the optimiser that train would make
 }
 
 

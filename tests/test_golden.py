@@ -7,6 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import glsim
+from glsim.selection import find_metric, mutual_attention
 
 GOLDEN = SHARED / "golden"
 pytestmark = needs(GOLDEN)
@@ -52,11 +53,83 @@ def test_every_key_is_accounted_for(name):
     assert "anchor_class_token" in ignored
 
 
-def test_attention_map_agrees():
+def maps():
     truth = load_file(GOLDEN / "selection_maps.safetensors")
     logits = tuple(truth["attention_logits"])
-    f = glsim.Features(torch.zeros(2, 8), torch.zeros(2, 16, 8), (4, 4), 1, logits)
-    torch.testing.assert_close(glsim.METRICS["attention"](f)[:, 0], truth["attention_last"], atol=1e-5, rtol=0)
+    return truth, glsim.Features(torch.zeros(2, 8), torch.zeros(2, 16, 8), (4, 4), 1, logits)
+
+
+@pytest.mark.parametrize(
+    ("metric", "name"),
+    [("attention", "attention_last"), ("rollout", "rollout"), ("psm", "psm_sum"), ("maws:block=-1", "maws_last")],
+)
+def test_selection_maps_agree(metric, name):
+    truth, f = maps()
+    torch.testing.assert_close(find_metric(metric)(f).sum(dim=1), truth[name], atol=1e-5, rtol=0)
+
+
+def test_selected_tokens_agree():
+    truth, f = maps()
+    assert torch.equal(glsim.METRICS["psm"](f).argmax(dim=-1), truth["psm_head_argmax"].long())
+    order = mutual_attention(f, f.attention_logits[-1]).argsort(dim=-1, descending=True)
+    assert torch.equal(order, truth["ffvt_maws_order"].long())
+
+
+# What the files do not hold.
+SIZES = {
+    "transfg": {"num_heads": 2, "image_size": 64, "patch_size": 16, "stride": 12},
+    "ffvt": {"num_heads": 2, "image_size": 64, "patch_size": 16, "top_k": 3},
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_competitors_agree_with_the_published_network(name, tmp_path):
+    truth = load_file(GOLDEN / f"{name}.safetensors")
+    model = glsim.load(GOLDEN / f"{name}.pth", method=name, **SIZES[name])
+    assert model.conversion.missing == [] and model.conversion.ignored == {}
+    glsim.save(model, tmp_path / "bundle")
+    for m in (model, glsim.load(tmp_path / "bundle")):
+        with torch.inference_mode():
+            output = m(truth["images"])
+        torch.testing.assert_close(output.logits, truth["logits"], atol=1e-4, rtol=0)
+        selected = truth["selected"].long()
+        if name == "ffvt":  # token indices, 0 the class token; ours are patches, -1 none
+            selected = selected.flatten(1) - 1
+        assert torch.equal(output.selection.indices, selected)
+
+
+def test_the_class_token_of_transfg_agrees():
+    truth = load_file(GOLDEN / "transfg.safetensors")
+    model = glsim.load(GOLDEN / "transfg.pth", method="transfg", **SIZES["transfg"]).train()
+    torch.testing.assert_close(model(truth["images"]).aux["contrastive"], truth["cls_token"], atol=1e-4, rtol=0)
+
+
+def test_sizes_default_to_the_paper_s_and_positions_are_resampled():
+    sizes = SIZES["transfg"]
+    model = glsim.load(GOLDEN / "transfg.pth", method="transfg", num_heads=2)
+    assert model.config["image_size"] == [64, 64] and model.backbone.grid == (5, 5)  # 25 positions, 12 of 16 pixels
+    larger = glsim.load(GOLDEN / "transfg.pth", method="transfg", **{**sizes, "image_size": (64, 112)})
+    assert larger(torch.zeros(1, 3, 64, 112)).selection.grid == (5, 9)
+    assert glsim.load(GOLDEN / "ffvt.pth", method="ffvt").backbone.net.blocks[0].attn.num_heads == 1  # 64 wide
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "message"),
+    [
+        ("transfg", {"patch_size": 8}, "was made for patches of 16 pixels"),
+        ("transfg", {"num_heads": 3}, "num_heads=3: the width of .* is 64"),
+        ("ffvt", {"top_k": 17}, "top_k=17, but the grid of the backbone has 16 patches"),
+        ("cal", {}, "unknown published method 'cal'; choose from: ffvt, glsim, transfg"),
+    ],
+)
+def test_wrong_sizes_say_what_the_file_holds(method, words, message):
+    with pytest.raises(glsim.ConfigError, match=message):
+        glsim.load(GOLDEN / f"{method if method != 'cal' else 'ffvt'}.pth", method=method, **words)
+
+
+def test_the_wrong_method_is_named():
+    with pytest.raises(glsim.DataError, match="transfg.pth is no ffvt checkpoint: .* is missing"):
+        glsim.load(GOLDEN / "transfg.pth", method="ffvt")
 
 
 def test_options_can_be_overridden():

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 import glsim
-from glsim import cli, quickstart
+from glsim import cli, quickstart, train
 from glsim.config import Train, read_recipe
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -21,15 +21,25 @@ def test_recipe_states_its_claim_and_builds(path):
     claim = text.split("Claim:")[1].split("Source:")[0]
     assert "%" in claim and any(c.isdigit() for c in claim), f"{path.name} claims no number"
     s = cli.parse("train", cli.VERBS["train"], ["--recipe", str(path), "--data", "d", "--out", "o"])
-    args = {**s.backbone_args, "depth": 1}  # one block is enough to check names and sizes
+    # The least depth is enough to check names and sizes, options and image size are the recipe's own.
+    least = {"layers": (1, 1, 1, 1)} if str(s.backbone).startswith("resnet") else {"depth": 2}
+    args = {**s.backbone_args, **least}
     model = glsim.create_model(s.method, s.backbone, 12, s.image_size, False, args, **s.options)
     assert model.config["method"] == s.method
+    for name, value in s.options.items():
+        assert model.config["options"][name] == value
+    train.make_optimizer(s, model)
 
 
 def test_there_are_the_recipes_we_promise():
-    assert {"cub_glsim_vit_b16", "flowers12_glsim", "flowers12_plain", "synthetic_glsim", "synthetic_plain"} <= {
-        p.stem for p in RECIPES
-    }
+    there = {p.stem for p in RECIPES}
+    assert "cub_glsim_vit_b16" in there
+    for method in glsim.METHODS:
+        for data in ("cub", "flowers12", "synthetic"):
+            name = f"{data}_{method}"
+            found = sorted(stem for stem in there if stem == name or stem.startswith(f"{name}_"))
+            assert found, f"no recipe {name}*.yaml"
+            assert all(read_recipe(ROOT / "recipes" / f"{stem}.yaml")["method"] == method for stem in found)
 
 
 @pytest.mark.parametrize("method", ["plain", "glsim"])

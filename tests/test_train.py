@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,9 +21,11 @@ from safetensors.torch import load_file
 
 import glsim
 from glsim import ConfigError, DataError, evaluate, train
+from glsim.batches import TrainBatches, train_loader
 from glsim.bundle import init_from
 from glsim.config import Eval, Train, read_recipe
 from glsim.data import read_data
+from glsim.transforms import Preprocessing, train_transform
 
 
 def settings(birds, out, **changes):
@@ -99,9 +102,10 @@ def test_training_learns_what_is_easy(tmp_path):
     assert log[-1]["train_loss"] < 0.7 * log[0]["train_loss"]
 
 
-@pytest.mark.parametrize(("workers", "ema"), [(0, 0.9), (2, 0.0)])
-def test_sigkill_in_mid_epoch_then_resume_ends_as_undisturbed(birds, tmp_path, workers, ema):
-    epochs = {"epochs": 4, "workers": workers, "ema": ema}
+@pytest.mark.parametrize(("workers", "ema", "save_steps"), [(0, 0.9, 1), (2, 0.0, 0)])
+def test_sigkill_in_mid_epoch_then_resume_ends_as_undisturbed(birds, tmp_path, workers, ema, save_steps):
+    epochs = {"epochs": 4, "workers": workers, "ema": ema, "options": {"top_o": 4, "dropout": 0.1}}
+    epochs["save_steps"] = save_steps
     whole, broken = settings(birds, tmp_path / "whole", **epochs), settings(birds, tmp_path / "broken", **epochs)
     train.run(whole, progress=False)
     # The child kills itself, without any warning, in the middle of the third epoch.
@@ -112,7 +116,7 @@ from glsim.config import Train
 steps, plain = [], train.objective
 def objective(*a, **k):
     steps.append(1)
-    if len(steps) == 8:
+    if len(steps) == 9:
         os.kill(os.getpid(), signal.SIGKILL)
     return plain(*a, **k)
 train.objective = objective
@@ -121,12 +125,80 @@ train.run(Train(**{asdict(broken)!r}), progress=False)
     dead = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert dead.returncode == -signal.SIGKILL, dead.stderr
     assert len((tmp_path / "broken" / "log.jsonl").read_text().splitlines()) == 2
+    state = json.loads((tmp_path / "broken" / "checkpoint" / "state.json").read_text())
+    assert state["step"] == (8 if save_steps else 6)
     result = train.run(settings(birds, tmp_path / "broken", resume=True, **epochs), progress=False)
     assert result["epoch"] == 4
     a, b = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "broken"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     ours, theirs = (json.loads((tmp_path / n / "metrics.json").read_text())["test"] for n in ("whole", "broken"))
     assert ours["correct"] == theirs["correct"]
+    a, b = ((tmp_path / n / "log.jsonl").read_text().splitlines() for n in ("whole", "broken"))
+    assert [json.loads(row)["train_loss"] for row in a] == [json.loads(row)["train_loss"] for row in b]
+
+
+def test_accumulated_batches_make_the_same_step(birds, tmp_path):
+    """2 batches of 3 are one of 6: the same images, augmented alike, and gradients that add up."""
+    runs = {"whole": {"batch_size": 6}, "parts": {"batch_size": 3, "accumulate": 2}}
+    for name, changes in runs.items():
+        train.run(settings(birds, tmp_path / name, **changes), progress=False)
+    logs = [[json.loads(r) for r in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in runs]
+    for a, b in zip(*logs, strict=True):
+        assert a["step"] == b["step"] and a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)
+    a, b = (load_file(tmp_path / n / "model.safetensors") for n in runs)
+    for k in a:
+        torch.testing.assert_close(a[k], b[k], atol=2e-4, rtol=1e-3)  # Adam turns rounding into steps
+    with pytest.raises(ConfigError, match="18 images cannot be shared by 19 batches a step"):
+        train.run(settings(birds, tmp_path / "r", accumulate=19), progress=False)
+
+
+def test_an_image_is_augmented_alike_by_any_worker(birds):
+    images = read_data(birds)["train"]
+    transform = train_transform(Preprocessing((64, 64), 1.2, (0.5,) * 3, (0.5,) * 3), "medium", "random", 1.0)
+    batches = TrainBatches(len(images), 6, 1, seed=1)
+    read = [[x for x, _ in train_loader(images, transform, batches, workers)] for workers in (0, 2)]
+    assert len(read[0]) == 3 and all(torch.equal(a, b) for a, b in zip(*read, strict=True))
+    batches.epoch = 1
+    assert not torch.equal(next(iter(train_loader(images, transform, batches, 0)))[0], read[0][0])
+
+
+def test_an_epoch_holds_every_image_once_in_whole_steps():
+    batches = TrainBatches(23, 3, 2, seed=5)
+    seen = [i for batch in batches for _, i in batch]
+    assert batches.steps == 3 and len(seen) == len(set(seen)) == 18 and len(list(batches)) == len(batches) == 6
+    assert batches.step(1) == seen[6:12]
+    batches.start = 2
+    assert [i for batch in batches for _, i in batch] == seen[12:]
+    batches.epoch, batches.start = 1, 0
+    assert [i for batch in batches for _, i in batch] != seen
+    assert TrainBatches(4, 8, 1, seed=0).batch_size == 4
+
+
+def test_a_checkpoint_of_another_format_is_refused(birds, tmp_path):
+    train.run(settings(birds, tmp_path / "r", epochs=1), progress=False)
+    state = tmp_path / "r" / "checkpoint" / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "format": 1}))
+    with pytest.raises(ConfigError, match="written by another version of glsim"):
+        train.run(settings(birds, tmp_path / "r", epochs=1, resume=True), progress=False)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_whole(birds, tmp_path, monkeypatch):
+    out = tmp_path / "r"
+    whole = train.run(settings(birds, tmp_path / "whole"), progress=False)
+    saves, real = [], torch.save
+
+    def full(obj, f, *args, **kwargs):
+        saves.append(1)
+        if len(saves) > 3:
+            raise OSError(28, "No space left on device")
+        return real(obj, f, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(glsim.GlsimError, match=r"checkpoint cannot be written: .*No space left on device.*--resume"):
+        train.run(settings(birds, out), progress=False)
+    monkeypatch.undo()
+    assert (out / "checkpoint" / "state.json").exists() and not (out / "checkpoint.new").exists()
+    assert train.run(settings(birds, out, resume=True), progress=False)["train_loss"] == whole["train_loss"]
 
 
 def test_a_crash_between_the_two_renames_loses_nothing(birds, tmp_path):
@@ -237,7 +309,8 @@ def test_bad_images_stop_training_by_name_or_are_skipped(birds, tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(birds, tmp_path):
-    with pytest.raises(glsim.GlsimError, match=r"the loss is nan at step .*; try a smaller lr than 1e\+30"):
+    message = r"the loss is not a number at step \d+; try a smaller lr than 1e\+30, .* images of that step: .*0003.jpg"
+    with pytest.raises(glsim.GlsimError, match=message):
         train.run(settings(birds, tmp_path / "r", lr=1e30, warmup_lr=1e30, clip_grad=0.0, epochs=3), progress=False)
 
 
@@ -255,6 +328,9 @@ def test_wrong_settings_say_what_would_work(birds, tmp_path):
         ("resize_ratio", 0.9),
         ("label_smoothing", 1.0),
         ("mean", [1]),
+        ("schedule", "plateau"),
+        ("decay_epochs", 0),
+        ("decay_rate", 1.1),
     ):
         with pytest.raises(ConfigError, match=name):
             settings(birds, tmp_path / "r", **{name: value})
@@ -271,6 +347,19 @@ def test_schedule_warms_up_and_comes_down(birds, tmp_path):
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates[0] == pytest.approx(1e-6) and max(rates) == pytest.approx(0.1) and rates.index(max(rates)) == 10
     assert rates[-1] < 2e-4 and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+@pytest.mark.parametrize(("warmup", "every", "length"), [(0, 2, 20), (15, 2, 20), (15, 0.5, 5), (0, 0.01, 1)])
+def test_steps_decay_every_so_many_epochs_after_the_warm_up(birds, tmp_path, warmup, every, length):
+    decay = {"schedule": "step", "decay_epochs": every, "decay_rate": 0.9, "lr": 1e-3, "warmup_lr": 1e-5}
+    s = settings(birds, tmp_path, epochs=10, warmup_steps=warmup, **decay)
+    optimizer = train.make_optimizer(s, torch.nn.Linear(2, 2))
+    schedule = train.make_schedule(s, optimizer, 100)  # 10 steps an epoch
+    for step in [*range(100), 50, 3]:  # and as a resumed run: the step alone decides
+        schedule.step_update(step)
+        rising = 1e-5 + (1e-3 - 1e-5) * step / max(1, warmup)
+        expected = rising if step < warmup else 1e-3 * 0.9 ** ((step - warmup) // length)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
 
 
 def test_unsplit_folder_keeps_its_split_for_eval(birds, tmp_path):
@@ -309,21 +398,25 @@ def test_eval_names_what_is_missing(run_folder, birds, tmp_path):
         evaluate.run(Eval(source=str(run_folder), data=str(other)))
 
 
-def test_keyboard_interrupt_leaves_with_130(birds, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_leaves_with_130(birds, tmp_path, number):
+    out = tmp_path / "r"
     words = [f"--{k.replace('_', '-')}={json.dumps(v) if isinstance(v, dict) else v}" for k, v in TINY.items()]
     words = [w for w in words if "pretrained" not in w and "epochs" not in w] + ["--no-pretrained", "--epochs=500"]
-    command = [sys.executable, "-m", "glsim.cli", "train", f"--data={birds}", f"--out={tmp_path / 'r'}", *words]
+    command = [sys.executable, "-m", "glsim.cli", "train", f"--data={birds}", f"--out={out}", *words]
     # A shell's background job, as a CI run may be, ignores SIGINT, and its children would inherit that.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, text=True, preexec_fn=heed, **pipes) as child:
         deadline = time.time() + 120
-        while not (tmp_path / "r" / "checkpoint").exists() and time.time() < deadline and child.poll() is None:
+        while not (out / "checkpoint").exists() and time.time() < deadline and child.poll() is None:
             time.sleep(0.1)
-        os.kill(child.pid, signal.SIGINT)
+        os.kill(child.pid, number)
         try:
             _, errors = child.communicate(timeout=60)
         finally:
             child.kill()
     assert child.returncode == 130, errors
-    assert "interrupted" in errors and "Traceback" not in errors
+    step = int(re.search(r"interrupted after step (\d+) of 1500, saved; go on with .* --resume", errors)[1])
+    assert "Traceback" not in errors
+    assert json.loads((out / "checkpoint" / "state.json").read_text())["step"] == step

@@ -44,9 +44,9 @@ def create_model(
 ) -> Model:
     """Build a model: `model(images (B, 3, H, W))` returns an `Output` whatever the method.
 
-    `backbone` is a timm name (default: ViT-B/16, for cal ResNet-101), `backbone_args` goes to timm (`{"depth": 2, "embed_dim": 64}`). `options` are those of the
-    method (the keyword-only parameters of its `build`: `top_o`, `metric`, ..) and those every encoder has (`dropout`,
-    `drop_path`, `norm_eps`, `stride`).
+    `backbone` is a timm name (default: ViT-B/16, for cal ResNet-101), `backbone_args` goes to timm (`{"depth": 2,
+    "embed_dim": 64}`). `options` are those of the method (the keyword-only parameters of its `build`: `top_o`,
+    `metric`, ..) and those every encoder has (`dropout`, `drop_path`, `norm_eps`, `stride`).
     `model.config` holds all of it, as plain values, for `glsim.save`.
 
     Raises ConfigError for any name, option or size that does not fit, listing what would.
@@ -62,7 +62,7 @@ def create_model(
     if num_classes < 1:
         raise ConfigError(f"num_classes={num_classes}; at least one class is needed")
     options = {**defaults, **options}
-    backbone = backbone or getattr(module, "BACKBONE", BACKBONE)
+    backbone = backbone or str(getattr(module, "BACKBONE", BACKBONE))
     net = build_backbone(backbone, image_size, pretrained, backbone_args, **{k: options[k] for k in encoder})
     model = module.build(net, num_classes, **{k: options[k] for k in own})
     model.config = {

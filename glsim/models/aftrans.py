@@ -1,6 +1,7 @@
-"""AF-Trans-style (Zhang et al.: A Free Lunch from ViT: Adaptive Attention Multi-scale Fusion Transformer for
-Fine-grained Visual Recognition, arXiv 2110.01240). There is no public code: this follows the text, and says where not.
-"""  # noqa: D205
+"""AF-Trans-style (Zhang et al.: A Free Lunch from ViT, arXiv 2110.01240).
+
+Adaptive Attention Multi-scale Fusion Transformer. There is no public code: this follows the text, and says where not.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +48,8 @@ class AFTrans(Model):
 def build(encoder: Backbone, num_classes: int, *, metric: str = "sacm", threshold: float = 1.2) -> AFTrans:
     """Patches above `threshold` times the mean score make the region (ours; the paper's value is not known)."""
     encoder.check_class_token("aftrans")
-    check_metric(metric, encoder.has_attention)
+    check_metric(metric, encoder.has_attention, encoder.depth)
     if threshold < 1:
         raise ConfigError(f"threshold={threshold}: at least 1, times the mean score")
-    excite = LayerWeights(len(encoder.net.blocks))
+    excite = LayerWeights(encoder.depth)
     return AFTrans(encoder, excite, zero_linear(encoder.dim, num_classes), metric, threshold)

@@ -1,7 +1,8 @@
-"""CAL (Rao et al.: Counterfactual Attention Learning for Fine-Grained Visual Categorization and Re-identification,
-arXiv 2108.08728)."""  # noqa: D205, D209
+"""CAL (Rao et al.: Counterfactual Attention Learning for Fine-Grained Visual Categorization .., arXiv 2108.08728)."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from glsim.backbone import Backbone, Model
 from glsim.crop import boxes_from_mask, crop_and_resize
-from glsim.types import ConfigError, Output, Selection, choose
+from glsim.types import ConfigError, Features, Output, Selection, choose
 
 BACKBONE = "resnet101"
 VIEWS: dict[int, tuple[tuple[float, float], ...]] = {  # passes at test time -> (threshold, padding) of the crops
@@ -35,30 +36,34 @@ class CAL(Model):
         """`images` (B, 3, H, W), normalised. Training encodes them, a crop and a masked copy; testing `views` views."""
         if not self.training:
             return self.test(images)
-        vector, logits, effect, maps, grid = self.look(images)
+        vector, logits, effect, maps, grid = self.look_and_compare(images)
         with torch.no_grad():  # two maps an image, strong ones more often: one to crop to, one to hide
             strength = maps.mean(dim=1).add(1e-6).sqrt()  # B M
             index = torch.multinomial(strength, 2)[:, None].expand(-1, maps.shape[1], -1)
             to_crop, to_hide = maps.gather(2, index).unbind(dim=2)  # B N
-            theta = torch.rand(2, len(images), 1, 1, device=images.device)
+            theta = torch.rand(2, images.shape[0], 1, 1, device=images.device)
             size = images.shape[-2:]
             boxes = boxes_from_mask(over(to_crop, grid, size, 0.4 + 0.2 * theta[0]), size, 0.1)
             hidden = images.masked_fill(over(to_hide, grid, size, 0.2 + 0.3 * theta[1])[:, None], 0.0)
         crops = crop_and_resize(images, boxes)
-        _, more, more_effect, *_ = self.look(torch.cat((crops, hidden)))
+        _, more, more_effect, *_ = self.look_and_compare(torch.cat((crops, hidden)))
         losses = {
             "cross_entropy": ((1 / 3, logits), (1.0, torch.cat((effect, more_effect))), (2 / 3, more)),
             "centre": (vector, self.centres),
         }
         return Output(logits, as_selection(maps, grid, boxes), crops, losses)
 
-    def look(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[int, int]]:
-        """Pooled vector (B, F), logits (B, C), their gain over counterfactual maps, maps (B, N, M), grid."""
+    def look(self, images: Tensor) -> tuple[Features, Tensor, Tensor, Tensor]:
+        """Features, attention maps (B, N, M), the vector they pool (B, F) and its logits (B, C)."""
         f = self.features(images)
         maps = F.relu(self.norm(self.attend(f.patches).transpose(1, 2))).transpose(1, 2)
-        fake = 2 * torch.rand_like(maps) if self.training else torch.ones_like(maps)
         vector = pool(f.patches, maps)
-        logits = self.head(100 * vector)
+        return f, maps, vector, self.head(100 * vector)
+
+    def look_and_compare(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[int, int]]:
+        """Vector, logits, what they gain over counterfactual maps drawn from U(0, 2), maps, grid."""
+        f, maps, vector, logits = self.look(images)
+        fake = 2 * torch.rand_like(maps)
         return vector, logits, logits - self.head(100 * pool(f.patches, fake)), maps, f.grid
 
     def test(self, images: Tensor) -> Output:
@@ -67,13 +72,13 @@ class CAL(Model):
         logits: list[Tensor] = []
         selection, crops = None, None
         for view in (images, images.flip(-1)) if self.views == 8 else (images,):
-            _, whole, _, maps, grid = self.look(view)
+            f, maps, _, whole = self.look(view)
             logits.append(whole)
-            mean = maps.mean(dim=-1)
+            mean, grid = maps.mean(dim=-1), f.grid
             for threshold, padding in VIEWS[self.views]:
                 boxes = boxes_from_mask(over(mean, grid, size, threshold), size, padding)
                 crop = crop_and_resize(view, boxes)
-                logits.append(self.look(crop)[1])
+                logits.append(self.look(crop)[3])
                 if selection is None:
                     selection, crops = as_selection(maps, grid, boxes), crop
         if selection is None:
@@ -87,9 +92,9 @@ def pool(patches: Tensor, maps: Tensor) -> Tensor:
     return F.normalize(x.sign() * (x.abs() + 1e-6).sqrt(), dim=-1)
 
 
-def over(scores: Tensor, grid: tuple[int, int], size: tuple[int, int], threshold: float | Tensor) -> Tensor:
-    """Which pixels of an image of `size` (H, W) lie above `threshold` times the largest of `scores` (B, N): (B, H, W)."""
-    maps = F.interpolate(scores.unflatten(1, grid)[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+def over(scores: Tensor, grid: tuple[int, int], size: Sequence[int], threshold: float | Tensor) -> Tensor:
+    """Which pixels of an image (H, W) lie above `threshold` times the largest of `scores` (B, N): (B, H, W)."""
+    maps = F.interpolate(scores.unflatten(1, grid)[:, None], list(size), mode="bilinear", align_corners=False)[:, 0]
     return maps > threshold * maps.amax(dim=(1, 2), keepdim=True)
 
 
@@ -103,6 +108,8 @@ def build(encoder: Backbone, num_classes: int, *, maps: int = 32, views: int = 8
     choose(views, VIEWS, "number of views")
     if getattr(encoder.net, "attn_pool", None) is not None:
         raise ConfigError("'cal' pools by maps of its own; choose a backbone without attention pooling")
+    if encoder.grid == (1, 1):
+        raise ConfigError("'cal' needs a feature map of several places; choose another backbone or larger images")
     if maps < 2:
         raise ConfigError(f"maps={maps}: two or more are needed, one to crop to and one to hide")
     return CAL(encoder, num_classes, maps, views)

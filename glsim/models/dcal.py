@@ -1,5 +1,4 @@
-"""DCAL (Zhu et al.: Dual Cross-Attention Learning for Fine-Grained Visual Categorization and Object Re-Identification,
-arXiv 2205.02151)."""  # noqa: D205, D209
+"""DCAL (Zhu et al.: Dual Cross-Attention Learning for Fine-Grained Visual Categorization .., arXiv 2205.02151)."""
 
 from __future__ import annotations
 
@@ -24,13 +23,17 @@ class DCAL(Model):
         self.uncertainty = nn.Parameter(torch.zeros(3))  # of the three losses
 
     def forward(self, images: Tensor) -> Output:
-        """`images` (B, 3, H, W), normalised. The answer adds the probabilities of both class tokens."""
+        """`images` (B, 3, H, W), normalised. The answer adds the probabilities of both parts.
+
+        The local part reads the mean of the queries' answers: in a single cross-attention block the class token's own
+        does not depend on which patches ask beside it, and the paper does not say what is read.
+        """
         f = self.features(images, attention=needs_attention(self.metric))
         top = max(1, round(self.share * f.patches.shape[1]))
         selection = select(score(self.metric, f), top, f.grid, images.shape[-2:], "inclusive")
         queries = torch.cat((f.cls[:, None], gather_tokens(f.patches, selection.indices)), dim=1)  # B 1+R D
         tokens = torch.cat((f.cls[:, None], f.patches), dim=1)
-        whole, local = self.heads[0](f.cls), self.heads[1](self.cross(queries, tokens)[:, 0])
+        whole, local = self.heads[0](f.cls), self.heads[1](self.cross(queries, tokens).mean(dim=1))
         losses = {}
         if self.training:
             with paired_attention(self.backbone.net):
@@ -43,7 +46,7 @@ class DCAL(Model):
 def build(encoder: Backbone, num_classes: int, *, metric: str = "rollout", share: float = 0.1) -> DCAL:
     """`share` of the patches ask (the paper: 10 %, chosen by rollout)."""
     encoder.check_class_token("dcal")
-    check_metric(metric, encoder.has_attention)
+    check_metric(metric, encoder.has_attention, encoder.depth)
     if not 0 < share <= 1:
         raise ConfigError(f"share={share}: above 0, at most 1")
     heads = nn.ModuleList(zero_linear(encoder.dim, num_classes) for _ in range(2))

@@ -1,4 +1,4 @@
-"""FFVT (Wang, Yu and Gao: Feature Fusion Vision Transformer for Fine-Grained Visual Categorization, arXiv 2107.02341)."""
+"""FFVT (Wang, Yu and Gao: Feature Fusion Vision Transformer for Fine-Grained .., arXiv 2107.02341)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class FFVT(Model):
         return Output(self.head(tokens[:, 0]), selection)
 
     def weigh(self, f: Features) -> Tensor:
-        """Scores of all n tokens after a block (B, n). The paper's own rank the class token too; others only patches."""
+        """Scores of all n tokens after a block (B, n). The paper's own rank the class token too, others patches."""
         if self.metric == "maws":
             return mutual_attention(f, f.attention_logits[-1])  # type: ignore[index]
         return F.pad(score(self.metric, f).mean(dim=1), (f.num_prefix, 0), value=-torch.inf)
@@ -43,6 +43,6 @@ class FFVT(Model):
 def build(encoder: Backbone, num_classes: int, *, metric: str = "maws", top_k: int = 12) -> FFVT:
     """`top_k` tokens of each block (the paper: 12, Stanford Dogs 24); `metric` is read off every block in turn."""
     encoder.check_class_token("ffvt", inner=True)
-    check_metric(metric, encoder.has_attention)
+    check_metric(metric, encoder.has_attention, 1)
     check_top(top_k, encoder.grid, "top_k")
     return FFVT(encoder, zero_linear(encoder.dim, num_classes), metric, top_k)

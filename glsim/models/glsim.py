@@ -55,7 +55,7 @@ def build(
     norm_eps: float | None = None,
 ) -> GLSim:
     """`top_o` patches span the crop (the paper: 8, Stanford Dogs 16, at every image size); `crop_size` in pixels."""
-    check_metric(metric, encoder.has_attention)
+    check_metric(metric, encoder.has_attention, encoder.depth)
     choose(box, BOX_RULES, "box rule")
     check_top(top_o, encoder.grid, "top_o")
     if crop_size is not None:

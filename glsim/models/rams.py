@@ -1,4 +1,4 @@
-"""RAMS-Trans (Hu et al.: Recurrent Attention Multi-scale Transformer for Fine-grained Image Recognition, arXiv 2107.08192)."""  # noqa: E501
+"""RAMS-Trans (Hu et al.: Recurrent Attention Multi-scale Transformer for Fine-grained .., arXiv 2107.08192)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from glsim.types import ConfigError, Output
 
 
 class RAMS(Model):
-    """Attention rolled out over all blocks marks a region; the region is encoded again with a class token of its own."""
+    """Attention rolled out over all blocks marks a region, which is encoded again with a class token of its own."""
 
     def __init__(self, backbone: Backbone, head: nn.Module, metric: str, threshold: float) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class RAMS(Model):
     def forward(self, images: Tensor) -> Output:
         """`images` (B, 3, H, W), normalised.
 
-        Trained by two cross-entropies; the answer is the mean of both passes' logits (the paper does not say).
+        Trained by two cross-entropies; the answer is the mean of both passes' logits (the published code: the image's).
         """
         f = self.features(images, attention=needs_attention(self.metric))
         selection = select_component(score(self.metric, f), self.threshold, f.grid, images.shape[-2:])
@@ -42,7 +42,7 @@ class RAMS(Model):
 def build(encoder: Backbone, num_classes: int, *, metric: str = "rams", threshold: float = 1.2) -> RAMS:
     """Patches above `threshold` times the mean score make the region (the paper: 1.2)."""
     encoder.check_class_token("rams")
-    check_metric(metric, encoder.has_attention)
+    check_metric(metric, encoder.has_attention, encoder.depth)
     if threshold < 1:
         raise ConfigError(f"threshold={threshold}: at least 1, times the mean score")
     return RAMS(encoder, zero_linear(encoder.dim, num_classes), metric, threshold)

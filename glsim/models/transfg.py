@@ -40,5 +40,5 @@ class TransFG(Model):
 def build(encoder: Backbone, num_classes: int, *, metric: str = "psm") -> TransFG:
     """`metric` with a map for each head chooses as many parts (the paper: psm)."""
     encoder.check_class_token("transfg", inner=True)
-    check_metric(metric, encoder.has_attention)
+    check_metric(metric, encoder.has_attention, encoder.depth - 1)
     return TransFG(encoder, zero_linear(encoder.dim, num_classes), metric)

@@ -1,0 +1,104 @@
+"""Floor 3: a run that survives: whole checkpoints, exact resume, a signal that is heard at the end of a step."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from accelerate import Accelerator
+
+from glsim.bundle import write_text
+from glsim.types import ConfigError, GlsimError
+
+CHECKPOINT, STATE = "checkpoint", "state.json"
+FORMAT = 2  # of state.json and of how randomness follows from the seed; a run of another one cannot go on
+
+
+class Interrupted(GlsimError):
+    """The run was asked to stop, and can go on."""
+
+    exit_code = 130
+
+
+def save_checkpoint(accelerator: Accelerator, out: Path, progress: dict[str, Any]) -> None:
+    """Everything that `load_checkpoint` needs, swapped in by renaming: at every moment one whole checkpoint exists.
+
+    Raises GlsimError when it cannot be written (a full disk, a folder without permission); the last one stays whole.
+    """
+    new, old, final = (out / f"{CHECKPOINT}{end}" for end in (".new", ".old", ""))
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        accelerator.save_state(str(new))
+        if accelerator.is_main_process:
+            write_text(new / STATE, json.dumps({"format": FORMAT, **progress}))
+            shutil.rmtree(old, ignore_errors=True)
+            if final.exists():
+                final.rename(old)
+            new.rename(final)
+            shutil.rmtree(old, ignore_errors=True)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+        shutil.rmtree(new, ignore_errors=True)
+        raise GlsimError(f"{final} cannot be written: {error}; the one before is whole, --resume goes on") from error
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(accelerator: Accelerator, out: Path, data_hash: str) -> dict[str, Any]:
+    """Load the last whole checkpoint of `out`; returns what was saved as its progress (empty: there is none).
+
+    The data may have moved, but ConfigError is raised when an image, a class or a split is another one.
+    """
+    for folder in (out / CHECKPOINT, out / f"{CHECKPOINT}.old"):
+        if (folder / STATE).is_file():
+            progress = json.loads((folder / STATE).read_text())
+            if progress.get("format") != FORMAT:
+                raise ConfigError(f"{folder} was written by another version of glsim, whose runs cannot go on here")
+            if progress["split_hash"] != data_hash:
+                raise ConfigError(f"{out} was trained on other images, classes or splits than the data has now")
+            accelerator.load_state(str(folder))
+            return progress
+    return {}
+
+
+class StopSignal:
+    """Whether SIGINT or SIGTERM has come, in this process or another one of the run."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator, self.name = accelerator, ""
+
+    def heard(self) -> bool:
+        """The same answer in all processes: they stop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return bool(self.name)
+        import torch
+
+        flag = torch.tensor(float(bool(self.name)), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum"))
+
+
+@contextmanager
+def stop_signal(accelerator: Accelerator) -> Iterator[StopSignal]:
+    """Inside, the first SIGINT or SIGTERM is only noted; a second SIGINT interrupts at once, as ever."""
+    stop = StopSignal(accelerator)
+    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
+        yield stop
+        return
+
+    def note(number: int, _: FrameType | None) -> None:
+        if stop.name and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.name = signal.Signals(number).name
+
+    heeded = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heeded}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
