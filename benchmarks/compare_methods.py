@@ -2,10 +2,10 @@
 
     python benchmarks/compare_methods.py recipes/flowers12_*.yaml --data flowers12 --out runs/compare
 
-Every recipe is trained in a process of its own; a finished run under OUT is not trained again. Inference is timed
-afterwards, all models in turn and several rounds, so that a busy moment of the machine falls on all of them: images of
-one batch a second, network only, median of the rounds. Memory is the training process's largest resident set (on an
-accelerator: allocated memory), without the loader's workers.
+Every recipe is trained in a process of its own; a finished run under OUT is not trained again. Speed is measured
+afterwards, all models in turn and several rounds, so that a busy moment of the machine falls on all of them: images a
+second of one batch, network only (a training step: forward, backward, AdamW), median of the rounds. Memory is the
+training process's largest resident set (on an accelerator: allocated memory), without the loader's workers.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from glsim import load, train
+from glsim.backbone import Model
 from glsim.bundle import pick_device, write_text
 from glsim.config import Train, read_recipe
+from glsim.losses import objective
 
 ROW = "compare.json"
 
@@ -36,8 +39,8 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--seed", type=int, default=None, help="instead of the recipe's")
-    parser.add_argument("--batch-size", type=int, default=32, help="of the inference timing")
-    parser.add_argument("--rounds", type=int, default=9, help="of the inference timing")
+    parser.add_argument("--batch-size", type=int, default=32, help="of the timing")
+    parser.add_argument("--rounds", type=int, default=9, help="of the timing")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # train the one recipe, in this process
     arguments = parser.parse_args()
     if arguments.one:
@@ -50,15 +53,17 @@ def main() -> None:
             words += [] if arguments.seed is None else ["--seed", arguments.seed]
             subprocess.run([sys.executable, __file__, *map(str, words)], check=True)
     folders = [arguments.out / recipe.stem for recipe in arguments.recipes]
-    speeds = time_inference(folders, arguments.batch_size, arguments.rounds)
+    models = [load(folder).to(pick_device()) for folder in folders]
+    trains = time_in_turn(models, training, arguments.batch_size, arguments.rounds)
+    answers = time_in_turn(models, inference, arguments.batch_size, arguments.rounds)
     print("| recipe | top-1 | parameters | training images/s | inference images/s | peak memory, training |")
     print("|---|---|---|---|---|---|")
-    for folder, speed in zip(folders, speeds, strict=True):
+    for folder, trained, answered in zip(folders, trains, answers, strict=True):
         r = json.loads((folder / ROW).read_text())
         accuracy = f"{r['test']['top1']:.1%} ({r['test']['correct']} of {r['test']['count']})"
         print(
-            f"| {folder.name} | {accuracy} | {r['parameters'] / 1e6:.2f} M | {r['train_images_per_second']:.0f} "
-            f"| {speed:.0f} | {r['peak_bytes'] / 2**20:.0f} MiB |"
+            f"| {folder.name} | {accuracy} | {r['parameters'] / 1e6:.2f} M | {trained:.0f} | {answered:.0f} "
+            f"| {r['peak_bytes'] / 2**20:.0f} MiB |"
         )
 
 
@@ -72,7 +77,6 @@ def train_one(recipe: Path, data: str, out: Path, seed: int | None) -> None:
     row: dict[str, Any] = {
         "test": result["test"],
         "parameters": sum(p.numel() for p in load(folder).parameters()),
-        "train_images_per_second": statistics.median(r["images_per_second"] for r in log),
         "seconds": sum(r["seconds"] for r in log),
         "peak_bytes": peak_bytes(),
     }
@@ -87,17 +91,42 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-@torch.inference_mode()
-def time_inference(folders: list[Path], batch_size: int, rounds: int) -> list[float]:
-    """Images a second of every model, median over rounds in which all take turns."""
+def training(model: Model) -> Callable[[torch.Tensor], float]:
+    """A step of training on arbitrary labels."""
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4)
+
+    def step(images: torch.Tensor) -> float:
+        labels = torch.arange(len(images), device=images.device) % model.config["num_classes"]
+        loss = objective(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())  # waits for the device
+
+    return step
+
+
+def inference(model: Model) -> Callable[[torch.Tensor], float]:
+    """The answers to a batch."""
+    model.eval()
+
+    @torch.inference_mode()
+    def answer(images: torch.Tensor) -> float:
+        return float(model(images).logits.sum())
+
+    return answer
+
+
+def time_in_turn(models: list[Model], kind: Any, batch_size: int, rounds: int) -> list[float]:
+    """Images a second of every model at `kind` of work, median over rounds in which all take turns."""
     device = pick_device()
-    models = [load(folder).to(device) for folder in folders]
+    work = [kind(model) for model in models]
     batches = [torch.randn(batch_size, 3, *model.config["image_size"], device=device) for model in models]
     seconds: list[list[float]] = [[] for _ in models]
     for turn in range(rounds + 1):  # the first round warms up
-        for i, (model, images) in enumerate(zip(models, batches, strict=True)):
+        for i, images in enumerate(batches):
             start = time.perf_counter()
-            float(model(images).logits.sum())  # waits for the device
+            work[i](images)
             if turn:
                 seconds[i].append(time.perf_counter() - start)
     return [batch_size / statistics.median(times) for times in seconds]

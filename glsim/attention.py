@@ -37,17 +37,20 @@ class _Replaced(TorchFunctionMode):
 def replaced_attention(net: nn.Module, attend: Attend) -> Iterator[None]:
     """Inside, every attention of `net` is `attend(q, k, v, mask, dropout)`, q, k and v (B, h, n, d).
 
-    The fused-attention switches of `net` are put back afterwards, also after an exception.
+    The switches of `net` that are turned are put back afterwards, also after an exception.
     """
-    switches: list[Any] = [(m, m.fused_attn) for m in net.modules() if hasattr(m, "fused_attn")]
-    for module, _ in switches:  # only the fused path calls the function that is replaced
-        module.fused_attn = True
+    # Only the fused path calls the function that is replaced; and a block that gradient checkpointing computes once
+    # more in the backward pass would no longer find the replacement.
+    turned = {"fused_attn": True, "grad_checkpointing": False}
+    switches: list[Any] = [(m, k, getattr(m, k)) for m in net.modules() for k in turned if hasattr(m, k)]
+    for module, name, _ in switches:
+        setattr(module, name, turned[name])
     try:
         with _Replaced(attend):
             yield
     finally:
-        for module, fused in switches:
-            module.fused_attn = fused
+        for module, name, before in switches:
+            setattr(module, name, before)
 
 
 @contextmanager

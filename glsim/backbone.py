@@ -5,7 +5,7 @@ timm does the work; these adapters give the tokens names (`Features`) and, on re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from timm.layers import DropPath, PatchEmbed
+from timm.models import group_parameters
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -237,9 +238,28 @@ class Model(nn.Module):
         inner: set[str] = getattr(self.backbone.net, "no_weight_decay", set)()
         return {f"backbone.net.{name}" for name in inner}
 
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
+        """The layer of a parameter by its name, for timm's layer-wise learning rates; heads lie above the backbone."""
+        net = self.backbone.net
+        if not hasattr(net, "group_matcher"):
+            raise ConfigError(f"layer_decay: timm does not say which layers {type(net).__name__} has; leave it at 1")
+        layers = group_parameters(net, net.group_matcher(coarse=coarse), reverse=True)
+        return lambda name: layers.get(name.removeprefix("backbone.net."), float("inf"))
+
     def features(self, images: Tensor, attention: bool = False) -> Features:
         """Tokens of the first pass over `images` (B, 3, H, W), for any metric and picture."""
         return self.backbone(images, attention=attention)
+
+    def initialised(self, kept: list[str]) -> None:
+        """Called when weights from elsewhere are in, with the names of those that were not found there."""
+
+
+class TokenModel(Model):
+    """A method whose last block sees chosen tokens only: what they are chosen from ends one block earlier."""
+
+    def features(self, images: Tensor, attention: bool = False) -> Features:
+        """Tokens and attention before the last block, not normalised, for any metric and picture."""
+        return self.backbone.stages(images)[-1].features
 
 
 def build_backbone(

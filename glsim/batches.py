@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_all_start_methods
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from glsim.data import ImageDataset, ImageList
+from glsim.images import open_image
 from glsim.types import ConfigError
 
 
@@ -22,27 +28,37 @@ class TrainBatches(Sampler):
     """The batches of one epoch, as lists of (key, index): `key` seeds what happens to image `index`.
 
     `group` batches (processes x accumulation) make one optimiser step; an epoch holds whole steps only, the images left
-    over wait for the next one. Set `epoch` and `start` (optimiser steps to leave out) before iterating.
+    over wait for the next one. With `repeats` a step holds each of its images that many times, with keys of their own
+    and spread over its batches; an epoch keeps its length and shows fewer images (timm and DeiT count so too). Set
+    `epoch` and `start` (optimiser steps to leave out) before iterating.
+
+    Raises ConfigError where a step cannot be made up so.
     """
 
     drop_last = False  # for Accelerate, which shards the batches among processes
 
-    def __init__(self, images: int, batch_size: int, group: int, seed: int) -> None:
+    def __init__(self, images: int, batch_size: int, group: int, seed: int, repeats: int = 1) -> None:
         if images < group:
             raise ConfigError(f"{images} images cannot be shared by {group} batches a step; accumulate less")
-        self.images, self.group, self.seed = images, group, seed
+        self.images, self.group, self.seed, self.repeats = images, group, seed, repeats
         self.batch_size = min(batch_size, images // group)
-        self.steps = images // (self.batch_size * group)  # optimiser steps an epoch
+        self.size = self.batch_size * group  # images of an optimiser step, repeated ones each time
+        self.steps = images // self.size  # optimiser steps an epoch
         self.epoch = self.start = 0
+        if self.size % repeats:
+            raise ConfigError(f"repeats={repeats}: a step has {self.size} places, no multiple of it; change batch_size")
 
     def __len__(self) -> int:
         return (self.steps - self.start) * self.group
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order, epoch = self.order(self.epoch), self.epoch
-        for batch in range(self.start * self.group, self.steps * self.group):
-            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield [(mix(self.seed, epoch, int(i)), int(i)) for i in chosen]
+        for step in range(self.start, self.steps):
+            images = self._images(order, step)
+            places = [(time, i) for time in range(self.repeats) for i in images]
+            keyed = [(mix(self.seed, epoch, i, *[time] * (time > 0)), i) for time, i in places]
+            for first in range(0, self.size, self.batch_size):
+                yield keyed[first : first + self.batch_size]
 
     def order(self, epoch: int) -> np.ndarray:
         """The indices of all images in the order of an epoch."""
@@ -51,8 +67,11 @@ class TrainBatches(Sampler):
     def step(self, step: int) -> list[int]:
         """The images that meet in optimiser step `step`, counted from the start of the run."""
         epoch, within = divmod(step, self.steps)
-        size = self.batch_size * self.group
-        return self.order(epoch)[within * size : (within + 1) * size].tolist()
+        return self._images(self.order(epoch), within)
+
+    def _images(self, order: np.ndarray, step: int) -> list[int]:
+        each = self.size // self.repeats
+        return order[step * each : (step + 1) * each].tolist()
 
 
 class Augmented(Dataset):
@@ -74,11 +93,42 @@ def mix(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def train_loader(images: ImageList, transform: Any, batches: TrainBatches, workers: int) -> DataLoader:
+class CachedImages(ImageDataset):
+    """The same with every image read once: decoded, brought through `always`, and kept as bytes in memory.
+
+    `chance` is what then happens to an image each time. Processes that load images share the memory where they are
+    forked (Linux); `copies` processes of the run on this machine keep one each. Raises ConfigError where it would not
+    fit, and BadImage.
+    """
+
+    def __init__(self, images: ImageList, always: Any, chance: Any, copies: int = 1) -> None:
+        super().__init__(images, chance)
+
+        def read(path: Path) -> np.ndarray:
+            return np.asarray(always(open_image(path)))
+
+        sample = images.paths[:: max(1, len(images) // 16)]
+        needed = sum(read(path).nbytes for path in sample) // len(sample) * len(images) * copies
+        free = psutil.virtual_memory().available
+        if needed > 0.9 * free:
+            raise ConfigError(
+                f"cache=ram: {len(images)} images need about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are "
+                "free; try a smaller resize_ratio or image_size (crop=resized keeps images as they are), or cache=none"
+            )
+        with ThreadPoolExecutor() as pool:
+            self.pixels = list(pool.map(read, images.paths))
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
+
+
+def train_loader(dataset: ImageDataset, batches: TrainBatches, workers: int) -> DataLoader:
     """Batches (images (B, 3, H, W), labels (B,)) in the order of `batches`, read ahead by `workers` processes."""
-    dataset: Any = Augmented(ImageDataset(images, transform))
     pin = torch.accelerator.is_available()
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin)
+    fork = "fork" if workers and isinstance(dataset, CachedImages) and "fork" in get_all_start_methods() else None
+    return DataLoader(
+        Augmented(dataset), batch_sampler=batches, num_workers=workers, pin_memory=pin, multiprocessing_context=fork
+    )
 
 
 def make_loader(images: ImageList, transform: Any, batch_size: int, workers: int) -> DataLoader:

@@ -23,7 +23,7 @@ from glsim.official import OFFICIAL, convert_official
 from glsim.transforms import Preprocessing
 from glsim.types import ConfigError, DataError
 
-FORMAT = 1  # raised when config.json or the weight names change; `load` keeps reading the older ones
+FORMAT = 2  # raised when config.json or the weight names change; `load` keeps reading the older ones
 WEIGHTS, CONFIG, METRICS_FILE, CARD = "model.safetensors", "config.json", "metrics.json", "README.md"
 WHERE_FROM = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}  # for timm
 MODEL_KEYS = ("method", "backbone", "num_classes", "image_size", "backbone_args", "options")
@@ -69,7 +69,7 @@ def save(model: Model, folder: str | Path, labels: list[str] | None = None, **in
             "std": list(preprocessing.std),
             "interpolation": "bicubic",
             "crop_pct": round(1 / preprocessing.resize_ratio, 6),
-            "crop_mode": "squash",
+            "crop_mode": {"square": "squash", "short": "center"}[preprocessing.resize_rule],  # as timm calls them
         },
         **info,
     }
@@ -173,13 +173,15 @@ def init_from(model: Model, source: str | Path) -> list[str]:
         return _init_from_npz(model, Path(source))
     method = model.config["method"]
     published = {"method": method} if str(source).endswith((".pth", ".pt", ".bin")) and method in OFFICIAL else {}
-    other = load(source, image_size=model.config["image_size"], **published).state_dict()
+    other = resample_positions(load(source, **published).state_dict(), model.backbone.net)
     own = model.state_dict()
     taken = {k: v for k, v in other.items() if k in own and own[k].shape == v.shape}
     kept = sorted(set(own) - set(taken))
-    if any(k.startswith("backbone.") for k in kept):
-        raise ConfigError(f"{source} has another backbone than {model.config['backbone']!r}: nothing for {kept[0]}")
+    lacking = [k for k in kept if k.startswith("backbone.")]
+    if lacking:
+        raise ConfigError(f"{source} has another backbone than {model.config['backbone']!r}: nothing for {lacking[0]}")
     model.load_state_dict(taken, strict=False)
+    model.initialised(kept)
     return kept
 
 
@@ -196,7 +198,9 @@ def _init_from_npz(model: Model, path: Path) -> list[str]:
     except (RuntimeError, AssertionError, IndexError, TypeError) as error:
         net.load_state_dict(before)
         raise ConfigError(f"{path} does not fit {model.config['backbone']!r}: {error}") from error
-    return sorted(k for k in model.state_dict() if not k.startswith("backbone."))
+    kept = sorted(k for k in model.state_dict() if not k.startswith("backbone."))
+    model.initialised(kept)
+    return kept
 
 
 def preprocessing_of(model: Model) -> Preprocessing:

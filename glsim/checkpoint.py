@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from glsim.bundle import write_text
 from glsim.types import ConfigError, GlsimError
@@ -27,38 +28,59 @@ class Interrupted(GlsimError):
     exit_code = 130
 
 
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Inside, what goes wrong with a file is a GlsimError that says that the last checkpoint is whole."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a failed write as a RuntimeError
+        shutil.rmtree(out / f"{CHECKPOINT}.new", ignore_errors=True)
+        raise GlsimError(
+            f"{out} cannot be written: {error}; the last checkpoint is whole, --resume goes on from it"
+        ) from error
+
+
 def save_checkpoint(accelerator: Accelerator, out: Path, progress: dict[str, Any]) -> None:
     """Everything that `load_checkpoint` needs, swapped in by renaming: at every moment one whole checkpoint exists.
 
     Raises GlsimError when it cannot be written (a full disk, a folder without permission); the last one stays whole.
     """
     new, old, final = (out / f"{CHECKPOINT}{end}" for end in (".new", ".old", ""))
-    try:
+    progress = {"format": FORMAT, "processes": accelerator.num_processes, **progress}
+    if accelerator.is_main_process:
         shutil.rmtree(new, ignore_errors=True)
+    accelerator.wait_for_everyone()  # each process puts its own random state into the folder
+    with writing(out):
         accelerator.save_state(str(new))
-        if accelerator.is_main_process:
-            write_text(new / STATE, json.dumps({"format": FORMAT, **progress}))
-            shutil.rmtree(old, ignore_errors=True)
-            if final.exists():
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with writing(out):
+            write_text(new / STATE, json.dumps(progress))
+            if final.exists():  # if not, a run died between the two renames, and `old` is all there is
+                shutil.rmtree(old, ignore_errors=True)
                 final.rename(old)
             new.rename(final)
             shutil.rmtree(old, ignore_errors=True)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
-        shutil.rmtree(new, ignore_errors=True)
-        raise GlsimError(f"{final} cannot be written: {error}; the one before is whole, --resume goes on") from error
     accelerator.wait_for_everyone()
 
 
 def load_checkpoint(accelerator: Accelerator, out: Path, data_hash: str) -> dict[str, Any]:
     """Load the last whole checkpoint of `out`; returns what was saved as its progress (empty: there is none).
 
-    The data may have moved, but ConfigError is raised when an image, a class or a split is another one.
+    The data may have moved, but ConfigError is raised when an image, a class, a split or the number of processes is
+    another one.
     """
     for folder in (out / CHECKPOINT, out / f"{CHECKPOINT}.old"):
         if (folder / STATE).is_file():
             progress = json.loads((folder / STATE).read_text())
             if progress.get("format") != FORMAT:
                 raise ConfigError(f"{folder} was written by another version of glsim, whose runs cannot go on here")
+            processes = progress.get("processes", 1)
+            if processes != accelerator.num_processes:
+                raise ConfigError(
+                    f"{out} was trained by {processes} processes, now there are {accelerator.num_processes}, whose "
+                    "batches would be others; start as many, or a new run with --init-from"
+                )
             if progress["split_hash"] != data_hash:
                 raise ConfigError(f"{out} was trained on other images, classes or splits than the data has now")
             accelerator.load_state(str(folder))

@@ -41,12 +41,37 @@ def show_train(r: dict[str, Any], _: Any) -> str:
     return "\n".join([*lines, f"bundle: {r['out']} (curve.png, log.jsonl, metrics.json beside it)"])
 
 
+def show_reproduce(r: dict[str, Any], _: Any) -> str:
+    """Which lr was chosen by what, every seed's accuracy, mean and std."""
+    lines = []
+    for run in r["runs"].values():
+        if "val" in run:
+            chosen = " (chosen)" * (run["lr"] == r["lr"])
+            lines.append(f"lr {run['lr']}: val top-1 {run['val']['top1']:.2%}{chosen}")
+        elif run["state"] == "diverged":
+            lines.append(f"lr {run['lr']}: {run['why']}")
+        else:
+            test = run["test"]
+            lines.append(f"seed {run['seed']}: test top-1 {test['top1']:.2%} ({test['correct']} of {test['count']})")
+    mean, std = r["test"]["top1"]["mean"], r["test"]["top1"]["std"]
+    spread = f" +- {100 * std:.2f}" if std is not None else ""
+    lines.append(f"test top-1 {100 * mean:.2f}{spread} % over {r['test']['runs']} seeds, last epoch, lr {r['lr']}")
+    return "\n".join([*lines, f"runs: {r['out']}; tables: glsim report {r['out']}"])
+
+
+def show_report(r: dict[str, Any], s: config.Report) -> str:
+    """The tables as Markdown."""
+    from glsim.report import as_markdown
+
+    return as_markdown(r).rstrip("\n") + (f"\n\nwritten: {s.out}" if s.out else "")
+
+
 def show_eval(r: dict[str, Any], s: config.Eval) -> str:
     """Accuracies, class by class where there are few."""
     lines = [
         f"{r['split']}: {r['count']} images, {r['images_per_second']} images/s",
         f"top-1 {r['top1']:.2%} ({r['correct']})   top-5 {r['top5']:.2%} ({r['correct_top5']})   "
-        f"mean over classes {r['per_class_mean']:.2%}",
+        f"mean over classes {r['per_class_mean']:.2%}, standard deviation {r['per_class_std']:.2%}",
     ]
     if r["split_drawn"]:
         lines.append(f"({r['data']} has no splits of its own: these images were drawn; --split all measures every one)")
@@ -54,6 +79,7 @@ def show_eval(r: dict[str, Any], s: config.Eval) -> str:
         width = max(len(name) for name in r["per_class"])
         lines += [f"  {name:{width}}  {right:4d} of {count}" for name, (right, count) in r["per_class"].items()]
     lines += show_skipped(r)
+    lines += [f"mistakes: {r['errors']}"] * bool(r["errors"])
     return "\n".join(lines + ([f"written: {s.out}"] if s.out else []))
 
 
@@ -154,6 +180,8 @@ def show_quickstart(r: dict[str, Any], _: Any) -> str:
 VERBS = {
     "quickstart": Verb(config.Quickstart, "glsim.quickstart:run", show_quickstart, progress=True),
     "train": Verb(config.Train, "glsim.train:run", show_train, progress=True),
+    "reproduce": Verb(config.Reproduce, "glsim.reproduce:run", show_reproduce, progress=True),
+    "report": Verb(config.Report, "glsim.report:run", show_report),
     "eval": Verb(config.Eval, "glsim.evaluate:run", show_eval),
     "predict": Verb(config.Predict, "glsim.predict:run", show_predict, progress=True),
     "explain": Verb(config.Explain, "glsim.pictures:run", show_explain),
@@ -265,6 +293,8 @@ def add_option(parser: Any, f: dataclasses.Field, hint: Any) -> None:
             parser.add_argument(f"--no-{option[2:]}", dest=f.name, action="store_false", help=f"not {option}")
     elif hint == list[str] | None:
         parser.add_argument(option, nargs="+", default=default, help=text)
+    elif hint in (list[int], list[float]):
+        parser.add_argument(option, nargs="+", type=typing.get_args(hint)[0], default=default, help=text)
     elif needed:
         parser.add_argument(option, type=hint, required=True, help=text)
     else:

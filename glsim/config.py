@@ -43,7 +43,7 @@ class Train:
     data: str = required("folder (train/CLASS/.., or CLASS/..), or CSV with path,label[,split]")
     dataset: str | None = setting(None, "data set prepared in DATA; its settings hold unless others are given")
     out: str = required("run folder to make")
-    resume: bool = setting(False, "go on from the last finished epoch in OUT")
+    resume: bool = setting(False, "go on from the last checkpoint in OUT")
 
     method: str = setting("glsim", f"one of: {', '.join(METHODS)}")
     backbone: str | None = setting(None, "timm model name; default: vit_base_patch16_224, for cal resnet101")
@@ -52,28 +52,41 @@ class Train:
     options: dict[str, Any] = setting({}, "options of the method, as --options.top_o 16 --options.metric gls_l2")
     backbone_args: dict[str, Any] = setting({}, "handed to timm, as --backbone-args.depth 6")
 
-    init_from: str | None = setting(None, "bundle (wherever name and shape agree) or ViT .npz to start from")
+    init_from: str | None = setting(None, "start from a bundle, hf-hub:owner/name, .pth (what fits) or ViT .npz")
 
     val_fraction: float = setting(0.0, "share of train held out, stratified, to watch the run (0: none)")
     test_fraction: float = setting(0.2, "share held out as test where the data has no split of its own")
+    test: bool = setting(True, "measure the test split, once: after the last epoch; nothing is chosen by it")
     split_seed: int = setting(0, "of both shares; kept apart from seed so that repeated runs share their splits")
     skip_bad: bool = setting(False, "check every image first, leave unreadable ones out and list them")
     workers: int = setting(2, "processes that load images")
+    cache: Literal["none", "ram"] = setting("none", "ram: decode and resize every training image once, and keep it")
 
     # None only until __post_init__ is done.
-    resize_ratio: float = setting(None, "squeeze images to this many times image_size before cropping; default: 1.34")
-    augment: str = setting("medium", "none, weak (flip) or medium (flip, TrivialAugmentWide, RandomErasing)")
-    crop: str = setting("random", "random (of the squeezed image) or resized (RandomResizedCrop)")
+    resize_ratio: float = setting(None, "resize images to this many times image_size before cropping; default: 1.34")
+    resize: Literal["square", "short"] = setting("square", "squeeze to a square, or keep the aspect: by the short side")
+    augment: str = setting(
+        "medium",
+        "none, weak (flip), medium (flip,trivialaugment,erase), or a list of those and vflip, autoaugment, "
+        "randaugment, jitter, blur, grey, solarise, affine",
+    )
+    crop: str = setting("random", "random or centre (of the resized image), or resized (RandomResizedCrop)")
     crop_scale: float = setting(0.5, "smallest share of the area with crop=resized")
     mean: list[float] | None = setting(None, "normalisation, 3 numbers; default: the backbone's")
     std: list[float] | None = setting(None, "normalisation, 3 numbers; default: the backbone's")
 
+    repeats: int = setting(1, "times each image comes in a step, augmented anew; an epoch then shows fewer images")
+    mixup: float = setting(0.0, "mix pairs of images; parameter of the Beta distribution (0: off)")
+    cutmix: float = setting(0.0, "paste a piece of one image into another; parameter of the Beta distribution (0: off)")
+
+    freeze: Literal["none", "backbone"] = setting("none", "backbone: only what the method puts on top is trained")
     epochs: int = setting(50, "passes over train")
     batch_size: int = setting(8, "images at a time, on each device")
-    accumulate: int = setting(1, "batches whose gradients make one step")
+    accumulate: int = setting(1, "batches whose mean gradient makes one step")
     save_steps: int = setting(0, "save every so many steps too (0: after every epoch)")
     optimizer: str = setting("sgd", "sgd (Nesterov), adamw, or any other name timm knows")
     lr: float = setting(0.01, "peak learning rate")
+    layer_decay: float = setting(1.0, "each layer's learning rate is this times that of the one above; heads: lr")
     weight_decay: float = setting(0.0, "not applied to biases and norms")
     momentum: float = setting(0.9, "of SGD")
     warmup_steps: int = setting(500, "steps from warmup_lr up to lr")
@@ -83,17 +96,27 @@ class Train:
     decay_epochs: float = setting(30.0, "schedule=step: epochs from one decay to the next")
     decay_rate: float = setting(0.1, "schedule=step: each decay multiplies the learning rate by it")
     label_smoothing: float = setting(0.1, "0 to below 1")
+    focal: float = setting(0.0, "exponent of the focal loss (0: cross-entropy)")
+    supcon: float = setting(0.0, "weight of the supervised-contrastive loss of the class tokens (0: off)")
     clip_grad: float = setting(1.0, "largest gradient norm (0: no clipping)")
     ema: float = setting(0.0, "decay of averaged weights, which are then the ones saved (0: off)")
     precision: Literal["no", "fp16", "bf16"] = setting("no", "mixed precision")
+    grad_checkpointing: bool = setting(False, "keep less for the backward pass and compute it again: slower, smaller")
+    compile: bool = setting(False, "compile the model with torch.compile")
     seed: int = setting(1, "of everything random")
+    tracker: Literal["tensorboard", "trackio", "wandb"] | None = setting(None, "log there too; pip install it first")
 
     def __post_init__(self) -> None:
         choose(self.method, METHODS, "method")
         self._fill()
+        if self.tracker is not None:
+            choose(self.tracker, {"tensorboard": None, "trackio": None, "wandb": None}, "tracker")
         choose(self.schedule, {"cosine": None, "step": None}, "schedule")
-        _at_least(self, 1, "epochs", "batch_size", "accumulate")
+        for name, choices in {"cache": "none ram", "resize": "square short", "freeze": "none backbone"}.items():
+            choose(getattr(self, name), dict.fromkeys(choices.split()), name)
+        _at_least(self, 1, "epochs", "batch_size", "accumulate", "repeats")
         _at_least(self, 0, "workers", "save_steps", "warmup_steps", "weight_decay", "clip_grad")
+        _at_least(self, 0, "mixup", "cutmix", "focal", "supcon")
         _at_least(self, 0, "lr", "min_lr", "warmup_lr")
         _below_one(self, "val_fraction", "test_fraction", "label_smoothing", "ema", "momentum")
         for name in ("mean", "std"):
@@ -102,7 +125,9 @@ class Train:
                 raise ConfigError(f"{name}={values}: three numbers are needed, one per colour")
         if self.resize_ratio < 1:
             raise ConfigError(f"resize_ratio={self.resize_ratio}: at least 1, or the crop would not fit")
-        for name in ("crop_scale", "decay_rate"):
+        if self.supcon and (self.mixup or self.cutmix):
+            raise ConfigError("supcon needs one class an image; leave mixup and cutmix at 0")
+        for name in ("crop_scale", "decay_rate", "layer_decay"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: above 0, at most 1")
         if self.decay_epochs <= 0:
@@ -121,14 +146,56 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reproduce:
+    """Run a recipe by the paper's protocol: choose the lr on images held out of train, then train several seeds."""
+
+    recipe: str = positional(MISSING, "YAML file, as for train")
+    data: str = required("folder or CSV, as for train")
+    out: str = required("folder for all the runs; the same command goes on where it was interrupted")
+    lrs: list[float] = setting([], "learning rates to choose from; default: the recipe's, and nothing is chosen")
+    seeds: list[int] = setting([1, 10, 100], "of the runs that are measured on test; the first one's choose the lr")
+    val_fraction: float = setting(0.2, "share of train held out while choosing, where the data has no val split")
+    train: dict[str, Any] = setting({}, "settings instead of the recipe's, as --train.epochs 10 --train.workers 8")
+
+    def __post_init__(self) -> None:
+        _below_one(self, "val_fraction")
+        for name in ("lrs", "seeds"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values) or (name == "seeds" and not values):
+                raise ConfigError(f"{name}={values}: {'one or more' if not values else 'each only once'}")
+        if any(lr <= 0 for lr in self.lrs):
+            raise ConfigError(f"lrs={self.lrs}: above 0")
+        if self.lrs and not self.val_fraction:
+            raise ConfigError("val_fraction=0: the lr is chosen on what is held out of train; above 0 is needed")
+        fixed = {"data": "--data", "out": "--out", "lr": "--lrs", "seed": "--seeds", "val_fraction": "--val-fraction"}
+        for name in self.train:
+            if name in fixed:
+                raise ConfigError(f"--train.{name}: use {fixed[name]}")
+            if name in ("test", "resume"):
+                raise ConfigError(f"--train.{name}: the protocol sets that itself")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Tables of finished runs: mean and std over seeds, one table a data set, McNemar between pairs of runs."""
+
+    runs: list[str] = positional(MISSING, "run folders, folders of glsim reproduce, or globs of them")
+    against: str | None = setting(None, "method or run folder: pair every other row with this one (exact McNemar)")
+    best_on_test: bool = setting(False, "a column with the best seed's accuracy, named so; not a result to quote")
+    out: str | None = setting(None, "folder for report.md, report.csv and report.png")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Eval:
-    """Measure a model on one split: top-1, top-5, per-class mean, exact counts."""
+    """Measure a model on one split: top-1, top-5, mean over classes, exact counts; a page of the mistakes."""
 
     source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth")
     data: str = required("folder or CSV, as for train")
     dataset: str | None = setting(None, "name of a data set prepared in DATA")
     split: Literal["train", "val", "test", "all"] = setting("test", "which images; all: every one there is")
     out: str | None = setting(None, "folder for evaluation.json, predictions.csv and the confusion matrix")
+    errors: str | None = setting(None, "folder for index.html: the mistakes with pictures, most confident first")
+    flip: bool = setting(False, "average the logits of each image and its mirror image")
     batch_size: int = setting(32, "images at a time")
     workers: int = setting(2, "processes that load images")
     skip_bad: bool = setting(False, "leave unreadable images out and list them")
@@ -148,6 +215,7 @@ class Predict:
     source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth")
     images: list[str] = positional(MISSING, "files, folders or globs")
     top_k: int = setting(5, "answers per image")
+    flip: bool = setting(False, "average the logits of each image and its mirror image")
     format: Literal["text", "jsonl", "csv"] | None = setting(None, "default: by the ending of --out, else text")
     out: str | None = setting(None, "write there instead of printing")
     batch_size: int = setting(32, "images at a time")

@@ -17,6 +17,8 @@ def run(s: Convert) -> dict[str, Any]:
         raise ConfigError(f"{s.bundle} already holds a bundle; name another folder")
     if not Path(s.checkpoint).is_file():
         raise DataError(f"{s.checkpoint} does not exist, or is no file")
+    if {"path", "method"} & set(s.options):
+        raise ConfigError("options: path and method are no options; the checkpoint is named first, and --method")
     labels = None
     if s.labels is not None:
         try:

@@ -16,16 +16,15 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from glsim.images import BadImage, as_shown, open_image
+from glsim.images import EXTENSIONS, BadImage, as_shown, is_file, open_image
+from glsim.sources import SPLIT_NAMES, is_shards, located, read_shards
 from glsim.types import ConfigError, DataError
 
 SPLITS = ("train", "val", "test")
-EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 LAYOUTS = (
     "what works: a folder train/CLASS/x.jpg with val/ or test/ beside train/; a folder CLASS/x.jpg; a CSV file with "
-    "the header path,label or path,label,split; a folder that holds train.csv and test.csv"
+    "the header path,label or path,label,split; a folder that holds train.csv and test.csv; hf:NAME; wds:FOLDER"
 )
-_SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,15 @@ def read_data(
 
     `source` is, the first that fits: a folder with train.csv (or train_val.csv), val.csv, test.csv; a folder
     train|val|test/CLASS/...; a folder CLASS/...; a CSV file with the header `path,label[,split]` (paths relative to its
-    folder) or `dir,class_id` (names in classid_classname.csv beside it). Where nothing says the split, `test_fraction`
+    folder) or `dir,class_id` (names in classid_classname.csv beside it); `hf:..` and `wds:..` name a data set of
+    Hugging Face and a folder of WebDataset shards (`glsim.sources`). Where nothing says the split, `test_fraction`
     of each class goes to "test", drawn by a hash of `seed` and path: the same on every machine. train_val.csv,
     where it exists, is the train split, as the field's protocol has it; val.csv, which is a part of it, is left out.
 
     All splits share one class order: `classes` where given (the list stored with a model), else that of the train
     split, by class_id or by name. Raises DataError for anything missing or contradictory, naming file, line and class.
     """
-    rows = _rows(Path(source))
+    rows = _rows(source)
     if rows[0].split is None:
         held = _held_out(((row.key, row.label) for row in rows), test_fraction, seed)
         rows = [row._replace(split="test" if row.key in held else "train") for row in rows]
@@ -63,7 +63,7 @@ def read_data(
 
 def is_split(source: str | Path) -> bool:
     """Whether a data set says itself which image is in which split; where not, `read_data` draws them."""
-    return _rows(Path(source))[0].split is not None
+    return _rows(source)[0].split is not None
 
 
 def hold_out(images: ImageList, fraction: float, seed: int) -> tuple[ImageList, ImageList]:
@@ -86,7 +86,8 @@ def hold_out(images: ImageList, fraction: float, seed: int) -> tuple[ImageList, 
 def split_hash(splits: dict[str, ImageList], root: str | Path) -> str:
     """Return the sha256 (64 hex digits) of which image of which class is in which split. Paths count relative to `root`
     (a folder, or a CSV file for its folder), so the hash stays the same when the folder moves to another machine."""
-    root = Path(root).parent if Path(root).is_file() else Path(root)
+    root = located(root)
+    root = root.parent if root.is_file() else root
     lines = [
         f"{split}\t{Path(os.path.relpath(path, root)).as_posix()}\t{images.classes[label]}"
         for split, images in splits.items()
@@ -100,7 +101,7 @@ def find_images(inputs: Sequence[str | Path] | str | Path) -> list[Path]:
     each input; a file given twice comes once. Raises DataError naming the first input that yields nothing."""
     found: dict[Path, Path] = {}
     for given in [inputs] if isinstance(inputs, str | Path) else inputs:
-        if Path(given).is_file():
+        if is_file(given):
             matches = [Path(given)]
         else:
             # Path.glob takes no absolute pattern.
@@ -125,7 +126,11 @@ class _Row(NamedTuple):
     class_id: int = 0  # classes are ordered by (class_id, label)
 
 
-def _rows(source: Path) -> list[_Row]:
+def _rows(given: str | Path) -> list[_Row]:
+    source = located(given)
+    if is_shards(given):
+        found = read_shards(given)
+        return [_Row(i.path, i.path.relative_to(source).as_posix(), i.label, str(i.path), i.split) for i in found]
     if not source.exists():
         raise DataError(f"{source}: does not exist; {LAYOUTS}")
     return _rows_of_list(source) if source.is_file() else _rows_of_lists(source) or _rows_of_folders(source)
@@ -142,7 +147,7 @@ def _rows_of_lists(folder: Path) -> list[_Row]:
 def _rows_of_folders(folder: Path) -> list[_Row]:
     tops: dict[str | None, Path] = {}
     for inside in _folders(folder):
-        split = _SPLIT_NAMES.get(inside.name.lower())
+        split = SPLIT_NAMES.get(inside.name.lower())
         if split in tops:
             raise DataError(f"{tops[split]} and {inside} are both the {split!r} split; keep one of them")
         if split:
@@ -172,7 +177,7 @@ def _rows_of_list(file: Path) -> list[_Row]:
                 raise DataError(f"{where}: class_id {class_id} is not among the {len(names)} of classid_classname.csv")
             label = names.get(class_id, str(class_id))
         if "split" in cells:
-            split = _SPLIT_NAMES.get(cells["split"].lower())
+            split = SPLIT_NAMES.get(cells["split"].lower())
             if split is None:
                 raise DataError(f"{where}: unknown split {cells['split']!r}; use train, val or test")
         key = PurePosixPath(cells[path_column].replace("\\", "/")).as_posix()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import time
 from collections.abc import Iterable
 from itertools import chain
@@ -24,6 +25,9 @@ from glsim.config import Eval
 from glsim.data import ImageList, hold_out, is_split, read_data, split_hash
 from glsim.figures import draw_confusion
 from glsim.images import BadImage, find_bad
+from glsim.mistakes import find_mistakes, write_page
+from glsim.predict import answer
+from glsim.sources import located
 from glsim.transforms import eval_transform
 from glsim.types import ConfigError, DataError
 
@@ -37,11 +41,13 @@ class Evaluation(NamedTuple):
     correct_top5: int
     predictions: Tensor  # (images,)
     confidences: Tensor  # (images,) probability of the prediction
+    true_confidences: Tensor  # (images,) probability of the true class
     seconds: float
 
     def summary(self, classes: tuple[str, ...] | list[str]) -> dict[str, Any]:
-        """Top-1, top-5, per-class mean (over the classes that have images) and exact counts, as plain values."""
+        """Top-1, top-5, mean and standard deviation over the classes that have images, exact counts: plain values."""
         right, count = self.confusion.diagonal(), self.confusion.sum(dim=1)
+        of_classes = right[count > 0] / count[count > 0]
         total = int(count.sum())
         return {
             "count": total,
@@ -49,33 +55,42 @@ class Evaluation(NamedTuple):
             "top1": int(right.sum()) / total,
             "correct_top5": self.correct_top5,
             "top5": self.correct_top5 / total,
-            "per_class_mean": float((right[count > 0] / count[count > 0]).mean()),
+            "per_class_mean": float(of_classes.mean()),
+            "per_class_std": float(of_classes.std(correction=0)),
             "per_class": {c: [int(r), int(n)] for c, r, n in zip(classes, right, count, strict=True)},
             "images_per_second": round(total / self.seconds, 2),
         }
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: Iterable[Any], num_classes: int, accelerator: Accelerator) -> Evaluation:
-    """Run `model` over batches (images (B, 3, H, W), labels (B,)); every image of a sharded loader counts once."""
+def evaluate(
+    model: nn.Module, loader: Iterable[Any], num_classes: int, accelerator: Accelerator, flip: bool = False
+) -> Evaluation:
+    """Run `model` over batches (images (B, 3, H, W), labels (B,)); every image of a sharded loader counts once.
+
+    With `flip` the logits of each image and of its mirror image are averaged.
+    """
     model.eval()
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     top5, start = 0, time.perf_counter()
-    predictions, confidences = [], []
+    predictions, confidences, true_confidences = [], [], []
     for images, labels in loader:
         with accelerator.autocast():
-            output = model(images)
+            output = answer(model, images, flip)
         logits, labels = (t.cpu() for t in accelerator.gather_for_metrics((output.logits.float(), labels)))
-        best = logits.softmax(dim=1).max(dim=1)
+        probabilities = logits.softmax(dim=1)
+        best = probabilities.max(dim=1)
         confusion += multiclass_confusion_matrix(best.indices, labels, num_classes)
         top5 += int((logits.topk(min(5, num_classes)).indices == labels[:, None]).sum())
         predictions.append(best.indices)
         confidences.append(best.values)
+        true_confidences.append(probabilities.gather(1, labels[:, None])[:, 0])
     return Evaluation(
         confusion,
         top5,
         torch.cat(predictions),
         torch.cat(confidences),
+        torch.cat(true_confidences),
         time.perf_counter() - start,
     )
 
@@ -96,10 +111,10 @@ def drop_bad(images: ImageList, bad: list[BadImage]) -> ImageList:
     return ImageList(tuple(p for p, _ in kept), tuple(y for _, y in kept), images.classes)
 
 
-def make_accelerator(device: str | None = None, precision: str = "no", accumulate: int = 1) -> Accelerator:
+def make_accelerator(device: str | None = None, precision: str = "no", accumulate: int = 1, **more: Any) -> Accelerator:
     """Accelerate's choice of devices and precision, anew each time; ConfigError for what is not there.
 
-    Gradients are summed over `accumulate` batches.
+    Gradients are averaged over `accumulate` batches; `more` goes to Accelerate.
     """
     chosen = pick_device(device)
     if precision == "fp16" and chosen.type == "cpu":
@@ -110,13 +125,18 @@ def make_accelerator(device: str | None = None, precision: str = "no", accumulat
         AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier run in this very process
     try:
         cpu = chosen.type == "cpu"
-        return Accelerator(cpu=cpu, mixed_precision=precision, gradient_accumulation_steps=accumulate)
+        return Accelerator(cpu=cpu, mixed_precision=precision, gradient_accumulation_steps=accumulate, **more)
     except ValueError as error:
         raise ConfigError(f"precision={precision}: {error}") from error
 
 
 def run(s: Eval) -> dict[str, Any]:
-    """The verb: measure a bundle on one split of a data set; returns the summary and writes it under `s.out`."""
+    """The verb: measure a bundle on one split of a data set; returns the summary and writes it under `s.out`.
+
+    The page of the mistakes goes under `s.errors`.
+    """
+    for made in filter(None, (s.out, s.errors)):
+        Path(made).mkdir(parents=True, exist_ok=True)  # first, for a folder that cannot be made must not come late
     model = load(s.source)
     labels = labels_of(model)
     named = model.config.get("label_names")
@@ -139,33 +159,44 @@ def run(s: Eval) -> dict[str, Any]:
         images = drop_bad(images, bad)
     accelerator = make_accelerator(s.device)
     loader: Any = make_loader(images, eval_transform(preprocessing_of(model)), s.batch_size, s.workers)
-    model, loader = accelerator.prepare(model, loader)
-    result = evaluate(model, loader, len(labels), accelerator)
+    loader = accelerator.prepare(loader)
+    result = evaluate(model.to(accelerator.device), loader, len(labels), accelerator, s.flip)
     summary = {
         "source": str(s.source),
         "data": str(s.data),
         "split": s.split,
+        "flip": s.flip,
         "split_drawn": s.split != "all" and not is_split(data),
         "split_hash": split_hash({s.split: images}, data),
         **result.summary(labels),
         "skipped": [str(b) for b in bad],
+        "errors": None,
     }
-    if s.out is not None:
+    if s.errors is not None and accelerator.is_main_process:
+        numbers = (t.tolist() for t in (result.predictions, result.confidences, result.true_confidences))
+        mistakes = find_mistakes(images, *numbers)
+        page = write_page(Path(s.errors), model, mistakes, labels, splits.get("train"), summary)
+        summary["errors"] = str(page)
+    if s.out is not None and accelerator.is_main_process:
         folder = Path(s.out)
-        folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "evaluation.json", json.dumps(summary, indent=2) + "\n")
-        write_text(folder / "predictions.csv", _table(images, labels, result))
+        write_text(folder / "predictions.csv", predictions_table(images, result))
         if len(labels) <= MOST_CLASSES_DRAWN:
             draw_confusion(result.confusion, labels, folder / "confusion.png")
     return summary
 
 
-def _table(images: ImageList, labels: list[str], result: Evaluation) -> str:
-    text = io.StringIO()
+def predictions_table(images: ImageList, result: Evaluation, root: str | Path | None = None) -> str:
+    """One line an image, as CSV. Paths are as they were given, or count from `root` (a list's folder)."""
+    labels, text = images.classes, io.StringIO()
+    if root is not None:
+        root = located(root)
+        root = root.parent if root.is_file() else root
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["path", "label", "prediction", "confidence"])
     for path, label, guess, p in zip(
         images.paths, images.labels, result.predictions.tolist(), result.confidences.tolist(), strict=True
     ):
-        writer.writerow([path, labels[label], labels[guess], f"{p:.6f}"])
+        shown = path if root is None else Path(os.path.relpath(path, root)).as_posix()
+        writer.writerow([shown, labels[label], labels[guess], f"{p:.6f}"])
     return text.getvalue()

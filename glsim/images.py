@@ -1,14 +1,20 @@
-"""Floor 1: image files of every kind, whole or damaged, as RGB pictures."""
+"""Floor 1: image files of every kind, whole or damaged, alone or inside tar archives, as RGB pictures."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
+import os
 import re
+import tarfile
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -29,13 +35,14 @@ class BadImage(DataError):
         return f"{self.path}: {self.reason}" if self.reason else str(self.path)
 
 
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 # Only these decoders are tried, whatever a file is called: another one of Pillow's starts an outside program (EPS).
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 
 
 def open_image(path: str | Path) -> Image.Image:
     """Return the image as a viewer shows it, colour profiles apart: RGB, 8 bit, upright (EXIF), on white where it is
-    transparent, 16-bit and float values scaled, the first frame of an animation.
+    transparent, 16-bit and float values scaled, the first frame of an animation. `SHARD.tar/NAME` is a file in a tar.
 
     Raises BadImage for everything else: missing, empty, truncated, damaged, not an image, or more pixels than
     2 * PIL.Image.MAX_IMAGE_PIXELS.
@@ -48,7 +55,7 @@ def open_as_stored(path: str | Path) -> tuple[Image.Image, str, str]:
     the file may claim another) and Pillow's mode (RGB, L, CMYK, ..). Raises BadImage as `open_image` does."""
     start = b""
     try:
-        with _pillow_warnings_off(), Path(path).open("rb") as file:
+        with _pillow_warnings_off(), open_file(path) as file:
             start = file.read(16)
             with Image.open(file, formats=_FORMATS) as image:
                 image.load()
@@ -57,6 +64,54 @@ def open_as_stored(path: str | Path) -> tuple[Image.Image, str, str]:
         reason = _reason(error, start)
     # Raised out here so that it does not hold on to the first error, whose traceback keeps the pixels in memory.
     raise BadImage(path, reason)
+
+
+def open_file(path: str | Path) -> BinaryIO:
+    """Open a file for reading; `SHARD.tar/NAME` is the file NAME inside an archive. Raises OSError and TarError."""
+    path = Path(path)
+    try:
+        return path.open("rb")
+    except (NotADirectoryError, FileNotFoundError):
+        if (shard := _shard(path)) is None:
+            raise
+    name = path.relative_to(shard).as_posix()
+    if name not in members(shard):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    start, length = members(shard)[name]
+    with shard.open("rb") as file:
+        file.seek(start)
+        return io.BytesIO(file.read(length))
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether `open_file` finds something there."""
+    path = Path(path)
+    shard = None if path.is_file() else _shard(path)
+    return path.is_file() if shard is None else path.relative_to(shard).as_posix() in members(shard)
+
+
+def members(shard: Path) -> dict[str, tuple[int, int]]:
+    """Where each file in a tar archive lies: name -> (first byte, number of bytes), in the order of the archive.
+
+    The headers are read once, and again when the archive was written anew. Raises tarfile.TarError for an archive that
+    is compressed, damaged or cut off.
+    """
+    stat = shard.stat()
+    return _members(shard, stat.st_mtime_ns, stat.st_size)
+
+
+@cache
+def _members(shard: Path, *_: int) -> dict[str, tuple[int, int]]:
+    with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        found = {PurePosixPath(m.name).as_posix(): (m.offset_data, m.size) for m in tar if m.isreg()}
+        file.seek(tar.offset)
+        if file.read(512) != bytes(512):  # tarfile takes anything but a header for the end
+            raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
+    return found
+
+
+def _shard(path: Path) -> Path | None:
+    return next((top for top in path.parents if top.suffix.lower() == ".tar" and top.is_file()), None)
 
 
 def find_bad(

@@ -209,7 +209,9 @@ def _read_vit(
     stride = options.get("stride") or patch
     stride = stride if isinstance(stride, int) else int(stride * patch)
     side = math.isqrt(positions)
-    stored = (side - 1) * stride + patch
+    least = (side - 1) * stride + patch
+    whole = -(-least // patch) * patch  # of the sizes with that many places the one that is a multiple of the patch
+    stored = whole if whole < least + stride else least
     size = options.pop("image_size", stored)
     backbone_args = {
         "embed_dim": dim,

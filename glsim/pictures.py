@@ -119,8 +119,9 @@ def explain(
 def explanations(model: Model, images: Tensor, metric: str | None = None) -> list[Explanation]:
     """Explain the answers of `model` (in eval mode) for normalised `images` (B, 3, H, W).
 
-    `metric` as for `explain`, which says what is raised. Box and crop are the model's own when the metric is; for
-    another metric they are those that the model's rule would have drawn by it.
+    `metric` as for `explain`, which says what is raised. Box and crop are the model's own when the metric is. By
+    another metric they are what the model's rule (`glsim`, `rams`, `aftrans`) would have drawn; where it has none for a
+    single box, the box around the 8 best patches.
     """
     return _explanations(model, images, [metric])[0]
 
@@ -184,12 +185,13 @@ def _score(model: Model, images: Tensor, metrics: Sequence[str]) -> dict[str, tu
 
 
 def _select_by(scored: tuple[Tensor, tuple[int, int]], model: Any, images: Tensor) -> Selection:
-    """What the model's rule (default: the box around the 8 best patches) selects by scores of another metric."""
+    """What the model's rule, or else the box around the 8 best patches, selects by scores of another metric."""
     (scores, grid), size = scored, images.shape[-2:]
     if hasattr(model, "threshold"):
         return select_component(scores, model.threshold, grid, size)
     top_o = min(getattr(model, "top_o", 8), scores.shape[-1])
-    return select(scores, top_o, grid, size, getattr(model, "box", "exclusive"))
+    default = "inclusive" if hasattr(model, "metric") else "exclusive"  # as the method draws its own box
+    return select(scores, top_o, grid, size, getattr(model, "box", default))
 
 
 def _heatmaps(selection: Selection, images: Tensor, top_o: int | None, power: float) -> np.ndarray:
@@ -224,7 +226,7 @@ def to_photograph(heatmap: np.ndarray, size: tuple[int, int], p: Preprocessing) 
     Returns (height, width); what the network was not shown of the photograph is 0.
     """
     pads = []
-    for view, whole in zip(reversed(heatmap.shape), reversed(p.resize), strict=True):
+    for view, whole in zip(reversed(heatmap.shape), reversed(p.resized(size)), strict=True):
         before = round((whole - view) / 2)
         pads += [before, whole - view - before]
     canvas = F.pad(torch.from_numpy(heatmap)[None, None], pads)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -21,7 +21,7 @@ from glsim.config import Predict
 from glsim.data import ImageDataset, find_images
 from glsim.images import BadImage
 from glsim.transforms import Preprocessing, eval_transform
-from glsim.types import ConfigError
+from glsim.types import ConfigError, Output
 
 
 class Prediction(NamedTuple):
@@ -42,7 +42,8 @@ class Predictor:
     """`Predictor(source)(images)`: top-k answers for paths and PIL images.
 
     `source` is anything `glsim.load` takes, or a model from it. Images are decoded ahead of the model by `workers`
-    processes (0: in this one) and run in batches.
+    processes (0: in this one) and run in batches. With `flip` the logits of each image and of its mirror image are
+    averaged; the box is that of the image itself.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Predictor:
         batch_size: int = 32,
         workers: int = 0,
         device: str | None = None,
+        flip: bool = False,
     ) -> None:
         if top_k < 1 or batch_size < 1:
             raise ConfigError(f"top_k={top_k}, batch_size={batch_size}: both have to be at least 1")
@@ -60,6 +62,7 @@ class Predictor:
         self.model = model.to(self.device).eval()
         self.labels, self.preprocessing = labels_of(model), preprocessing_of(model)
         self.top_k, self.batch_size, self.workers = min(top_k, len(self.labels)), batch_size, workers
+        self.flip = flip
 
     def __call__(self, images: str | Path | Image.Image | Sequence[str | Path | Image.Image]) -> list[Prediction]:
         """One `Prediction` an image, in order. Raises BadImage, naming the file, for one that cannot be read."""
@@ -85,7 +88,7 @@ class Predictor:
 
     @torch.inference_mode()
     def _answer(self, batch: Tensor, sizes: list[tuple[int, int]]) -> list[Prediction]:
-        output = self.model(batch.to(self.device))
+        output = answer(self.model, batch.to(self.device), self.flip)
         top = output.logits.float().softmax(dim=1).topk(self.top_k)
         boxes = output.selection.boxes.tolist() if output.selection is not None else [None] * len(sizes)
         return [
@@ -99,10 +102,17 @@ class Predictor:
         ]
 
 
+def answer(model: nn.Module, images: Tensor, flip: bool = False) -> Output:
+    """What `model` says of `images` (B, 3, H, W); with `flip`, the mean of its logits (B, C) there and mirrored."""
+    output = model(images)
+    return output._replace(logits=(output.logits + model(images.flip(-1)).logits) / 2) if flip else output
+
+
 def to_original(box: Sequence[int], size: tuple[int, int], p: Preprocessing) -> tuple[int, int, int, int]:
     """A box in pixels of the network's view, back in pixels of the upright image of `size` (width, height)."""
-    scale = (size[0] / p.resize[1], size[1] / p.resize[0])
-    margin = ((p.resize[1] - p.image_size[1]) / 2, (p.resize[0] - p.image_size[0]) / 2)
+    height, width = p.resized(size)
+    scale = (size[0] / width, size[1] / height)
+    margin = ((width - p.image_size[1]) / 2, (height - p.image_size[0]) / 2)
     left, top, right, bottom = (round((v + margin[i % 2]) * scale[i % 2]) for i, v in enumerate(box))
     return left, top, right, bottom
 
@@ -110,7 +120,7 @@ def to_original(box: Sequence[int], size: tuple[int, int], p: Preprocessing) -> 
 def run(s: Predict, progress: bool = True) -> dict[str, Any]:
     """The verb: predictions and skipped files, as plain values; BadImage is raised unless `s.skip_bad`."""
     paths = find_images(s.images)
-    predictor = Predictor(s.source, s.top_k, s.batch_size, min(s.workers, len(paths) - 1), s.device)
+    predictor = Predictor(s.source, s.top_k, s.batch_size, min(s.workers, len(paths) - 1), s.device, s.flip)
     predictions, skipped = [], []
     for answer in tqdm(predictor.stream(paths), total=len(paths), unit="image", disable=not progress):
         if not isinstance(answer, BadImage):

@@ -116,7 +116,7 @@ def _vote(rows: Tensor, grid: tuple[int, int], votes: int) -> Tensor:
     """(B, h, N) -> (B, N)"""
     best = rows.topk(min(votes, rows.shape[-1]), dim=-1).indices
     counts = torch.zeros_like(rows).scatter(-1, best, 1.0).sum(dim=1)
-    ramp = rows.new_tensor([1.0, 2.0, 1.0])
+    ramp = 2 - torch.arange(-1, 2, device=rows.device, dtype=rows.dtype).abs()
     kernel = torch.outer(ramp, ramp)[None, None]
     return F.conv2d(counts.unflatten(-1, grid)[:, None], kernel, padding=1).flatten(1)
 
@@ -125,7 +125,7 @@ def random(f: Features, seed: int = 0) -> Tensor:
     """Uniform in [0, 1) over the whole grid: the control that every mechanism has to beat. (B, 1, N)
 
     The draw follows from `seed` and the image (which channels of its mean patch exceed their average), so that an image
-    gets the same one in any batch, and another image another one. No generator is touched.
+    gets the same one in any batch, up to rounding, and another image another one. No generator is touched.
     """
     patch_mean = f.patches.mean(dim=1)
     signs = (patch_mean > patch_mean.mean(dim=1, keepdim=True)).long()
@@ -182,8 +182,9 @@ def find_metric(spec: str) -> partial[Tensor]:
     return partial(metric, **values)
 
 
+@torch.no_grad()
 def score(spec: str, f: Features) -> Tensor:
-    """Scores (B, g, N) of the metric that `spec` names."""
+    """Scores (B, g, N) of the metric that `spec` names. They choose: no gradient, and no attention maps kept for one."""
     return find_metric(spec)(f)
 
 
@@ -204,6 +205,8 @@ def check_metric(spec: str, has_attention: bool, depth: int | None = None) -> No
     for key in ("block", "first", "last"):
         if depth is not None and given.get(key) is not None and not -depth <= given[key] < depth:
             raise ConfigError(f"metric {spec!r}: {key} must lie between {-depth} and {depth - 1} here")
+    if given.get("votes", 1) < 1:
+        raise ConfigError(f"metric {spec!r}: votes must be 1 or more")
 
 
 def check_top(k: int, grid: tuple[int, int], what: str) -> None:

@@ -5,36 +5,48 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, set_seed
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import CosineLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.transforms import v2
 from tqdm import tqdm
 
-from glsim.backbone import Model
-from glsim.batches import TrainBatches, make_loader, mix, train_loader
+from glsim.backbone import Model, TokenModel
+from glsim.batches import CachedImages, TrainBatches, make_loader, mix, train_loader
 from glsim.bundle import CONFIG, METRICS_FILE, default_preprocessing, init_from, save, write_text
 from glsim.catalog import prepared
-from glsim.checkpoint import CHECKPOINT, Interrupted, load_checkpoint, save_checkpoint, stop_signal
+from glsim.checkpoint import CHECKPOINT, Interrupted, load_checkpoint, save_checkpoint, stop_signal, writing
 from glsim.config import Train, read_recipe, to_recipe
-from glsim.data import ImageList, hold_out, read_data, split_hash
-from glsim.evaluate import drop_bad, evaluate, make_accelerator
+from glsim.data import ImageDataset, ImageList, hold_out, read_data, split_hash
+from glsim.environment import environment
+from glsim.evaluate import drop_bad, evaluate, make_accelerator, predictions_table
 from glsim.figures import draw_curve
 from glsim.images import BadImage, find_bad
 from glsim.losses import objective
 from glsim.models import create_model
-from glsim.transforms import Preprocessing, eval_transform, train_transform
-from glsim.types import ConfigError, DataError, GlsimError
+from glsim.transforms import Preprocessing, batch_mixing, eval_transform, train_steps
+from glsim.types import ConfigError, DataError, Features, GlsimError, Output
 
 RECIPE, LOG, CURVE, BAD_IMAGES = "train.yaml", "log.jsonl", "curve.png", "bad_images.txt"
+RUN, PREDICTIONS = "run.json", "predictions_test.csv"
+FREE = {
+    "workers",
+    "out",
+    "data",
+    "cache",
+    "tracker",
+}  # may change without changing the run; the split hash watches the data
 
 
 def run(s: Train, progress: bool = True) -> dict[str, Any]:
@@ -47,20 +59,25 @@ def run(s: Train, progress: bool = True) -> dict[str, Any]:
     _check_out(s, out)
     splits, bad = read_splits(s)
     classes = splits["train"].classes
-    accelerator = make_accelerator(None, s.precision, s.accumulate)
+    if s.tracker is not None and find_spec(s.tracker) is None:
+        raise ConfigError(f"tracker={s.tracker} needs that package: pip install {s.tracker}")
+    accelerator = make_accelerator(None, s.precision, s.accumulate, log_with=s.tracker, project_dir=s.out)
     set_seed(s.seed)
     model = create_model(
         s.method, s.backbone, len(classes), s.image_size, s.pretrained, s.backbone_args or None, **s.options
     )
     if s.init_from is not None:
         init_from(model, s.init_from)
+    adapt(s, model)
     p = _preprocessing(s, model)
-    batches = TrainBatches(len(splits["train"]), s.batch_size, accelerator.num_processes * s.accumulate, s.seed)
-    loader = train_loader(splits["train"], train_transform(p, s.augment, s.crop, s.crop_scale), batches, s.workers)
+    group = accelerator.num_processes * s.accumulate
+    batches = TrainBatches(len(splits["train"]), s.batch_size, group, s.seed, s.repeats)
+    loader = train_loader(train_images(s, splits["train"], p, accelerator.num_processes), batches, s.workers)
+    mixing = batch_mixing(s.mixup, s.cutmix, len(classes))
     watched = {
         name: accelerator.prepare(make_loader(images, eval_transform(p), s.batch_size, s.workers))
         for name, images in splits.items()
-        if name != "train"
+        if name not in ({"train"} if s.test else {"train", "test"})
     }
     optimizer = make_optimizer(s, model)
     ema = ModelEmaV3(model, decay=s.ema, use_warmup=True, device=accelerator.device) if s.ema else None
@@ -80,6 +97,9 @@ def run(s: Train, progress: bool = True) -> dict[str, Any]:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / RECIPE, to_recipe(s))
         write_text(out / BAD_IMAGES, "".join(f"{b}\n" for b in bad))
+        write_text(out / RUN, _run_record(s, accelerator, data_hash))
+    named = {"name": out.name}
+    accelerator.init_trackers("glsim", _flat(s), {"trackio": named, "wandb": named})
     about = {
         "data": {
             "source": Path(s.data).name,  # not the path: bundles travel
@@ -97,22 +117,25 @@ def run(s: Train, progress: bool = True) -> dict[str, Any]:
         save_checkpoint(accelerator, out, progress)
 
     often = 0.2 if sys.stderr.isatty() else 30.0  # seconds between looks; a log file needs fewer
-    total = s.epochs * batches.steps
+    total, quiet = s.epochs * batches.steps, not (progress and accelerator.is_main_process)
     with (
         stop_signal(accelerator) as stop,
-        tqdm(total=total, initial=step, unit="step", disable=not progress, mininterval=often) as bar,
+        tqdm(total=total, initial=step, unit="step", disable=quiet, mininterval=often) as bar,
     ):
         for epoch in range(step // batches.steps, s.epochs):
             batches.epoch, batches.start = epoch, step % batches.steps
             wrapped.train()
+            if s.freeze == "backbone":
+                model.backbone.eval()
             for part, (images, labels) in enumerate(loader):
                 # All randomness follows from seed, step and image: a resumed run repeats the undisturbed one.
                 torch.manual_seed(mix(s.seed, step, part % s.accumulate, accelerator.process_index))
                 schedule.step_update(step)
+                images, labels = mixing(images, labels)
                 with accelerator.accumulate(wrapped):
                     with accelerator.autocast():
                         output = wrapped(images)
-                        loss = objective(output, labels, s.label_smoothing)
+                        loss = objective(output, labels, s.label_smoothing, s.focal)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients and s.clip_grad:
                         accelerator.clip_grad_norm_(wrapped.parameters(), s.clip_grad)
@@ -135,23 +158,35 @@ def run(s: Train, progress: bool = True) -> dict[str, Any]:
                 if stopped and step % batches.steps:
                     raise Interrupted(_stopped(out, step, total))
             tally.check(batches, splits["train"], s.lr)
-            row = {"epoch": epoch + 1, "step": step, "lr": optimizer.param_groups[0]["lr"], **tally.row()}
+            share_buffers(final, accelerator)
+            row = {"epoch": epoch + 1, "step": step, "lr": max(g["lr"] for g in optimizer.param_groups), **tally.row()}
             metrics: dict[str, Any] = {}
             for name, images in watched.items():
                 # The test split is measured once, after the last epoch; nothing is chosen by it.
                 if name == "val" or epoch + 1 == s.epochs:
-                    metrics[name] = evaluate(final, images, len(classes), accelerator).summary(classes)
+                    measured = evaluate(final, images, len(classes), accelerator)
+                    metrics[name] = measured.summary(classes)
                     row[f"{name}_top1"] = metrics[name]["top1"]
+                    if name == "test" and accelerator.is_main_process:
+                        write_text(out / PREDICTIONS, predictions_table(splits[name], measured, s.data))
             history.append(row)
+            accelerator.log(row, step)
             tally = Tally(accelerator)
             if accelerator.is_main_process:
-                save(final, out, list(classes), preprocessing=p, metrics={**row, **metrics}, **about)
-                write_text(out / LOG, "".join(json.dumps(r) + "\n" for r in history))
-                draw_curve(history, out / CURVE)
+                with writing(out):
+                    save(final, out, list(classes), preprocessing=p, metrics={**row, **metrics}, **about)
+                    write_text(out / LOG, "".join(json.dumps(r) + "\n" for r in history))
+                    draw_curve(history, out / CURVE)
             keep()
-            if stop.heard() and epoch + 1 < s.epochs:
+            if stop.heard():  # also after the last epoch: who runs several must hear of it
                 raise Interrupted(_stopped(out, step, total))
+    for tracker in accelerator.trackers:  # accelerator.end_training() would part the processes too
+        tracker.finish()
     return {"out": str(out), **json.loads((out / METRICS_FILE).read_text()), "skipped": [str(b) for b in bad]}
+
+
+class Diverged(GlsimError):
+    """The loss is no longer a number."""
 
 
 class Tally:
@@ -168,8 +203,11 @@ class Tally:
 
     @torch.no_grad()
     def add(self, logits: Tensor, labels: Tensor, loss: Tensor, step: int) -> None:
-        """One batch: logits (B, C), labels (B,), the mean loss. Does not wait for the device."""
-        right = (logits.argmax(dim=1) == labels).sum()
+        """One batch: logits (B, C), labels (B,) or shares (B, C), the mean loss. Does not wait for the device.
+
+        Of a mixed image the class with the largest share is right.
+        """
+        right = (logits.argmax(dim=1) == (labels if labels.ndim == 1 else labels.argmax(dim=1))).sum()
         self.values += torch.stack((loss.detach() * len(labels), right, torch.full_like(loss, len(labels))))
         self.bad = torch.where((self.bad < 0) & ~loss.isfinite(), step, self.bad)
 
@@ -197,11 +235,12 @@ class Tally:
         return f"loss {loss / images:.3f}, accuracy {right / images:.1%}, {speed:.0f} images/s"
 
     def check(self, batches: TrainBatches, images: ImageList, lr: float) -> None:
-        """Raise GlsimError naming step and files once a loss was not a number."""
-        step = int(self.bad)
-        if step >= 0:
+        """Raise Diverged naming step and files once a loss was not a number, in all processes alike."""
+        bad = [step for step in self.accelerator.gather(self.bad).view(-1).tolist() if step >= 0]
+        if bad:
+            step = min(bad)
             names = ", ".join(str(images.paths[i]) for i in batches.step(step))
-            raise GlsimError(
+            raise Diverged(
                 f"the loss is not a number at step {step}; try a smaller lr than {lr}, a longer warm-up, or clip_grad. "
                 f"The images of that step: {names}"
             )
@@ -232,12 +271,74 @@ def read_splits(s: Train) -> tuple[dict[str, ImageList], list[BadImage]]:
     return splits, bad
 
 
+def train_images(s: Train, images: ImageList, p: Preprocessing, copies: int = 1) -> ImageDataset:
+    """What the loader reads: augmented images, out of files or, `copies` times on this machine, out of memory."""
+    always, chance = train_steps(p, s.augment, s.crop, s.crop_scale)
+    if s.cache == "ram":
+        return CachedImages(images, always, chance, copies)
+    return ImageDataset(images, v2.Compose([always, chance]))
+
+
+def adapt(s: Train, model: Model) -> None:
+    """Make `model` train as `s` asks beyond what its forward does; ConfigError where it cannot."""
+    if s.freeze == "backbone":
+        model.backbone.requires_grad_(False)
+    if s.supcon:
+        add_contrast(model, s.supcon)
+    if s.grad_checkpointing:
+        if isinstance(model, TokenModel):
+            raise ConfigError(
+                f"grad_checkpointing: {s.method!r} reads the attention maps of its one pass, and keeps all"
+            )
+        try:
+            model.backbone.net.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError) as error:
+            raise ConfigError(f"grad_checkpointing: timm has none for {model.config['backbone']!r}") from error
+    if s.compile:
+        model.compile()  # in place: the names of the weights stay
+
+
+def add_contrast(model: Model, weight: float) -> None:
+    """In training `model` also names the supervised-contrastive term, on the class tokens of its first pass (B, D)."""
+    if isinstance(model, TokenModel):
+        raise ConfigError(f"supcon: {model.config['method']!r} has no class token before its parts are chosen")
+    passes: list[Tensor] = []
+
+    def note(_: Any, __: Any, features: Features) -> None:
+        passes.append(features.cls)
+
+    def add(model: Any, _: Any, output: Output) -> Output:
+        first = passes[0]
+        passes.clear()
+        if not model.training:
+            return output
+        terms = output.aux or {"cross_entropy": ((1.0, output.logits),)}
+        return output._replace(aux={**terms, "supervised_contrastive": (weight, first)})
+
+    model.backbone.register_forward_hook(note)
+    model.register_forward_hook(add)
+
+
+def share_buffers(model: nn.Module, accelerator: Accelerator) -> None:
+    """Give all processes the first one's buffers (batch norm's means, ..): what is measured is what is saved."""
+    if accelerator.num_processes > 1:
+        for buffer in model.buffers():
+            broadcast(buffer)
+
+
 def make_optimizer(s: Train, model: Model) -> torch.optim.Optimizer:
     """timm's optimiser of that name; ConfigError lists the names."""
     known = [str(name) for name in list_optimizers()]
     if s.optimizer not in known:
         raise ConfigError(f"unknown optimizer {s.optimizer!r}; choose from: {', '.join(known)}")
-    return create_optimizer_v2(model, opt=s.optimizer, lr=s.lr, weight_decay=s.weight_decay, momentum=s.momentum)
+    return create_optimizer_v2(
+        model,
+        opt=s.optimizer,
+        lr=s.lr,
+        weight_decay=s.weight_decay,
+        momentum=s.momentum,
+        layer_decay=s.layer_decay if s.layer_decay < 1 else None,
+    )
 
 
 def make_schedule(s: Train, optimizer: Any, steps: int) -> Scheduler:
@@ -265,14 +366,28 @@ def _check_out(s: Train, out: Path) -> None:
         return
     if not (out / RECIPE).exists():
         raise ConfigError(f"nothing to resume: {out} has no {RECIPE}")
-    saved, now = read_recipe(out / RECIPE), yaml.safe_load(to_recipe(s))
-    free = {"workers", "out", "data"}  # may change without changing the run; resume() looks into the data
-    changed = [f"{k}={now[k]!r} (was {saved.get(k)!r})" for k in now if k not in free and now[k] != saved.get(k)]
+    saved = yaml.safe_load(to_recipe(Train(**read_recipe(out / RECIPE))))  # settings of later versions: their defaults
+    now = yaml.safe_load(to_recipe(s))
+    changed = [f"{k}={now[k]!r} (was {saved.get(k)!r})" for k in now if k not in FREE and now[k] != saved.get(k)]
     if changed:
         raise ConfigError(f"{out} was started with other settings: {', '.join(changed)}; go on with {go_on}")
+
+
+def _flat(s: Train) -> dict[str, Any]:
+    """The settings as trackers take them."""
+    return {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(s).items()}
+
+
+def _run_record(s: Train, accelerator: Accelerator, data_hash: str) -> str:
+    """`run.json`: seed, split hash, and under which conditions the run was started and resumed."""
+    file = Path(s.out) / RUN
+    before = json.loads(file.read_text())["starts"] if s.resume and file.exists() else []
+    start = environment(accelerator.device)
+    start |= {"processes": accelerator.num_processes, "precision": s.precision}
+    return json.dumps({"seed": s.seed, "split_hash": data_hash, "starts": [*before, start]}, indent=2) + "\n"
 
 
 def _preprocessing(s: Train, model: Model) -> Preprocessing:
     default = default_preprocessing(model.config["backbone"], model.backbone.image_size)
     mean, std = tuple(s.mean or default.mean), tuple(s.std or default.std)
-    return Preprocessing(default.image_size, s.resize_ratio, mean, std)
+    return Preprocessing(default.image_size, s.resize_ratio, mean, std, s.resize)

@@ -14,6 +14,7 @@ import glsim
 from glsim import METHODS, METRICS, ConfigError
 from glsim.attention import explicit_attention, paired_attention
 from glsim.backbone import OverlappingPatches, build_backbone
+from glsim.bundle import init_from
 from glsim.crop import select_component
 from glsim.heads import CLASSIFIERS, Aggregator, Classifier
 from glsim.losses import objective
@@ -44,7 +45,7 @@ SIZES = BACKBONES | MAPS
 NO_CLASS_TOKEN = {"vit_base_patch16_siglip_224", "vit_base_patch16_siglip_gap_224", "test_vit2", *MAPS}
 ROTARY = {"vit_small_patch16_dinov3", "eva02_tiny_patch14_224"}
 RELATIVE = {"beit_base_patch16_224", "beitv2_base_patch16_224"}
-EVERY_METRIC = ("vit_tiny_patch16_224", "vit_small_patch16_dinov3")  # families that all metrics are tried on
+EVERY_METRIC = ("vit_tiny_patch16_224", "vit_small_patch16_dinov3")  # families that the quick suite tries all on
 
 
 def builder(method):
@@ -86,16 +87,20 @@ def metrics_for(method, backbone):
     every = dict.fromkeys([default, *METRICS])
     if backbone in MAPS:
         return [m for m in every if m not in NEEDS_ATTENTION]
-    many = backbone in EVERY_METRIC or (method == "glsim" and backbone == "vit_base_patch16_siglip_224")
-    return list(every) if many else [default]
+    return list(every)
 
 
 def takes(method, backbone):
     return refusal(method, backbone) is None or (method == "transfg" and backbone in ROTARY)
 
 
-CASES = [
-    (method, metric, backbone)
+def quick(method, metric, backbone):
+    many = backbone in EVERY_METRIC or (method == "glsim" and backbone == "vit_base_patch16_siglip_224")
+    return many or metric == default_metric(method)
+
+
+CASES = [  # the whole product; the suite runs a quarter of it, pytest -m slow the rest
+    pytest.param(method, metric, backbone, marks=() if quick(method, metric, backbone) else pytest.mark.slow)
     for method in METHODS
     for backbone in SIZES
     if takes(method, backbone)
@@ -823,7 +828,7 @@ def test_ielt_agrees_with_a_loop(shares):
             kept = sorted(range(12), key=lambda i: (-votes[i], -mean[i]))[:4]
             assert output.selection.indices[b].tolist() == [places[i] for i in kept]
             last = net.norm(net.blocks[-1](torch.stack([x[0, 0], *(refined[1 + i] for i in kept)])[None]))
-            torch.testing.assert_close(output.logits[b], model.heads[0](last[0, 0]), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(output.logits[b], model.head(last[0, 0]), atol=1e-4, rtol=1e-4)
 
 
 # --- CAL ------------------------------------------------------------------------------------------------------------
@@ -855,17 +860,19 @@ def test_cal_averages_the_logits_of_its_views(views):
         maps = naive_maps(model, f.patches)
         return naive_head(model, naive_pool(f.patches, maps)), maps, f.grid
 
-    crops = {1: [], 2: [(0.3, 0.1)], 8: [(0.3, 0.1), (0.2, 0.1), (0.1, 0.05)]}[views]
+    crops = {1: [], 2: [(0.1, 0.05)], 8: [(0.3, 0.1), (0.2, 0.1), (0.1, 0.05)]}[views]
     with torch.no_grad():
         logits, boxes = [], []
         for view in (images, images.flip(3)) if views == 8 else (images,):
             whole, maps, grid = look(view)
             logits.append(whole)
-            mean = F.interpolate(maps.mean(2).unflatten(1, grid)[:, None], (160, 160), mode="bilinear")[:, 0]
+            raw = maps.mean(2)
+            mean = raw.unflatten(1, grid)[:, None]
+            mean = F.interpolate(mean, (160, 160), mode="bilinear", align_corners=True)[:, 0]
             for threshold, padding in crops:
                 cut = []
-                for image, places in zip(view, mean, strict=True):
-                    ys, xs = (places > threshold * places.max()).nonzero().T
+                for image, places, peak in zip(view, mean, raw.amax(1), strict=True):
+                    ys, xs = (places >= threshold * peak).nonzero().T
                     pad = int(160 * padding)
                     top, bottom = max(0, int(ys.min()) - pad), min(160, int(ys.max()) + 1 + pad)
                     left, right = max(0, int(xs.min()) - pad), min(160, int(xs.max()) + 1 + pad)
@@ -873,7 +880,7 @@ def test_cal_averages_the_logits_of_its_views(views):
                     cut.append(F.interpolate(box, (160, 160), mode="bilinear", align_corners=True)[0])
                     boxes.append((left, top, right, bottom))
                 logits.append(look(torch.stack(cut))[0])
-        assert len(logits) == views and (0, 0, 160, 160) not in boxes
+        assert len(logits) == views and (views == 1 or set(boxes) != {(0, 0, 160, 160)})
         torch.testing.assert_close(model(images).logits, sum(logits) / views, atol=1e-3, rtol=1e-3)
 
 
@@ -894,7 +901,7 @@ def naive_pool(patches, maps):
             part = sum(attention[i, m] * features[i] for i in range(len(features))) / len(features)
             parts.append(part.sign() * (part.abs() + 1e-6).sqrt())
         vector = torch.cat(parts)
-        vectors.append(vector / vector.square().sum().sqrt())
+        vectors.append(vector / vector.square().sum().sqrt().clamp(min=1e-12))  # no map lit up: zero
     return torch.stack(vectors)
 
 
@@ -1075,3 +1082,59 @@ def test_images_that_a_network_cannot_take():
     with pytest.raises(ConfigError, match="has none; leave it at 0"):
         build_backbone("resnet18", 64, dropout=0.1)
     assert build_backbone("resnet18", (70, 50)).grid == (3, 2)
+
+
+# --- What weights from elsewhere start --------------------------------------------------------------------------------
+
+
+def test_another_methods_bundle_starts_every_grid_and_the_crops_token(tmp_path):
+    plain = spread(build("plain", size=96))
+    glsim.save(plain, tmp_path / "plain")
+    rams = build("rams", size=96)
+    assert init_from(rams, tmp_path / "plain") == ["crop_token"]
+    assert torch.equal(rams.crop_token, rams.backbone.net.cls_token)
+    transfg = build("transfg", size=70)  # overlapping places, and no multiple of the patch
+    assert init_from(transfg, tmp_path / "plain") == []
+    assert torch.equal(transfg.backbone.net.blocks[0].mlp.fc1.weight, plain.backbone.net.blocks[0].mlp.fc1.weight)
+    glsim.save(transfg, tmp_path / "transfg")
+    assert all(not k.startswith("backbone.") for k in init_from(build("glsim", size=64), tmp_path / "transfg"))
+    deeper = small_model("glsim", args={"depth": 4})
+    with pytest.raises(ConfigError, match=r"another backbone than 'vit_tiny_patch16_224': nothing for backbone\.net"):
+        init_from(deeper, tmp_path / "plain")
+
+
+@pytest.mark.parametrize("method", ["glsim", "transfg", "ffvt", "rams", "dcal", "ielt"])
+def test_scores_that_only_choose_keep_no_attention_maps(method):
+    model = spread(build(method)).train()
+    with torch.enable_grad():
+        output = model(pictures(2, 3, 64, 64))
+    assert not output.selection.scores.requires_grad and output.logits.requires_grad
+
+
+@pytest.mark.parametrize("method", ["transfg", "ffvt", "ielt"])
+def test_pictures_read_what_the_tokens_are_chosen_from(method):
+    """The last block never sees all patches in training: its attention to them means nothing."""
+    model = spread(build(method))
+    f = model.features(pictures(2, 3, 64, 64), attention=True)
+    assert len(f.attention_logits) == model.backbone.depth - 1
+
+
+def test_cal_meets_numbers_that_are_none_without_a_traceback():
+    model = build("cal", "resnet18", maps=4).train()
+    model.attend.weight.data.fill_(torch.nan)
+    assert not model(pictures(4, 3, 64, 64)).logits.isfinite().any()
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("rams", {"threshold": "abc"}, "threshold='abc': a number is needed"),
+        ("cal", {"maps": "4"}, "maps='4': a whole number is needed"),
+        ("glsim", {"metric": 3}, "metric=3: a name is needed"),
+        ("ielt", {"tokens": 12.5}, "tokens=12.5: a whole number is needed"),
+        ("ielt", {"metric": "mhv:votes=0"}, "votes must be 1 or more"),
+    ],
+)
+def test_options_of_the_wrong_kind_say_so(method, options, message):
+    with pytest.raises(ConfigError, match=message):
+        glsim.create_model(method, "vit_tiny_patch16_224", 3, 64, **options)

@@ -24,7 +24,7 @@ from glsim import ConfigError, DataError, evaluate, train
 from glsim.batches import TrainBatches, train_loader
 from glsim.bundle import init_from
 from glsim.config import Eval, Train, read_recipe
-from glsim.data import read_data
+from glsim.data import ImageDataset, read_data
 from glsim.transforms import Preprocessing, train_transform
 
 
@@ -156,10 +156,11 @@ def test_an_image_is_augmented_alike_by_any_worker(birds):
     images = read_data(birds)["train"]
     transform = train_transform(Preprocessing((64, 64), 1.2, (0.5,) * 3, (0.5,) * 3), "medium", "random", 1.0)
     batches = TrainBatches(len(images), 6, 1, seed=1)
-    read = [[x for x, _ in train_loader(images, transform, batches, workers)] for workers in (0, 2)]
+    dataset = ImageDataset(images, transform)
+    read = [[x for x, _ in train_loader(dataset, batches, workers)] for workers in (0, 2)]
     assert len(read[0]) == 3 and all(torch.equal(a, b) for a, b in zip(*read, strict=True))
     batches.epoch = 1
-    assert not torch.equal(next(iter(train_loader(images, transform, batches, 0)))[0], read[0][0])
+    assert not torch.equal(next(iter(train_loader(dataset, batches, 0)))[0], read[0][0])
 
 
 def test_an_epoch_holds_every_image_once_in_whole_steps():

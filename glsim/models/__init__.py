@@ -61,6 +61,8 @@ def create_model(
         raise ConfigError(f"{method!r} has no option {', '.join(unknown)}; its options: {', '.join(sorted(defaults))}")
     if num_classes < 1:
         raise ConfigError(f"num_classes={num_classes}; at least one class is needed")
+    for name, value in options.items():
+        _check_kind(name, value, defaults[name])
     options = {**defaults, **options}
     backbone = backbone or str(getattr(module, "BACKBONE", BACKBONE))
     net = build_backbone(backbone, image_size, pretrained, backbone_args, **{k: options[k] for k in encoder})
@@ -74,6 +76,15 @@ def create_model(
         "options": options,
     }
     return model
+
+
+def _check_kind(name: str, value: Any, default: Any) -> None:
+    """ConfigError unless `value` is of the kind its default is; one that may be None has its own check."""
+    kinds = {int: (int, "a whole number"), float: (int | float, "a number"), str: (str, "a name")}
+    if default is not None:
+        kind, words = kinds[type(default)]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ConfigError(f"{name}={value!r}: {words} is needed")
 
 
 def _defaults(build: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from glsim.backbone import Backbone, Model
 from glsim.crop import crop_and_resize, select_component
 from glsim.heads import LayerWeights, zero_linear
-from glsim.selection import check_metric, class_rows, needs_attention, score
+from glsim.selection import check_metric, class_rows, needs_attention, sacm, score
 from glsim.types import ConfigError, Features, Output
 
 
@@ -34,7 +34,7 @@ class AFTrans(Model):
         if self.training:
             # No gradient flows through a box. The paper leaves open what teaches the weights of the blocks: here it is
             # a third cross-entropy, on the patches averaged by the weighted attention.
-            weights = score("sacm", f)
+            weights = sacm(f)
             pooled = (weights / weights.sum(dim=-1, keepdim=True)) @ f.patches  # B 1 D
             losses = {"cross_entropy": ((1.0, logits[0]), (1.0, logits[1]), (1.0, self.head(pooled[:, 0])))}
         return Output(logits.mean(dim=0), selection, crops, losses)

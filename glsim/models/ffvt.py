@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glsim.backbone import Backbone, Model
+from glsim.backbone import Backbone, TokenModel
 from glsim.crop import select_these
 from glsim.heads import zero_linear
 from glsim.selection import check_metric, check_top, gather_tokens, mutual_attention, score
 from glsim.types import Features, Output
 
 
-class FFVT(Model):
+class FFVT(TokenModel):
     """The best tokens of every block go, with the class token, through the last one."""
 
     def __init__(self, backbone: Backbone, head: nn.Module, metric: str, top_k: int) -> None:
@@ -33,6 +33,7 @@ class FFVT(Model):
         selection = select_these(scores, (index - skip).clamp(min=-1), grid, images.shape[-2:])
         return Output(self.head(tokens[:, 0]), selection)
 
+    @torch.no_grad()
     def weigh(self, f: Features) -> Tensor:
         """Scores of all n tokens after a block (B, n). The paper's own rank the class token too, others patches."""
         if self.metric == "maws":

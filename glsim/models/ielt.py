@@ -8,7 +8,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from glsim.attention import explicit_attention
-from glsim.backbone import Backbone, Model
+from glsim.backbone import Backbone, TokenModel
 from glsim.crop import select_these
 from glsim.heads import count_heads, zero_linear
 from glsim.selection import check_metric, gather_tokens, score
@@ -17,16 +17,16 @@ from glsim.types import ConfigError, Output
 DRIFT = 0.001  # how fast a block's share of the tokens follows what the refinement keeps
 
 
-class IELT(Model):
+class IELT(TokenModel):
     """Heads vote for patches in every block; the winners are refined together, vote again, and meet the last block.
 
     Blocks whose tokens survive the second vote are given more of them (dynamic selection). The published code also adds
     a little of the assisting answer to the main one; here it only trains.
     """
 
-    def __init__(self, backbone: Backbone, heads: nn.ModuleList, metric: str, tokens: int, votes: int) -> None:
+    def __init__(self, backbone: Backbone, head: nn.Module, metric: str, tokens: int, votes: int) -> None:
         super().__init__()
-        self.backbone, self.heads, self.metric, self.tokens, self.votes = backbone, heads, metric, tokens, votes
+        self.backbone, self.head, self.metric, self.tokens, self.votes = backbone, head, metric, tokens, votes
         self.refine = Block(backbone.dim, count_heads(backbone.dim), qkv_bias=True)
         self.norm = nn.LayerNorm(backbone.dim)
         depth = backbone.depth - 1
@@ -42,7 +42,7 @@ class IELT(Model):
         scores = torch.stack([score(self.metric, x).mean(dim=1) for x in f], dim=1)  # B L-1 N
 
         block, rank = self.allot()  # T each
-        patches = scores.argsort(dim=-1, descending=True)[:, block, rank]  # B T
+        patches = scores.argsort(dim=-1, descending=True, stable=True)[:, block, rank]  # B T
         batch = torch.arange(images.shape[0], device=images.device)[:, None]
         chosen = torch.stack([x.patches for x in f], dim=1)[batch, block, patches]  # B T D
 
@@ -53,7 +53,7 @@ class IELT(Model):
         parts = gather_tokens(refined[:, skip:], kept)
         cls = self.backbone.last_block(stages[-1].tokens, parts, places + skip, grid)[:, 0]
 
-        answer, assist = self.heads[0](cls), self.heads[1](refined[:, 0])
+        answer, assist = self.head(cls), self.head(refined[:, 0])
         losses = {}
         if self.training:
             losses = {"cross_entropy": ((0.6, answer), (0.4, assist))}
@@ -72,6 +72,7 @@ class IELT(Model):
 
         Equal counts are decided by the mean attention, which is less than a vote.
         """
+        rows = rows.float()  # counts and attention together need more than half precision
         best = rows.topk(self.votes, dim=-1).indices
         counts = torch.zeros_like(rows).scatter(-1, best, 1.0).sum(dim=1)
         return (counts + rows.softmax(dim=-1).mean(dim=1)).topk(self.votes, dim=-1).indices
@@ -86,5 +87,4 @@ def build(
     patches = encoder.grid[0] * encoder.grid[1]
     if not 1 <= votes <= tokens <= patches:  # any one block may come to give them all
         raise ConfigError(f"tokens={tokens}, votes={votes}: 1 <= votes <= tokens <= {patches} patches is needed")
-    heads = nn.ModuleList(zero_linear(encoder.dim, num_classes) for _ in range(2))
-    return IELT(encoder, heads, metric, tokens, votes)
+    return IELT(encoder, zero_linear(encoder.dim, num_classes), metric, tokens, votes)

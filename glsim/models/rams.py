@@ -34,6 +34,11 @@ class RAMS(Model):
         losses = {"cross_entropy": ((1.0, logits[0]), (1.0, logits[1]))}
         return Output(logits.mean(dim=0), selection, crops, losses if self.training else {})
 
+    def initialised(self, kept: list[str]) -> None:
+        """Weights that know one class token only start the crop's from it."""
+        if "crop_token" in kept:
+            self.crop_token.data.copy_(self.backbone.net.cls_token)
+
     def no_weight_decay(self) -> set[str]:
         """The crop's class token too."""
         return super().no_weight_decay() | {"crop_token"}

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from glsim.backbone import Backbone, Model
+from glsim.backbone import Backbone, TokenModel
 from glsim.crop import select_these
 from glsim.heads import zero_linear
 from glsim.selection import check_metric, gather_tokens, score
-from glsim.types import Features, Output
+from glsim.types import Output
 
 ENCODER = {"stride": 0.75}  # patches overlap: 12 pixels of 16
 
 
-class TransFG(Model):
+class TransFG(TokenModel):
     """Overlapping patches; for every head the patch that attention leads to; only those go through the last block."""
 
     def __init__(self, backbone: Backbone, head: nn.Module, metric: str) -> None:
@@ -31,10 +31,6 @@ class TransFG(Model):
         selection = select_these(scores.sum(dim=1), parts, f.grid, images.shape[-2:])
         losses = {"cross_entropy": ((1.0, logits),), "contrastive": cls}
         return Output(logits, selection, aux=losses if self.training else {})
-
-    def features(self, images: Tensor, attention: bool = False) -> Features:
-        """What the parts are chosen from: tokens and attention before the last block, which sees the parts only."""
-        return self.backbone.stages(images)[-1].features
 
 
 def build(encoder: Backbone, num_classes: int, *, metric: str = "psm") -> TransFG:

@@ -1,0 +1,49 @@
+"""Floor 1: what a number was measured with: source, versions, device, command."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glsim import __version__
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Date, command line, commit, versions and device of this process, as plain values."""
+    name = f"cpu ({platform.machine()}, threads: {torch.get_num_threads()})"
+    if device.type != "cpu":
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    packages = ("torch", "torchvision", "timm", "accelerate")
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "commit": commit(Path(__file__).parents[1]),
+        "versions": {
+            "python": platform.python_version(),
+            "glsim": __version__,
+            **{package: version(package) for package in packages},
+        },
+        "device": name,
+    }
+
+
+def commit(root: Path) -> str | None:
+    """The git commit of a source tree, "+changes" where tracked files differ from it; None: it is no checkout."""
+    if not (root / ".git").exists():  # installed, perhaps below somebody else's checkout
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
+        changes = [*git, "status", "--porcelain", "--untracked-files=no"]
+        changed = subprocess.run(changes, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):  # no git, no commit yet, or somebody else's files
+        return None
+    return head.stdout.strip() + "+changes" * bool(changed)

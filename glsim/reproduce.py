@@ -1,0 +1,182 @@
+"""Floor 4: the paper's protocol. The lr is chosen on held-out training images, then several seeds train on all of them.
+
+`OUT/lr_LR/` are the runs that choose, `OUT/seed_SEED/` those that are measured on test after their last epoch, and
+`OUT/reproduce.json` says how far it got: the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from glsim import train
+from glsim.bundle import write_text
+from glsim.checkpoint import Interrupted
+from glsim.config import Reproduce, Train, read_recipe, to_recipe
+from glsim.data import split_hash
+from glsim.evaluate import make_accelerator
+from glsim.types import ConfigError, DataError, GlsimError
+
+STATE = "reproduce.json"
+MEASURED = ("count", "correct", "top1", "per_class_mean")
+
+
+def run(s: Reproduce, progress: bool = True) -> dict[str, Any]:
+    """The verb: choose the lr on val, train every seed, measure each on test once; returns what `reproduce.json` holds.
+
+    Raises ConfigError when OUT was started with other settings or images, DataError when there is no test split,
+    GlsimError when every lr diverged, and Interrupted after SIGINT or SIGTERM, which the same command goes on from.
+    """
+    out = Path(s.out)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out={out} is a file; name a folder")
+    base = settings(s)
+    splits, _ = train.read_splits(replace(base, skip_bad=False))
+    if "test" not in splits:
+        raise DataError(f"{s.data} has no split 'test' to measure the seeds on; it has: {', '.join(splits)}")
+    plan = {
+        "lrs": s.lrs or [base.lr],
+        "seeds": s.seeds,
+        "val_fraction": 0.0 if "val" in splits else s.val_fraction,
+        "split_hash": split_hash(splits, s.data),
+        "train": plain(base, *train.FREE, "lr", "seed", "val_fraction", "test"),
+    }
+    accelerator = make_accelerator(None, base.precision, base.accumulate)
+    state = _read(out, plan)
+    accelerator.wait_for_everyone()  # every process has read it before the first one writes
+    main = accelerator.is_main_process
+
+    def keep() -> None:
+        if main:
+            out.mkdir(parents=True, exist_ok=True)
+            write_text(out / STATE, json.dumps(state, indent=2) + "\n")
+
+    def finish(name: str, **changes: Any) -> dict[str, Any]:
+        row = state["runs"][name]
+        row["state"] = "running"
+        keep()
+        folder = out / name
+        try:
+            resume = (folder / train.RECIPE).exists()
+            result = train.run(replace(base, **changes, out=str(folder), resume=resume), progress)
+        except (Interrupted, KeyboardInterrupt) as stop:
+            raise Interrupted(f"interrupted in {folder}; the same command goes on from there") from stop
+        row["state"] = "done"
+        return result
+
+    with _sigterm_as_sigint():
+        for name, row in state["runs"].items():
+            if "test" in row or row["state"] in ("done", "diverged"):
+                continue
+            if name.startswith("lr_"):
+                changes = {"lr": row["lr"], "seed": row["seed"], "val_fraction": plan["val_fraction"], "test": False}
+                try:
+                    row["val"] = _measured(finish(name, **changes)["val"])
+                except train.Diverged as error:
+                    row |= {"state": "diverged", "why": str(error)}
+            else:
+                state["lr"] = row["lr"] = choose_lr(state["runs"])
+                changes = {"lr": row["lr"], "seed": row["seed"], "val_fraction": 0.0, "test": True}
+                row["test"] = _measured(finish(name, **changes)["test"])
+            keep()
+        state["test"] = summary([row["test"] for row in state["runs"].values() if "test" in row])
+        keep()
+    return {"out": str(out), **state}
+
+
+def settings(s: Reproduce) -> Train:
+    """The recipe with what `s` changes; raises ConfigError naming the setting that is unknown or of another type."""
+    recipe = read_recipe(s.recipe)
+    values = recipe | s.train | {"data": s.data, "out": s.out, "seed": s.seeds[0], "val_fraction": 0.0, "test": True}
+    for name in ("options", "backbone_args"):
+        # Words after --train.options.NAME arrive as they were typed.
+        given = {k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in (s.train.get(name) or {}).items()}
+        values[name] = (recipe.get(name) or {}) | given
+    if values.get("precision") is False:  # a bare `no` in YAML
+        values["precision"] = "no"
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Train)
+    try:
+        checked = parser.parse_object(values).as_dict()
+    except ArgumentError as error:
+        raise ConfigError(f"{s.recipe} with --train: {' '.join(str(error).split())}") from None
+    return Train(**checked)
+
+
+def plain(s: Train, *without: str) -> dict[str, Any]:
+    """The settings as JSON and YAML hold them, some left out."""
+    return {k: v for k, v in yaml.safe_load(to_recipe(s)).items() if k not in without}
+
+
+def choose_lr(runs: dict[str, dict[str, Any]]) -> float:
+    """The lr with the most right answers on val after the last epoch; of equals the smallest.
+
+    A single one needs no measurement. Raises GlsimError when all of them diverged.
+    """
+    lrs = {name: row for name, row in runs.items() if name.startswith("lr_")}
+    if not lrs:
+        (lr,) = {row["lr"] for row in runs.values()}
+        return lr
+    finished = [row for row in lrs.values() if row["state"] == "done"]
+    if not finished:
+        raise GlsimError(f"every lr diverged: {'; '.join(row['why'] for row in lrs.values())}")
+    return max(finished, key=lambda row: (row["val"]["correct"], -row["lr"]))["lr"]
+
+
+def summary(measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and sample standard deviation (None: of one run) of top-1 and per-class mean, and the counts."""
+    result: dict[str, Any] = {"runs": len(measured)}
+    for name in ("top1", "per_class_mean"):
+        values = [m[name] for m in measured]
+        result[name] = {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None}
+    return result | {"correct": [m["correct"] for m in measured], "count": measured[0]["count"]}
+
+
+def _read(out: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    """What `reproduce.json` holds, or the beginning; ConfigError when it was started by another plan."""
+    file = out / STATE
+    if not file.exists():
+        several = plan["lrs"] if len(plan["lrs"]) > 1 else []
+        only = None if several else plan["lrs"][0]
+        first = {"state": "waiting", "seed": plan["seeds"][0]}
+        runs = {f"lr_{lr}": {**first, "lr": lr} for lr in several}
+        runs |= {f"seed_{seed}": {"state": "waiting", "seed": seed, "lr": only} for seed in plan["seeds"]}
+        return {"plan": plan, "runs": runs, "lr": only, "test": None}
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        before = {**state["plan"]["train"], **{k: v for k, v in state["plan"].items() if k != "train"}}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} is damaged: {error!r}; remove it, finished runs are kept") from error
+    now = {**plan["train"], **{k: v for k, v in plan.items() if k != "train"}}
+    changed = [f"{k}={v!r} (was {before.get(k)!r})" for k, v in now.items() if v != before.get(k, v)]
+    if changed:
+        raise ConfigError(f"{out} was started with other settings: {', '.join(changed)}; name another --out")
+    return state
+
+
+def _measured(result: dict[str, Any]) -> dict[str, Any]:
+    return {name: result[name] for name in MEASURED}
+
+
+@contextmanager
+def _sigterm_as_sigint() -> Iterator[None]:
+    """Between the steps of training, SIGTERM interrupts at once, as SIGINT does."""
+    before = signal.getsignal(signal.SIGTERM)
+    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
