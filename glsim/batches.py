@@ -6,6 +6,7 @@ the same whatever the number of workers and processes, and a run can go on in th
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -127,7 +128,12 @@ def train_loader(dataset: ImageDataset, batches: TrainBatches, workers: int) -> 
     pin = torch.accelerator.is_available()
     fork = "fork" if workers and isinstance(dataset, CachedImages) and "fork" in get_all_start_methods() else None
     return DataLoader(
-        Augmented(dataset), batch_sampler=batches, num_workers=workers, pin_memory=pin, multiprocessing_context=fork
+        Augmented(dataset),
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=pin,
+        multiprocessing_context=fork,
+        worker_init_fn=_apart,
     )
 
 
@@ -135,4 +141,10 @@ def make_loader(images: ImageList, transform: Any, batch_size: int, workers: int
     """Batches (images (B, 3, H, W), labels (B,)) in the order of `images`, read ahead by `workers` processes."""
     dataset: Any = ImageDataset(images, transform)
     pin = torch.accelerator.is_available()
-    return DataLoader(dataset, batch_size=batch_size, num_workers=workers, pin_memory=pin)
+    return DataLoader(dataset, batch_size=batch_size, num_workers=workers, pin_memory=pin, worker_init_fn=_apart)
+
+
+def _apart(_: int) -> None:
+    """A worker leaves the process group: Ctrl-C and `timeout` reach the run alone, which still needs its workers."""
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -177,6 +178,20 @@ def show_quickstart(r: dict[str, Any], _: Any) -> str:
     return "\n".join(lines)
 
 
+def show_bench(r: dict[str, Any], s: config.Bench) -> str:
+    """A line a row, ratios beside."""
+    from glsim.benchmark import as_text
+
+    return as_text(r) + (f"\nwritten: {s.out}" if s.out else "")
+
+
+def show_flops(r: dict[str, Any], s: config.Flops) -> str:
+    """The table, under a head that says how it counts."""
+    from glsim.cost import as_text
+
+    return as_text(r, s.convention)
+
+
 VERBS = {
     "quickstart": Verb(config.Quickstart, "glsim.quickstart:run", show_quickstart, progress=True),
     "train": Verb(config.Train, "glsim.train:run", show_train, progress=True),
@@ -185,6 +200,8 @@ VERBS = {
     "eval": Verb(config.Eval, "glsim.evaluate:run", show_eval),
     "predict": Verb(config.Predict, "glsim.predict:run", show_predict, progress=True),
     "explain": Verb(config.Explain, "glsim.pictures:run", show_explain),
+    "bench": Verb(config.Bench, "glsim.benchmark:run", show_bench, progress=True),
+    "flops": Verb(config.Flops, "glsim.cost:run", show_flops),
     "convert": Verb(config.Convert, "glsim.convert:run", show_convert),
     "doctor": Verb(config.Doctor, "glsim.doctor:run", show_doctor, progress=True),
     "datasets": Verb(config.Datasets, "glsim.datasets:run", show_datasets),
@@ -211,7 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         extra = {"progress": sys.stderr.isatty() or not as_json} if verb.progress else {}
         result = getattr(import_module(module), function)(settings, **extra)
         text = json.dumps(result, ensure_ascii=False) if as_json else verb.show(result, settings)
-        print(text.encode("utf-8", "backslashreplace").decode())  # a file name may hold bytes that are no text
+        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+            print(text.encode("utf-8", "backslashreplace").decode())  # a file name may hold bytes that are no text
         return int(result.get("exit_code", 0))  # of a verb that looked and found something wrong
     except SystemExit as stop:  # jsonargparse printed help (0) or what is wrong (2)
         return int(stop.code or 0)
@@ -229,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def fail(verb: str, error: object, code: int, as_json: bool) -> int:
     """Say what went wrong, on stderr for people and with --json on stdout for programs; returns `code`."""
     print(f"glsim {verb}: {error}", file=sys.stderr)
-    if as_json:
+    if as_json and os.environ.get("RANK", "0") == "0":
         print(json.dumps({"error": str(error), "exit_code": code}, ensure_ascii=False))
     return code
 
@@ -262,8 +280,9 @@ def parse(name: str, verb: Verb, words: list[str]) -> Any:
     for f in fields:
         add_option(parser, f, hints[f.name])
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    numbers = {f"--{f.name.replace('_', '-')}" for f in fields if hints[f.name] in (list[int], list[float])}
     try:
-        values = parser.parse_args(words).as_dict()
+        values = parser.parse_args(split_commas(words, numbers)).as_dict()
     except ArgumentError as error:
         options = [option for action in parser._actions for option in action.option_strings]
         given = [word.partition("=")[0] for word in words if word.startswith("--")]
@@ -271,6 +290,18 @@ def parse(name: str, verb: Verb, words: list[str]) -> Any:
         close = [f"did you mean {match}?" for word in wrong for match in get_close_matches(word, options, n=1)]
         raise ConfigError("; ".join([str(error), *close, f"glsim {name} --help lists the options"])) from None
     return verb.settings(**{f.name: values[f.name] for f in fields})
+
+
+def split_commas(words: list[str], options: set[str]) -> list[str]:
+    """`--sizes 224,448` or `--sizes=224,448` as `--sizes 224 448`, for `options` that take several numbers."""
+    result, option = [], ""
+    for word in words:
+        if word.startswith("--"):
+            option, _, value = word.partition("=")
+            result += [option, *filter(None, value.split(","))] if option in options else [word]
+        else:
+            result += filter(None, word.split(",")) if option in options else [word]
+    return result
 
 
 def add_option(parser: Any, f: dataclasses.Field, hint: Any) -> None:
@@ -293,7 +324,7 @@ def add_option(parser: Any, f: dataclasses.Field, hint: Any) -> None:
             parser.add_argument(f"--no-{option[2:]}", dest=f.name, action="store_false", help=f"not {option}")
     elif hint == list[str] | None:
         parser.add_argument(option, nargs="+", default=default, help=text)
-    elif hint in (list[int], list[float]):
+    elif hint in (list[int], list[float], list[str]):
         parser.add_argument(option, nargs="+", type=typing.get_args(hint)[0], default=default, help=text)
     elif needed:
         parser.add_argument(option, type=hint, required=True, help=text)

@@ -40,7 +40,7 @@ def positional(default: Any, help: str) -> Any:  # noqa: A002
 class Train:
     """Train a model on a folder or CSV of images. OUT becomes a bundle: load it, evaluate it, predict with it."""
 
-    data: str = required("folder (train/CLASS/.., or CLASS/..), or CSV with path,label[,split]")
+    data: str = required("folder (train/CLASS/.., or CLASS/..), CSV with path,label[,split], hf:NAME or wds:FOLDER")
     dataset: str | None = setting(None, "data set prepared in DATA; its settings hold unless others are given")
     out: str = required("run folder to make")
     resume: bool = setting(False, "go on from the last checkpoint in OUT")
@@ -80,6 +80,7 @@ class Train:
     cutmix: float = setting(0.0, "paste a piece of one image into another; parameter of the Beta distribution (0: off)")
 
     freeze: Literal["none", "backbone"] = setting("none", "backbone: only what the method puts on top is trained")
+    lora: int = setting(0, "rank of low-rank adapters on the attention of a backbone otherwise frozen (0: off)")
     epochs: int = setting(50, "passes over train")
     batch_size: int = setting(8, "images at a time, on each device")
     accumulate: int = setting(1, "batches whose mean gradient makes one step")
@@ -116,7 +117,7 @@ class Train:
             choose(getattr(self, name), dict.fromkeys(choices.split()), name)
         _at_least(self, 1, "epochs", "batch_size", "accumulate", "repeats")
         _at_least(self, 0, "workers", "save_steps", "warmup_steps", "weight_decay", "clip_grad")
-        _at_least(self, 0, "mixup", "cutmix", "focal", "supcon")
+        _at_least(self, 0, "mixup", "cutmix", "focal", "supcon", "lora")
         _at_least(self, 0, "lr", "min_lr", "warmup_lr")
         _below_one(self, "val_fraction", "test_fraction", "label_smoothing", "ema", "momentum")
         for name in ("mean", "std"):
@@ -190,7 +191,7 @@ class Eval:
     """Measure a model on one split: top-1, top-5, mean over classes, exact counts; a page of the mistakes."""
 
     source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth")
-    data: str = required("folder or CSV, as for train")
+    data: str = required("folder, CSV, hf:NAME or wds:FOLDER, as for train")
     dataset: str | None = setting(None, "name of a data set prepared in DATA")
     split: Literal["train", "val", "test", "all"] = setting("test", "which images; all: every one there is")
     out: str | None = setting(None, "folder for evaluation.json, predictions.csv and the confusion matrix")
@@ -254,6 +255,74 @@ class Explain:
             raise ConfigError(f"alpha={self.alpha}: from 0 to 1")
         if not self.power > 0:
             raise ConfigError(f"power={self.power}: above 0 is needed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Time models in turn: answers, training steps, images a second, peak memory, and their ratios."""
+
+    methods: list[str] = setting(["plain", "glsim"], "what to measure; options after a colon: glsim:crop_size=112")
+    backbones: list[str] = setting(["vit_base_patch16_224"], "timm model names")
+    sizes: list[int] = setting([224], "sides of the images in pixels")
+    batch_sizes: list[int] = setting([1, 8], "images at a time")
+    dtypes: list[str] = setting(["float32"], "float32, bfloat16, float16: of the weights; in training, of autocast")
+    compile: Literal["no", "yes", "both"] = setting("no", "compile the models with torch.compile")
+    against: str | None = setting(None, "one of the methods: divide what the others took by what this one took")
+    training: bool = setting(True, "time training steps too: forward, backward, SGD")
+    memory: bool = setting(True, "measure peak memory too, each row in a process of its own")
+    data: str | None = setting(None, "images (folder or glob): how many a second are read, prepared and answered")
+    workers: int = setting(2, "processes that load images")
+    repeats: int = setting(10, "rounds in which every model has its turn; median and quartiles are over these")
+    warmup: int = setting(2, "rounds before those, not counted")
+    num_classes: int = setting(200, "outputs of the last layer")
+    backbone_args: dict[str, Any] = setting({}, "handed to timm, as --backbone-args.depth 6")
+    out: str | None = setting(None, "folder for bench.json, cost.png and throughput.png")
+    device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            choose(method.partition(":")[0], METHODS, "method")
+        for dtype in self.dtypes:
+            choose(dtype, dict.fromkeys(("float32", "bfloat16", "float16")), "dtype")
+        choose(self.compile, dict.fromkeys(("no", "yes", "both")), "compile")
+        if self.against is not None:
+            choose(self.against, dict.fromkeys(self.methods), "method to compare against")
+        for name in ("methods", "backbones", "sizes", "batch_sizes", "dtypes"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values) or not values:
+                raise ConfigError(f"{name}={values}: {'each only once' if values else 'one or more'}")
+        if min(self.sizes + self.batch_sizes) < 1:
+            raise ConfigError(f"sizes={self.sizes}, batch_sizes={self.batch_sizes}: at least 1 is needed")
+        _at_least(self, 1, "repeats", "num_classes")
+        _at_least(self, 0, "warmup", "workers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops:
+    """Count parameters and floating point operations of a model, or of each way to choose patches; nothing is timed."""
+
+    method: str = setting("glsim", f"shown beside plain; one of: {', '.join(METHODS)}")
+    backbone: str | None = setting(None, "timm model name; default: vit_base_patch16_224, for cal resnet101")
+    image_size: Size = setting(None, "pixels, one side or [height,width]; default: the backbone's own")
+    num_classes: int = setting(200, "outputs of the last layer")
+    options: dict[str, Any] = setting({}, "options of the method, as --options.crop_size 112")
+    backbone_args: dict[str, Any] = setting({}, "handed to timm, as --backbone-args.depth 6")
+    convention: Literal["paper", "honest"] | None = setting(
+        None, "count each way to choose patches instead, as GLSim's paper does or all by one rule (docs/cost.md)"
+    )
+    sizes: list[int] = setting([224, 448, 768, 1024], "sides of the images in pixels, with --convention")
+
+    def __post_init__(self) -> None:
+        choose(self.method, METHODS, "method")
+        _at_least(self, 1, "num_classes")
+        if not self.sizes or min(self.sizes) < 1:
+            raise ConfigError(f"sizes={self.sizes}: one or more, at least 1")
+        if self.convention is not None:
+            choose(self.convention, {"paper": None, "honest": None}, "convention")
+            if self.image_size is not None:
+                raise ConfigError("image_size: with --convention use --sizes")
+            if self.options or self.method != "glsim":
+                raise ConfigError("method and options: --convention counts every way to choose, and the paper's GLSim")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,7 +66,9 @@ def supervised_contrastive(
     weight, vectors = given
     unit = F.normalize(vectors.float(), dim=-1)
     itself = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
-    log_share = (unit @ unit.T / temperature).masked_fill(itself, torch.finfo().min).log_softmax(dim=-1)
+    with torch.autocast(unit.device.type, enabled=False):  # a temperature of 0.1 leaves half precision two digits
+        cos = unit @ unit.T
+    log_share = (cos / temperature).masked_fill(itself, torch.finfo().min).log_softmax(dim=-1)
     same = (labels[:, None] == labels[None, :]) & ~itself
     others = same.sum(dim=-1)
     each = -log_share.where(same, 0.0).sum(dim=-1) / others.clamp(min=1)

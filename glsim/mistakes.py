@@ -20,6 +20,7 @@ from glsim.data import ImageList
 from glsim.images import BadImage, open_image
 from glsim.pictures import BOX_COLOUR, TITLES, Explanation, explanations, overlay, to_photograph
 from glsim.predict import to_original
+from glsim.sources import located
 from glsim.transforms import Preprocessing, eval_transform
 
 PAGE = "index.html"
@@ -62,7 +63,7 @@ def write_page(
         body += _pairs(pairs, shown, names, examples, list(about["per_class"].values()))
         body += f"<h2>One by one, the most confident first</h2>\n<p>{_legend(model, shown[0], len(mistakes))}</p>\n"
     for number, (m, pictures) in enumerate(draw(model, shown), start=1):
-        body += _card(number, m, pictures, names, examples)
+        body += _card(number, m, pictures, names, examples, located(about["data"]))
     title = f"glsim mistakes: {_text(about['source'])}"
     # An example stands beside many mistakes: as a background its picture is in the page once.
     style = _STYLE + "".join(f".of{c} {{ background-image: url({address}) }}\n" for c, address in examples.items())
@@ -104,7 +105,7 @@ def _pictures(photograph: Image.Image, e: Explanation, p: Preprocessing) -> list
     box = to_original(e.box, small.size, p)
     return [
         ("image and box", _address(_with_box(small, box))),
-        (TITLES.get(e.metric, e.metric), _address(_with_box(Image.fromarray(heat), box))),
+        (f"scores: {TITLES.get(e.metric, e.metric)}", _address(_with_box(Image.fromarray(heat), box))),
         ("in the box", _address(ImageOps.contain(crop, (SIDE, SIDE), Image.Resampling.BICUBIC))),
     ]
 
@@ -164,11 +165,13 @@ h3 { margin: 0; font-size: 1.1rem; font-weight: 400 }
 .card p { margin: 0 0 .6rem } figure { margin: 0; min-width: 0 }
 .pictures { display: grid; grid-template-columns: repeat(5, 1fr); gap: .6rem }
 .pictures img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: #f4f4f5 }
-.first { border-left: 1px solid #ddd; padding-left: .6rem }
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); column-gap: 2rem }
+.first { position: relative }
+.first::before { content: ""; position: absolute; inset: 0 auto 0 -.35rem; border-left: 1px solid #ddd }
 @media (max-width: 44rem) {
 .pictures { grid-template-columns: repeat(6, 1fr) } figure { grid-column: span 2 }
 .example-of { grid-column: span 3 } .example-of .example { aspect-ratio: 3 / 2 }
-.first { border: 0; padding: 0 } .pair { grid-template-columns: 4rem 4rem 1fr }
+.first::before { display: none } .pair { grid-template-columns: 4rem 4rem 1fr }
 }
 """
 
@@ -193,7 +196,7 @@ def _legend(model: Model, first: Mistake, wrong: int) -> str:
     return capped + (
         "The heat-map goes from blue, low scores, to red, high ones; edges that the network was not shown are blue. "
         + (
-            f"What is in the box {method} encoded once more."
+            f"{method} encoded what is in the box once more."
             if crops
             else f"{method} does not look into the box again."
         )
@@ -208,7 +211,7 @@ def _pairs(
     per_class: Sequence[Sequence[int]],
 ) -> str:
     """The classes taken for each other most often, with an example of both and where the mistakes stand."""
-    text = "<h2>Most often confused</h2>\n"
+    text = '<h2>Most often confused</h2>\n<div class="pairs">\n'
     for (a, b), counts in pairs[:PAIRS]:
         lines = [
             f"<p><b>{names[true]}</b> taken for <b>{names[said]}</b>: {count} of {per_class[true][1]:,}</p>"
@@ -220,13 +223,18 @@ def _pairs(
         pictures = "".join(_example(c, names, examples) for c in (a, b))
         text += f'<div class="pair">{pictures}<div>{"".join(lines)}</div></div>\n'
     rest = len(pairs) - PAIRS
-    return text + (f'<p class="grey">and {rest:,} more {"pair" if rest == 1 else "pairs"}</p>\n' if rest > 0 else "")
+    return (
+        text
+        + "</div>\n"
+        + (f'<p class="grey">and {rest:,} more {"pair" if rest == 1 else "pairs"}</p>\n' if rest > 0 else "")
+    )
 
 
 def _card(
-    number: int, m: Mistake, pictures: list[tuple[str, str]], names: Sequence[str], examples: dict[int, str]
+    number: int, m: Mistake, pictures: list[tuple[str, str]], names: Sequence[str], examples: dict[int, str], root: Path
 ) -> str:
     """One mistake."""
+    path = m.path.relative_to(root) if m.path.is_relative_to(root) else m.path
     figures = "".join(
         f'<figure><img loading="lazy" src="{address}" alt=""><figcaption>{_text(title)}</figcaption></figure>'
         for title, address in pictures
@@ -239,7 +247,7 @@ def _card(
     answers = f"{names[m.answer]} {m.confidence:.1%}, {names[m.truth]} {m.true_confidence:.1%}"
     return f"""<article class="card" id="m{number}">
 <h3><span class="grey">{number}.</span> <b>{names[m.truth]}</b> taken for <b>{names[m.answer]}</b></h3>
-<p class="small grey">{answers}; {_text(m.path)}</p>
+<p class="small grey">{answers}; {_text(path)}</p>
 <div class="pictures">{figures}</div>
 </article>
 """

@@ -184,7 +184,7 @@ def find_metric(spec: str) -> partial[Tensor]:
 
 @torch.no_grad()
 def score(spec: str, f: Features) -> Tensor:
-    """Scores (B, g, N) of the metric that `spec` names. They choose: no gradient, and no attention maps kept for one."""
+    """Scores (B, g, N) of the metric that `spec` names. They choose: no gradient, no attention maps kept for one."""
     return find_metric(spec)(f)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from glsim.backbone import Model, TokenModel
+from glsim.adapt import adapt, merged
+from glsim.backbone import Model
 from glsim.batches import CachedImages, TrainBatches, make_loader, mix, train_loader
 from glsim.bundle import CONFIG, METRICS_FILE, default_preprocessing, init_from, save, write_text
 from glsim.catalog import prepared
@@ -36,17 +38,11 @@ from glsim.images import BadImage, find_bad
 from glsim.losses import objective
 from glsim.models import create_model
 from glsim.transforms import Preprocessing, batch_mixing, eval_transform, train_steps
-from glsim.types import ConfigError, DataError, Features, GlsimError, Output
+from glsim.types import ConfigError, DataError, GlsimError
 
 RECIPE, LOG, CURVE, BAD_IMAGES = "train.yaml", "log.jsonl", "curve.png", "bad_images.txt"
 RUN, PREDICTIONS = "run.json", "predictions_test.csv"
-FREE = {
-    "workers",
-    "out",
-    "data",
-    "cache",
-    "tracker",
-}  # may change without changing the run; the split hash watches the data
+FREE = {"workers", "out", "data", "cache", "tracker"}  # change nothing; the split hash watches the data
 
 
 def run(s: Train, progress: bool = True) -> dict[str, Any]:
@@ -68,11 +64,13 @@ def run(s: Train, progress: bool = True) -> dict[str, Any]:
     )
     if s.init_from is not None:
         init_from(model, s.init_from)
-    adapt(s, model)
+    how = {name: getattr(s, name) for name in ("freeze", "lora", "supcon", "grad_checkpointing", "compile")}
+    adapt(model, **how)
     p = _preprocessing(s, model)
     group = accelerator.num_processes * s.accumulate
     batches = TrainBatches(len(splits["train"]), s.batch_size, group, s.seed, s.repeats)
-    loader = train_loader(train_images(s, splits["train"], p, accelerator.num_processes), batches, s.workers)
+    copies = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine, as the launcher tells
+    loader = train_loader(train_images(s, splits["train"], p, copies), batches, s.workers)
     mixing = batch_mixing(s.mixup, s.cutmix, len(classes))
     watched = {
         name: accelerator.prepare(make_loader(images, eval_transform(p), s.batch_size, s.workers))
@@ -159,22 +157,24 @@ def run(s: Train, progress: bool = True) -> dict[str, Any]:
                     raise Interrupted(_stopped(out, step, total))
             tally.check(batches, splits["train"], s.lr)
             share_buffers(final, accelerator)
+            answering = merged(final)
             row = {"epoch": epoch + 1, "step": step, "lr": max(g["lr"] for g in optimizer.param_groups), **tally.row()}
             metrics: dict[str, Any] = {}
             for name, images in watched.items():
                 # The test split is measured once, after the last epoch; nothing is chosen by it.
                 if name == "val" or epoch + 1 == s.epochs:
-                    measured = evaluate(final, images, len(classes), accelerator)
+                    measured = evaluate(answering, images, len(classes), accelerator)
                     metrics[name] = measured.summary(classes)
                     row[f"{name}_top1"] = metrics[name]["top1"]
                     if name == "test" and accelerator.is_main_process:
-                        write_text(out / PREDICTIONS, predictions_table(splits[name], measured, s.data))
+                        with writing(out):
+                            write_text(out / PREDICTIONS, predictions_table(splits[name], measured, s.data))
             history.append(row)
             accelerator.log(row, step)
             tally = Tally(accelerator)
             if accelerator.is_main_process:
                 with writing(out):
-                    save(final, out, list(classes), preprocessing=p, metrics={**row, **metrics}, **about)
+                    save(answering, out, list(classes), preprocessing=p, metrics={**row, **metrics}, **about)
                     write_text(out / LOG, "".join(json.dumps(r) + "\n" for r in history))
                     draw_curve(history, out / CURVE)
             keep()
@@ -197,9 +197,9 @@ class Tally:
         self.values = torch.zeros(3, device=accelerator.device)  # loss, right, images: of this process
         self.bad = torch.tensor(-1, device=accelerator.device)
         if sums is not None:
-            self.seconds = sums[3]
-            if accelerator.is_main_process:
-                self.values += torch.tensor(sums[:3], device=accelerator.device)
+            own = 3 * accelerator.process_index
+            self.seconds = sums[-1]
+            self.values += torch.tensor(sums[own : own + 3], device=accelerator.device)
 
     @torch.no_grad()
     def add(self, logits: Tensor, labels: Tensor, loss: Tensor, step: int) -> None:
@@ -212,8 +212,8 @@ class Tally:
         self.bad = torch.where((self.bad < 0) & ~loss.isfinite(), step, self.bad)
 
     def sums(self) -> list[float]:
-        """Loss, right answers and images of all processes, and seconds."""
-        return [*self.accelerator.reduce(self.values.clone(), "sum").tolist(), self.elapsed()]
+        """Loss, right answers and images of each process in turn, and seconds: what a resumed epoch begins with."""
+        return [*self.accelerator.gather(self.values).tolist(), self.elapsed()]
 
     def elapsed(self) -> float:
         """Seconds of the epoch so far, without those it lay still."""
@@ -221,7 +221,8 @@ class Tally:
 
     def row(self) -> dict[str, float]:
         """The epoch as a row of the log."""
-        loss, right, images, seconds = self.sums()
+        loss, right, images = self.accelerator.reduce(self.values.clone(), "sum").tolist()
+        seconds = self.elapsed()
         return {
             "train_loss": loss / images,
             "train_top1": right / images,
@@ -277,46 +278,6 @@ def train_images(s: Train, images: ImageList, p: Preprocessing, copies: int = 1)
     if s.cache == "ram":
         return CachedImages(images, always, chance, copies)
     return ImageDataset(images, v2.Compose([always, chance]))
-
-
-def adapt(s: Train, model: Model) -> None:
-    """Make `model` train as `s` asks beyond what its forward does; ConfigError where it cannot."""
-    if s.freeze == "backbone":
-        model.backbone.requires_grad_(False)
-    if s.supcon:
-        add_contrast(model, s.supcon)
-    if s.grad_checkpointing:
-        if isinstance(model, TokenModel):
-            raise ConfigError(
-                f"grad_checkpointing: {s.method!r} reads the attention maps of its one pass, and keeps all"
-            )
-        try:
-            model.backbone.net.set_grad_checkpointing(True)
-        except (AssertionError, AttributeError) as error:
-            raise ConfigError(f"grad_checkpointing: timm has none for {model.config['backbone']!r}") from error
-    if s.compile:
-        model.compile()  # in place: the names of the weights stay
-
-
-def add_contrast(model: Model, weight: float) -> None:
-    """In training `model` also names the supervised-contrastive term, on the class tokens of its first pass (B, D)."""
-    if isinstance(model, TokenModel):
-        raise ConfigError(f"supcon: {model.config['method']!r} has no class token before its parts are chosen")
-    passes: list[Tensor] = []
-
-    def note(_: Any, __: Any, features: Features) -> None:
-        passes.append(features.cls)
-
-    def add(model: Any, _: Any, output: Output) -> Output:
-        first = passes[0]
-        passes.clear()
-        if not model.training:
-            return output
-        terms = output.aux or {"cross_entropy": ((1.0, output.logits),)}
-        return output._replace(aux={**terms, "supervised_contrastive": (weight, first)})
-
-    model.backbone.register_forward_hook(note)
-    model.register_forward_hook(add)
 
 
 def share_buffers(model: nn.Module, accelerator: Accelerator) -> None:

@@ -1,6 +1,7 @@
 """What the markdown files say is true: their code runs, their commands parse, their names and links exist."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import inspect
 import io
@@ -16,10 +17,12 @@ import torch
 from conftest import ROOT, SMALL, scene, small_model
 from PIL import Image
 from test_floors import FLOORS
+from timm.models.vision_transformer import VisionTransformer
 
 import glsim
 from glsim import cli
 from glsim.backbone import build_backbone
+from glsim.config import Train
 from glsim.crop import BOX_RULES
 from glsim.losses import TERMS
 from glsim.selection import NEEDS_ATTENTION
@@ -128,6 +131,9 @@ def test_commands_parse(words, monkeypatch):
     if program == "glsim":
         verb = cli.VERBS[rest[0]]
         assert isinstance(cli.parse(rest[0], verb, [w for w in rest[1:] if w != "--json"]), verb.settings)
+    elif program in ("torchrun", "accelerate"):  # the launcher's own words, then ours
+        verb = rest[rest.index("glsim.cli") + 1 :]
+        assert isinstance(cli.parse(verb[0], cli.VERBS[verb[0]], verb[1:]), cli.VERBS[verb[0]].settings)
     elif program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
         assert rest and set(rest) <= set(targets)
@@ -321,3 +327,28 @@ def test_a_metric_takes_15_lines_and_is_the_one_that_is_used(workplace):
     assert model(images).selection.indices[:, 0].tolist() == [0, 0]
     peaks = glsim.explain(model, images, metric=new).reshape(2, -1).argmax(axis=1)
     assert (peaks // 64 < 16).all() and (peaks % 64 < 16).all()
+
+
+def test_every_key_that_parity_names_is_there():
+    text = (ROOT / "docs" / "parity.md").read_text(encoding="utf-8")
+    here = "\n".join(line.rpartition("|")[0].rpartition(" | ")[2] for line in text.splitlines() if line.startswith("|"))
+    fields = {f.name for f in dataclasses.fields(Train)}
+    options = set(create_model_options())
+    for name in re.findall(r"`options\.(\w+)`", here):
+        assert name in options, f"parity.md names options.{name}"
+    arguments = set(inspect.signature(VisionTransformer).parameters)
+    for name in re.findall(r"`backbone_args\.(\w+)`", here):
+        assert name in arguments, f"parity.md names backbone_args.{name}"
+    known = fields | set(glsim.METHODS) | set(glsim.METRICS) | WORDS
+    for name in re.findall(r"`(\w+)`", here):
+        assert name in known, f"parity.md names {name}"
+
+
+# Values, not keys.
+WORDS = {"avg", "square", "short", "random", "resized", "centre", "fp16", "bf16"}
+
+
+def create_model_options():
+    for module in glsim.METHODS.values():
+        yield from (p.name for p in inspect.signature(import_module(module).build).parameters.values())
+    yield from inspect.signature(build_backbone).parameters

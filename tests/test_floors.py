@@ -10,20 +10,33 @@ FLOORS = [
     {"types"},
     {
         *("attention", "backbone", "selection", "crop", "heads", "losses"),
-        *("transforms", "images", "figures", "synthetic", "catalog"),
+        *("transforms", "images", "figures", "synthetic", "catalog", "environment"),
     },
     {"models"},
-    {"config", "data", "bundle", "official", "batches", "checkpoint"},
-    {"train", "evaluate", "predict", "pictures", "convert", "datasets", "doctor"},
+    {"config", "adapt", "data", "sources", "bundle", "official", "batches", "checkpoint", "cost"},
+    {
+        *("train", "evaluate", "predict", "pictures", "mistakes", "convert", "datasets", "doctor"),
+        *("reproduce", "report", "benchmark"),
+    },
     {"quickstart", "cli", "__init__"},
 ]
 SIDEWAYS = {
     ("backbone", "attention"),  # an adapter hands out the logits that were collected
     ("crop", "selection"),  # a box is drawn around picked patches
     ("bundle", "official"),  # `load` reads both formats
+    ("data", "sources"),  # what is no folder of images
     ("batches", "data"),
     ("checkpoint", "bundle"),  # files written whole or not at all
+    ("cost", "config"),  # the settings of its verb
     ("train", "evaluate"),
+    ("evaluate", "predict"),  # the same answer to an image, mirrored or not
+    ("evaluate", "mistakes"),  # the page of what it counted
+    ("mistakes", "pictures"),
+    ("mistakes", "predict"),
+    ("reproduce", "train"),
+    ("reproduce", "evaluate"),
+    ("report", "train"),  # reads what it left in the folder of a run
+    ("report", "reproduce"),
     ("doctor", "train"),  # the memory of a step with the optimiser that train would make
 }
 

@@ -32,7 +32,7 @@ def naive_cos(u, v):
 
 
 def test_every_term_has_a_test():
-    assert set(TERMS) == {"cross_entropy", "contrastive", "uncertainty", "centre"}
+    assert set(TERMS) == {"cross_entropy", "contrastive", "supervised_contrastive", "uncertainty", "centre"}
 
 
 @pytest.mark.parametrize("smoothing", SMOOTHING)
@@ -73,6 +73,87 @@ def test_contrastive_agrees_with_a_loop(labels):
     loss = TERMS["contrastive"](cls, torch.tensor(labels), 0.1)
     assert loss.item() == pytest.approx(expected / 25, rel=1e-5)
     assert TERMS["contrastive"](7 * cls, torch.tensor(labels), 0.0).item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 0, 1, 3], [2, 2, 2, 2, 2], [0, 1, 2, 3, 4]])
+def test_supervised_contrastive_agrees_with_a_loop(labels):
+    """-1/|P(i)| sum over p in P(i) of log exp(cos_ip / t) / sum over a != i of exp(cos_ia / t), mean over i with P(i)."""
+    vectors, each = torch.randn(5, 8, generator=generator()), []
+    for i, u in enumerate(vectors.tolist()):
+        others = {j: math.exp(naive_cos(u, v) / 0.1) for j, v in enumerate(vectors.tolist()) if j != i}
+        positive = [j for j in others if labels[j] == labels[i]]
+        if positive:
+            each.append(-sum(math.log(others[j] / sum(others.values())) for j in positive) / len(positive))
+    expected = 0.5 * sum(each) / len(each) if each else 0.0
+    vectors.requires_grad_()
+    loss = TERMS["supervised_contrastive"]((0.5, vectors), torch.tensor(labels), 0.1)
+    assert loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-7)
+    loss.backward()
+    assert vectors.grad.isfinite().all()
+
+
+def test_the_contrast_is_computed_in_full_precision():
+    vectors, labels = torch.randn(6, 8, generator=generator()), torch.tensor([0, 0, 1, 1, 2, 2])
+    whole = TERMS["supervised_contrastive"]((1.0, vectors), labels, 0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert TERMS["supervised_contrastive"]((1.0, vectors), labels, 0.1).item() == whole.item()
+
+
+def test_a_single_image_has_nothing_to_contrast_with():
+    vectors = torch.randn(1, 8, requires_grad=True)
+    loss = TERMS["supervised_contrastive"]((1.0, vectors), torch.tensor([3]), 0.1)
+    loss.backward()
+    assert loss.item() == 0 and torch.equal(vectors.grad, torch.zeros(1, 8))
+
+
+def naive_shares(logits, shares, smoothing, focal):
+    """Mean over rows of -sum_c q_c (1 - p_c)^focal log p_c; q the smoothed shares."""
+    total = 0.0
+    for row, own in zip(logits.tolist(), shares, strict=True):
+        log_sum = math.log(sum(math.exp(x) for x in row))
+        for x, share in zip(row, own, strict=True):
+            q = (1 - smoothing) * share + smoothing / len(row)
+            total -= q * (1 - math.exp(x - log_sum)) ** focal * (x - log_sum)
+    return total / len(shares)
+
+
+@pytest.mark.parametrize("smoothing", SMOOTHING)
+@pytest.mark.parametrize("focal", [0.0, 0.5, 2.0])
+def test_shares_of_classes_and_the_focal_exponent_agree_with_a_loop(smoothing, focal):
+    logits = 3 * torch.randn(8, 6, generator=generator())
+    shares = torch.rand(4, 6, generator=generator()).softmax(dim=-1)
+    twice = [*shares.tolist(), *shares.tolist()]  # two views of each image
+    output = Output(torch.zeros(4, 6), aux={"cross_entropy": ((0.5, logits),)})
+    expected = 0.5 * naive_shares(logits, twice, smoothing, focal)
+    assert objective(output, shares, smoothing, focal).item() == pytest.approx(expected, rel=1e-4)
+    labels = torch.tensor([5, 0, 3, 3])
+    hard = [[float(c == label) for c in range(6)] for label in labels.tolist()]
+    several = {"uncertainty": (logits[None, :4], torch.zeros(1))}
+    expected = 0.5 * naive_shares(logits[:4], hard, smoothing, focal)
+    assert objective(Output(logits, aux=several), labels, smoothing, focal).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_focal_loss_is_the_papers():
+    """-(1 - p)^2 log p of the true class (arXiv 1708.02002, eq. 4)."""
+    logits = torch.tensor([[2.0, 0.0]])
+    p = math.exp(2) / (math.exp(2) + 1)
+    assert objective(Output(logits), torch.tensor([0]), 0.0, 2.0).item() == pytest.approx(
+        -((1 - p) ** 2) * math.log(p), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("contrastive", torch.ones(2, 4)),
+        ("centre", (torch.ones(2, 4), torch.ones(3, 4))),
+        ("supervised_contrastive", (1.0, torch.ones(2, 4))),
+    ],
+)
+def test_terms_that_compare_images_refuse_shares_of_classes(name, given):
+    shares = torch.full((2, 3), 1 / 3)
+    with pytest.raises(ConfigError, match=f"loss term '{name}' needs one class an image; leave mixup and cutmix at 0"):
+        objective(Output(torch.zeros(2, 3), aux={name: given}), shares)
 
 
 @pytest.mark.parametrize("smoothing", SMOOTHING)
@@ -182,6 +263,8 @@ def test_without_terms_the_objective_is_the_cross_entropy_with_label_smoothing()
 
 
 def test_an_unknown_term_lists_the_names():
-    message = "unknown loss term 'center'; choose from: centre, contrastive, cross_entropy, uncertainty"
+    message = (
+        "unknown loss term 'center'; choose from: centre, contrastive, cross_entropy, supervised_con.*, uncertainty"
+    )
     with pytest.raises(ConfigError, match=message):
         objective(Output(torch.zeros(1, 2), aux={"center": None}), torch.tensor([0]))

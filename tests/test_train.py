@@ -1,30 +1,42 @@
 """Training, evaluation, resuming: a run is repeatable, never half-written, never silently overwritten."""
 
+import contextlib
+import importlib.util
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY
+from accelerate import tracking
+from accelerate.utils import LoggerType
+from conftest import ROOT, TINY, small_model
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import glsim
-from glsim import ConfigError, DataError, evaluate, train
+from glsim import ConfigError, DataError, cli, evaluate, train
+from glsim import batches as batches_module
+from glsim.adapt import adapt, merged
 from glsim.batches import TrainBatches, train_loader
-from glsim.bundle import init_from
+from glsim.bundle import FORMAT, init_from
 from glsim.config import Eval, Train, read_recipe
 from glsim.data import ImageDataset, read_data
+from glsim.doctor import saved_bytes
+from glsim.losses import TERMS, objective
 from glsim.transforms import Preprocessing, train_transform
 
 
@@ -102,9 +114,14 @@ def test_training_learns_what_is_easy(tmp_path):
     assert log[-1]["train_loss"] < 0.7 * log[0]["train_loss"]
 
 
-@pytest.mark.parametrize(("workers", "ema", "save_steps"), [(0, 0.9, 1), (2, 0.0, 0)])
-def test_sigkill_in_mid_epoch_then_resume_ends_as_undisturbed(birds, tmp_path, workers, ema, save_steps):
-    epochs = {"epochs": 4, "workers": workers, "ema": ema, "options": {"top_o": 4, "dropout": 0.1}}
+MIXED = {"mixup": 0.4, "cutmix": 1.0, "repeats": 2, "cache": "ram", "layer_decay": 0.7, "lora": 2}
+
+
+@pytest.mark.parametrize(
+    ("workers", "ema", "save_steps", "more"), [(0, 0.9, 1, {}), (2, 0.0, 0, {}), (0, 0.0, 1, MIXED)]
+)
+def test_sigkill_in_mid_epoch_then_resume_ends_as_undisturbed(birds, tmp_path, workers, ema, save_steps, more):
+    epochs = {"epochs": 4, "workers": workers, "ema": ema, "options": {"top_o": 4, "dropout": 0.1}, **more}
     epochs["save_steps"] = save_steps
     whole, broken = settings(birds, tmp_path / "whole", **epochs), settings(birds, tmp_path / "broken", **epochs)
     train.run(whole, progress=False)
@@ -122,8 +139,10 @@ def objective(*a, **k):
 train.objective = objective
 train.run(Train(**{asdict(broken)!r}), progress=False)
 """
-    dead = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert dead.returncode == -signal.SIGKILL, dead.stderr
+    errors = tmp_path / "errors.txt"  # not a pipe: the loader's processes hold it open for seconds after their parent
+    with errors.open("w") as file:
+        dead = subprocess.run([sys.executable, "-c", code], stdout=file, stderr=file)
+    assert dead.returncode == -signal.SIGKILL, errors.read_text()
     assert len((tmp_path / "broken" / "log.jsonl").read_text().splitlines()) == 2
     state = json.loads((tmp_path / "broken" / "checkpoint" / "state.json").read_text())
     assert state["step"] == (8 if save_steps else 6)
@@ -175,6 +194,252 @@ def test_an_epoch_holds_every_image_once_in_whole_steps():
     assert TrainBatches(4, 8, 1, seed=0).batch_size == 4
 
 
+def test_repeated_images_meet_in_their_step_each_time_augmented_anew():
+    batches = TrainBatches(23, 3, 4, seed=5, repeats=2)
+    assert batches.steps == TrainBatches(23, 3, 4, seed=5).steps == 1
+    step = list(batches)
+    assert [len(batch) for batch in step] == [3, 3, 3, 3]
+    seen = [item for batch in step for item in batch]
+    assert len({key for key, _ in seen}) == 12  # no two alike
+    assert sorted(i for _, i in seen) == sorted(2 * batches.step(0)) and len(set(batches.step(0))) == 6
+    assert all(len({i for _, i in batch}) == 3 for batch in step)  # spread over the batches
+    once = {i: key for batch in TrainBatches(23, 3, 4, seed=5) for key, i in batch}
+    assert all((once[i], i) in seen for i in batches.step(0))  # the first time as ever
+    long = TrainBatches(24, 4, 2, seed=5, repeats=4)
+    assert long.steps == 3 and [len(set(long.step(k))) for k in range(6)] == [2] * 6
+    long.epoch, long.start = 1, 2
+    assert {i for batch in long for _, i in batch} == set(long.step(5))
+    with pytest.raises(ConfigError, match="repeats=5: a step has 12 places, no multiple of it; change batch_size"):
+        TrainBatches(23, 3, 4, seed=5, repeats=5)
+
+
+@pytest.mark.parametrize(("crop", "workers"), [("random", 0), ("resized", 2)])
+def test_a_cache_changes_nothing_and_reads_every_file_once(birds, tmp_path, monkeypatch, crop, workers):
+    start = {"epochs": 2, "crop": crop, "workers": workers}
+    train.run(settings(birds, tmp_path / "a", **start), progress=False)
+    reads, plain = [], batches_module.open_image
+    monkeypatch.setattr(batches_module, "open_image", lambda path: reads.append(path) or plain(path))
+    train.run(settings(birds, tmp_path / "b", cache="ram", **start), progress=False)
+    a, b = (load_file(tmp_path / n / "model.safetensors") for n in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert len(reads) == 18 + 18  # all of them, and before that (so few) all as the sample that memory is judged by
+
+
+def test_a_cache_that_would_not_fit_is_refused_with_numbers(birds, tmp_path, monkeypatch):
+    free = SimpleNamespace(available=18 * 85 * 85 * 3)  # of 18 images of 64 pixels at ratio 1.34: just all of it
+    monkeypatch.setattr(batches_module.psutil, "virtual_memory", lambda: free)
+    with pytest.raises(ConfigError, match=r"cache=ram: 18 images need about 0.0 GiB and 0.0 GiB are free; try a small"):
+        train.run(settings(birds, tmp_path / "r", cache="ram"), progress=False)
+    free.available *= 2
+    train.run(settings(birds, tmp_path / "r", cache="ram", epochs=1), progress=False)
+
+
+def test_layers_learn_the_slower_the_lower_and_heads_at_the_full_rate(birds, tmp_path):
+    s = settings(birds, tmp_path, layer_decay=0.5, weight_decay=0.1, lr=1.0)
+    model = glsim.create_model("glsim", TINY["backbone"], 3, 64, backbone_args=TINY["backbone_args"])
+    optimizer = train.make_optimizer(s, model)
+    train.make_schedule(s, optimizer, 100).step_update(2)  # the peak, right after the warm-up
+    names = {id(p): n for n, p in model.named_parameters()}
+    rates = {names[id(p)]: g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    assert set(rates) == set(names.values())
+    top = max(rates.values())
+    expected = {
+        "backbone.net.cls_token": 1 / 8,
+        "backbone.net.patch_embed.proj.weight": 1 / 8,
+        "backbone.net.blocks.0.attn.qkv.weight": 1 / 4,
+        "backbone.net.blocks.1.mlp.fc1.bias": 1 / 2,
+        "backbone.net.norm.weight": 1 / 2,
+        "aggregator.blocks.0.attn.qkv.weight": 1,
+        "head.linear.weight": 1,
+    }
+    assert top > 0.9 and {n: rates[n] / top for n in expected} == pytest.approx(expected)
+    assert all(rate == top for n, rate in rates.items() if not n.startswith("backbone."))
+    train.run(settings(birds, tmp_path / "r", layer_decay=0.5, epochs=1, warmup_steps=0), progress=False)
+    row = json.loads((tmp_path / "r" / "log.jsonl").read_text())
+    assert row["lr"] > 2e-4  # what is logged is the full rate
+
+
+@pytest.mark.parametrize(
+    ("backbone", "args"), [(TINY["backbone"], TINY["backbone_args"]), ("resnet18", {"layers": (1, 1, 1, 1)})]
+)
+def test_a_frozen_backbone_stays_bit_for_bit_and_heads_learn(birds, tmp_path, backbone, args):
+    """Batch norm's running means too: they move in training mode without any gradient."""
+    s = settings(birds, tmp_path / "r", backbone=backbone, backbone_args=args, freeze="backbone", weight_decay=0.1)
+    train.set_seed(s.seed)
+    before = glsim.create_model("glsim", backbone, 3, 64, False, dict(args), top_o=4).state_dict()
+    train.run(s, progress=False)
+    after = load_file(tmp_path / "r" / "model.safetensors")
+    same = {k for k in after if torch.equal(before[k], after[k])}
+    assert {k for k in after if k.startswith("backbone.")} <= same
+    assert not any(k.startswith("head.") or "aggregator.blocks" in k for k in same)
+
+
+def test_adapters_train_little_and_leave_a_bundle_like_any_other(birds, tmp_path):
+    s = settings(birds, tmp_path / "r", lora=2, lr=1e-2)
+    train.set_seed(s.seed)
+    before = glsim.create_model("glsim", TINY["backbone"], 3, 64, backbone_args=TINY["backbone_args"], top_o=4)
+    weights = {k: v.clone() for k, v in before.state_dict().items()}
+    trained = train.run(s, progress=False)["test"]
+    after = load_file(tmp_path / "r" / "model.safetensors")
+    assert set(after) == set(weights)
+    changed = {k for k in after if k.startswith("backbone.") and not torch.equal(weights[k], after[k])}
+    assert changed == {f"backbone.net.blocks.{i}.attn.qkv.weight" for i in range(2)}
+    for k in changed:
+        assert torch.linalg.matrix_rank(after[k] - weights[k], rtol=1e-3) == 2
+    again = evaluate.run(Eval(source=str(tmp_path / "r"), data=str(birds), workers=0))
+    assert again["per_class"] == trained["per_class"]
+    with pytest.raises(ConfigError, match="lora: 'resnet18' has no attention with one matrix for q, k and v"):
+        train.run(settings(birds, tmp_path / "x", backbone="resnet18", backbone_args={}, lora=2), progress=False)
+
+
+@pytest.mark.parametrize("backbone", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "beit_base_patch16_224"])
+def test_adapters_are_seen_by_every_family(backbone):
+    """EVA and BEiT read the weight past the layer: replacing the layer would do nothing there."""
+    size = 56 if "eva" in backbone else 64
+    model, images = small_model("plain", backbone, size), torch.randn(2, 3, size, size)
+    before = model(images).logits
+    adapt(model, freeze="none", lora=2, supcon=0.0, grad_checkpointing=False, compile=False)
+    torch.testing.assert_close(model(images).logits, before)  # nothing at the start
+    model(images).logits.sum().backward()
+    learning = {n.rpartition(".")[2] for n, p in model.backbone.named_parameters() if p.grad is not None}
+    assert learning == {"up", "down"}
+    for name, p in model.backbone.named_parameters():
+        if name.endswith(".up"):
+            torch.nn.init.normal_(p)
+    changed = model(images).logits
+    assert (changed - before).abs().max() > 1e-3
+    whole = merged(model)
+    torch.testing.assert_close(whole(images).logits, changed)
+    assert not any("parametrizations" in k for k in whole.state_dict()) and whole is not model
+
+
+@pytest.mark.parametrize(
+    ("method", "backbone"),
+    [
+        *((method, "vit_tiny_patch16_224") for method in ("glsim", "rams", "dcal", "aftrans")),
+        ("glsim", "resnet18"),
+        ("plain", "eva02_tiny_patch14_224"),
+    ],
+)
+def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(method, backbone):
+    """Also where a pass has its attention replaced, and would be computed anew without that."""
+    size = 56 if "eva" in backbone else 64
+    images, labels = torch.randn(3, 3, size, size), torch.tensor([0, 1, 2])
+    gradients, kept = [], []
+    for on in (False, True):
+        options = (
+            {"metric": "gls_cos"} if method == "dcal" else {}
+        )  # its own metric needs the maps of the other pass too
+        model = small_model(method, backbone, size, **options)
+        adapt(model, freeze="none", lora=0, supcon=0.0, grad_checkpointing=on, compile=False)
+        kept.append(saved_bytes(model.train(), 3, "no"))
+        torch.manual_seed(0)
+        model.zero_grad()
+        objective(model(images), labels).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+    assert kept[1] < 0.9 * kept[0]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_what_cannot_be_adapted_says_so(birds, tmp_path):
+    for changes, message in (
+        ({"method": "transfg", "grad_checkpointing": True}, "grad_checkpointing: 'transfg' needs the attention maps"),
+        ({"method": "ffvt", "supcon": 1.0}, "supcon: 'ffvt' has no class token before its parts are chosen"),
+        ({"method": "transfg", "mixup": 0.2}, "loss term 'contrastive' needs one class an image; leave mixup and"),
+        ({"method": "cal", "cutmix": 1.0}, "loss term 'centre' needs one class an image; leave mixup and cutmix at 0"),
+    ):
+        s = settings(birds, tmp_path / "r", **{"options": {}, **changes})
+        with pytest.raises(ConfigError, match=message):
+            train.run(s, progress=False)
+    with pytest.raises(ConfigError, match="supcon needs one class an image; leave mixup and cutmix at 0"):
+        settings(birds, tmp_path / "r", supcon=1.0, mixup=0.2)
+
+
+def test_the_extra_terms_act_and_leave_no_trace_in_the_bundle(birds, tmp_path):
+    logs = {}
+    for name, changes in {
+        "plain": {},
+        "focal": {"focal": 2.0},
+        "supcon": {"supcon": 1.0},
+        "mixup": {"mixup": 1.0},
+    }.items():
+        train.run(settings(birds, tmp_path / name, augment="none", **changes), progress=False)
+        rows = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        logs[name] = [json.loads(row)["train_loss"] for row in rows]
+        glsim.load(tmp_path / name)
+    assert logs["plain"][0] == pytest.approx(np.log(3), abs=0.2)  # the head starts at even odds
+    assert logs["focal"][0] == pytest.approx((2 / 3) ** 2 * np.log(3), abs=0.2)
+    assert logs["supcon"][0] > logs["plain"][0] + 0.5
+    assert logs["mixup"] != logs["plain"]
+
+
+def test_the_contrast_is_of_the_first_pass():
+    model, images, labels = small_model("glsim").train(), torch.randn(4, 3, 64, 64), torch.tensor([0, 0, 1, 1])
+    adapt(model, freeze="none", lora=0, supcon=0.5, grad_checkpointing=False, compile=False)
+    weight, cls = model(images).aux["supervised_contrastive"]
+    torch.testing.assert_close((weight, cls), (0.5, model.features(images).cls))
+    model(images)  # features() is a pass of its own, whose token must not be taken for the next one's
+    expected = objective(model(images)._replace(aux={}), labels) + TERMS["supervised_contrastive"](
+        (0.5, cls), labels, 0.1
+    )
+    torch.testing.assert_close(objective(model(images), labels), expected)
+    assert not model.eval()(images).aux
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["plain", "glsim"])
+def test_a_compiled_model_trains_alike_and_its_bundle_loads(birds, tmp_path, method):
+    options = {"options": {"top_o": 4} if method == "glsim" else {}, "method": method, "augment": "weak"}
+    for name, changes in {"plain": {}, "compiled": {"compile": True}}.items():
+        train.run(settings(birds, tmp_path / name, **options, **changes), progress=False)
+    a, b = (load_file(tmp_path / n / "model.safetensors") for n in ("plain", "compiled"))
+    assert set(a) == set(b)
+    logs = [
+        [json.loads(r) for r in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("plain", "compiled")
+    ]
+    assert [row["train_loss"] for row in logs[0]] == pytest.approx([row["train_loss"] for row in logs[1]], abs=1e-3)
+    again = evaluate.run(Eval(source=str(tmp_path / "compiled"), data=str(birds), workers=0))
+    assert again["correct"] == json.loads((tmp_path / "compiled" / "metrics.json").read_text())["test"]["correct"]
+
+
+def test_the_resize_rule_goes_with_the_bundle(tmp_path):
+    """Wide pictures whose class stands at the left edge: squeezed it is seen, by the short side it is cut off."""
+    for split, count in (("train", 6), ("test", 4)):
+        for label in range(2):
+            for i in range(count):
+                pixels = np.full((64, 192, 3), 128, np.uint8)
+                pixels[:, :50, label] = 255
+                path = tmp_path / "data" / split / "ab"[label] / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(path)
+    right = {}
+    for rule, size in (("square", {"box": (0, 0, 192, 64)}), ("short", {"box": (64, 0, 128, 64)})):
+        out = tmp_path / rule
+        changes = {"resize": rule, "resize_ratio": 1.0, "crop": "centre", "augment": "none", "epochs": 6}
+        trained = train.run(settings(tmp_path / "data", out, **changes), progress=False)["test"]
+        assert glsim.load(out).config["preprocessing"]["resize_rule"] == rule
+        again = evaluate.run(Eval(source=str(out), data=str(tmp_path / "data"), workers=0))
+        assert again["per_class"] == trained["per_class"]
+        right[rule] = again["top1"]
+        (answer,) = glsim.Predictor(out)(str(tmp_path / "data" / "test" / "a" / "0.png"))
+        left, top, right_edge, bottom = size["box"]
+        assert left <= answer.box[0] < answer.box[2] <= right_edge and top <= answer.box[1] < answer.box[3] <= bottom
+    assert right == {"square": 1.0, "short": 0.5}
+
+
+def test_a_checkpoint_of_another_number_of_processes_is_refused(birds, tmp_path):
+    train.run(settings(birds, tmp_path / "r", epochs=1), progress=False)
+    state = tmp_path / "r" / "checkpoint" / "state.json"
+    progress = json.loads(state.read_text())
+    assert progress.pop("processes") == 1
+    state.write_text(json.dumps({**progress, "processes": 2}))
+    with pytest.raises(ConfigError, match="was trained by 2 processes, now there are 1, whose batches would be others"):
+        train.run(settings(birds, tmp_path / "r", epochs=1, resume=True), progress=False)
+    state.write_text(json.dumps(progress))  # written before the number was noted: one
+    assert train.run(settings(birds, tmp_path / "r", epochs=1, resume=True), progress=False)["epoch"] == 1
+
+
 def test_a_checkpoint_of_another_format_is_refused(birds, tmp_path):
     train.run(settings(birds, tmp_path / "r", epochs=1), progress=False)
     state = tmp_path / "r" / "checkpoint" / "state.json"
@@ -195,11 +460,97 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_whole(birds, tm
         return real(obj, f, *args, **kwargs)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(glsim.GlsimError, match=r"checkpoint cannot be written: .*No space left on device.*--resume"):
+    with pytest.raises(glsim.GlsimError, match=r"r cannot be written: .*No space left on device.*--resume"):
         train.run(settings(birds, out), progress=False)
     monkeypatch.undo()
     assert (out / "checkpoint" / "state.json").exists() and not (out / "checkpoint.new").exists()
     assert train.run(settings(birds, out, resume=True), progress=False)["train_loss"] == whole["train_loss"]
+
+
+@contextlib.contextmanager
+def disk_full_from(monkeypatch, step, room=30_000):
+    """From that step on the kernel itself refuses files of more than `room` bytes."""
+    steps, plain, before = [], train.objective, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def objective(*arguments):
+        steps.append(1)
+        if len(steps) == step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        return plain(*arguments)
+
+    monkeypatch.setattr(train, "objective", objective)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize(("save_steps", "good"), [(1, 4), (0, 3)])
+def test_a_full_disk_leaves_the_last_checkpoint_and_the_bundle_whole(birds, tmp_path, monkeypatch, save_steps, good):
+    """Whatever is written first: a checkpoint in mid-epoch, or the bundle at the end of one."""
+    out, changes = tmp_path / "r", {"epochs": 3, "save_steps": save_steps}
+    whole = train.run(settings(birds, tmp_path / "whole", **changes), progress=False)
+    with (
+        disk_full_from(monkeypatch, 5),
+        pytest.raises(
+            glsim.GlsimError, match=r"r cannot be written: .*; the last checkpoint is whole, --resume goes on"
+        ),
+    ):
+        train.run(settings(birds, out, **changes), progress=False)
+    assert json.loads((out / "checkpoint" / "state.json").read_text())["step"] == good
+    assert not (out / "checkpoint.new").exists()
+    glsim.load(out)  # the bundle of the epoch before
+    again = train.run(settings(birds, out, resume=True, **changes), progress=False)
+    assert again["train_loss"] == whole["train_loss"]
+    a, b = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "r"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@contextlib.contextmanager
+def unwritable(folder):
+    """Nobody may write into `folder`, root (whom permissions do not stop) included."""
+    user = os.geteuid()
+    folder.chmod(0o555)
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        yield
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o755)
+
+
+def test_an_unwritable_folder_is_an_error_that_leaves_the_last_checkpoint_whole(birds, monkeypatch):
+    with tempfile.TemporaryDirectory() as place:  # pytest's own lies below a folder that only its user can enter
+        place = Path(place)
+        place.chmod(0o755)
+        data, out = place / "birds", place / "r"
+        shutil.copytree(birds, data)
+        with contextlib.ExitStack() as stack:
+            steps, plain = [], train.objective
+
+            def objective(*arguments):
+                steps.append(1)
+                if len(steps) == 5:
+                    stack.enter_context(unwritable(out))
+                return plain(*arguments)
+
+            monkeypatch.setattr(train, "objective", objective)
+            with pytest.raises(
+                glsim.GlsimError, match="cannot be written: .*[Pp]ermission denied.*checkpoint is whole"
+            ):
+                train.run(settings(data, out, save_steps=1), progress=False)
+        monkeypatch.undo()
+        assert json.loads((out / "checkpoint" / "state.json").read_text())["step"] == 4
+        assert train.run(settings(data, out, save_steps=1, resume=True), progress=False)["epoch"] == 2
+
+
+def test_a_place_where_nothing_can_be_made_is_an_error_before_training(birds, capsys):
+    words = ["train", "--data", str(birds), "--out", "/proc/nowhere", "--image-size", "64", "--no-pretrained"]
+    words += ["--backbone", TINY["backbone"], "--backbone-args.depth", "1", "--options.top_o", "4", "--workers", "0"]
+    assert cli.main(words) == 1
+    assert "/proc/nowhere" in capsys.readouterr().err
 
 
 def test_a_crash_between_the_two_renames_loses_nothing(birds, tmp_path):
@@ -209,6 +560,25 @@ def test_a_crash_between_the_two_renames_loses_nothing(birds, tmp_path):
     (out / "checkpoint.new").mkdir()
     result = train.run(settings(birds, out, epochs=2, resume=True), progress=False)
     assert result["epoch"] == 2
+
+
+def test_a_second_crash_finds_a_whole_checkpoint_too(birds, tmp_path, monkeypatch):
+    """A run that goes on from checkpoint.old must not remove it before the next one has its name."""
+    out = tmp_path / "r"
+    train.run(settings(birds, out, epochs=1), progress=False)
+    (out / "checkpoint").rename(out / "checkpoint.old")
+    recipe = (out / "train.yaml").read_text().replace("epochs: 1", "epochs: 2")
+    (out / "train.yaml").write_text(recipe)
+    removed, plain = [], shutil.rmtree
+
+    def rmtree(path, *arguments, **named):
+        if Path(path).name == "checkpoint.old":
+            removed.append((out / "checkpoint" / "state.json").exists())
+        plain(path, *arguments, **named)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    train.run(settings(birds, out, epochs=2, resume=True), progress=False)
+    assert removed and all(removed)
 
 
 def test_resume_refuses_other_settings_and_runs_are_not_overwritten(run_folder, birds, tmp_path):
@@ -315,10 +685,80 @@ def test_a_loss_that_is_no_number_stops_the_run(birds, tmp_path):
         train.run(settings(birds, tmp_path / "r", lr=1e30, warmup_lr=1e30, clip_grad=0.0, epochs=3), progress=False)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_poisoned_batch_is_named_with_its_step_and_files_and_nothing_is_saved_after_it(
+    birds, tmp_path, monkeypatch, value
+):
+    out, steps, plain = tmp_path / "r", [], train.objective
+
+    def objective(*arguments):
+        steps.append(1)
+        return plain(*arguments) * (value if len(steps) == 5 else 1.0)
+
+    monkeypatch.setattr(train, "objective", objective)
+    with pytest.raises(glsim.GlsimError, match="not a number at step 4; try a smaller lr than") as caught:
+        train.run(settings(birds, out, save_steps=1), progress=False)
+    monkeypatch.undo()
+    paths = read_data(birds)["train"].paths
+    files = [str(paths[i]) for i in TrainBatches(18, 6, 1, seed=1).step(4)]
+    assert str(caught.value).endswith(f"The images of that step: {', '.join(files)}")
+    assert json.loads((out / "checkpoint" / "state.json").read_text())["step"] == 4
+    assert train.run(settings(birds, out, save_steps=1, resume=True), progress=False)["epoch"] == 2
+
+
+def test_200_corrupt_files_among_1000(tmp_path):
+    """Cut off, emptied, web pages and noise: the first stops the run by its name, or all are skipped and listed."""
+    rng, bad = np.random.default_rng(0), []
+    for i in range(1000):
+        path = tmp_path / "data" / ("train" if i % 5 else "test") / "ab"[i % 2] / f"{i:04d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+        if i % 5 == 2:
+            whole = path.read_bytes()
+            path.write_bytes([whole[:200], b"", b"<html>404</html>", rng.bytes(500)][i // 5 % 4])
+            bad.append(str(path))
+    assert len(bad) == 200
+    tiny = {"image_size": 32, "backbone_args": {"depth": 1, "embed_dim": 16, "num_heads": 1}, "options": {"top_o": 2}}
+    start = {**tiny, "epochs": 1, "batch_size": 100}
+    with pytest.raises(DataError) as caught:
+        train.run(settings(tmp_path / "data", tmp_path / "r", **start), progress=False)
+    assert any(name in str(caught.value) for name in bad)
+    result = train.run(settings(tmp_path / "data", tmp_path / "r", skip_bad=True, **start), progress=False)
+    assert sorted(line.split(":")[0] for line in result["skipped"]) == sorted(bad)
+    assert len((tmp_path / "r" / "bad_images.txt").read_text().splitlines()) == 200
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert config["data"]["counts"] == {"train": 600, "test": 200}
+
+
+def test_an_old_bundle_keeps_its_answers():
+    """tests/old_bundle was written in format 1 (commit 636e3d1), and expected.json by the model it was saved from."""
+    folder = ROOT / "tests" / "old_bundle"
+    assert json.loads((folder / "config.json").read_text())["format"] == 1 < FORMAT
+    expected = json.loads((folder / "expected.json").read_text())
+    images = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32).roll(1, -1)
+    model = glsim.load(folder)
+    with torch.no_grad():
+        output = model(images)
+    torch.testing.assert_close(output.logits, torch.tensor(expected["logits"]))
+    assert output.selection.boxes.tolist() == expected["boxes"]
+    assert glsim.Predictor(model)(Image.new("RGB", (50, 40)))[0].labels[0] in ("iris", "daisy", "snowdrop")
+
+
+def test_the_training_page_lists_every_setting_with_its_default_and_help():
+    page = (ROOT / "docs" / "training.md").read_text()
+    listed = re.findall(r"^\| `(\w+)` \| (?:`([^`]*)`)? ?\| (.*) \|$", page, re.M)
+    expected = []
+    for f in fields(Train):
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        shown = "" if default is MISSING else json.dumps(default).strip('"')
+        expected.append((f.name, shown, f.metadata["help"]))
+    assert sorted(listed) == sorted(expected)
+
+
 def test_wrong_settings_say_what_would_work(birds, tmp_path):
     with pytest.raises(ConfigError, match="unknown optimizer 'adamv'; choose from: .*adamw"):
         train.run(settings(birds, tmp_path / "r", optimizer="adamv"), progress=False)
-    with pytest.raises(ConfigError, match="unknown augmentation 'strong'; choose from: medium, none, weak"):
+    with pytest.raises(ConfigError, match="unknown augmentation 'strong'; choose from: affine, .*, medium, none"):
         train.run(settings(birds, tmp_path / "r", augment="strong"), progress=False)
     with pytest.raises(ConfigError, match="precision=fp16 needs an accelerator"):
         train.run(settings(birds, tmp_path / "r", precision="fp16"), progress=False)
@@ -332,6 +772,14 @@ def test_wrong_settings_say_what_would_work(birds, tmp_path):
         ("schedule", "plateau"),
         ("decay_epochs", 0),
         ("decay_rate", 1.1),
+        ("layer_decay", 0.0),
+        ("repeats", 0),
+        ("mixup", -1.0),
+        ("focal", -1.0),
+        ("cache", "disk"),
+        ("resize", "long"),
+        ("freeze", "head"),
+        ("lora", -1),
     ):
         with pytest.raises(ConfigError, match=name):
             settings(birds, tmp_path / "r", **{name: value})
@@ -399,20 +847,24 @@ def test_eval_names_what_is_missing(run_folder, birds, tmp_path):
         evaluate.run(Eval(source=str(run_folder), data=str(other)))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_and_leaves_with_130(birds, tmp_path, number):
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGTERM, 2)])
+def test_a_signal_finishes_the_step_saves_and_leaves_with_130(birds, tmp_path, number, workers):
+    """Sent to the whole process group, as Ctrl-C and `timeout` do."""
     out = tmp_path / "r"
-    words = [f"--{k.replace('_', '-')}={json.dumps(v) if isinstance(v, dict) else v}" for k, v in TINY.items()]
+    words = [
+        f"--{k.replace('_', '-')}={json.dumps(v) if isinstance(v, dict) else v}"
+        for k, v in {**TINY, "workers": workers}.items()
+    ]
     words = [w for w in words if "pretrained" not in w and "epochs" not in w] + ["--no-pretrained", "--epochs=500"]
     command = [sys.executable, "-m", "glsim.cli", "train", f"--data={birds}", f"--out={out}", *words]
     # A shell's background job, as a CI run may be, ignores SIGINT, and its children would inherit that.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, preexec_fn=heed, **pipes) as child:
+    with subprocess.Popen(command, text=True, preexec_fn=heed, start_new_session=True, **pipes) as child:
         deadline = time.time() + 120
         while not (out / "checkpoint").exists() and time.time() < deadline and child.poll() is None:
             time.sleep(0.1)
-        os.kill(child.pid, number)
+        os.killpg(child.pid, number)
         try:
             _, errors = child.communicate(timeout=60)
         finally:
@@ -421,3 +873,107 @@ def test_a_signal_finishes_the_step_saves_and_leaves_with_130(birds, tmp_path, n
     step = int(re.search(r"interrupted after step (\d+) of 1500, saved; go on with .* --resume", errors)[1])
     assert "Traceback" not in errors
     assert json.loads((out / "checkpoint" / "state.json").read_text())["step"] == step
+
+
+def test_a_tracker_gets_the_rows_of_the_log(birds, tmp_path, monkeypatch):
+    """The packages are not needed here: one that only takes notes stands for them."""
+    notes = []
+
+    class Notes(tracking.GeneralTracker):
+        name, requires_logging_directory, tracker = "wandb", False, None
+
+        def __init__(self, project, name):
+            super().__init__()
+            notes.append(("project", project, name))
+
+        def store_init_configuration(self, values):
+            notes.append(("settings", values))
+
+        def log(self, values, step=None, **_):
+            notes.append(("row", values, step))
+
+        def finish(self):
+            notes.append(("finished",))
+
+    with pytest.raises(ConfigError, match="unknown tracker 'visdom'; choose from: tensorboard, trackio, wandb"):
+        settings(birds, tmp_path, tracker="visdom")
+    monkeypatch.setattr(train, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match="tracker=wandb needs that package: pip install wandb"):
+        train.run(settings(birds, tmp_path / "r", tracker="wandb"), progress=False)
+    monkeypatch.setattr(train, "find_spec", lambda _: True)
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Notes)
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: [LoggerType.WANDB])
+    train.run(settings(birds, tmp_path / "r", tracker="wandb"), progress=False)
+    log = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
+    assert notes[0] == ("project", "glsim", "r") and notes[-1] == ("finished",)
+    assert notes[1][1]["lr"] == 1e-3 and all(isinstance(v, int | float | str) for v in notes[1][1].values())
+    assert notes[2:-1] == [("row", row, row["step"]) for row in log]
+
+
+def test_no_test_leaves_the_test_split_alone(birds, tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(train, "evaluate", lambda *args: measured.append(args))
+    result = train.run(settings(birds, tmp_path / "r", epochs=1, test=False), progress=False)
+    assert not measured and "test" not in result and not (tmp_path / "r" / "predictions_test.csv").exists()
+
+
+def test_every_answer_on_test_is_kept(run_folder, birds):
+    lines = (run_folder / "predictions_test.csv").read_text().splitlines()
+    rows = [line.split(",") for line in lines[1:]]
+    assert lines[0] == "path,label,prediction,confidence" and len(rows) == 9
+    assert all((birds / path).is_file() and path.split("/")[1] == label for path, label, _, _ in rows)
+    right = json.loads((run_folder / "metrics.json").read_text())["test"]["correct"]
+    assert sum(label == prediction for _, label, prediction, _ in rows) == right
+
+
+def test_settings_of_a_later_version_do_not_stop_an_older_run(birds, tmp_path):
+    whole = train.run(settings(birds, tmp_path / "r", epochs=1), progress=False)
+    recipe = tmp_path / "r" / "train.yaml"
+    recipe.write_text("".join(line for line in recipe.read_text().splitlines(True) if not line.startswith("test:")))
+    assert train.run(settings(birds, tmp_path / "r", epochs=1, resume=True), progress=False)["step"] == whole["step"]
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_kill_runs_notices_one_bit(run_folder, tmp_path):
+    kill_runs, copy = script("kill_runs"), tmp_path / "copy"
+    shutil.copytree(run_folder, copy)
+    assert kill_runs.steps_of(copy) == 6 and kill_runs.same(run_folder, copy)
+    log = (copy / "log.jsonl").read_text()
+    (copy / "log.jsonl").write_text(re.sub(r'"seconds": [\d.]+', '"seconds": 99.0', log))
+    assert kill_runs.same(run_folder, copy)  # the clock may differ
+    (copy / "log.jsonl").write_text(log.replace('"train_top1": ', '"train_top1": 1'))
+    assert not kill_runs.same(run_folder, copy)
+    (copy / "log.jsonl").write_text(log)
+    weights = load_file(copy / "model.safetensors")
+    weights["head.linear.bias"][0] = torch.nextafter(weights["head.linear.bias"][0], torch.tensor(9.0))
+    save_file(weights, copy / "model.safetensors")
+    assert not kill_runs.same(run_folder, copy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "kills"), [(1, 3), (2, 2)])
+def test_killed_runs_end_as_undisturbed(monkeypatch, capfd, processes, kills):
+    words = ["--kills", str(kills), "--processes", str(processes), "--epochs", "4"]
+    monkeypatch.setattr("sys.argv", ["kill_runs.py", *words])
+    assert script("kill_runs").main() == 0
+    out = capfd.readouterr().out
+    assert out.count("after its start") == kills and "all bit-identical" in out
+
+
+def test_the_loader_benchmark_says_who_waits(birds, tmp_path, monkeypatch, capsys):
+    recipe = {k: v for k, v in TINY.items() if k != "workers"}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    words = [str(tmp_path / "r.yaml"), "--data", str(birds), "--workers", "0", "--cache", "ram", "--seconds", "0.2"]
+    monkeypatch.setattr("sys.argv", ["loader.py", *words])
+    script("loader").main()
+    out = capsys.readouterr().out
+    rates = {word: float(rate) for word, rate in re.findall(r"^(loading|model|together) +(\d+) images/s", out, re.M)}
+    assert len(rates) == 3 and min(rates.values()) > 0 and "cache filled in" in out
+    slower = "model waits for the loader" if rates["loading"] < rates["model"] else "loader waits for the model"
+    assert slower in out

@@ -62,7 +62,7 @@ def create_model(
     if num_classes < 1:
         raise ConfigError(f"num_classes={num_classes}; at least one class is needed")
     for name, value in options.items():
-        _check_kind(name, value, defaults[name])
+        _check_kind(name, value, (own | encoder)[name])
     options = {**defaults, **options}
     backbone = backbone or str(getattr(module, "BACKBONE", BACKBONE))
     net = build_backbone(backbone, image_size, pretrained, backbone_args, **{k: options[k] for k in encoder})

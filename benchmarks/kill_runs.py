@@ -1,0 +1,146 @@
+"""Kill a short training run at random moments (SIGKILL), resume it, and compare the weights it ends with.
+
+    python benchmarks/kill_runs.py --kills 30
+    python benchmarks/kill_runs.py --kills 5 --processes 2      # torchrun with gloo, all processes killed at once
+
+Everything runs on the CPU, on drawn birds made for it. One run is left undisturbed; the others are killed, resumed,
+and perhaps killed again, until KILLS moments have passed; each ends, and its weights and its log must be those of the
+undisturbed run, bit for bit. A moment is drawn evenly from the time that the undisturbed run took, start of Python
+included. The exit code is 4 where a run differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+from glsim import synthetic
+from glsim.config import Train, to_recipe
+
+NOT_EQUAL = 4
+
+
+def main() -> int:
+    """Parse, train undisturbed, kill and resume, compare; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    arguments = parser.parse_args()
+    moments = random.Random(arguments.seed)
+    with tempfile.TemporaryDirectory() as place:
+        data = Path(place, "birds")
+        synthetic.write(data, classes=3, train=16, test=5, size=64, seed=0)
+        whole = Path(place, "undisturbed")
+        recipe = write_recipe(Path(place), data, arguments.epochs)
+        started = time.perf_counter()
+        start(recipe, whole, arguments.processes).wait()
+        seconds = time.perf_counter() - started
+        print(f"undisturbed: {seconds:.1f} s, {steps_of(whole)} steps, {arguments.processes} process(es)")
+        kills = runs = different = 0
+        while kills < arguments.kills:
+            runs += 1
+            out, landed = Path(place, f"run{runs}"), 0
+            while True:
+                child = start(recipe, out, arguments.processes)
+                last = kills == arguments.kills  # none left: let it end
+                moment = None if last else moments.uniform(0, seconds)
+                try:
+                    child.wait(timeout=moment)
+                    break
+                except subprocess.TimeoutExpired:
+                    kill(child)
+                kills, landed = kills + 1, landed + 1
+                print(f"kill {kills:2}: run {runs}, {moment:5.2f} s after its start, last saved step {steps_of(out)}")
+            equal = child.returncode == 0 and same(whole, out)
+            different += not equal
+            print(f"run {runs}: killed {landed} times, ended with {'the same' if equal else 'OTHER'} weights and log")
+    verdict = "all bit-identical" if not different else f"{different} DIFFER"
+    print(f"{kills} kills in {runs} runs of {arguments.processes} process(es): {verdict}")
+    return NOT_EQUAL if different else 0
+
+
+def write_recipe(place: Path, data: Path, epochs: int) -> Path:
+    """Everything that has a state: dropout, augmentation, workers, averaged weights, accumulation, mixing."""
+    settings = Train(
+        data=str(data),
+        out="-",
+        backbone="vit_tiny_patch16_224",
+        pretrained=False,
+        backbone_args={"depth": 2, "embed_dim": 64, "num_heads": 2},
+        image_size=64,
+        options={"top_o": 4, "dropout": 0.1},
+        epochs=epochs,
+        batch_size=4,
+        accumulate=2,
+        optimizer="adamw",
+        lr=1e-3,
+        warmup_steps=4,
+        workers=1,
+        ema=0.9,
+        mixup=0.2,
+        save_steps=1,
+    )
+    recipe = place / "recipe.yaml"
+    recipe.write_text(to_recipe(settings), encoding="utf-8")
+    return recipe
+
+
+def start(recipe: Path, out: Path, processes: int) -> subprocess.Popen:
+    """`glsim train`, resumed where there is something to resume."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += ["-m", "glsim.cli", "train", "--recipe", str(recipe), "--out", str(out), "--json"]
+    command += ["--resume"] if (out / "train.yaml").exists() else []
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    with (out.parent / f"{out.name}.txt").open("a") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+
+def kill(child: subprocess.Popen) -> None:
+    """SIGKILL for the process and all below it: torchrun puts its workers into sessions of their own."""
+    launcher = psutil.Process(child.pid)
+    launcher.suspend()  # or it would answer the death of a worker
+    for process in [*launcher.children(recursive=True), launcher]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    child.wait()
+
+
+def steps_of(out: Path) -> int:
+    """Optimiser steps of the last whole checkpoint, 0 without one."""
+    for folder in ("checkpoint", "checkpoint.old"):
+        state = out / folder / "state.json"
+        if state.exists():
+            return json.loads(state.read_text())["step"]
+    return 0
+
+
+def same(whole: Path, out: Path) -> bool:
+    """Whether weights, last checkpoint and log (its clock apart) are equal bit for bit."""
+    for name in ("model.safetensors", "checkpoint/model.safetensors"):
+        a, b = load_file(whole / name), load_file(out / name)
+        if set(a) != set(b) or not all(torch.equal(a[k], b[k]) for k in a):
+            return False
+    logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (whole, out)]
+    clock = {"seconds", "images_per_second"}
+    left, right = ([{k: v for k, v in row.items() if k not in clock} for row in log] for log in logs)
+    return left == right
+
+
+if __name__ == "__main__":
+    sys.exit(main())

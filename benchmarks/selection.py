@@ -1,0 +1,116 @@
+"""Time of choosing patches alone: row form against the published matrix form, and GLS, on tokens and attention logits.
+
+    python benchmarks/selection.py                     # ViT-B/16 at 448 pixels
+    python benchmarks/selection.py --image-size 224 --repeats 20
+
+One image, float32. `rollout` sees the usual grid, `psm` its own overlapping one (stride 0.75 of the patch) and all
+blocks but the last, as published; both forms start from the logits and include the softmax, which `softmax` and the
+sum of all maps (`read`, a memory floor) time alone. The forms have to agree before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from glsim.benchmark import in_turn
+from glsim.selection import METRICS
+from glsim.types import Features
+
+DEPTH, HEADS, DIM, PATCH = 12, 12, 768, 16
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
+    """Parse, check, time, print; returns the medians in milliseconds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image-size", type=int, default=448)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    given = parser.parse_args(arguments)
+    torch.manual_seed(0)
+    usual = features(given.image_size, PATCH, DEPTH, given.device)
+    overlapping = features(given.image_size, PATCH * 3 // 4, DEPTH - 1, given.device)
+
+    check("rollout", METRICS["rollout"](usual), rollout_matrix(usual))
+    check("psm", METRICS["psm"](overlapping), psm_matrix(overlapping))
+    works: dict[str, Callable[[], Tensor]] = {
+        "gls_cos": lambda: METRICS["gls_cos"](usual),
+        "rollout, rows": lambda: METRICS["rollout"](usual),
+        "rollout, matrices": lambda: rollout_matrix(usual),
+        "rollout, softmax": lambda: softmax(usual)[0],
+        "rollout, read": lambda: read(usual),
+        "psm, rows": lambda: METRICS["psm"](overlapping),
+        "psm, matrices": lambda: psm_matrix(overlapping),
+        "psm, softmax": lambda: softmax(overlapping)[0],
+        "psm, read": lambda: read(overlapping),
+    }
+
+    def finished(work: Callable[[], Tensor]) -> Callable[[], float]:
+        return lambda: float(work().sum())  # waits for the device
+
+    found = in_turn({name: finished(work) for name, work in works.items()}, 1, given.repeats)
+    medians: dict[str, float] = {}
+    for name, times in found.items():
+        if isinstance(times, Exception):
+            raise times
+        medians[name] = 1000 * statistics.median(times)
+    patches = [f.patches.shape[1] for f in (usual, overlapping)]
+    print(f"{given.image_size} pixels, {patches[0]} patches, psm {patches[1]}; threads: {torch.get_num_threads()}")
+    print("| | ms | x gls_cos | x its rows |\n|---|---|---|---|")
+    for name, median in medians.items():
+        rows = medians.get(name.partition(",")[0] + ", rows")
+        share = f"{median / rows:.1f}" if rows else ""
+        print(f"| {name} | {median:.2f} | {median / medians['gls_cos']:.0f} | {share} |")
+    return medians
+
+
+def features(size: int, stride: int, depth: int, device: str) -> Features:
+    """Random tokens and logits of one image, of ViT-B's shape."""
+    side = (size - PATCH) // stride + 1
+    n = side * side + 1
+    tokens = torch.randn(1, n, DIM, device=device)
+    logits = tuple(2 * torch.randn(1, HEADS, n, n, device=device) for _ in range(depth))
+    return Features(tokens[:, 0], tokens[:, 1:], (side, side), 1, logits)
+
+
+def softmax(f: Features) -> list[Tensor]:
+    """The attention maps of all blocks (1, h, n, n)."""
+    return [logits.softmax(dim=-1) for logits in f.attention_logits or ()]
+
+
+def read(f: Features) -> Tensor:
+    """The sum of all logits: each is read once."""
+    return torch.stack([logits.sum() for logits in f.attention_logits or ()])
+
+
+def rollout_matrix(f: Features) -> Tensor:
+    """arXiv 2005.00928: the whole product of (mean over heads + I) with rows normalised; row 0 is read. (1, 1, N)"""
+    product = None
+    for maps in softmax(f):
+        a = maps.mean(dim=1) + torch.eye(maps.shape[-1], device=maps.device)
+        a = a / a.sum(dim=-1, keepdim=True)
+        product = a if product is None else a @ product
+    assert product is not None
+    return product[:, None, 0, 1:]
+
+
+def psm_matrix(f: Features) -> Tensor:
+    """arXiv 2103.07976: the whole product of the maps of each head; row 0 is read. (1, h, N)"""
+    product = None
+    for maps in softmax(f):
+        product = maps if product is None else maps @ product
+    assert product is not None
+    return product[:, :, 0, 1:]
+
+
+def check(name: str, rows: Tensor, matrices: Tensor) -> None:
+    """Raise unless both forms agree to float32 rounding."""
+    torch.testing.assert_close(rows, matrices, rtol=1e-4, atol=0, msg=lambda text: f"{name}: {text}")
+
+
+if __name__ == "__main__":
+    main()
