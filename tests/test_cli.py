@@ -31,7 +31,11 @@ def call(capsys, *words):
         (["train", "--help"], 0, "--label-smoothing"),
         (["train", "--data", "d", "--out", "o", "--epoch", "3"], 2, "did you mean --epochs?"),
         (["train", "--data", "d", "--out", "o", "--lr", "fast"], 2, "lr"),
-        (["train", "--data", "d", "--out", "o", "--method", "x"], 2, "unknown method 'x'; choose from: aftrans, cal, dcal"),
+        (
+            ["train", "--data", "d", "--out", "o", "--method", "x"],
+            2,
+            "unknown method 'x'; choose from: aftrans, cal, dcal",
+        ),
         (["train", "--data", "d", "--out", "o", "--recipe", "none.yaml"], 2, "none.yaml"),
         (["train", "--out", "o"], 2, "required: data"),
         (["eval", "run"], 2, "required: data"),

@@ -41,8 +41,10 @@ def train_words(data, out, **changes):
     values = {**SAME, **changes, "data": str(data), "out": str(out)}
     if not values.pop("pretrained"):
         yield "--no-pretrained"
+    yield from (f"--{name.replace('_', '-')}" for name, value in values.items() if value is True)
     for name, value in values.items():
-        yield f"--{name.replace('_', '-')}={json.dumps(value) if isinstance(value, dict) else value}"
+        if value is not True:
+            yield f"--{name.replace('_', '-')}={json.dumps(value) if isinstance(value, dict) else value}"
 
 
 def rows(folder):
@@ -142,7 +144,7 @@ def test_a_signal_to_the_launcher_saves_in_all_processes_and_the_run_goes_on(dat
         {"method": "aftrans", "options": {}},
         {"method": "transfg", "options": {}},
         {"method": "ffvt", "options": {"top_k": 3}},
-        {"mixup": 0.5, "repeats": 2, "grad_checkpointing": True, "supcon": 0.0, "lora": 2},
+        {"mixup": 0.5, "repeats": 2, "grad_checkpointing": True, "lora": 2},
         {"supcon": 0.5, "freeze": "backbone", "precision": "bf16"},
         {"lora": 2, "precision": "bf16", "cache": "ram"},
     ],
