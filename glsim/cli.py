@@ -242,6 +242,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(words[0], error, 1, as_json)
     except KeyboardInterrupt:
         return fail(words[0], "interrupted", 130, as_json)
+    finally:
+        part_processes()
+
+
+def part_processes() -> None:
+    """Leave the process group of a run of several: threads of it that outlive Python abort the process now and then."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def fail(verb: str, error: object, code: int, as_json: bool) -> int:

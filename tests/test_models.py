@@ -139,7 +139,7 @@ def test_the_cases_cover_what_there_is():
     assert {m for m in METHODS if default_metric(m)} == {"glsim", "transfg", "ffvt", "rams", "aftrans", "dcal", "ielt"}
     assert set(SMALL_MAPS) == set(MAPS)
     for method in METHODS:
-        ours = {(metric, backbone) for m, metric, backbone in CASES if m == method}
+        ours = {(metric, backbone) for m, metric, backbone in (case.values for case in CASES) if m == method}
         assert len({backbone for _, backbone in ours}) >= 11
         if default_metric(method):
             assert {metric for metric, _ in ours} >= set(METRICS)
@@ -327,7 +327,7 @@ def test_wrong_names_list_the_choices(arguments, message):
         ({"method": "aftrans", "threshold": 0.9}, "threshold=0.9: at least 1"),
         ({"method": "dcal", "share": 0}, "share=0: above 0, at most 1"),
         ({"method": "dcal", "share": 1.1}, "share=1.1: above 0, at most 1"),
-        ({"method": "ielt", "tokens": 126}, "tokens=126, votes=4: 1 <= votes <= tokens <= 16 is needed"),
+        ({"method": "ielt", "tokens": 126}, "tokens=126, votes=4: 1 <= votes <= tokens <= 16 patches is needed"),
         ({"method": "ielt", "votes": 13}, "tokens=12, votes=13"),
         ({"method": "ielt", "votes": 0}, "tokens=12, votes=0"),
         ({"method": "cal", "views": 3}, "unknown number of views 3; choose from: 1, 2, 8"),
