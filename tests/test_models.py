@@ -45,7 +45,6 @@ SIZES = BACKBONES | MAPS
 NO_CLASS_TOKEN = {"vit_base_patch16_siglip_224", "vit_base_patch16_siglip_gap_224", "test_vit2", *MAPS}
 ROTARY = {"vit_small_patch16_dinov3", "eva02_tiny_patch14_224"}
 RELATIVE = {"beit_base_patch16_224", "beitv2_base_patch16_224"}
-EVERY_METRIC = ("vit_tiny_patch16_224", "vit_small_patch16_dinov3")  # families that the quick suite tries all on
 
 
 def builder(method):
@@ -94,13 +93,8 @@ def takes(method, backbone):
     return refusal(method, backbone) is None or (method == "transfg" and backbone in ROTARY)
 
 
-def quick(method, metric, backbone):
-    many = backbone in EVERY_METRIC or (method == "glsim" and backbone == "vit_base_patch16_siglip_224")
-    return many or metric == default_metric(method)
-
-
-CASES = [  # the whole product; the suite runs a quarter of it, pytest -m slow the rest
-    pytest.param(method, metric, backbone, marks=() if quick(method, metric, backbone) else pytest.mark.slow)
+CASES = [
+    (method, metric, backbone)
     for method in METHODS
     for backbone in SIZES
     if takes(method, backbone)
@@ -139,7 +133,7 @@ def test_the_cases_cover_what_there_is():
     assert {m for m in METHODS if default_metric(m)} == {"glsim", "transfg", "ffvt", "rams", "aftrans", "dcal", "ielt"}
     assert set(SMALL_MAPS) == set(MAPS)
     for method in METHODS:
-        ours = {(metric, backbone) for m, metric, backbone in (case.values for case in CASES) if m == method}
+        ours = {(metric, backbone) for m, metric, backbone in CASES if m == method}
         assert len({backbone for _, backbone in ours}) >= 11
         if default_metric(method):
             assert {metric for metric, _ in ours} >= set(METRICS)
