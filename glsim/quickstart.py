@@ -151,7 +151,8 @@ th {{ text-align: left }} img {{ max-width: 100% }} figure {{ margin: 1rem 0 }} 
 <b>{c["glsim"]:.1%}</b> of the test images; a box of the same area at a random place in {c["random"]:.1%}, in the
 centre in {c["centre"]:.1%}. The crops cover {c["area"]:.0%} of the image on average.</p>
 <h2>Where it looked</h2>
-<p>The image with GLSim's box, the similarity of each patch to the whole, the crop as the network sees it.</p>
+<p>The image with GLSim's box, the similarity of each patch to the whole, and the crop it encodes in a
+second pass (pictures are drawn in finer pixels than the network gets).</p>
 <img src="pictures/sheet.png" alt="image, similarity and crop for one test bird of each species">
 <h2>Learning curves</h2>{curves}
 <h2>Confusion</h2><div class="two">{tables}</div>
