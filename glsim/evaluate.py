@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from glsim.batches import make_loader
+from glsim.batches import make_loader, read
 from glsim.bundle import labels_of, load, pick_device, preprocessing_of, write_text
 from glsim.catalog import prepared
 from glsim.config import Eval
@@ -74,7 +74,7 @@ def evaluate(
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     top5, start = 0, time.perf_counter()
     predictions, confidences, true_confidences = [], [], []
-    for images, labels in loader:
+    for images, labels in read(loader):
         with accelerator.autocast():
             output = answer(model, images, flip)
         logits, labels = (t.cpu() for t in accelerator.gather_for_metrics((output.logits.float(), labels)))

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from glsim.adapt import adapt, merged
 from glsim.backbone import Model
-from glsim.batches import CachedImages, TrainBatches, make_loader, mix, train_loader
+from glsim.batches import CachedImages, TrainBatches, make_loader, mix, read, train_loader
 from glsim.bundle import CONFIG, METRICS_FILE, default_preprocessing, init_from, save, write_text
 from glsim.catalog import prepared
 from glsim.checkpoint import CHECKPOINT, Interrupted, load_checkpoint, save_checkpoint, stop_signal, writing
@@ -125,7 +125,7 @@ def run(s: Train, progress: bool = True) -> dict[str, Any]:
             wrapped.train()
             if s.freeze == "backbone":
                 model.backbone.eval()
-            for part, (images, labels) in enumerate(loader):
+            for part, (images, labels) in enumerate(read(loader)):
                 # All randomness follows from seed, step and image: a resumed run repeats the undisturbed one.
                 torch.manual_seed(mix(s.seed, step, part % s.accumulate, accelerator.process_index))
                 schedule.step_update(step)

@@ -14,6 +14,7 @@ import tempfile
 import time
 from dataclasses import MISSING, asdict, fields
 from functools import partial
+from multiprocessing import get_start_method
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,12 +27,13 @@ from accelerate.utils import LoggerType
 from conftest import ROOT, TINY, small_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torchvision.transforms import v2
 
 import glsim
 from glsim import ConfigError, DataError, cli, evaluate, train
 from glsim import batches as batches_module
 from glsim.adapt import adapt, merged
-from glsim.batches import TrainBatches, train_loader
+from glsim.batches import TrainBatches, make_loader, read, train_loader
 from glsim.bundle import FORMAT, init_from
 from glsim.config import Eval, Train, read_recipe
 from glsim.data import ImageDataset, read_data
@@ -873,6 +875,18 @@ def test_a_signal_finishes_the_step_saves_and_leaves_with_130(birds, tmp_path, n
     step = int(re.search(r"interrupted after step (\d+) of 1500, saved; go on with .* --resume", errors)[1])
     assert "Traceback" not in errors
     assert json.loads((out / "checkpoint" / "state.json").read_text())["step"] == step
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_meets_starting_workers_does_not_end_them(birds, monkeypatch, number):
+    """It comes at the worst moment: a worker is there, and still belongs to the process group that is signalled."""
+    if get_start_method() != "fork":
+        pytest.skip("what stands for the signal reaches workers through a fork alone")
+    monkeypatch.setattr(os, "setpgrp", lambda: (os.kill(os.getpid(), number), os.setpgid(0, 0)))
+    images = read_data(birds)["test"]
+    batches = list(read(make_loader(images, v2.Compose([v2.Resize((8, 8)), v2.PILToTensor()]), 4, 2)))
+    assert [y for _, labels in batches for y in labels.tolist()] == list(images.labels)
+    assert not {signal.SIGINT, signal.SIGTERM} & signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_a_tracker_gets_the_rows_of_the_log(birds, tmp_path, monkeypatch):
