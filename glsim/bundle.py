@@ -216,6 +216,21 @@ def labels_of(model: Model) -> list[str]:
     return model.config.get("label_names") or [f"class {i}" for i in range(model.config["num_classes"])]
 
 
+def temperature_of(model: Model) -> float:
+    """What `glsim calibrate` found that logits have to be divided by before the softmax; 1 where it has not been."""
+    return float((model.config.get("calibration") or {}).get("temperature", 1.0))
+
+
+def amend(folder: str | Path, options: dict[str, Any], **info: Any) -> None:
+    """Change options of the method and anything else in the `config.json` of a bundle, and its card with it."""
+    folder = Path(folder)
+    config = read_config(folder)
+    config |= {"options": config["options"] | options, **info}
+    metrics = folder / METRICS_FILE
+    write_text(folder / CARD, _card(config, json.loads(metrics.read_text()) if metrics.exists() else None))
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
 def pick_device(name: str | None = None) -> torch.device:
     """The device `name` ("cpu", "cuda:1"), by default the best there is; ConfigError when it is not there."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -250,6 +265,8 @@ def _card(config: dict[str, Any], metrics: dict[str, Any] | None) -> str:
     ]
     if data := config.get("data"):
         lines.append(f"- Data: `{data['source']}`, {data['counts']}, split hash `{data['split_hash'][:16]}`")
+    if calibration := config.get("calibration"):
+        lines.append(f"- Calibrated on {calibration['count']} images of `{calibration['data']}`")
     for split, result in (metrics or {}).items():
         if isinstance(result, dict) and "top1" in result:
             lines.append(f"- {split}: top-1 {result['top1']:.2%} ({result['correct']} of {result['count']})")

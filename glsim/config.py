@@ -194,6 +194,7 @@ class Eval:
     data: str = required("folder, CSV, hf:NAME or wds:FOLDER, as for train")
     dataset: str | None = setting(None, "name of a data set prepared in DATA")
     split: Literal["train", "val", "test", "all"] = setting("test", "which images; all: every one there is")
+    options: dict[str, Any] = setting({}, "options of the method to change, as --options.margin null")
     out: str | None = setting(None, "folder for evaluation.json, predictions.csv and the confusion matrix")
     errors: str | None = setting(None, "folder for index.html: the mistakes with pictures, most confident first")
     flip: bool = setting(False, "average the logits of each image and its mirror image")
@@ -210,11 +211,34 @@ class Eval:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Calibrate:
+    """Fit confidences on validation images, and when a first pass may answer alone; changes the bundle."""
+
+    source: str = positional(MISSING, "bundle folder")
+    data: str = required("folder, CSV, hf:NAME or wds:FOLDER, as for train")
+    dataset: str | None = setting(None, "name of a data set prepared in DATA")
+    split: Literal["train", "val", "test", "all"] = setting(
+        "val", "which images, as eval takes them; none that the model was trained on; all: every one there is"
+    )
+    max_loss: float = setting(0.1, "points of accuracy (of 100) that skipping second passes may cost on these images")
+    batch_size: int = setting(32, "images at a time")
+    workers: int = setting(2, "processes that load images")
+    device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "batch_size")
+        _at_least(self, 0, "workers", "max_loss")
+        if self.dataset is not None:
+            choose(self.dataset, SETS, "data set")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Predict:
     """Name what is in images: top-k classes with probabilities, and the crop box."""
 
     source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth")
     images: list[str] = positional(MISSING, "files, folders or globs")
+    options: dict[str, Any] = setting({}, "options of the method to change, as --options.margin null")
     top_k: int = setting(5, "answers per image")
     flip: bool = setting(False, "average the logits of each image and its mirror image")
     format: Literal["text", "jsonl", "csv"] | None = setting(None, "default: by the ending of --out, else text")
@@ -239,6 +263,7 @@ class Explain:
     source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth")
     images: list[str] = positional(MISSING, "files, folders or globs")
     out: str = required("folder for the pictures")
+    options: dict[str, Any] = setting({}, "options of the method to change, as --options.top_o 16")
     metrics: list[str] | None = setting(None, "scores to draw, or all; default: the model's own, gls_cos for plain")
     alpha: float = setting(0.7, "opacity of the heat-map where it is highest, 0 to 1")
     colormap: str = setting("turbo", "of the heat-map, as matplotlib names them")

@@ -16,7 +16,7 @@ FLOORS = [
     {"config", "adapt", "data", "sources", "bundle", "official", "batches", "checkpoint", "cost"},
     {
         *("train", "evaluate", "predict", "pictures", "mistakes", "convert", "datasets", "doctor"),
-        *("reproduce", "report", "benchmark"),
+        *("reproduce", "report", "benchmark", "calibrate"),
     },
     {"quickstart", "cli", "__init__"},
 ]
@@ -30,6 +30,7 @@ SIDEWAYS = {
     ("cost", "config"),  # the settings of its verb
     ("train", "evaluate"),
     ("evaluate", "predict"),  # the same answer to an image, mirrored or not
+    ("calibrate", "evaluate"),  # the same split of the same images
     ("evaluate", "mistakes"),  # the page of what it counted
     ("mistakes", "pictures"),
     ("mistakes", "predict"),
