@@ -17,11 +17,12 @@ from statistics import mean, stdev
 from typing import Any
 
 import yaml
+from accelerate import Accelerator
 from jsonargparse import ArgumentError, ArgumentParser
 
 from glsim import train
 from glsim.bundle import write_text
-from glsim.checkpoint import Interrupted
+from glsim.checkpoint import Interrupted, held
 from glsim.config import Reproduce, Train, read_recipe, to_recipe
 from glsim.data import split_hash
 from glsim.evaluate import make_accelerator
@@ -34,8 +35,9 @@ MEASURED = ("count", "correct", "top1", "per_class_mean")
 def run(s: Reproduce, progress: bool = True) -> dict[str, Any]:
     """The verb: choose the lr on val, train every seed, measure each on test once; returns what `reproduce.json` holds.
 
-    Raises ConfigError when OUT was started with other settings or images, DataError when there is no test split,
-    GlsimError when every lr diverged, and Interrupted after SIGINT or SIGTERM, which the same command goes on from.
+    Raises ConfigError when OUT was started with other settings or images, or another process is at work in it,
+    DataError when there is no test split, GlsimError when every lr diverged, and Interrupted after SIGINT or SIGTERM,
+    which the same command goes on from.
     """
     out = Path(s.out)
     if out.exists() and not out.is_dir():
@@ -52,13 +54,18 @@ def run(s: Reproduce, progress: bool = True) -> dict[str, Any]:
         "train": plain(base, *train.FREE, "lr", "seed", "val_fraction", "test"),
     }
     accelerator = make_accelerator(None, base.precision, base.accumulate)
+    with held(out, accelerator):
+        return _follow(plan, base, out, accelerator, progress)
+
+
+def _follow(plan: dict[str, Any], base: Train, out: Path, accelerator: Accelerator, progress: bool) -> dict[str, Any]:
+    """Make the runs of the plan that are not done yet."""
     state = _read(out, plan)
     accelerator.wait_for_everyone()  # every process has read it before the first one writes
     main = accelerator.is_main_process
 
     def keep() -> None:
         if main:
-            out.mkdir(parents=True, exist_ok=True)
             write_text(out / STATE, json.dumps(state, indent=2) + "\n")
 
     def finish(name: str, **changes: Any) -> dict[str, Any]:
