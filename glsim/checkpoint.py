@@ -43,7 +43,8 @@ def held(out: Path, accelerator: Accelerator) -> Iterator[None]:
     OSError where nothing can be written, in all processes of the run alike.
     """
     file, holder, fresh = out / LOCK, out / HOLDER, not out.exists()
-    lock, problem = FileLock(file), None
+    lock = FileLock(file)
+    problem: Exception | None = None
     if accelerator.is_main_process:
         try:
             out.mkdir(parents=True, exist_ok=True)

@@ -120,7 +120,7 @@ def show_convert(r: dict[str, Any], _: Any) -> str:
 
 def show_doctor(r: dict[str, Any], _: Any) -> str:
     """What was found, every problem by name; the memory of the planned run; where the page is."""
-    from glsim.doctor import as_gib
+    from glsim.memory import as_gib
 
     images = ", ".join(f"{count} {split}" for split, count in r["counts"].items())
     lines = [f"{r['data']}: {images} images of {r['classes']['count']} classes, {r['seconds']} s"]

@@ -37,8 +37,8 @@ from glsim.batches import TrainBatches, make_loader, read, train_loader
 from glsim.bundle import FORMAT, init_from
 from glsim.config import Eval, Train, read_recipe
 from glsim.data import ImageDataset, read_data
-from glsim.doctor import saved_bytes
 from glsim.losses import TERMS, objective
+from glsim.memory import saved_bytes
 from glsim.transforms import Preprocessing, train_transform
 
 
