@@ -179,10 +179,10 @@ def show_quickstart(r: dict[str, Any], _: Any) -> str:
 
 
 def show_bench(r: dict[str, Any], s: config.Bench) -> str:
-    """A line a row, ratios beside."""
-    from glsim.benchmark import as_text
+    """A line a row, ratios beside; with --loader the three rates."""
+    from glsim import benchmark, loading
 
-    return as_text(r) + (f"\nwritten: {s.out}" if s.out else "")
+    return (benchmark if s.loader is None else loading).as_text(r) + (f"\nwritten: {s.out}" if s.out else "")
 
 
 def show_flops(r: dict[str, Any], s: config.Flops) -> str:

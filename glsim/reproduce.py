@@ -18,12 +18,11 @@ from typing import Any
 
 import yaml
 from accelerate import Accelerator
-from jsonargparse import ArgumentError, ArgumentParser
 
 from glsim import train
 from glsim.bundle import write_text
 from glsim.checkpoint import Interrupted, held
-from glsim.config import Reproduce, Train, read_recipe, to_recipe
+from glsim.config import Reproduce, Train, change_recipe, to_recipe
 from glsim.data import split_hash
 from glsim.evaluate import make_accelerator
 from glsim.types import ConfigError, DataError, GlsimError
@@ -42,7 +41,8 @@ def run(s: Reproduce, progress: bool = True) -> dict[str, Any]:
     out = Path(s.out)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out={out} is a file; name a folder")
-    base = settings(s)
+    fixed = {"data": s.data, "out": s.out, "seed": s.seeds[0], "val_fraction": 0.0, "test": True}
+    base = change_recipe(s.recipe, s.train, **fixed)
     splits, _ = train.read_splits(replace(base, skip_bad=False))
     if "test" not in splits:
         raise DataError(f"{s.data} has no split 'test' to measure the seeds on; it has: {', '.join(splits)}")
@@ -99,25 +99,6 @@ def _follow(plan: dict[str, Any], base: Train, out: Path, accelerator: Accelerat
         state["test"] = summary([row["test"] for row in state["runs"].values() if "test" in row])
         keep()
     return {"out": str(out), **state}
-
-
-def settings(s: Reproduce) -> Train:
-    """The recipe with what `s` changes; raises ConfigError naming the setting that is unknown or of another type."""
-    recipe = read_recipe(s.recipe)
-    values = recipe | s.train | {"data": s.data, "out": s.out, "seed": s.seeds[0], "val_fraction": 0.0, "test": True}
-    for name in ("options", "backbone_args"):
-        # Words after --train.options.NAME arrive as they were typed.
-        given = {k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in (s.train.get(name) or {}).items()}
-        values[name] = (recipe.get(name) or {}) | given
-    if values.get("precision") is False:  # a bare `no` in YAML
-        values["precision"] = "no"
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Train)
-    try:
-        checked = parser.parse_object(values).as_dict()
-    except ArgumentError as error:
-        raise ConfigError(f"{s.recipe} with --train: {' '.join(str(error).split())}") from None
-    return Train(**checked)
 
 
 def plain(s: Train, *without: str) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def _fit(s: Train, out: Path, accelerator: Accelerator, progress: bool) -> dict[
         init_from(model, s.init_from)
     how = {name: getattr(s, name) for name in ("freeze", "lora", "supcon", "grad_checkpointing", "compile")}
     adapt(model, **how)
-    p = _preprocessing(s, model)
+    p = make_preprocessing(s, model)
     group = accelerator.num_processes * s.accumulate
     batches = TrainBatches(len(splits["train"]), s.batch_size, group, s.seed, s.repeats)
     copies = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine, as the launcher tells
@@ -353,7 +353,8 @@ def _run_record(s: Train, accelerator: Accelerator, data_hash: str) -> str:
     return json.dumps({"seed": s.seed, "split_hash": data_hash, "starts": [*before, start]}, indent=2) + "\n"
 
 
-def _preprocessing(s: Train, model: Model) -> Preprocessing:
+def make_preprocessing(s: Train, model: Model) -> Preprocessing:
+    """The backbone's, with what the settings say otherwise."""
     default = default_preprocessing(model.config["backbone"], model.backbone.image_size)
     mean, std = tuple(s.mean or default.mean), tuple(s.std or default.std)
     return Preprocessing(default.image_size, s.resize_ratio, mean, std, s.resize)

@@ -16,7 +16,7 @@ FLOORS = [
     {"config", "adapt", "data", "sources", "copies", "bundle", "official", "batches", "checkpoint", "cost"},
     {
         *("train", "evaluate", "predict", "pictures", "mistakes", "convert", "datasets"),
-        *("reproduce", "report", "benchmark", "doctor", "doctor_page", "memory"),
+        *("reproduce", "report", "benchmark", "loading", "doctor", "doctor_page", "memory"),
     },
     {"quickstart", "cli", "__init__"},
 ]
@@ -37,6 +37,9 @@ SIDEWAYS = {
     ("reproduce", "evaluate"),
     ("report", "train"),  # reads what it left in the folder of a run
     ("report", "reproduce"),
+    ("benchmark", "loading"),  # the same verb
+    ("loading", "train"),  # the images and the optimiser of a training run
+    ("loading", "evaluate"),
     ("doctor", "doctor_page"),
     ("doctor", "memory"),
     ("doctor_page", "memory"),
