@@ -138,7 +138,7 @@ def show_convert(r: dict[str, Any], _: Any) -> str:
 
 def show_doctor(r: dict[str, Any], _: Any) -> str:
     """What was found, every problem by name; the memory of the planned run; where the page is."""
-    from glsim.doctor import as_gib
+    from glsim.memory import as_gib
 
     images = ", ".join(f"{count} {split}" for split, count in r["counts"].items())
     lines = [f"{r['data']}: {images} images of {r['classes']['count']} classes, {r['seconds']} s"]
@@ -197,10 +197,10 @@ def show_quickstart(r: dict[str, Any], _: Any) -> str:
 
 
 def show_bench(r: dict[str, Any], s: config.Bench) -> str:
-    """A line a row, ratios beside."""
-    from glsim.benchmark import as_text
+    """A line a row, ratios beside; with --loader the three rates."""
+    from glsim import benchmark, loading
 
-    return as_text(r) + (f"\nwritten: {s.out}" if s.out else "")
+    return (benchmark if s.loader is None else loading).as_text(r) + (f"\nwritten: {s.out}" if s.out else "")
 
 
 def show_flops(r: dict[str, Any], s: config.Flops) -> str:

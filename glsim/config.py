@@ -296,7 +296,10 @@ class Bench:
     training: bool = setting(True, "time training steps too: forward, backward, SGD")
     memory: bool = setting(True, "measure peak memory too, each row in a process of its own")
     data: str | None = setting(None, "images (folder or glob): how many a second are read, prepared and answered")
-    workers: int = setting(2, "processes that load images")
+    loader: str | None = setting(None, "recipe: instead, the images a second that training loads from DATA, and uses")
+    train: dict[str, Any] = setting({}, "with --loader: settings instead of the recipe's, as --train.cache ram")
+    seconds: float = setting(15.0, "with --loader: how long loading, model and both together are timed each")
+    workers: int | None = setting(None, "processes that load images; default: 2, with --loader those of the recipe")
     repeats: int = setting(10, "rounds in which every model has its turn; median and quartiles are over these")
     warmup: int = setting(2, "rounds before those, not counted")
     num_classes: int = setting(200, "outputs of the last layer")
@@ -319,7 +322,17 @@ class Bench:
         if min(self.sizes + self.batch_sizes) < 1:
             raise ConfigError(f"sizes={self.sizes}, batch_sizes={self.batch_sizes}: at least 1 is needed")
         _at_least(self, 1, "repeats", "num_classes")
-        _at_least(self, 0, "warmup", "workers")
+        _at_least(self, 0, "warmup")
+        if self.loader is not None and self.data is None:
+            raise ConfigError(f"loader={self.loader}: name the images to load with --data, as for train")
+        if self.train and self.loader is None:
+            raise ConfigError(f"--train.{next(iter(self.train))}: only with --loader RECIPE")
+        if not self.seconds > 0:
+            raise ConfigError(f"seconds={self.seconds}: above 0 is needed")
+        if self.workers is None and self.loader is None:
+            object.__setattr__(self, "workers", 2)
+        if self.workers is not None:
+            _at_least(self, 0, "workers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -439,6 +452,30 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     if unknown:
         raise ConfigError(f"recipe {path}: unknown {', '.join(unknown)}; known keys: {', '.join(sorted(known))}")
     return values
+
+
+def change_recipe(path: str | Path, changes: dict[str, Any], **fixed: Any) -> Train:
+    """The settings of a recipe with `changes` as they came from the command line, and `fixed` ones above both.
+
+    Raises ConfigError naming the setting that is unknown or of another type.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    recipe = read_recipe(path)
+    values = recipe | changes | fixed
+    for name in ("options", "backbone_args"):
+        # Words after --train.options.NAME arrive as they were typed.
+        given = {k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in (changes.get(name) or {}).items()}
+        values[name] = (recipe.get(name) or {}) | given
+    if values.get("precision") is False:  # a bare `no` in YAML
+        values["precision"] = "no"
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Train)
+    try:
+        checked = parser.parse_object(values).as_dict()
+    except ArgumentError as error:
+        raise ConfigError(f"{path} with --train: {' '.join(str(error).split())}") from None
+    return Train(**checked)
 
 
 def to_recipe(settings: Train) -> str:

@@ -28,7 +28,7 @@ from glsim.backbone import Model
 from glsim.batches import CachedImages, TrainBatches, make_loader, mix, read, train_loader
 from glsim.bundle import CONFIG, METRICS_FILE, default_preprocessing, init_from, save, write_text
 from glsim.catalog import prepared
-from glsim.checkpoint import CHECKPOINT, Interrupted, load_checkpoint, save_checkpoint, stop_signal, writing
+from glsim.checkpoint import CHECKPOINT, Interrupted, held, load_checkpoint, save_checkpoint, stop_signal, writing
 from glsim.config import Train, read_recipe, to_recipe
 from glsim.data import ImageDataset, ImageList, hold_out, read_data, split_hash
 from glsim.environment import environment
@@ -48,16 +48,22 @@ FREE = {"workers", "out", "data", "cache", "tracker"}  # change nothing; the spl
 def run(s: Train, progress: bool = True) -> dict[str, Any]:
     """The verb: train as `s` says; returns the metrics. `s.out` is a bundle after every epoch.
 
-    Raises Interrupted after SIGINT or SIGTERM, the state saved, and GlsimError when the loss is no longer a number or a
-    file cannot be written.
+    Raises ConfigError when another run is at work in `s.out`, Interrupted after SIGINT or SIGTERM, the state saved, and
+    GlsimError when the loss is no longer a number or a file cannot be written.
     """
     out = Path(s.out)
     _check_out(s, out)
-    splits, bad = read_splits(s)
-    classes = splits["train"].classes
     if s.tracker is not None and find_spec(s.tracker) is None:
         raise ConfigError(f"tracker={s.tracker} needs that package: pip install {s.tracker}")
     accelerator = make_accelerator(None, s.precision, s.accumulate, log_with=s.tracker, project_dir=s.out)
+    with held(out, accelerator):
+        _check_out(s, out)  # again: another run may just have ended there
+        return _fit(s, out, accelerator, progress)
+
+
+def _fit(s: Train, out: Path, accelerator: Accelerator, progress: bool) -> dict[str, Any]:
+    splits, bad = read_splits(s)
+    classes = splits["train"].classes
     set_seed(s.seed)
     model = create_model(
         s.method, s.backbone, len(classes), s.image_size, s.pretrained, s.backbone_args or None, **s.options
@@ -66,7 +72,7 @@ def run(s: Train, progress: bool = True) -> dict[str, Any]:
         init_from(model, s.init_from)
     how = {name: getattr(s, name) for name in ("freeze", "lora", "supcon", "grad_checkpointing", "compile")}
     adapt(model, **how)
-    p = _preprocessing(s, model)
+    p = make_preprocessing(s, model)
     group = accelerator.num_processes * s.accumulate
     batches = TrainBatches(len(splits["train"]), s.batch_size, group, s.seed, s.repeats)
     copies = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine, as the launcher tells
@@ -92,7 +98,6 @@ def run(s: Train, progress: bool = True) -> dict[str, Any]:
     tally = Tally(accelerator, state.get("tally"))
     accelerator.wait_for_everyone()  # every process has looked at `out` before the first writes to it
     if accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
         write_text(out / RECIPE, to_recipe(s))
         write_text(out / BAD_IMAGES, "".join(f"{b}\n" for b in bad))
         write_text(out / RUN, _run_record(s, accelerator, data_hash))
@@ -348,7 +353,8 @@ def _run_record(s: Train, accelerator: Accelerator, data_hash: str) -> str:
     return json.dumps({"seed": s.seed, "split_hash": data_hash, "starts": [*before, start]}, indent=2) + "\n"
 
 
-def _preprocessing(s: Train, model: Model) -> Preprocessing:
+def make_preprocessing(s: Train, model: Model) -> Preprocessing:
+    """The backbone's, with what the settings say otherwise."""
     default = default_preprocessing(model.config["backbone"], model.backbone.image_size)
     mean, std = tuple(s.mean or default.mean), tuple(s.std or default.std)
     return Preprocessing(default.image_size, s.resize_ratio, mean, std, s.resize)

@@ -13,10 +13,10 @@ FLOORS = [
         *("transforms", "images", "figures", "synthetic", "catalog", "environment"),
     },
     {"models"},
-    {"config", "adapt", "data", "sources", "bundle", "official", "batches", "checkpoint", "cost"},
+    {"config", "adapt", "data", "sources", "copies", "bundle", "official", "batches", "checkpoint", "cost"},
     {
-        *("train", "evaluate", "predict", "pictures", "mistakes", "convert", "datasets", "doctor"),
-        *("reproduce", "report", "benchmark", "calibrate"),
+        *("train", "evaluate", "predict", "pictures", "mistakes", "convert", "datasets", "calibrate"),
+        *("reproduce", "report", "benchmark", "loading", "doctor", "doctor_page", "memory"),
     },
     {"quickstart", "cli", "__init__"},
 ]
@@ -38,7 +38,13 @@ SIDEWAYS = {
     ("reproduce", "evaluate"),
     ("report", "train"),  # reads what it left in the folder of a run
     ("report", "reproduce"),
-    ("doctor", "train"),  # the memory of a step with the optimiser that train would make
+    ("benchmark", "loading"),  # the same verb
+    ("loading", "train"),  # the images and the optimiser of a training run
+    ("loading", "evaluate"),
+    ("doctor", "doctor_page"),
+    ("doctor", "memory"),
+    ("doctor_page", "memory"),
+    ("memory", "train"),  # a step with the optimiser that train would make
 }
 
 
@@ -84,5 +90,5 @@ def test_models_do_not_import_each_other():
 
 
 def test_importing_glsim_and_its_settings_is_cheap():
-    code = "import glsim, glsim.cli, glsim.config, glsim.data, sys; print('torch' in sys.modules)"
+    code = "import glsim, glsim.cli, glsim.config, glsim.data, glsim.copies, sys; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

@@ -16,7 +16,7 @@ from conftest import TINY
 from safetensors.torch import load_file
 
 from glsim import ConfigError, DataError, GlsimError, checkpoint, cli, report, reproduce, train
-from glsim.config import Report, Reproduce, to_recipe
+from glsim.config import Report, Reproduce, change_recipe, to_recipe
 
 VAL = {0.1: 2, 0.03: 4, 0.01: 4, 0.001: 1}  # right answers on val by lr: a tie at the top
 TEST = {1: 5, 10: 8, 100: 6}
@@ -205,7 +205,7 @@ def test_settings_are_checked_by_name_and_type(recipe, birds, tmp_path):
         ({"epochs": 0}, "epochs=0: at least 1"),
     ):
         with pytest.raises(ConfigError, match=said):
-            reproduce.settings(ask(recipe, birds, tmp_path / "r", train=train_settings))
+            reproduce.run(ask(recipe, birds, tmp_path / "r", train=train_settings), progress=False)
     for changes, said in (
         ({"train": {"lr": 1}}, "--train.lr: use --lrs"),
         ({"train": {"test": False}}, "--train.test: the protocol sets that itself"),
@@ -224,7 +224,7 @@ def test_the_command_line_changes_settings_of_the_recipe(recipe, birds, tmp_path
     words += ["--train.backbone_args.depth", "1", "--train.mean", "[1,2,3]"]
     s = cli.parse("reproduce", cli.VERBS["reproduce"], words)
     assert (s.lrs, s.seeds) == ([0.1, 1e-3], [3, 4])
-    settings = reproduce.settings(s)
+    settings = change_recipe(s.recipe, s.train, data=s.data, out=s.out)
     assert (settings.epochs, settings.precision, settings.mean) == (9, "no", [1, 2, 3])
     assert settings.options == {"top_o": 4, "classifier": "avg_cls"}
     assert settings.backbone_args == {**TINY["backbone_args"], "depth": 1}
