@@ -116,7 +116,7 @@ def test_a_loss_that_is_no_number_ends_all_processes_alike(data, tmp_path):
     """Both say the same step, and nothing hangs."""
     words = train_words(data, tmp_path / "r", lr=1e30, warmup_lr=1e30, clip_grad=0.0, epochs=20)
     _, errors = start(2, "train", *words, code=1)
-    steps = re.findall(r"glsim train: the loss is not a number at step (\d+); try a smaller lr", errors)
+    steps = re.findall(r"glsim train: the loss or its gradient is no number at step (\d+); try a smaller lr", errors)
     assert steps and len(set(steps)) == 1
 
 
