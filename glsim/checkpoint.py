@@ -104,12 +104,20 @@ def save_checkpoint(accelerator: Accelerator, out: Path, progress: dict[str, Any
     if accelerator.is_main_process:
         with writing(out):
             write_text(new / STATE, json.dumps(progress))
+            _to_disk(new)
             if final.exists():  # if not, a run died between the two renames, and `old` is all there is
                 shutil.rmtree(old, ignore_errors=True)
                 final.rename(old)
             new.rename(final)
             shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
+
+
+def _to_disk(folder: Path) -> None:
+    """Wait until the disk has every file of `folder`: after a power cut a new name must not stand for half a file."""
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
 
 
 def load_checkpoint(accelerator: Accelerator, out: Path, data_hash: str) -> dict[str, Any]:

@@ -119,11 +119,14 @@ class Train:
         _at_least(self, 0, "workers", "save_steps", "warmup_steps", "weight_decay", "clip_grad")
         _at_least(self, 0, "mixup", "cutmix", "focal", "supcon", "lora")
         _at_least(self, 0, "lr", "min_lr", "warmup_lr")
+        _seeds(self.seed)
         _below_one(self, "val_fraction", "test_fraction", "label_smoothing", "ema", "momentum")
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values is not None and len(values) != 3:
                 raise ConfigError(f"{name}={values}: three numbers are needed, one per colour")
+        if self.std is not None and min(self.std) <= 0:
+            raise ConfigError(f"std={self.std}: above 0, for it divides")
         if self.resize_ratio < 1:
             raise ConfigError(f"resize_ratio={self.resize_ratio}: at least 1, or the crop would not fit")
         if self.supcon and (self.mixup or self.cutmix):
@@ -166,6 +169,7 @@ class Reproduce:
                 raise ConfigError(f"{name}={values}: {'one or more' if not values else 'each only once'}")
         if any(lr <= 0 for lr in self.lrs):
             raise ConfigError(f"lrs={self.lrs}: above 0")
+        _seeds(*self.seeds)
         if self.lrs and not self.val_fraction:
             raise ConfigError("val_fraction=0: the lr is chosen on what is held out of train; above 0 is needed")
         fixed = {"data": "--data", "out": "--out", "lr": "--lrs", "seed": "--seeds", "val_fraction": "--val-fraction"}
@@ -489,6 +493,11 @@ def _at_least(settings: Any, least: float, *names: str) -> None:
     for name in names:
         if getattr(settings, name) < least:
             raise ConfigError(f"{name}={getattr(settings, name)}: at least {least} is needed")
+
+
+def _seeds(*seeds: int) -> None:
+    if wrong := [seed for seed in seeds if not 0 <= seed < 2**32]:  # what NumPy's generator takes
+        raise ConfigError(f"seed={wrong[0]}: from 0 to 4294967295")
 
 
 def _below_one(settings: Any, *names: str) -> None:

@@ -140,11 +140,12 @@ def _fit(s: Train, out: Path, accelerator: Accelerator, progress: bool) -> dict[
                         output = wrapped(images)
                         loss = objective(output, labels, s.label_smoothing, s.focal)
                     accelerator.backward(loss)
+                    norm = None
                     if accelerator.sync_gradients and s.clip_grad:
-                        accelerator.clip_grad_norm_(wrapped.parameters(), s.clip_grad)
+                        norm = accelerator.clip_grad_norm_(wrapped.parameters(), s.clip_grad)
                     optimizer.step()
                     optimizer.zero_grad()
-                tally.add(output.logits, labels, loss, step)
+                tally.add(output.logits, labels, loss, step, norm)
                 if not accelerator.sync_gradients:
                     continue
                 if ema is not None:
@@ -191,11 +192,11 @@ def _fit(s: Train, out: Path, accelerator: Accelerator, progress: bool) -> dict[
 
 
 class Diverged(GlsimError):
-    """The loss is no longer a number."""
+    """The loss, or its gradient, is no longer a number."""
 
 
 class Tally:
-    """What an epoch adds up to: loss, right answers, images, seconds; and the first step whose loss was no number."""
+    """What an epoch adds up to: loss, right answers, images, seconds; and the first step at which a number was none."""
 
     def __init__(self, accelerator: Accelerator, sums: list[float] | None = None) -> None:
         self.accelerator, self.start, self.seconds = accelerator, time.perf_counter(), 0.0
@@ -207,14 +208,17 @@ class Tally:
             self.values += torch.tensor(sums[own : own + 3], device=accelerator.device)
 
     @torch.no_grad()
-    def add(self, logits: Tensor, labels: Tensor, loss: Tensor, step: int) -> None:
-        """One batch: logits (B, C), labels (B,) or shares (B, C), the mean loss. Does not wait for the device.
+    def add(self, logits: Tensor, labels: Tensor, loss: Tensor, step: int, norm: Tensor | None = None) -> None:
+        """One batch: logits (B, C), labels (B,) or shares (B, C), the mean loss, the gradient's norm where a step ends.
 
-        Of a mixed image the class with the largest share is right.
+        Of a mixed image the class with the largest share is right. Does not wait for the device.
         """
         right = (logits.argmax(dim=1) == (labels if labels.ndim == 1 else labels.argmax(dim=1))).sum()
         self.values += torch.stack((loss.detach() * len(labels), right, torch.full_like(loss, len(labels))))
-        self.bad = torch.where((self.bad < 0) & ~loss.isfinite(), step, self.bad)
+        sound = loss.isfinite()
+        if norm is not None and self.accelerator.scaler is None:  # which leaves such a step out, and scales less
+            sound = sound & norm.isfinite()
+        self.bad = torch.where((self.bad < 0) & ~sound, step, self.bad)
 
     def sums(self) -> list[float]:
         """Loss, right answers and images of each process in turn, and seconds: what a resumed epoch begins with."""
@@ -241,14 +245,14 @@ class Tally:
         return f"loss {loss / images:.3f}, accuracy {right / images:.1%}, {speed:.0f} images/s"
 
     def check(self, batches: TrainBatches, images: ImageList, lr: float) -> None:
-        """Raise Diverged naming step and files once a loss was not a number, in all processes alike."""
+        """Raise Diverged naming step and files once a loss or gradient was no number, in all processes alike."""
         bad = [step for step in self.accelerator.gather(self.bad).view(-1).tolist() if step >= 0]
         if bad:
             step = min(bad)
             names = ", ".join(str(images.paths[i]) for i in batches.step(step))
             raise Diverged(
-                f"the loss is not a number at step {step}; try a smaller lr than {lr}, a longer warm-up, or clip_grad. "
-                f"The images of that step: {names}"
+                f"the loss or its gradient is no number at step {step}; try a smaller lr than {lr}, a longer warm-up, "
+                f"or clip_grad. The images of that step: {names}"
             )
 
 

@@ -212,6 +212,7 @@ def test_settings_are_checked_by_name_and_type(recipe, birds, tmp_path):
         ({"seeds": []}, r"seeds=\[\]: one or more"),
         ({"seeds": [1, 1]}, r"seeds=\[1, 1\]: each only once"),
         ({"lrs": [0.0]}, r"lrs=\[0.0\]: above 0"),
+        ({"seeds": [1, -1]}, "seed=-1: from 0 to 4294967295"),
         ({"val_fraction": 0.0}, "val_fraction=0: the lr is chosen on what is held out"),
     ):
         with pytest.raises(ConfigError, match=said):

@@ -682,23 +682,30 @@ def test_bad_images_stop_training_by_name_or_are_skipped(birds, tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(birds, tmp_path):
-    message = r"the loss is not a number at step \d+; try a smaller lr than 1e\+30, .* images of that step: .*0003.jpg"
+    message = r"the loss or its gradient is no number at step \d+; try a smaller lr than 1e\+30, .* images of that step: .*0003.jpg"
     with pytest.raises(glsim.GlsimError, match=message):
         train.run(settings(birds, tmp_path / "r", lr=1e30, warmup_lr=1e30, clip_grad=0.0, epochs=3), progress=False)
 
 
+@pytest.mark.parametrize("where", ["loss", "gradient"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_poisoned_batch_is_named_with_its_step_and_files_and_nothing_is_saved_after_it(
-    birds, tmp_path, monkeypatch, value
+    birds, tmp_path, monkeypatch, value, where
 ):
+    """A gradient is enough: the weights would be none, and the loss would tell after they were saved."""
     out, steps, plain = tmp_path / "r", [], train.objective
 
     def objective(*arguments):
         steps.append(1)
-        return plain(*arguments) * (value if len(steps) == 5 else 1.0)
+        loss = plain(*arguments)
+        if len(steps) == 5 and where == "loss":
+            return loss * value
+        if len(steps) == 5:
+            loss.register_hook(lambda gradient: gradient * value)
+        return loss
 
     monkeypatch.setattr(train, "objective", objective)
-    with pytest.raises(glsim.GlsimError, match="not a number at step 4; try a smaller lr than") as caught:
+    with pytest.raises(glsim.GlsimError, match="no number at step 4; try a smaller lr than") as caught:
         train.run(settings(birds, out, save_steps=1), progress=False)
     monkeypatch.undo()
     paths = read_data(birds)["train"].paths
@@ -771,6 +778,9 @@ def test_wrong_settings_say_what_would_work(birds, tmp_path):
         ("resize_ratio", 0.9),
         ("label_smoothing", 1.0),
         ("mean", [1]),
+        ("std", [0.2, 0.0, 0.2]),
+        ("seed", -1),
+        ("seed", 2**32),
         ("schedule", "plateau"),
         ("decay_epochs", 0),
         ("decay_rate", 1.1),
