@@ -71,28 +71,22 @@ def evaluate(
     With `flip` the logits of each image and of its mirror image are averaged.
     """
     model.eval()
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     top5, start = 0, time.perf_counter()
-    predictions, confidences, true_confidences = [], [], []
+    truths, predictions, confidences, true_confidences = [], [], [], []
     for images, labels in read(loader):
         with accelerator.autocast():
             output = answer(model, images, flip)
         logits, labels = (t.cpu() for t in accelerator.gather_for_metrics((output.logits.float(), labels)))
         probabilities = logits.softmax(dim=1)
         best = probabilities.max(dim=1)
-        confusion += multiclass_confusion_matrix(best.indices, labels, num_classes)
         top5 += int((logits.topk(min(5, num_classes)).indices == labels[:, None]).sum())
+        truths.append(labels)
         predictions.append(best.indices)
         confidences.append(best.values)
         true_confidences.append(probabilities.gather(1, labels[:, None])[:, 0])
-    return Evaluation(
-        confusion,
-        top5,
-        torch.cat(predictions),
-        torch.cat(confidences),
-        torch.cat(true_confidences),
-        time.perf_counter() - start,
-    )
+    answers, seconds = torch.cat(predictions), time.perf_counter() - start
+    confusion = multiclass_confusion_matrix(answers, torch.cat(truths), num_classes)
+    return Evaluation(confusion, top5, answers, torch.cat(confidences), torch.cat(true_confidences), seconds)
 
 
 def join(lists: Iterable[ImageList]) -> ImageList:
