@@ -5,9 +5,9 @@
 
 Everything runs on the CPU, on drawn birds made for it. One run is left undisturbed; the others are killed, resumed,
 and perhaps killed again, until KILLS moments have passed; each ends, and its weights and its log must be those of the
-undisturbed run, bit for bit. One kill in five comes in start-up, the start of Python included; the others wait for the
-first step and then as long as the training of the undisturbed run may take, drawn evenly. All processes are stopped
-before they are killed, to see what they were at. The exit code is 4 where a run differs.
+undisturbed run, bit for bit. One kill in five comes in start-up, the start of Python included. The others wait until a
+step is saved, drawn evenly from those that are left, and then up to twice the mean time of a step. All processes are
+stopped before they are killed, to see what they were at. The exit code is 4 where a run differs.
 """
 
 from __future__ import annotations
@@ -52,11 +52,12 @@ def main() -> int:
         recipe = write_recipe(Path(place), data, arguments.epochs)
         began = time.perf_counter()
         child = start(recipe, whole, arguments.processes)
-        reach(child, whole, 0)
+        reach(child, whole, 1)
         starting = time.perf_counter() - began
         child.wait()
-        training = time.perf_counter() - began - starting
-        print(f"undisturbed: {starting:.1f} s to the first step, {training:.1f} s for all {steps_of(whole)} of them")
+        steps = steps_of(whole)
+        pace = (time.perf_counter() - began - starting) / steps
+        print(f"undisturbed: {starting:.1f} s to the first step, then {pace:.2f} s for each of {steps}", flush=True)
         phases, runs, different = Counter[str](), 0, 0
         while phases.total() < arguments.kills:
             runs += 1
@@ -67,23 +68,28 @@ def main() -> int:
                 if phases.total() == arguments.kills:  # none left: let it end
                     child.wait()
                     break
-                early = moments.random() < EARLY
-                moment = moments.uniform(0, starting if early else training)
-                if not early and not reach(child, out, before):
-                    break
+                if moments.random() < EARLY or before == steps:
+                    moment = moments.uniform(0, starting)
+                    when = f"{moment:5.2f} s after its start"
+                else:
+                    wanted, moment = moments.randint(before + 1, steps), moments.uniform(0, 2 * pace)
+                    when = f"{moment:5.2f} s after step {wanted:2}"
+                    if not reach(child, out, wanted):
+                        break
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(moment)
                     break
                 phase = kill(child, out, before)
                 phases[phase], landed = phases[phase] + 1, landed + 1
-                when = f"{moment:5.2f} s after its {'start' if early else 'first step'}, {phase}"
-                print(f"kill {phases.total():2}: run {runs}, {when}; last saved step {steps_of(out)}", flush=True)
+                saved = f"{steps_of(out):2} steps saved"
+                print(f"kill {phases.total():2}: run {runs}, {when}, {phase}; {saved}", flush=True)
             equal = child.returncode == 0 and same(whole, out)
             different += not equal
             print(f"run {runs}: killed {landed} times, ended with {'the same' if equal else 'OTHER'} weights and log")
             if child.returncode:
                 said = out.with_name(f"{out.name}.txt").read_text()
                 print(f"run {runs}: exit status {child.returncode}: {said[-2000:]}")
+                break  # the next one would fail too
     verdict = "all bit-identical" if not different else f"{different} DIFFER"
     counts = ", ".join(f"{phases[phase]} {phase}" for phase in PHASES)
     print(f"{phases.total()} kills ({counts}) in {runs} runs of {arguments.processes} process(es): {verdict}")
@@ -129,8 +135,8 @@ def start(recipe: Path, out: Path, processes: int) -> subprocess.Popen:
 
 
 def reach(child: subprocess.Popen, out: Path, step: int) -> bool:
-    """Wait until a step after `step` is saved; False when the run ended without one."""
-    while steps_of(out) <= step:
+    """Wait until `step` is saved; False when the run ended without it."""
+    while steps_of(out) < step:
         if child.poll() is not None:
             return False
         time.sleep(0.01)

@@ -28,6 +28,7 @@ from glsim.evaluate import make_accelerator
 from glsim.types import ConfigError, DataError, GlsimError
 
 STATE = "reproduce.json"
+OWN = (*train.FREE, "lr", "seed", "val_fraction", "test")  # settings of a run that are not the plan's
 MEASURED = ("count", "correct", "top1", "per_class_mean")
 
 
@@ -51,7 +52,7 @@ def run(s: Reproduce, progress: bool = True) -> dict[str, Any]:
         "seeds": s.seeds,
         "val_fraction": 0.0 if "val" in splits else s.val_fraction,
         "split_hash": split_hash(splits, s.data),
-        "train": plain(base, *train.FREE, "lr", "seed", "val_fraction", "test"),
+        "train": plain(base, *OWN),
     }
     accelerator = make_accelerator(None, base.precision, base.accumulate)
     with held(out, accelerator):
@@ -142,11 +143,12 @@ def _read(out: Path, plan: dict[str, Any]) -> dict[str, Any]:
         return {"plan": plan, "runs": runs, "lr": only, "test": None}
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
-        before = {**state["plan"]["train"], **{k: v for k, v in state["plan"].items() if k != "train"}}
+        kept = Train(**state["plan"]["train"], data="-", out="-")  # settings of later versions: their defaults
+        before = plain(kept, *OWN) | {k: v for k, v in state["plan"].items() if k != "train"}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file} is damaged: {error!r}; remove it, finished runs are kept") from error
     now = {**plan["train"], **{k: v for k, v in plan.items() if k != "train"}}
-    changed = [f"{k}={v!r} (was {before.get(k)!r})" for k, v in now.items() if v != before.get(k, v)]
+    changed = [f"{k}={v!r} (was {before.get(k)!r})" for k, v in now.items() if v != before.get(k)]
     if changed:
         raise ConfigError(f"{out} was started with other settings: {', '.join(changed)}; name another --out")
     return state

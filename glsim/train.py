@@ -275,7 +275,8 @@ def read_splits(s: Train) -> tuple[dict[str, ImageList], list[BadImage]]:
     if s.skip_bad:
         bad = find_bad([path for images in splits.values() for path in images.paths])
         splits = {name: drop_bad(images, bad) for name, images in splits.items()}
-    lacking = [c for i, c in enumerate(splits["train"].classes) if i not in set(splits["train"].labels)]
+    present = set(splits["train"].labels)
+    lacking = [c for i, c in enumerate(splits["train"].classes) if i not in present]
     if lacking:
         raise DataError(f"{s.data}: no readable training image of {', '.join(lacking[:10])}")
     return splits, bad

@@ -198,6 +198,19 @@ def test_other_settings_or_images_are_refused_by_name(recipe, birds, tmp_path, m
         reproduce.run(replace(s, out=str(tmp_path / "file")), progress=False)
 
 
+def test_a_plan_of_an_earlier_version_has_the_defaults_of_later_settings(recipe, birds, tmp_path, monkeypatch):
+    FakeTraining(monkeypatch)
+    s = ask(recipe, birds, tmp_path / "r")
+    whole = reproduce.run(s, progress=False)
+    file = tmp_path / "r" / "reproduce.json"
+    state = json.loads(file.read_text())
+    del state["plan"]["train"]["focal"]
+    file.write_text(json.dumps(state))
+    assert reproduce.run(s, progress=False)["test"] == whole["test"]
+    with pytest.raises(ConfigError, match=r"focal=2.0 \(was 0.0\)"):
+        reproduce.run(replace(s, train={"focal": 2.0}), progress=False)
+
+
 def test_settings_are_checked_by_name_and_type(recipe, birds, tmp_path):
     for train_settings, said in (
         ({"epochs": "many"}, 'tiny.yaml with --train: .*"epochs"'),
