@@ -178,6 +178,13 @@ def show_quickstart(r: dict[str, Any], _: Any) -> str:
     return "\n".join(lines)
 
 
+def show_serve(r: dict[str, Any], _: Any) -> str:
+    """What was done until it was stopped."""
+    mean = f", {r['answered'] / r['batches']:.1f} at a time" if r["batches"] else ""
+    other = "".join(f", {r[name]} {name}" for name in ("refused", "failed") if r[name])
+    return f"stopped: {r['answered']} images answered{mean}{other}"
+
+
 def show_bench(r: dict[str, Any], s: config.Bench) -> str:
     """A line a row, ratios beside."""
     from glsim.benchmark import as_text
@@ -200,6 +207,7 @@ VERBS = {
     "eval": Verb(config.Eval, "glsim.evaluate:run", show_eval),
     "predict": Verb(config.Predict, "glsim.predict:run", show_predict, progress=True),
     "explain": Verb(config.Explain, "glsim.pictures:run", show_explain),
+    "serve": Verb(config.Serve, "glsim.serve:run", show_serve),
     "bench": Verb(config.Bench, "glsim.benchmark:run", show_bench, progress=True),
     "flops": Verb(config.Flops, "glsim.cost:run", show_flops),
     "convert": Verb(config.Convert, "glsim.convert:run", show_convert),

@@ -88,7 +88,10 @@ class Predictor:
 
     @torch.inference_mode()
     def _answer(self, batch: Tensor, sizes: list[tuple[int, int]]) -> list[Prediction]:
-        output = answer(self.model, batch.to(self.device), self.flip)
+        return self.predictions(answer(self.model, batch.to(self.device), self.flip), sizes)
+
+    def predictions(self, output: Output, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
+        """The answers that the model's `output` for a batch stands for; `sizes` (width, height) are of its images."""
         top = output.logits.float().softmax(dim=1).topk(self.top_k)
         boxes = output.selection.boxes.tolist() if output.selection is not None else [None] * len(sizes)
         return [

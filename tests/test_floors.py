@@ -16,7 +16,7 @@ FLOORS = [
     {"config", "adapt", "data", "sources", "bundle", "official", "batches", "checkpoint", "cost"},
     {
         *("train", "evaluate", "predict", "pictures", "mistakes", "convert", "datasets", "doctor"),
-        *("reproduce", "report", "benchmark"),
+        *("reproduce", "report", "benchmark", "service", "serve"),
     },
     {"quickstart", "cli", "__init__"},
 ]
@@ -33,6 +33,10 @@ SIDEWAYS = {
     ("evaluate", "mistakes"),  # the page of what it counted
     ("mistakes", "pictures"),
     ("mistakes", "predict"),
+    ("service", "predict"),  # the same answer, asked by many
+    ("service", "pictures"),
+    ("serve", "service"),
+    ("serve", "pictures"),
     ("reproduce", "train"),
     ("reproduce", "evaluate"),
     ("report", "train"),  # reads what it left in the folder of a run
