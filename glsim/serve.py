@@ -247,7 +247,7 @@ class Site:
                 "calibrated": bool(config.get("calibration")),
                 "crops": service.selects,
                 "metrics": metrics,
-                "top_o": min(getattr(service.model, "top_o", 8), rows * cols),
+                "top_o": min(service.top_o or 8, rows * cols),
                 "patches": rows * cols,
                 "limits": {"bytes": self.max_bytes, "pixels": self.max_pixels, "images": self.s.queue},
                 "examples": [e.name for e in self.examples],

@@ -91,6 +91,7 @@ class Counts:
 class Service:
     """`model` for many callers at once.
 
+    `metric` is the score that pictures show unless another is asked for, `top_o` the model's own (None: it has none).
     `decode` and `draw` are for the threads of `pool`, `submit` for any thread. One thread of its own has the model: it
     takes up to `batch_size` images that wait, and waits `max_wait` seconds at most for company to come. Close it with
     `close`: what was submitted is still answered.
@@ -110,7 +111,12 @@ class Service:
         self.preprocessing = self.predictor.preprocessing
         self.batch_size, self.max_wait, self.max_pixels = batch_size, max_wait, max_pixels
         self.transform = eval_transform(self.preprocessing)
+        # Read once: while the model answers, other threads would find there what one wish changed.
         self.selects = self._try_model()
+        self.metric: str = getattr(model, "metric", model.config["method"]) if self.selects else "gls_cos"
+        self.any_metric = hasattr(model, "metric")  # chooses by scores, whose ever
+        self.top_o: int | None = getattr(model, "top_o", None)
+        self.by_threshold = hasattr(model, "threshold")
         self.counts, self._lock = Counts(), Lock()
         self.pool = ThreadPoolExecutor(workers, "decode")
         self._waiting: SimpleQueue[Job | None] = SimpleQueue()
@@ -136,11 +142,6 @@ class Service:
 
     # --- what can be asked ----------------------------------------------------------------------------------------
 
-    @property
-    def metric(self) -> str:
-        """The score that pictures show unless another is asked for."""
-        return getattr(self.model, "metric", self.model.config["method"]) if self.selects else "gls_cos"
-
     def metrics(self) -> list[str]:
         """The model's own, then every other that its backbone can serve."""
         has = self.model.backbone.has_attention
@@ -148,11 +149,11 @@ class Service:
 
     def decides(self, metric: str | None) -> bool:
         """Whether the answer depends on what `metric` selects; if not, it only draws."""
-        return self.selects and (metric in (None, self.metric) or hasattr(self.model, "metric"))
+        return self.selects and (metric in (None, self.metric) or self.any_metric)
 
     def takes_top_o(self, metric: str | None) -> bool:
         """Whether it matters with `metric` how many best patches are taken."""
-        return hasattr(self.model, "top_o") or not (self.decides(metric) or hasattr(self.model, "threshold"))
+        return self.top_o is not None or not (self.decides(metric) or self.by_threshold)
 
     def check(self, wish: Wish) -> None:
         """Raise ConfigError, saying what would work, for a wish that this model cannot grant."""
@@ -176,8 +177,9 @@ class Service:
             raise
         photo = None
         if wish.explain:
-            photo = image.copy()
-            photo.thumbnail((PHOTO, PHOTO), Image.Resampling.LANCZOS, reducing_gap=3.0)
+            scale = min(1.0, PHOTO / max(image.size))
+            size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+            photo = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
         return Decoded(self.transform(image), image.size, photo)
 
     def submit(self, decoded: Decoded, wish: Wish) -> Future[Answer]:
@@ -257,7 +259,7 @@ class Service:
     def _ask(self, decoded: list[Decoded], wish: Wish) -> list[Answer]:
         images = torch.stack([d.image for d in decoded]).to(self.predictor.device)
         sizes = [d.size for d in decoded]
-        own = {"metric": wish.metric} if hasattr(self.model, "metric") else {}
+        own = {"metric": wish.metric} if self.any_metric else {}
         with changed(self.model, **own, top_o=wish.top_o):
             if not wish.explain:
                 return [Answer(p, None) for p in self.predictor.predictions(self.model(images), sizes)]

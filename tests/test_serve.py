@@ -34,7 +34,7 @@ from glsim.images import open_image
 from glsim.selection import METRICS, needs_attention
 
 serve = pytest.importorskip("glsim.serve", reason="the extra demo is not installed", exc_type=glsim.ConfigError)
-from glsim.service import LOWEST, Service, Wish  # noqa: E402
+from glsim.service import LOWEST, Service, Wish, changed  # noqa: E402
 
 JPEG = {"Content-Type": "image/jpeg"}
 _file = io.BytesIO()
@@ -243,6 +243,26 @@ def test_every_method_serves_every_metric_it_lists_and_is_left_as_it_was(method)
     finally:
         service.close()
     assert {k: v for k, v in vars(model).items() if not k.startswith("_")} == before
+
+
+@pytest.mark.parametrize("method", ["glsim", "plain", "cal"])
+def test_what_can_be_asked_does_not_depend_on_what_is_being_answered(method):
+    """Requests are checked in other threads than the one that changes the model for a while."""
+    service = Service(small_model(method, "resnet18" if method == "cal" else "vit_tiny_patch16_224"), "cpu")
+
+    def state():
+        return (
+            [(m, service.decides(m), service.takes_top_o(m)) for m in service.metrics()],
+            service.metric,
+            service.top_o,
+        )
+
+    try:
+        before = state()
+        with changed(service.model, metric="random", top_o=1):
+            assert state() == before and vars(service.model)["top_o"] == 1
+    finally:
+        service.close()
 
 
 def test_networks_without_attention_list_only_what_they_can_serve():

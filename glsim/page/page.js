@@ -44,7 +44,9 @@ const percent = (p) => (p > 0 && p < 0.0005 ? "< 0.1 %" : `${(100 * p).toFixed(1
 
 function showExamples() {
   $("#examples").hidden = !model.examples.length;
-  $("#examples-title").textContent = model.drawn ? "Or try one of these drawn birds" : "Or try one of these";
+  $("#examples-title").textContent = model.drawn
+    ? "Or try the page with a drawn bird (glsim serve --examples FOLDER puts photographs here)"
+    : "Or try one of these";
   $("#thumbnails").replaceChildren(
     ...model.examples.map((name, i) => {
       const item = document.createElement("li");
