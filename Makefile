@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test test-slow lint format clean
+.PHONY: install quickstart test test-slow test-browser lint format clean
 
 $(BIN)/glsim: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,10 @@ test: install lint
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+test-browser: install
+	$(BIN)/python -m pip install --quiet --editable ".[dev,browser]"
+	$(BIN)/python -m pytest -m browser
 
 lint: install
 	$(BIN)/ruff check glsim tests docs benchmarks

@@ -196,6 +196,13 @@ def show_quickstart(r: dict[str, Any], _: Any) -> str:
     return "\n".join(lines)
 
 
+def show_serve(r: dict[str, Any], _: Any) -> str:
+    """What was done until it was stopped."""
+    mean = f", {r['answered'] / r['batches']:.1f} at a time" if r["batches"] else ""
+    other = "".join(f", {r[name]} {name}" for name in ("refused", "failed") if r[name])
+    return f"stopped: {r['answered']} images answered{mean}{other}"
+
+
 def show_bench(r: dict[str, Any], s: config.Bench) -> str:
     """A line a row, ratios beside; with --loader the three rates."""
     from glsim import benchmark, loading
@@ -219,6 +226,7 @@ VERBS = {
     "calibrate": Verb(config.Calibrate, "glsim.calibrate:run", show_calibrate, progress=True),
     "predict": Verb(config.Predict, "glsim.predict:run", show_predict, progress=True),
     "explain": Verb(config.Explain, "glsim.pictures:run", show_explain),
+    "serve": Verb(config.Serve, "glsim.serve:run", show_serve),
     "bench": Verb(config.Bench, "glsim.benchmark:run", show_bench, progress=True),
     "flops": Verb(config.Flops, "glsim.cost:run", show_flops),
     "convert": Verb(config.Convert, "glsim.convert:run", show_convert),

@@ -287,6 +287,31 @@ class Explain:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Serve:
+    """A web page and a JSON API on this machine: drop an image, see the answer and why. Needs glsim[demo]."""
+
+    source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth")
+    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0: every network this machine is in")
+    port: int = setting(7860, "port to listen on (0: any that is free)")
+    allowed_hosts: list[str] | None = setting(None, "names it may be called by, besides addresses and localhost")
+    batch_size: int = setting(16, "images answered together at most")
+    max_wait_ms: float = setting(10.0, "milliseconds an image waits at most for others to be answered with")
+    queue: int = setting(64, "images taken in at most; what comes then is refused (503) until some are answered")
+    workers: int = setting(2, "threads that decode images")
+    max_mb: float = setting(20.0, "megabytes of a request")
+    max_megapixels: float = setting(50.0, "megapixels of an image")
+    examples: str | None = setting(None, "folder or glob of images to try on the page; default: drawn birds")
+    device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "batch_size", "queue", "workers")
+        _at_least(self, 0, "max_wait_ms", "port")
+        _at_least(self, 0.001, "max_mb", "max_megapixels")
+        if self.port > 65535:
+            raise ConfigError(f"port={self.port}: 0 to 65535")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bench:
     """Time models in turn: answers, training steps, images a second, peak memory, and their ratios."""
 

@@ -40,28 +40,33 @@ EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif",
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path, content: bytes | None = None, max_pixels: int | None = None) -> Image.Image:
     """Return the image as a viewer shows it, colour profiles apart: RGB, 8 bit, upright (EXIF), on white where it is
     transparent, 16-bit and float values scaled, the first frame of an animation. `SHARD.tar/NAME` is a file in a tar.
+    With `content`, the bytes of a file, nothing is read from disk and `path` is only its name.
 
     Raises BadImage for everything else: missing, empty, truncated, damaged, not an image, or more pixels than
-    2 * PIL.Image.MAX_IMAGE_PIXELS.
+    `max_pixels` (default: 2 * PIL.Image.MAX_IMAGE_PIXELS), which is known before any pixel is decoded.
     """
-    return open_as_stored(path)[0]
+    return open_as_stored(path, content, max_pixels)[0]
 
 
-def open_as_stored(path: str | Path) -> tuple[Image.Image, str, str]:
+def open_as_stored(
+    path: str | Path, content: bytes | None = None, max_pixels: int | None = None
+) -> tuple[Image.Image, str, str]:
     """Return the image of `open_image`, and how it is stored: the format its content has (JPEG, PNG, ..; the name of
     the file may claim another) and Pillow's mode (RGB, L, CMYK, ..). Raises BadImage as `open_image` does."""
     start = b""
     try:
-        with _pillow_warnings_off(), open_file(path) as file:
+        with _pillow_warnings_off(), open_file(path) if content is None else io.BytesIO(content) as file:
             start = file.read(16)
             with Image.open(file, formats=_FORMATS) as image:
+                if max_pixels is not None and image.width * image.height > max_pixels:
+                    raise Image.DecompressionBombError(f"{image.width * image.height} pixels")
                 image.load()
                 return as_shown(image), str(image.format), image.mode
     except Exception as error:  # damaged files raise nearly anything: struct.error, zlib.error, IndexError, ...
-        reason = _reason(error, start)
+        reason = _reason(error, start, max_pixels)
     # Raised out here so that it does not hold on to the first error, whose traceback keeps the pixels in memory.
     raise BadImage(path, reason)
 
@@ -167,14 +172,17 @@ def _to_8_bit(image: Image.Image, *tops: int) -> Image.Image:
     return Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8)).convert("RGB")
 
 
-def _reason(error: Exception, start: bytes) -> str:
+def _reason(error: Exception, start: bytes, max_pixels: int | None) -> str:
     text = str(error)
     if isinstance(error, UnidentifiedImageError):
         return f"not an image, or damaged at its start: {start!r}" if start else "empty file (0 bytes)"
     if isinstance(error, OSError) and error.errno:
         return f"cannot be read: {error.strerror}"
     if isinstance(error, Image.DecompressionBombError):
-        megapixels = [f"{int(pixels) / 1e6:.0f} megapixels" for pixels in re.findall(r"\d+", text)]
+        pixels = [int(number) for number in re.findall(r"\d+", text)]
+        if max_pixels is not None:
+            return f"too large: {pixels[0]:,} pixels, limit {max_pixels:,}"
+        megapixels = [f"{number / 1e6:.0f} megapixels" for number in pixels]
         return f"too large: {', limit '.join(megapixels)} (2 * PIL.Image.MAX_IMAGE_PIXELS)"
     if isinstance(error, EOFError) or "truncated" in text.lower():
         return f"truncated: {text}"

@@ -104,7 +104,7 @@ def explain(
     beyond the grid, or a `power` that is not positive, and BadImage for a file that cannot be read.
     """
     if isinstance(images, Tensor):
-        ((_, selection, _),) = _select(model, images, [metric])[1]
+        ((_, selection, _),) = selections_of(model, images, [metric])[1]
         return _heatmaps(selection, images, top_o, power)
     p = preprocessing_of(model)
     transform = eval_transform(p)
@@ -131,7 +131,7 @@ def _explanations(
 ) -> list[list[Explanation]]:
     """For each metric, an explanation of each image; None stands for the model's own, or gls_cos."""
     p, labels = preprocessing_of(model), labels_of(model)
-    output, selections = _select(model, images, metrics)
+    output, selections = selections_of(model, images, metrics)
     answers = (output.logits.float() / temperature_of(model)).softmax(dim=1).max(dim=1)
     return [
         [
@@ -151,10 +151,10 @@ def _explanations(
 
 
 @torch.inference_mode()
-def _select(
+def selections_of(
     model: Model, images: Tensor, metrics: Sequence[str | None]
 ) -> tuple[Output, list[tuple[str, Selection, Tensor]]]:
-    """The answer, and for each metric its name, what it selects and the crops (B, 3, h, w).
+    """The answer to normalised `images` (B, 3, H, W); for each metric its name, selection and crops (B, 3, h, w).
 
     The images are encoded once for the answer and once, at most, for all metrics that are not the model's own.
     """
@@ -416,7 +416,7 @@ def draw_sheet(rows: Sequence[Row], path: str | Path, alpha: float = 0.7, colorm
     head, caption = 1.7 * font, 2.0 * font
     page = Page(columns * (width + gap) + gap, head + len(rows) * (height + caption) + gap)
     xs = [gap + i * (width + gap) for i in range(columns)]
-    titles = ["Image and box", _title(metrics[0]), "Crop"] if single else ["Image", *map(_title, metrics)]
+    titles = ["Image and box", title_of(metrics[0]), "Crop"] if single else ["Image", *map(title_of, metrics)]
     for x, title in zip(xs, titles, strict=True):
         page.words(title, x + width / 2, 1.35 * font, width, font, ha="center", fontweight="bold")
     for i, row in enumerate(rows):
@@ -456,7 +456,7 @@ def draw_mechanisms(row: Row, path: str | Path, alpha: float = 0.7, colormap: st
         page.words(name, start - 0.75 * font, y + height / 2, height, 0.9 * font, **style)
     for i, e in enumerate(row.found):
         x = start + i * (width + gap)
-        page.words(_title(e.metric), x + width / 2, baseline, width, font, ha="center", fontweight="bold")
+        page.words(title_of(e.metric), x + width / 2, baseline, width, font, ha="center", fontweight="bold")
         for y, picture in zip(ys, (overlay(row.view, e.heatmap, alpha, colormap), row.view, row.crop(e)), strict=True):
             page.picture(picture, x, y, width, height)
         page.box(e, x, ys[1], width, height)
@@ -469,7 +469,7 @@ def _cell(view: np.ndarray, side: float) -> tuple[int, int]:
     return round(view.shape[1] * scale), round(view.shape[0] * scale)
 
 
-def _title(metric: str) -> str:
+def title_of(metric: str) -> str:
     """The metric for people: "PSM", "Rollout (first=2, last=8)"."""
     name, _, given = metric.partition(":")
     return TITLES.get(name, name) + (f" ({given.replace(',', ', ')})" if given else "")

@@ -7,6 +7,7 @@ import io
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,24 +94,31 @@ class Predictor:
                     yield batch.to(self.device)
 
         for output in answers(self.model, batches(), self.flip):
-            for prediction in self._named(output):
-                while isinstance(size := read.popleft(), BadImage):
+            sizes = islice((item for item in read if not isinstance(item, BadImage)), len(output.logits))
+            for prediction in self.predictions(output, list(sizes)):
+                while isinstance(item := read.popleft(), BadImage):
                     next(paths)
-                    yield size
-                box = prediction.box and to_original(prediction.box, size, self.preprocessing)
-                yield prediction._replace(path=next(paths), box=box)
+                    yield item
+                yield prediction._replace(path=next(paths))
         yield from (item for item in read if isinstance(item, BadImage))
 
-    def _named(self, output: Output) -> list[Prediction]:
-        """The predictions of a batch; boxes are in pixels of the network's view."""
+    def predictions(self, output: Output, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
+        """The answers that the model's `output` for a batch stands for; `sizes` (width, height) are of its images."""
         top = (output.logits.float() / self.temperature).softmax(dim=1).topk(self.top_k)
-        nothing = [None] * len(output.logits)
-        boxes = map(tuple, output.selection.boxes.tolist()) if output.selection is not None else nothing
+        nothing = [None] * len(sizes)
+        boxes = output.selection.boxes.tolist() if output.selection is not None else nothing
         unsure = output.aux["unsure"].tolist() if "unsure" in output.aux else nothing
-        rows = zip(top.indices.tolist(), top.values.tolist(), boxes, unsure, strict=True)
         return [
-            Prediction(None, tuple(self.labels[i] for i in indices), tuple(values), box, again)
-            for indices, values, box, again in rows
+            Prediction(
+                None,
+                tuple(self.labels[i] for i in indices),
+                tuple(values),
+                to_original(box, size, self.preprocessing) if box else None,
+                again,
+            )
+            for indices, values, box, size, again in zip(
+                top.indices.tolist(), top.values.tolist(), boxes, sizes, unsure, strict=True
+            )
         ]
 
 

@@ -17,6 +17,7 @@ FLOORS = [
     {
         *("train", "evaluate", "predict", "pictures", "mistakes", "convert", "datasets", "calibrate"),
         *("reproduce", "report", "benchmark", "loading", "doctor", "doctor_page", "memory"),
+        *("service", "serve"),
     },
     {"quickstart", "cli", "__init__"},
 ]
@@ -34,6 +35,10 @@ SIDEWAYS = {
     ("evaluate", "mistakes"),  # the page of what it counted
     ("mistakes", "pictures"),
     ("mistakes", "predict"),
+    ("service", "predict"),  # the same answer, asked by many
+    ("service", "pictures"),
+    ("serve", "service"),
+    ("serve", "pictures"),
     ("reproduce", "train"),
     ("reproduce", "evaluate"),
     ("report", "train"),  # reads what it left in the folder of a run

@@ -249,6 +249,17 @@ def test_bomb(tmp_path):
     assert reason(png_header(tmp_path / "large.png", 12000, 12000)) == "damaged: OSError: cannot load this image"
 
 
+def test_a_limit_of_pixels_is_seen_before_they_are_decoded(tmp_path):
+    """These files hold no pixels: had decoding begun, they would be called damaged."""
+    for side in (40_000, 101):  # beyond what Pillow lets through, and below it
+        content = png_header(tmp_path / "x.png", side, side).read_bytes()
+        with pytest.raises(BadImage) as error:
+            open_image("name.png", content, max_pixels=10_000)
+        assert str(error.value) == f"name.png: too large: {side * side:,} pixels, limit 10,000"
+    scene((100, 100)).save(tmp_path / "x.png")
+    assert open_image("name.png", (tmp_path / "x.png").read_bytes(), max_pixels=10_000).size == (100, 100)
+
+
 def test_large_photographs_open(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     scene((40, 40)).save(tmp_path / "x.jpg")
