@@ -5,6 +5,7 @@ Loading a bundle never unpickles anything; the publishers' `.pth` files are read
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zipfile
 from collections.abc import Sequence
@@ -214,6 +215,15 @@ def preprocessing_of(model: Model) -> Preprocessing:
 def labels_of(model: Model) -> list[str]:
     """Class names in the order of the logits; "class 0", "class 1", .. where none were stored."""
     return model.config.get("label_names") or [f"class {i}" for i in range(model.config["num_classes"])]
+
+
+def weights_hash(model: Model) -> str:
+    """The sha256 (64 hex digits) of a model's weights, by name, kind and value, on whatever device they are."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def pick_device(name: str | None = None) -> torch.device:

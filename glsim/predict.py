@@ -21,7 +21,7 @@ from glsim.config import Predict
 from glsim.data import ImageDataset, find_images
 from glsim.images import BadImage
 from glsim.transforms import Preprocessing, eval_transform
-from glsim.types import ConfigError, Output
+from glsim.types import ConfigError, Output, choose
 
 
 class Prediction(NamedTuple):
@@ -31,11 +31,13 @@ class Prediction(NamedTuple):
     labels: tuple[str, ...]  # best first
     probabilities: tuple[float, ...]  # of `labels`
     box: tuple[int, int, int, int] | None  # the crop: left, top, right, bottom in pixels of the upright image
+    embedding: tuple[float, ...] | None = None  # the vector asked for, as the model gives it (not of unit length)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         answers = [{"label": n, "probability": p} for n, p in zip(self.labels, self.probabilities, strict=True)]
-        return {"path": self.path, "answers": answers, "box": list(self.box) if self.box else None}
+        told = {"path": self.path, "answers": answers, "box": list(self.box) if self.box else None}
+        return told | ({"embedding": list(self.embedding)} if self.embedding is not None else {})
 
 
 class Predictor:
@@ -43,7 +45,8 @@ class Predictor:
 
     `source` is anything `glsim.load` takes, or a model from it. Images are decoded ahead of the model by `workers`
     processes (0: in this one) and run in batches. With `flip` the logits of each image and of its mirror image are
-    averaged; the box is that of the image itself.
+    averaged; box and embedding are those of the image itself. `embedding` names one of the model's vectors
+    (`glsim.types:EMBEDDINGS`) to hand out too.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Predictor:
         workers: int = 0,
         device: str | None = None,
         flip: bool = False,
+        embedding: str | None = None,
     ) -> None:
         if top_k < 1 or batch_size < 1:
             raise ConfigError(f"top_k={top_k}, batch_size={batch_size}: both have to be at least 1")
@@ -62,7 +66,7 @@ class Predictor:
         self.model = model.to(self.device).eval()
         self.labels, self.preprocessing = labels_of(model), preprocessing_of(model)
         self.top_k, self.batch_size, self.workers = min(top_k, len(self.labels)), batch_size, workers
-        self.flip = flip
+        self.flip, self.embedding = flip, embedding
 
     def __call__(self, images: str | Path | Image.Image | Sequence[str | Path | Image.Image]) -> list[Prediction]:
         """One `Prediction` an image, in order. Raises BadImage, naming the file, for one that cannot be read."""
@@ -75,30 +79,42 @@ class Predictor:
 
     def stream(self, images: Sequence[str | Path | Image.Image]) -> Iterator[Prediction | BadImage]:
         """The same one by one, without stopping at a bad file: its BadImage stands in the place of the answer."""
-        transform = _WithSize(eval_transform(self.preprocessing))
-        dataset: Any = ImageDataset(images, transform, keep_bad=True)
-        loader = DataLoader(dataset, batch_size=self.batch_size, num_workers=self.workers, collate_fn=_collate)
         paths = [None if isinstance(image, Image.Image) else str(image) for image in images]
         place = 0
-        for batch, sizes, bad in loader:
-            answers = iter(self._answer(batch, sizes) if sizes else [])
+        for output, sizes, bad in self.outputs(images):
+            answers = iter(self._read(output, sizes) if output is not None else [])
             for i in range(len(sizes) + len(bad)):
                 yield bad[i] if i in bad else next(answers)._replace(path=paths[place])
                 place += 1
 
     @torch.inference_mode()
-    def _answer(self, batch: Tensor, sizes: list[tuple[int, int]]) -> list[Prediction]:
-        output = answer(self.model, batch.to(self.device), self.flip)
+    def outputs(
+        self, images: Sequence[str | Path | Image.Image]
+    ) -> Iterator[tuple[Output | None, list[tuple[int, int]], dict[int, BadImage]]]:
+        """Batch by batch: what the model says of the images that could be read (None where none could), their sizes
+        (width, height), and the bad ones by their place in the batch."""
+        transform = _WithSize(eval_transform(self.preprocessing))
+        dataset: Any = ImageDataset(images, transform, keep_bad=True)
+        workers = max(0, min(self.workers, len(images) - 1))
+        loader = DataLoader(dataset, batch_size=self.batch_size, num_workers=workers, collate_fn=_collate)
+        for batch, sizes, bad in loader:
+            yield (answer(self.model, batch.to(self.device), self.flip) if sizes else None), sizes, bad
+
+    def _read(self, output: Output, sizes: list[tuple[int, int]]) -> list[Prediction]:
         top = output.logits.float().softmax(dim=1).topk(self.top_k)
         boxes = output.selection.boxes.tolist() if output.selection is not None else [None] * len(sizes)
+        vectors = embedding_of(output, self.embedding).tolist() if self.embedding else [None] * len(sizes)
         return [
             Prediction(
                 None,
                 tuple(self.labels[i] for i in indices),
                 tuple(values),
                 to_original(box, size, self.preprocessing) if box else None,
+                tuple(vector) if vector is not None else None,
             )
-            for indices, values, box, size in zip(top.indices.tolist(), top.values.tolist(), boxes, sizes, strict=True)
+            for indices, values, box, size, vector in zip(
+                top.indices.tolist(), top.values.tolist(), boxes, sizes, vectors, strict=True
+            )
         ]
 
 
@@ -106,6 +122,11 @@ def answer(model: nn.Module, images: Tensor, flip: bool = False) -> Output:
     """What `model` says of `images` (B, 3, H, W); with `flip`, the mean of its logits (B, C) there and mirrored."""
     output = model(images)
     return output._replace(logits=(output.logits + model(images.flip(-1)).logits) / 2) if flip else output
+
+
+def embedding_of(output: Output, name: str) -> Tensor:
+    """The embedding `name` of a batch (B, D) in float32; ConfigError lists those the model gives."""
+    return choose(name, output.embeddings, "embedding of this model").float()
 
 
 def to_original(box: Sequence[int], size: tuple[int, int], p: Preprocessing) -> tuple[int, int, int, int]:
@@ -120,7 +141,7 @@ def to_original(box: Sequence[int], size: tuple[int, int], p: Preprocessing) -> 
 def run(s: Predict, progress: bool = True) -> dict[str, Any]:
     """The verb: predictions and skipped files, as plain values; BadImage is raised unless `s.skip_bad`."""
     paths = find_images(s.images)
-    predictor = Predictor(s.source, s.top_k, s.batch_size, min(s.workers, len(paths) - 1), s.device, s.flip)
+    predictor = Predictor(s.source, s.top_k, s.batch_size, s.workers, s.device, s.flip, s.embedding)
     predictions, skipped = [], []
     for answer in tqdm(predictor.stream(paths), total=len(paths), unit="image", disable=not progress):
         if not isinstance(answer, BadImage):

@@ -43,6 +43,13 @@ class DataError(GlsimError, ValueError):
     exit_code = 3
 
 
+EMBEDDINGS = {
+    "global": "class token of the first pass (pooled vector where there is none)",
+    "crop": "the same of the crop",
+    "fused": "what the head reads where that is more than one of them",
+}
+
+
 class Features(NamedTuple):
     """What a backbone says of a batch of images, after its final normalisation."""
 
@@ -70,6 +77,7 @@ class Output(NamedTuple):
     selection: Selection | None = None
     crops: Tensor | None = None  # (B, 3, height, width), what the second pass saw
     aux: dict[str, Any] = {}  # inputs of the method's own losses
+    embeddings: dict[str, Tensor] = {}  # vectors of the images (B, D): EMBEDDINGS, those the method has
 
 
 def choose(name: Any, choices: Any, what: str) -> Any:

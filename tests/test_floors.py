@@ -16,7 +16,7 @@ FLOORS = [
     {"config", "adapt", "data", "sources", "bundle", "official", "batches", "checkpoint", "cost"},
     {
         *("train", "evaluate", "predict", "pictures", "mistakes", "convert", "datasets", "doctor"),
-        *("reproduce", "report", "benchmark"),
+        *("reproduce", "report", "benchmark", "index"),
     },
     {"quickstart", "cli", "__init__"},
 ]
@@ -33,6 +33,7 @@ SIDEWAYS = {
     ("evaluate", "mistakes"),  # the page of what it counted
     ("mistakes", "pictures"),
     ("mistakes", "predict"),
+    ("index", "predict"),  # images read and answered, batch by batch
     ("reproduce", "train"),
     ("reproduce", "evaluate"),
     ("report", "train"),  # reads what it left in the folder of a run

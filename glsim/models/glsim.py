@@ -36,8 +36,13 @@ class GLSim(Model):
         f = self.features(images, attention=needs_attention(self.metric))
         selection = select(score(self.metric, f), self.top_o, f.grid, images.shape[-2:], self.box)
         crops = crop_and_resize(images, selection.boxes, self.crop_size)
-        tokens = torch.stack((f.cls, self.backbone(crops).cls), dim=1)  # B 2 D
-        return Output(self.head(self.aggregator(tokens)), selection, crops)
+        fused, vectors = self.fuse(f.cls, self.backbone(crops).cls)
+        return Output(self.head(fused), selection, crops, embeddings=vectors)
+
+    def fuse(self, image: Tensor, crop: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Both class tokens (B, D) refined together, (B, 2, D); and the embeddings (B, D) by name."""
+        fused = self.aggregator(torch.stack((image, crop), dim=1))
+        return fused, {"global": image, "crop": crop, "fused": fused[:, 0]}
 
 
 def build(

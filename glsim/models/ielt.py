@@ -58,7 +58,8 @@ class IELT(TokenModel):
         if self.training:
             losses = {"cross_entropy": ((0.6, answer), (0.4, assist))}
             self.shares.lerp_(F.one_hot(block[kept], len(f)).float().mean(dim=(0, 1)), DRIFT)
-        return Output(answer, select_these(scores.mean(dim=1), places, grid, images.shape[-2:]), aux=losses)
+        selection = select_these(scores.mean(dim=1), places, grid, images.shape[-2:])
+        return Output(answer, selection, aux=losses, embeddings={"fused": cls})
 
     def allot(self) -> tuple[Tensor, Tensor]:
         """For each of the T tokens the block it comes from, and its rank there: (T,), (T,)."""
