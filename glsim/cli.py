@@ -85,7 +85,11 @@ def show_eval(r: dict[str, Any], s: config.Eval) -> str:
 
 
 def show_predict(r: dict[str, Any], s: config.Predict) -> str:
-    """The answers in the format asked for."""
+    """The answers in the format asked for; of a bulk job, how many there are."""
+    if r.get("engine") == "ray":
+        before = f", {r['parts_before']} of {r['parts']} parts were there" * bool(r["parts_before"])
+        speed = f"{r['answered']} answered in {r['seconds']} s, {r['images_per_second']} images/s{before}"
+        return f"{r['out']}: {r['images']} images in {r['parts']} parts; {speed}; {r['errors']} could not be read"
     from glsim.predict import FORMATS, Prediction
 
     answers = [
@@ -94,6 +98,7 @@ def show_predict(r: dict[str, Any], s: config.Predict) -> str:
             tuple(x["label"] for x in a["answers"]),
             tuple(x["probability"] for x in a["answers"]),
             tuple(a["box"]) if a["box"] else None,
+            a.get("embedding"),
         )
         for a in r["predictions"]
     ]

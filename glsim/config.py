@@ -218,23 +218,42 @@ class Predict:
     top_k: int = setting(5, "answers per image")
     flip: bool = setting(False, "average the logits of each image and its mirror image")
     embedding: Literal["global", "crop", "fused"] | None = setting(
-        None, "write this vector too (jsonl): of the image, of the crop, or what the head reads"
+        None, "write this vector too (jsonl, Parquet): of the image, of the crop, or what the head reads"
     )
     format: Literal["text", "jsonl", "csv"] | None = setting(None, "default: by the ending of --out, else text")
-    out: str | None = setting(None, "write there instead of printing")
+    out: str | None = setting(
+        None, "write there instead of printing; --engine ray: folder or s3://.. for Parquet files"
+    )
+    engine: Literal["local", "ray"] = setting(
+        "local", "ray: many workers, lists and object stores, Parquet out; the same command goes on where it stopped"
+    )
+    address: str | None = setting(
+        None, "engine=ray: cluster to join, as auto or ray://HOST:10001; default: this machine"
+    )
+    part_size: int = setting(1000, "engine=ray: images in each Parquet file")
     batch_size: int = setting(32, "images at a time")
-    workers: int = setting(2, "processes that load images")
+    workers: int = setting(2, "processes that load images; engine=ray: workers, each with the model and one core")
     skip_bad: bool = setting(False, "leave unreadable images out and list them")
     device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "batch_size", "top_k")
-        _at_least(self, 0, "workers")
+        choose(self.engine, {"local": None, "ray": None}, "engine")
+        _at_least(self, 1, "batch_size", "top_k", "part_size")
+        _at_least(self, int(self.engine == "ray"), "workers")
+        if self.engine == "ray":
+            if self.out is None:
+                raise ConfigError("out: --engine ray writes Parquet files; name a folder with --out")
+            if self.format is not None:
+                raise ConfigError(f"format={self.format}: --engine ray writes Parquet; leave it out")
+        elif self.address is not None:
+            raise ConfigError(f"address={self.address}: only with --engine ray")
         if self.format is None:
             ending = Path(self.out).suffix.lstrip(".").lower() if self.out else ""
             object.__setattr__(self, "format", ending if ending in ("jsonl", "csv") else "text")
         if self.embedding is not None:
             choose(self.embedding, EMBEDDINGS, "embedding")
+            if self.engine == "local" and self.out is not None and self.format != "jsonl":
+                raise ConfigError(f"embedding={self.embedding}: format {self.format} has no place for it; take jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)

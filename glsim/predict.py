@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,7 +140,16 @@ def to_original(box: Sequence[int], size: tuple[int, int], p: Preprocessing) -> 
 
 
 def run(s: Predict, progress: bool = True) -> dict[str, Any]:
-    """The verb: predictions and skipped files, as plain values; BadImage is raised unless `s.skip_bad`."""
+    """The verb, by the engine asked for."""
+    module, _, function = ENGINES[s.engine].partition(":")
+    return getattr(import_module(module), function)(s, progress)
+
+
+ENGINES = {"local": "glsim.predict:run_here", "ray": "glsim.bulk:run"}  # imported when asked for
+
+
+def run_here(s: Predict, progress: bool = True) -> dict[str, Any]:
+    """Predictions and skipped files, as plain values; BadImage is raised unless `s.skip_bad`."""
     paths = find_images(s.images)
     predictor = Predictor(s.source, s.top_k, s.batch_size, s.workers, s.device, s.flip, s.embedding)
     predictions, skipped = [], []

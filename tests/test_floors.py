@@ -10,13 +10,13 @@ FLOORS = [
     {"types"},
     {
         *("attention", "backbone", "selection", "crop", "heads", "losses"),
-        *("transforms", "images", "figures", "synthetic", "catalog", "environment"),
+        *("transforms", "images", "stores", "figures", "synthetic", "catalog", "environment"),
     },
     {"models"},
     {"config", "adapt", "data", "sources", "bundle", "official", "batches", "checkpoint", "cost"},
     {
         *("train", "evaluate", "predict", "pictures", "mistakes", "convert", "datasets", "doctor"),
-        *("reproduce", "report", "benchmark", "index"),
+        *("reproduce", "report", "benchmark", "index", "bulk"),
     },
     {"quickstart", "cli", "__init__"},
 ]
@@ -33,6 +33,8 @@ SIDEWAYS = {
     ("evaluate", "mistakes"),  # the page of what it counted
     ("mistakes", "pictures"),
     ("mistakes", "predict"),
+    ("images", "stores"),  # a file by its URI
+    ("bulk", "predict"),
     ("index", "predict"),  # images read and answered, batch by batch
     ("reproduce", "train"),
     ("reproduce", "evaluate"),
