@@ -50,6 +50,8 @@ def run(s: Predict, progress: bool = True) -> dict[str, Any]:
     done = finished(out) & set(range(len(parts)))
     todo = [{"part": i, "paths": part} for i, part in enumerate(parts) if i not in done]
     start, answered, errors = time.perf_counter(), 0, 0
+    first = (0, 0.0)  # images, and seconds, when the first part was done
+    last = 0.0
     with cluster(ray, s):
         batches = answer_parts(ray, s, model, out, todo) if todo else iter(())
         before = sum(len(parts[i]) for i in done)
@@ -59,12 +61,15 @@ def run(s: Predict, progress: bool = True) -> dict[str, Any]:
                     answered += int(batch["images"].sum())
                     errors += int(batch["errors"].sum())
                     bar.update(int(batch["images"].sum()))
+                    last = time.perf_counter() - start
+                    first = first if first[0] else (answered, last)
             except ray.exceptions.RayError as error:
-                last = str(error).strip().splitlines()[-1]
+                why = (str(error).strip().splitlines() or [type(error).__name__])[-1]
                 raise GlsimError(
-                    f"Ray stopped: {last}; finished parts stay in {s.out}, the same command goes on"
+                    f"Ray stopped: {why}; finished parts stay in {s.out}, the same command goes on"
                 ) from error
     seconds = time.perf_counter() - start
+    steady = round((answered - first[0]) / (last - first[1]), 2) if answered > first[0] else None
     return {
         "engine": "ray",
         "source": str(s.source),
@@ -77,6 +82,7 @@ def run(s: Predict, progress: bool = True) -> dict[str, Any]:
         "workers": s.workers,
         "seconds": round(seconds, 2),
         "images_per_second": round(answered / seconds, 2),
+        "steady_images_per_second": steady,  # since the first part was done
     }
 
 
@@ -264,8 +270,10 @@ def cluster(ray: Any, s: Predict) -> Iterator[None]:
     local = {"num_cpus": s.workers + 1, "include_dashboard": False} if s.address is None else {}
     try:
         ray.init(s.address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise GlsimError(f"no Ray cluster at {s.address or 'this machine'}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # Ray raises bare ones, of a machine too busy to start it in time
+        ray.shutdown()
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise GlsimError(f"no Ray cluster at {s.address or 'this machine'}: {why}") from error
     try:
         with redirect_stdout(sys.stderr):  # Ray prints there what became of workers
             yield

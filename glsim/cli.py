@@ -88,7 +88,8 @@ def show_predict(r: dict[str, Any], s: config.Predict) -> str:
     """The answers in the format asked for; of a bulk job, how many there are."""
     if r.get("engine") == "ray":
         before = f", {r['parts_before']} of {r['parts']} parts were there" * bool(r["parts_before"])
-        speed = f"{r['answered']} answered in {r['seconds']} s, {r['images_per_second']} images/s{before}"
+        steady = f" ({r['steady_images_per_second']} once started)" if r["steady_images_per_second"] else ""
+        speed = f"{r['answered']} answered in {r['seconds']} s, {r['images_per_second']} images/s{steady}{before}"
         return f"{r['out']}: {r['images']} images in {r['parts']} parts; {speed}; {r['errors']} could not be read"
     from glsim.predict import FORMATS, Prediction
 

@@ -29,7 +29,7 @@ from glsim.selection import NEEDS_ATTENTION
 from glsim.synthetic import species
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-ELSEWHERE = {"pip", "git", "cd"}  # commands that are not ours to check
+ELSEWHERE = {"pip", "git", "cd", "ray"}  # commands that are not ours to check
 
 
 class Block(NamedTuple):
@@ -297,6 +297,24 @@ def test_methods_take_the_backbones_that_method_says(backbone, method, cell):
         assert cell == "no"
         with pytest.raises(glsim.ConfigError):
             build(**({"stride": None} if method == "transfg" else {}))
+
+
+def test_methods_have_the_embeddings_that_new_classes_says():
+    head, _, *lines = [
+        line.strip("|").split("|")
+        for line in section("Which vector", page="new_classes.md").splitlines()
+        if line[:1] == "|"
+    ]
+    names = [cell.strip(" `") for cell in head]
+    told = {}
+    for line in lines:
+        method, *cells = (cell.strip(" `") for cell in line)
+        told[method] = {name for name, cell in zip(names[1:], cells, strict=True) if cell}
+    assert set(told) == set(glsim.METHODS)
+    for method, embeddings in told.items():
+        model = small_model(method, "resnet18" if method == "cal" else "vit_tiny_patch16_224", size=64)
+        with torch.inference_mode():
+            assert set(model(torch.zeros(1, 3, 64, 64)).embeddings) == embeddings, method
 
 
 def test_every_method_stands_in_the_table_of_backbones():
