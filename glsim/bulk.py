@@ -268,17 +268,17 @@ def cluster(ray: Any, s: Predict) -> Iterator[None]:
         return
     # A worker occupies one core, and Ray's own steps another.
     local = {"num_cpus": s.workers + 1, "include_dashboard": False} if s.address is None else {}
-    try:
-        ray.init(s.address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
-    except Exception as error:  # Ray raises bare ones, of a machine too busy to start it in time
-        ray.shutdown()
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise GlsimError(f"no Ray cluster at {s.address or 'this machine'}: {why}") from error
-    try:
-        with redirect_stdout(sys.stderr):  # Ray prints there what became of workers
+    with redirect_stdout(sys.stderr):  # Ray prints there what became of workers, until it is shut down
+        try:
+            ray.init(s.address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
+        except Exception as error:  # Ray raises bare ones, of a machine too busy to start it in time
+            ray.shutdown()
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise GlsimError(f"no Ray cluster at {s.address or 'this machine'}: {why}") from error
+        try:
             yield
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()
 
 
 def gpu_share(gpus: float, workers: int) -> float:
@@ -298,7 +298,7 @@ def answer_parts(ray: Any, s: Predict, model: Model, out: str, todo: list[dict[s
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts images
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs what it raises
     wants_gpu = s.device is None or not s.device.startswith("cpu")
     gpus = gpu_share(ray.cluster_resources().get("GPU", 0), s.workers) if wants_gpu else 0.0
     workers = min(s.workers, len(todo))

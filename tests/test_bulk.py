@@ -320,6 +320,34 @@ def test_a_killed_worker_loses_nothing(run_folder, many, tmp_path):
     check_against_the_local_engine(run_folder, many, out)
 
 
+DEADLY = """
+import os, signal, sys
+from glsim import bulk, cli
+
+class Deadly(bulk.Worker):
+    def answer(self, part, paths):
+        if part == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().answer(part, paths)
+
+bulk.Worker = Deadly
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_part_that_kills_every_worker_ends_the_job_and_spoils_no_other(run_folder, photos, tmp_path):
+    pytest.importorskip("ray", reason="the extra `scale` is not installed", exc_type=ImportError)
+    out = tmp_path / "out"
+    words = ["predict", run_folder, photos, "--engine", "ray", "--workers", "2", "--part-size", "3", "--out", out]
+    ended = subprocess.run(
+        [sys.executable, "-c", DEADLY, *map(str, words)], capture_output=True, text=True, timeout=500
+    )
+    assert ended.returncode == 1 and "Ray stopped: " in ended.stderr, ended.stderr
+    assert "the same command goes on" in ended.stderr and "Traceback" not in ended.stderr
+    assert sorted(p.name for p in out.glob("*.parquet")) == ["part-000000.parquet", "part-000002.parquet"]
+
+
 @pytest.mark.slow
 def test_a_killed_job_goes_on(run_folder, many, tmp_path):
     out = tmp_path / "out"
