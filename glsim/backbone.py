@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from glsim.attention import explicit_attention
-from glsim.types import ConfigError, Features, Selection
+from glsim.types import ConfigError, Features, Output, Selection
 
 FAMILIES = (
     "ViT and DeiT (vit_base_patch16_224, deit_small_patch16_224), DINOv2 (vit_small_patch14_reg4_dinov2), "
@@ -266,8 +266,8 @@ class StagedModel(Model):
         """Of `images` (B, 3, H, W): what `second` is given (B, D), the first answer's logits (B, C), what to crop."""
         raise NotImplementedError
 
-    def second(self, images: Tensor, given: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """The refined logits (B, C) of `images` whose first pass gave `given` and `boxes` (B, 4); and their crops."""
+    def second(self, images: Tensor, given: Tensor, boxes: Tensor) -> Output:
+        """The refined answer to `images` whose first pass gave `given` and `boxes` (B, 4), without a selection."""
         raise NotImplementedError
 
 

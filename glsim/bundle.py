@@ -5,6 +5,7 @@ Loading a bundle never unpickles anything; the publishers' `.pth` files are read
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zipfile
 from collections.abc import Sequence
@@ -229,6 +230,15 @@ def amend(folder: str | Path, options: dict[str, Any], **info: Any) -> None:
     metrics = folder / METRICS_FILE
     write_text(folder / CARD, _card(config, json.loads(metrics.read_text()) if metrics.exists() else None))
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def weights_hash(model: Model) -> str:
+    """The sha256 (64 hex digits) of a model's weights, by name, kind and value, on whatever device they are."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def pick_device(name: str | None = None) -> torch.device:

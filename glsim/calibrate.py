@@ -88,7 +88,7 @@ def ask(model: Model, loader: Any, progress: bool = False) -> Answers:
         images = images.to(device)
         if isinstance(model, StagedModel):
             given, first, selection = model.first(images)
-            second, _ = model.second(images, given, selection.boxes)
+            second = model.second(images, given, selection.boxes).logits
             rows.append((labels, second.float().cpu(), first.float().cpu()))
         else:
             rows.append((labels, model(images).logits.float().cpu()))

@@ -103,7 +103,12 @@ def show_calibrate(r: dict[str, Any], _: Any) -> str:
 
 
 def show_predict(r: dict[str, Any], s: config.Predict) -> str:
-    """The answers in the format asked for."""
+    """The answers in the format asked for; of a bulk job, how many there are."""
+    if r.get("engine") == "ray":
+        before = f", {r['parts_before']} of {r['parts']} parts were there" * bool(r["parts_before"])
+        steady = f" ({r['steady_images_per_second']} once started)" if r["steady_images_per_second"] else ""
+        speed = f"{r['answered']} answered in {r['seconds']} s, {r['images_per_second']} images/s{steady}{before}"
+        return f"{r['out']}: {r['images']} images in {r['parts']} parts; {speed}; {r['errors']} could not be read"
     from glsim.predict import FORMATS, Prediction
 
     answers = [
@@ -112,12 +117,66 @@ def show_predict(r: dict[str, Any], s: config.Predict) -> str:
             tuple(x["label"] for x in a["answers"]),
             tuple(x["probability"] for x in a["answers"]),
             tuple(a["box"]) if a["box"] else None,
+            a.get("embedding"),
         )
         for a in r["predictions"]
     ]
     for line in show_skipped(r):
         print(line, file=sys.stderr)
     return f"written: {s.out}" if s.out else FORMATS[str(s.format)](answers).rstrip("\n")
+
+
+def show_index(r: dict[str, Any], _: Any) -> str:
+    """What the index holds now, and what was added."""
+    lines = [f"{r['index']}: {r['images']} images of {r['classes']} classes, {r['embedding']} embedding"]
+    if "added" in r:
+        before = f" ({r['there_before']} were there already)" * bool(r["there_before"])
+        lines.append(f"added {r['added']} images{before}")
+        new = set(r["new_classes"])
+        lines += [f"  {name}{' (new)' * (name in new)}: {n} images" for name, n in r["images_of"].items()]
+    return "\n".join(lines + show_skipped(r))
+
+
+def show_query(r: dict[str, Any], _: Any) -> str:
+    """An image's answer, the classes by similarity, and what the neighbours and the head say."""
+    lines = []
+    for a in r["answers"]:
+        classes = ", ".join(f"{c['label']} {c['similarity']:.3f}" for c in a["classes"])
+        lines.append(f"{a['path']}: {a['label'] or 'unknown'} ({classes})")
+        lines.append(
+            f"  neighbours: {a['vote']['label']} {a['vote']['share']:.0%}"
+            f"   head: {a['head']['label']} {a['head']['probability']:.1%}"
+        )
+        lines += [f"    {n['similarity']:.3f}  {n['label']}  {n['path']}" for n in a["neighbours"]]
+    return "\n".join(lines + show_skipped(r))
+
+
+def show_index_eval(r: dict[str, Any], _: Any) -> str:
+    """Recall, accuracies beside the head, the unknown, and a line for every step."""
+    ways = ("prototypes", "neighbours", "head")
+    lines = [
+        f"{r['split']}: {r['count']} images of the {r['classes']} classes of the index, {r['embedding']} embedding",
+        "recall: " + "   ".join(f"@{k} {x:.2%}" for k, x in r["recall"].items()),
+        "top-1:  " + "   ".join(f"{way} {r[way]['top1']:.2%}" for way in ways),
+    ]
+    if u := r["unknown"]:
+        lines += [
+            f"unknown: {u['count']} images; AUROC " + "   ".join(f"{way} {x:.3f}" for way, x in u["auroc"].items()),
+            f"  --below {u['threshold']:.3f} keeps 95 % of the known images and {u['passed']:.1%} of the unknown",
+        ]
+    if r["added"]:
+        lines.append("classes added, images of each: top-1 of all classes (old, added)")
+    for row in r["added"]:
+        parts = [
+            f"{way} {row[way]['top1']:.1%} ({_percent(row[way], 'old')}, {_percent(row[way], 'added')})" for way in ways
+        ]
+        lines.append(f"  {row['added']:4d} x {row['shots']:2d}: " + "   ".join(parts))
+    return "\n".join(lines + show_skipped(r))
+
+
+def _percent(row: dict[str, Any], which: str) -> str:
+    value = row[f"top1_{which}"]
+    return "-" if value is None else f"{value:.1%}"
 
 
 def show_explain(r: dict[str, Any], _: Any) -> str:
@@ -225,6 +284,10 @@ VERBS = {
     "eval": Verb(config.Eval, "glsim.evaluate:run", show_eval),
     "calibrate": Verb(config.Calibrate, "glsim.calibrate:run", show_calibrate, progress=True),
     "predict": Verb(config.Predict, "glsim.predict:run", show_predict, progress=True),
+    "index build": Verb(config.IndexBuild, "glsim.index:build", show_index, progress=True),
+    "index add": Verb(config.IndexAdd, "glsim.index:add", show_index, progress=True),
+    "index query": Verb(config.IndexQuery, "glsim.index:query", show_query, progress=True),
+    "index eval": Verb(config.IndexEval, "glsim.index:evaluate", show_index_eval, progress=True),
     "explain": Verb(config.Explain, "glsim.pictures:run", show_explain),
     "serve": Verb(config.Serve, "glsim.serve:run", show_serve),
     "bench": Verb(config.Bench, "glsim.benchmark:run", show_bench, progress=True),
@@ -244,13 +307,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print(__version__)
         return 0
-    if words[0] not in VERBS:
-        print(f"glsim: unknown verb {words[0]!r}; choose from: {', '.join(VERBS)}", file=sys.stderr)
+    name, rest = split_verb(words)
+    if name.split()[1:] in (["-h"], ["--help"]):
+        print(usage(name.split()[0]))
+        return 0
+    if name not in VERBS:
+        print(f"glsim: unknown verb {name!r}; choose from: {', '.join(VERBS)}", file=sys.stderr)
         return 2
-    verb = VERBS[words[0]]
+    verb = VERBS[name]
     as_json = "--json" in words
     try:
-        settings = parse(words[0], verb, [w for w in words[1:] if w != "--json"])
+        settings = parse(name, verb, [w for w in rest if w != "--json"])
         module, _, function = verb.run.partition(":")
         extra = {"progress": sys.stderr.isatty() or not as_json} if verb.progress else {}
         result = getattr(import_module(module), function)(settings, **extra)
@@ -261,16 +328,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # jsonargparse printed help (0) or what is wrong (2)
         return int(stop.code or 0)
     except GlsimError as error:
-        return fail(words[0], error, error.exit_code, as_json)
+        return fail(name, error, error.exit_code, as_json)
     except BrokenPipeError:  # the reader of our output left: head, less
         sys.stderr.close()
         return 1
     except OSError as error:  # a full disk, a folder that cannot be written, an out that is a file
-        return fail(words[0], error, 1, as_json)
+        return fail(name, error, 1, as_json)
     except KeyboardInterrupt:
-        return fail(words[0], "interrupted", 130, as_json)
+        return fail(name, "interrupted", 130, as_json)
     finally:
         part_processes()
+
+
+def split_verb(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The verb, of one word or of two (`index build`), and the words after it."""
+    count = 2 if any(name.startswith(f"{words[0]} ") for name in VERBS) else 1
+    return " ".join(words[:count]), list(words[count:])
 
 
 def part_processes() -> None:
@@ -288,10 +361,11 @@ def fail(verb: str, error: object, code: int, as_json: bool) -> int:
     return code
 
 
-def usage() -> str:
-    """What `glsim --help` prints."""
-    width = max(map(len, VERBS))
-    rows = [f"  {name:{width}}  {(verb.settings.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
+def usage(first: str = "") -> str:
+    """What `glsim --help` prints, or `glsim FIRST --help` for the first word of a family of verbs."""
+    shown = {name: verb for name, verb in VERBS.items() if not first or name.startswith(f"{first} ")}
+    width = max(map(len, shown))
+    rows = [f"  {name:{width}}  {(verb.settings.__doc__ or '').splitlines()[0]}" for name, verb in shown.items()]
     lines = ["usage: glsim VERB [options]", "", "Fine-grained image recognition.", "", *rows, ""]
     return "\n".join([*lines, "glsim VERB --help tells the options of a verb; --json prints one JSON document."])
 

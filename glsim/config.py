@@ -14,7 +14,7 @@ import yaml
 
 from glsim.catalog import SETS
 from glsim.models import METHODS
-from glsim.types import ConfigError, choose
+from glsim.types import EMBEDDINGS, ConfigError, choose
 
 Size = int | list[int] | None
 
@@ -245,19 +245,134 @@ class Predict:
     options: dict[str, Any] = setting({}, "options of the method to change, as --options.margin null")
     top_k: int = setting(5, "answers per image")
     flip: bool = setting(False, "average the logits of each image and its mirror image")
+    embedding: Literal["global", "crop", "fused"] | None = setting(
+        None, "write this vector too (jsonl, Parquet): of the image, of the crop, or what the head reads"
+    )
     format: Literal["text", "jsonl", "csv"] | None = setting(None, "default: by the ending of --out, else text")
-    out: str | None = setting(None, "write there instead of printing")
+    out: str | None = setting(
+        None, "write there instead of printing; --engine ray: folder or s3://.. for Parquet files"
+    )
+    engine: Literal["local", "ray"] = setting(
+        "local", "ray: many workers, lists and object stores, Parquet out; the same command goes on where it stopped"
+    )
+    address: str | None = setting(
+        None, "engine=ray: cluster to join, as auto or ray://HOST:10001; default: this machine"
+    )
+    part_size: int = setting(1000, "engine=ray: images in each Parquet file")
+    batch_size: int = setting(32, "images at a time")
+    workers: int = setting(2, "processes that load images; engine=ray: workers, each with the model and one core")
+    skip_bad: bool = setting(False, "leave unreadable images out and list them")
+    device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
+
+    def __post_init__(self) -> None:
+        choose(self.engine, {"local": None, "ray": None}, "engine")
+        _at_least(self, 1, "batch_size", "top_k", "part_size")
+        _at_least(self, int(self.engine == "ray"), "workers")
+        if self.engine == "ray":
+            if self.out is None:
+                raise ConfigError("out: --engine ray writes Parquet files; name a folder with --out")
+            if self.format is not None:
+                raise ConfigError(f"format={self.format}: --engine ray writes Parquet; leave it out")
+        elif self.address is not None:
+            raise ConfigError(f"address={self.address}: only with --engine ray")
+        if self.format is None:
+            ending = Path(self.out).suffix.lstrip(".").lower() if self.out else ""
+            object.__setattr__(self, "format", ending if ending in ("jsonl", "csv") else "text")
+        if self.embedding is not None:
+            choose(self.embedding, EMBEDDINGS, "embedding")
+            if self.engine == "local" and self.out is not None and self.format != "jsonl":
+                raise ConfigError(f"embedding={self.embedding}: format {self.format} has no place for it; take jsonl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Encode:
+    """What every verb of an index takes besides its own."""
+
     batch_size: int = setting(32, "images at a time")
     workers: int = setting(2, "processes that load images")
     skip_bad: bool = setting(False, "leave unreadable images out and list them")
     device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "batch_size", "top_k")
+        _at_least(self, 1, "batch_size")
         _at_least(self, 0, "workers")
-        if self.format is None:
-            ending = Path(self.out).suffix.lstrip(".").lower() if self.out else ""
-            object.__setattr__(self, "format", ending if ending in ("jsonl", "csv") else "text")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexBuild(_Encode):
+    """Keep the images of a data set as vectors, so that more classes can be added without training."""
+
+    source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth")
+    data: str = required("folder, CSV, hf:NAME or wds:FOLDER, as for train")
+    out: str = required("folder to make, say RUN/index")
+    dataset: str | None = setting(None, "name of a data set prepared in DATA")
+    split: Literal["train", "val", "test"] = setting("train", "which images")
+    embedding: Literal["global", "crop", "fused"] | None = setting(
+        None, "vector of the image, of the crop, or what the head reads; default: what the head reads"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dataset is not None:
+            choose(self.dataset, SETS, "data set")
+        if self.embedding is not None:
+            choose(self.embedding, EMBEDDINGS, "embedding")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexAdd(_Encode):
+    """Add images to an index, of a new class or a known one; the class is recognised at once."""
+
+    index: str = positional(MISSING, "folder of glsim index build")
+    images: list[str] = positional(MISSING, "files, folders or globs")
+    label: str | None = setting(None, "class of all these images; default: of each, the name of its folder")
+    source: str | None = setting(None, "the model, where it is no longer where it was")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.label is not None and not self.label.strip():
+            raise ConfigError("label='': give the class a name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexQuery(_Encode):
+    """Name what is in images by an index: classes by similarity, nearest images and their vote."""
+
+    index: str = positional(MISSING, "folder of glsim index build")
+    images: list[str] = positional(MISSING, "files, folders or globs")
+    top_k: int = setting(5, "classes per image")
+    neighbours: int = setting(5, "nearest images that vote, and are shown")
+    below: float = setting(-1.0, "similarity of the best class below which an image is unknown")
+    source: str | None = setting(None, "the model, where it is no longer where it was")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "top_k", "neighbours")
+        if not -1 <= self.below <= 1:
+            raise ConfigError(f"below={self.below}: a cosine, from -1 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexEval(_Encode):
+    """Measure an index beside the softmax head: recall, accuracy as classes are added, what is unknown."""
+
+    index: str = positional(MISSING, "folder of glsim index build")
+    data: str = required("folder, CSV, hf:NAME or wds:FOLDER, as for train; classes not in the index count as unknown")
+    dataset: str | None = setting(None, "name of a data set prepared in DATA")
+    split: Literal["train", "val", "test"] = setting("test", "which images")
+    neighbours: int = setting(5, "nearest images that vote")
+    shots: list[int] = setting([1, 5, 20], "images of each added class, where the index has classes the head has not")
+    steps: int = setting(4, "steps in which those classes are added")
+    seed: int = setting(0, "of which images are taken")
+    source: str | None = setting(None, "the model, where it is no longer where it was")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "neighbours", "steps")
+        if not self.shots or min(self.shots) < 1:
+            raise ConfigError(f"shots={self.shots}: one or more, at least 1")
+        if self.dataset is not None:
+            choose(self.dataset, SETS, "data set")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from glsim.stores import is_uri, open_uri
 from glsim.types import DataError
 
 
@@ -72,7 +73,12 @@ def open_as_stored(
 
 
 def open_file(path: str | Path) -> BinaryIO:
-    """Open a file for reading; `SHARD.tar/NAME` is the file NAME inside an archive. Raises OSError and TarError."""
+    """Open a file for reading; `SHARD.tar/NAME` is the file NAME inside an archive, s3://BUCKET/NAME one in a store.
+
+    Raises OSError and TarError.
+    """
+    if is_uri(path):
+        return open_uri(str(path))
     path = Path(path)
     try:
         return path.open("rb")

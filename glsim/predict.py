@@ -7,7 +7,7 @@ import io
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from glsim.data import ImageDataset, find_images
 from glsim.heads import lead
 from glsim.images import BadImage
 from glsim.transforms import Preprocessing, eval_transform
-from glsim.types import ConfigError, Output
+from glsim.types import ConfigError, Output, choose
 
 
 class Prediction(NamedTuple):
@@ -35,12 +35,14 @@ class Prediction(NamedTuple):
     probabilities: tuple[float, ...]  # of `labels`
     box: tuple[int, int, int, int] | None  # the crop: left, top, right, bottom in pixels of the upright image
     second_pass: bool | None = None  # whether the crop was looked into; None: the method does not choose
+    embedding: tuple[float, ...] | None = None  # the vector asked for, as the model gives it (not of unit length)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         answers = [{"label": n, "probability": p} for n, p in zip(self.labels, self.probabilities, strict=True)]
         box = list(self.box) if self.box else None
-        return {"path": self.path, "answers": answers, "box": box, "second_pass": self.second_pass}
+        told = {"path": self.path, "answers": answers, "box": box, "second_pass": self.second_pass}
+        return told | ({"embedding": list(self.embedding)} if self.embedding is not None else {})
 
 
 class Predictor:
@@ -48,7 +50,8 @@ class Predictor:
 
     `source` is anything `glsim.load` takes, or a model from it. Images are decoded ahead of the model by `workers`
     processes (0: in this one) and run in batches. With `flip` the logits of each image and of its mirror image are
-    averaged; the box is that of the image itself.
+    averaged; box and embedding are those of the image itself. `embedding` names one of the model's vectors
+    (`glsim.types:EMBEDDINGS`) to hand out too.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Predictor:
         workers: int = 0,
         device: str | None = None,
         flip: bool = False,
+        embedding: str | None = None,
     ) -> None:
         if top_k < 1 or batch_size < 1:
             raise ConfigError(f"top_k={top_k}, batch_size={batch_size}: both have to be at least 1")
@@ -68,7 +72,7 @@ class Predictor:
         self.labels, self.preprocessing = labels_of(model), preprocessing_of(model)
         self.temperature = temperature_of(model)
         self.top_k, self.batch_size, self.workers = min(top_k, len(self.labels)), batch_size, workers
-        self.flip = flip
+        self.flip, self.embedding = flip, embedding
 
     def __call__(self, images: str | Path | Image.Image | Sequence[str | Path | Image.Image]) -> list[Prediction]:
         """One `Prediction` an image, in order. Raises BadImage, naming the file, for one that cannot be read."""
@@ -81,11 +85,23 @@ class Predictor:
 
     def stream(self, images: Sequence[str | Path | Image.Image]) -> Iterator[Prediction | BadImage]:
         """The same one by one, without stopping at a bad file: its BadImage stands in the place of the answer."""
+        paths = iter([None if isinstance(image, Image.Image) else str(image) for image in images])
+        for output, items in self.outputs(images):
+            sizes = [item for item in items if not isinstance(item, BadImage)]
+            predictions = iter(self.predictions(output, sizes) if output is not None else ())
+            for item, path in zip(items, paths, strict=False):
+                yield item if isinstance(item, BadImage) else next(predictions)._replace(path=path)
+
+    def outputs(
+        self, images: Sequence[str | Path | Image.Image]
+    ) -> Iterator[tuple[Output | None, list[tuple[int, int] | BadImage]]]:
+        """In order, some images at a time: what the model says of those that could be read (None: none could), and for
+        every one its size (width, height), or what is bad about it."""
         transform = _WithSize(eval_transform(self.preprocessing))
         dataset: Any = ImageDataset(images, transform, keep_bad=True)
-        loader = DataLoader(dataset, batch_size=self.batch_size, num_workers=self.workers, collate_fn=_collate)
-        paths = iter([None if isinstance(image, Image.Image) else str(image) for image in images])
-        read: deque[tuple[int, int] | BadImage] = deque()  # sizes of the images that wait for their answer
+        workers = max(0, min(self.workers, len(images) - 1))
+        loader = DataLoader(dataset, batch_size=self.batch_size, num_workers=workers, collate_fn=_collate)
+        read: deque[tuple[int, int] | BadImage] = deque()  # images that wait for their answer
 
         def batches() -> Iterator[Tensor]:
             for batch, items in loader:
@@ -94,13 +110,13 @@ class Predictor:
                     yield batch.to(self.device)
 
         for output in answers(self.model, batches(), self.flip):
-            sizes = islice((item for item in read if not isinstance(item, BadImage)), len(output.logits))
-            for prediction in self.predictions(output, list(sizes)):
-                while isinstance(item := read.popleft(), BadImage):
-                    next(paths)
-                    yield item
-                yield prediction._replace(path=next(paths))
-        yield from (item for item in read if isinstance(item, BadImage))
+            left, items = len(output.logits), []
+            while left:
+                items.append(read.popleft())
+                left -= not isinstance(items[-1], BadImage)
+            yield output, items
+        if read:
+            yield None, list(read)
 
     def predictions(self, output: Output, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
         """The answers that the model's `output` for a batch stands for; `sizes` (width, height) are of its images."""
@@ -108,6 +124,7 @@ class Predictor:
         nothing = [None] * len(sizes)
         boxes = output.selection.boxes.tolist() if output.selection is not None else nothing
         unsure = output.aux["unsure"].tolist() if "unsure" in output.aux else nothing
+        vectors = map(tuple, embedding_of(output, self.embedding).tolist()) if self.embedding else nothing
         return [
             Prediction(
                 None,
@@ -115,9 +132,10 @@ class Predictor:
                 tuple(values),
                 to_original(box, size, self.preprocessing) if box else None,
                 again,
+                vector,
             )
-            for indices, values, box, size, again in zip(
-                top.indices.tolist(), top.values.tolist(), boxes, sizes, unsure, strict=True
+            for indices, values, box, size, again, vector in zip(
+                top.indices.tolist(), top.values.tolist(), boxes, sizes, unsure, vectors, strict=True
             )
         ]
 
@@ -144,8 +162,8 @@ def _regrouped(model: StagedModel, margin: float, batches: Iterable[Tensor]) -> 
 
     def second(count: int) -> None:
         outputs, rows, *inputs = zip(*(unsure.popleft() for _ in range(count)), strict=True)
-        logits, _ = model.second(*map(torch.stack, inputs))
-        for output, row, late in zip(outputs, rows, logits, strict=True):
+        seconds = model.second(*map(torch.stack, inputs)).logits
+        for output, row, late in zip(outputs, rows, seconds, strict=True):
             output.logits[row] = late
 
     def answered() -> Iterator[Output]:
@@ -155,7 +173,7 @@ def _regrouped(model: StagedModel, margin: float, batches: Iterable[Tensor]) -> 
     for images in batches:
         size = max(size, len(images))
         given, logits, selection = model.first(images)
-        output = Output(logits, selection, aux={"unsure": lead(logits) < margin})
+        output = Output(logits, selection, aux={"unsure": lead(logits) < margin, "embeddings": {"global": given}})
         held.append(output)
         rows = output.aux["unsure"].nonzero()[:, 0].tolist()
         unsure += [(output, row, images[row], given[row], selection.boxes[row]) for row in rows]
@@ -165,6 +183,11 @@ def _regrouped(model: StagedModel, margin: float, batches: Iterable[Tensor]) -> 
     if unsure:
         second(len(unsure))
     yield from answered()
+
+
+def embedding_of(output: Output, name: str) -> Tensor:
+    """The embedding `name` of a batch (B, D) in float32; ConfigError lists those the model gives."""
+    return choose(name, output.aux.get("embeddings", {}), "embedding of this model").float()
 
 
 def to_original(box: Sequence[int], size: tuple[int, int], p: Preprocessing) -> tuple[int, int, int, int]:
@@ -177,10 +200,19 @@ def to_original(box: Sequence[int], size: tuple[int, int], p: Preprocessing) -> 
 
 
 def run(s: Predict, progress: bool = True) -> dict[str, Any]:
-    """The verb: predictions and skipped files, as plain values; BadImage is raised unless `s.skip_bad`."""
+    """The verb, by the engine asked for."""
+    module, _, function = ENGINES[s.engine].partition(":")
+    return getattr(import_module(module), function)(s, progress)
+
+
+ENGINES = {"local": "glsim.predict:run_here", "ray": "glsim.bulk:run"}  # imported when asked for
+
+
+def run_here(s: Predict, progress: bool = True) -> dict[str, Any]:
+    """Predictions and skipped files, as plain values; BadImage is raised unless `s.skip_bad`."""
     paths = find_images(s.images)
     model = load(s.source, **s.options)
-    predictor = Predictor(model, s.top_k, s.batch_size, min(s.workers, len(paths) - 1), s.device, s.flip)
+    predictor = Predictor(model, s.top_k, s.batch_size, s.workers, s.device, s.flip, s.embedding)
     predictions, skipped = [], []
     for answer in tqdm(predictor.stream(paths), total=len(paths), unit="image", disable=not progress):
         if not isinstance(answer, BadImage):

@@ -43,6 +43,13 @@ class DataError(GlsimError, ValueError):
     exit_code = 3
 
 
+EMBEDDINGS = {
+    "global": "class token of the first pass (pooled vector where there is none)",
+    "crop": "the same of the crop",
+    "fused": "what the head reads where that is more than one of them",
+}
+
+
 class Features(NamedTuple):
     """What a backbone says of a batch of images, after its final normalisation."""
 
@@ -69,7 +76,9 @@ class Output(NamedTuple):
     logits: Tensor  # (B, C)
     selection: Selection | None = None
     crops: Tensor | None = None  # (B, 3, height, width), what the second pass saw
-    aux: dict[str, Any] = {}  # inputs of the method's own losses
+    aux: dict[
+        str, Any
+    ] = {}  # training: inputs of the method's own losses; else `embeddings` (EMBEDDINGS), `unsure` (B,)
 
 
 def choose(name: Any, choices: Any, what: str) -> Any:

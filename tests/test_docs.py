@@ -29,7 +29,7 @@ from glsim.selection import NEEDS_ATTENTION
 from glsim.synthetic import species
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-ELSEWHERE = {"pip", "git", "cd", "curl"}  # commands that are not ours to check, or elsewhere (test_serve.py)
+ELSEWHERE = {"pip", "git", "cd", "curl", "ray"}  # commands that are not ours to check, or elsewhere (test_serve.py)
 SERVED = "http://127.0.0.1:7860"  # code that asks it is run by test_serve.py, with a server there
 
 
@@ -130,8 +130,9 @@ def test_commands_parse(words, monkeypatch):
     monkeypatch.chdir(ROOT)  # recipes are named from here
     program, *rest = words
     if program == "glsim":
-        verb = cli.VERBS[rest[0]]
-        assert isinstance(cli.parse(rest[0], verb, [w for w in rest[1:] if w != "--json"]), verb.settings)
+        name, rest = cli.split_verb(rest)
+        verb = cli.VERBS[name]
+        assert isinstance(cli.parse(name, verb, [w for w in rest if w != "--json"]), verb.settings)
     elif program in ("torchrun", "accelerate"):  # the launcher's own words, then ours
         verb = rest[rest.index("glsim.cli") + 1 :]
         assert isinstance(cli.parse(verb[0], cli.VERBS[verb[0]], verb[1:]), cli.VERBS[verb[0]].settings)
@@ -145,7 +146,7 @@ def test_commands_parse(words, monkeypatch):
 
 
 def test_every_verb_is_shown():
-    shown = {words.values[0][1] for words in commands() if words.values[0][0] == "glsim"}
+    shown = {cli.split_verb(words.values[0][1:])[0] for words in commands() if words.values[0][0] == "glsim"}
     assert shown | {"quickstart"} == set(cli.VERBS)  # quickstart is shown as make quickstart
 
 
@@ -297,6 +298,24 @@ def test_methods_take_the_backbones_that_method_says(backbone, method, cell):
         assert cell == "no"
         with pytest.raises(glsim.ConfigError):
             build(**({"stride": None} if method == "transfg" else {}))
+
+
+def test_methods_have_the_embeddings_that_new_classes_says():
+    head, _, *lines = [
+        line.strip("|").split("|")
+        for line in section("Which vector", page="new_classes.md").splitlines()
+        if line[:1] == "|"
+    ]
+    names = [cell.strip(" `") for cell in head]
+    told = {}
+    for line in lines:
+        method, *cells = (cell.strip(" `") for cell in line)
+        told[method] = {name for name, cell in zip(names[1:], cells, strict=True) if cell}
+    assert set(told) == set(glsim.METHODS)
+    for method, embeddings in told.items():
+        model = small_model(method, "resnet18" if method == "cal" else "vit_tiny_patch16_224", size=64)
+        with torch.inference_mode():
+            assert set(model(torch.zeros(1, 3, 64, 64)).aux["embeddings"]) == embeddings, method
 
 
 def test_every_method_stands_in_the_table_of_backbones():

@@ -10,14 +10,14 @@ FLOORS = [
     {"types"},
     {
         *("attention", "backbone", "selection", "crop", "heads", "losses"),
-        *("transforms", "images", "figures", "synthetic", "catalog", "environment"),
+        *("transforms", "images", "stores", "figures", "synthetic", "catalog", "environment"),
     },
     {"models"},
     {"config", "adapt", "data", "sources", "copies", "bundle", "official", "batches", "checkpoint", "cost"},
     {
         *("train", "evaluate", "predict", "pictures", "mistakes", "convert", "datasets", "calibrate"),
         *("reproduce", "report", "benchmark", "loading", "doctor", "doctor_page", "memory"),
-        *("service", "serve"),
+        *("service", "serve", "index", "bulk"),
     },
     {"quickstart", "cli", "__init__"},
 ]
@@ -39,6 +39,9 @@ SIDEWAYS = {
     ("service", "pictures"),
     ("serve", "service"),
     ("serve", "pictures"),
+    ("images", "stores"),  # a file by its URI
+    ("bulk", "predict"),
+    ("index", "predict"),  # images read and answered, batch by batch
     ("reproduce", "train"),
     ("reproduce", "evaluate"),
     ("report", "train"),  # reads what it left in the folder of a run

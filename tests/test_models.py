@@ -20,6 +20,7 @@ from glsim.heads import CLASSIFIERS, Aggregator, Classifier
 from glsim.losses import objective
 from glsim.models import cal
 from glsim.selection import NEEDS_ATTENTION
+from glsim.types import EMBEDDINGS
 
 DEEP = {"depth": 3}  # two blocks to choose from, and the last
 BACKBONES = {  # name -> image size
@@ -352,6 +353,43 @@ def test_a_new_dcal_starts_from_even_odds():
     """Its logits are those of summed probabilities: all alike."""
     logits = small_model("dcal", head=False)(torch.randn(2, 3, 64, 64)).logits
     torch.testing.assert_close(logits.softmax(dim=1), torch.full((2, 5), 0.2))
+
+
+# --- embeddings -----------------------------------------------------------------------------------------------------
+
+TOLD = {  # which embeddings a method has
+    "plain": {"global"},
+    "dcal": {"global", "fused"},
+    **{method: {"fused"} for method in ("transfg", "ffvt", "ielt")},
+    **{method: {"global", "crop", "fused"} for method in ("glsim", "rams", "aftrans", "cal")},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_embeddings_are_what_the_answer_was_read_from(method):
+    """The head, applied by hand to the embedding, gives the answer; the first pass gives the global one."""
+    model = build(method, "resnet18", maps=2) if method == "cal" else build(method)
+    images = pictures(3, 3, 64, 64)
+    read = {
+        "plain": lambda v: model.head(v["global"]),
+        "glsim": lambda v: model.head.linear(v["fused"]),
+        "cal": lambda v: model.head(100 * v["fused"]),
+        "dcal": lambda v: torch.logaddexp(
+            *(head(part).log_softmax(-1) for head, part in zip(model.heads, v["fused"].chunk(2, 1), strict=True))
+        ),
+    }.get(method, lambda v: model.head(v["fused"]))
+    with torch.inference_mode():
+        output = model(images)
+        assert set(output.aux["embeddings"]) == TOLD[method]
+        torch.testing.assert_close(read(output.aux["embeddings"]), output.logits, atol=1e-4, rtol=1e-4)
+        if "global" in output.aux["embeddings"]:
+            torch.testing.assert_close(output.aux["embeddings"]["global"], model.features(images).cls)
+        if "crop" in output.aux["embeddings"] and method != "rams":  # rams has another class token there
+            torch.testing.assert_close(output.aux["embeddings"]["crop"], model.backbone(output.crops).cls)
+
+
+def test_only_embeddings_that_are_described_exist():
+    assert set().union(*TOLD.values()) == set(EMBEDDINGS)
 
 
 # --- GLSim ----------------------------------------------------------------------------------------------------------

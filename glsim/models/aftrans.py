@@ -5,6 +5,8 @@ Adaptive Attention Multi-scale Fusion Transformer. There is no public code: this
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -29,15 +31,17 @@ class AFTrans(Model):
         scores = score(self.metric, f)
         selection = select_component(scores, self.threshold, f.grid, images.shape[-2:])
         crops = crop_and_resize(images, selection.boxes)
-        logits = self.head(torch.stack((f.cls, self.backbone(crops).cls)))  # 2 B C
-        losses = {}
+        local = self.backbone(crops).cls
+        logits = self.head(torch.stack((f.cls, local)))  # 2 B C
+        losses: dict[str, Any] = {}
         if self.training:
             # No gradient flows through a box. The paper leaves open what teaches the weights of the blocks: here it is
             # a third cross-entropy, on the patches averaged by the weighted attention.
             weights = sacm(f)
             pooled = (weights / weights.sum(dim=-1, keepdim=True)) @ f.patches  # B 1 D
             losses = {"cross_entropy": ((1.0, logits[0]), (1.0, logits[1]), (1.0, self.head(pooled[:, 0])))}
-        return Output(logits.mean(dim=0), selection, crops, losses)
+        vectors = {"global": f.cls, "crop": local, "fused": (f.cls + local) / 2}
+        return Output(logits.mean(dim=0), selection, crops, losses or {"embeddings": vectors})
 
     def features(self, images: Tensor, attention: bool = False) -> Features:
         """Tokens of the first pass; with `attention`, the learned weight of every block too."""

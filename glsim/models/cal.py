@@ -71,20 +71,28 @@ class CAL(Model):
         """The mean of the logits of the image, of crops at falling thresholds, and (8 views) of their mirror images."""
         size = images.shape[-2:]
         logits: list[Tensor] = []
+        vectors: list[Tensor] = []
         selection, crops = None, None
+        embeddings: dict[str, Tensor] = {}
         for view in (images, images.flip(-1)) if self.views == 8 else (images,):
-            f, maps, _, whole = self.look(view)
+            f, maps, vector, whole = self.look(view)
+            embeddings.setdefault("global", f.cls)
             logits.append(whole)
+            vectors.append(vector)
             mean, grid = maps.mean(dim=-1), f.grid
             for threshold, padding in VIEWS[self.views]:
                 boxes = boxes_from_mask(over(mean, grid, size, threshold), size, padding)
                 crop = crop_and_resize(view, boxes)
-                logits.append(self.look(crop)[3])
+                f_crop, _, vector, local = self.look(crop)
+                embeddings.setdefault("crop", f_crop.cls)
+                logits.append(local)
+                vectors.append(vector)
                 if selection is None:
                     selection, crops = as_selection(maps, grid, boxes), crop
         if selection is None:
             selection = as_selection(maps, grid, boxes_from_mask(over(mean, grid, size, 0.3), size, 0.1))
-        return Output(torch.stack(logits).mean(dim=0), selection, crops)
+        embeddings["fused"] = torch.stack(vectors).mean(dim=0)
+        return Output(torch.stack(logits).mean(dim=0), selection, crops, {"embeddings": embeddings})
 
 
 def pool(patches: Tensor, maps: Tensor) -> Tensor:

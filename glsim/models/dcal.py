@@ -33,14 +33,16 @@ class DCAL(Model):
         selection = select(score(self.metric, f), top, f.grid, images.shape[-2:], "inclusive")
         queries = torch.cat((f.cls[:, None], gather_tokens(f.patches, selection.indices)), dim=1)  # B 1+R D
         tokens = torch.cat((f.cls[:, None], f.patches), dim=1)
-        whole, local = self.heads[0](f.cls), self.heads[1](self.cross(queries, tokens).mean(dim=1))
+        parts = self.cross(queries, tokens).mean(dim=1)
+        whole, local = self.heads[0](f.cls), self.heads[1](parts)
         losses = {}
         if self.training:
             with paired_attention(self.backbone.net):
                 pair = self.heads[0](self.backbone(images).cls)
             losses = {"uncertainty": (torch.stack((whole, local, pair)), self.uncertainty)}
         logits = torch.logaddexp(F.log_softmax(whole, dim=-1), F.log_softmax(local, dim=-1))
-        return Output(logits, selection, aux=losses)
+        vectors = {"global": f.cls, "fused": torch.cat((f.cls, parts), dim=1)}
+        return Output(logits, selection, aux=losses or {"embeddings": vectors})
 
 
 def build(encoder: Backbone, num_classes: int, *, metric: str = "rollout", share: float = 0.1) -> DCAL:

@@ -31,7 +31,9 @@ class FFVT(TokenModel):
         tokens = self.backbone.last_block(stages[-1].tokens, torch.cat(chosen, dim=1), index, grid)
         scores = torch.stack(weights).mean(dim=0)[:, skip:]
         selection = select_these(scores, (index - skip).clamp(min=-1), grid, images.shape[-2:])
-        return Output(self.head(tokens[:, 0]), selection)
+        return Output(
+            self.head(tokens[:, 0]), selection, aux={} if self.training else {"embeddings": {"fused": tokens[:, 0]}}
+        )
 
     @torch.no_grad()
     def weigh(self, f: Features) -> Tensor:

@@ -38,7 +38,12 @@ class GLSim(Model):
         selection = select(score(self.metric, f), self.top_o, f.grid, images.shape[-2:], self.box)
         crops = crop_and_resize(images, selection.boxes, self.crop_size)
         tokens = torch.stack((f.cls, self.backbone(crops).cls), dim=1)  # B 2 D
-        return Output(self.head(self.aggregator(tokens)), selection, crops)
+        fused = self.aggregator(tokens)
+        return Output(self.head(fused), selection, crops, {} if self.training else self.name(tokens, fused))
+
+    def name(self, tokens: Tensor, fused: Tensor) -> dict[str, Any]:
+        """The embeddings (B, D) by name, of the tokens before and after the aggregator (B, 2, D)."""
+        return {"embeddings": {"global": tokens[:, 0], "crop": tokens[:, 1], "fused": fused[:, 0]}}
 
 
 class AdaptiveGLSim(GLSim, StagedModel):
@@ -57,14 +62,14 @@ class AdaptiveGLSim(GLSim, StagedModel):
         """`images` (B, 3, H, W), normalised. With a margin there are no crops, and one wait for the device."""
         given, first, selection = self.first(images)
         if self.training or self.margin is None:
-            logits, crops = self.second(images, given, selection.boxes)
-            both = {"cross_entropy": ((1.0, logits), (self.early_loss, first))} if self.training else {}
-            return Output(logits, selection, crops, both)
+            logits, _, crops, aux = self.second(images, given, selection.boxes)
+            both = {"cross_entropy": ((1.0, logits), (self.early_loss, first))}
+            return Output(logits, selection, crops, both if self.training else aux)
         unsure = lead(first) < self.margin
         if unsure.any():
-            second, _ = self.second(images[unsure], given[unsure], selection.boxes[unsure])
-            first = first.masked_scatter(unsure[:, None], second)
-        return Output(first, selection, aux={"unsure": unsure})
+            second = self.second(images[unsure], given[unsure], selection.boxes[unsure])
+            first = first.masked_scatter(unsure[:, None], second.logits)
+        return Output(first, selection, aux={"unsure": unsure, "embeddings": {"global": given}})
 
     def first(self, images: Tensor) -> tuple[Tensor, Tensor, Selection]:
         """One pass over `images` (B, 3, H, W): its tokens (B, D), the logits they give (B, C), and what to crop."""
@@ -72,11 +77,12 @@ class AdaptiveGLSim(GLSim, StagedModel):
         selection = select(score(self.metric, f), self.top_o, f.grid, images.shape[-2:], self.box)
         return f.cls, self.head(self.aggregator(f.cls[:, None])), selection
 
-    def second(self, images: Tensor, given: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """The refined logits (B, C), from `given` and the crops `boxes` (B, 4) of `images`, and those crops."""
+    def second(self, images: Tensor, given: Tensor, boxes: Tensor) -> Output:
+        """The refined answer, from `given` (B, D) and the crops `boxes` (B, 4) of `images`; and those crops."""
         crops = crop_and_resize(images, boxes, self.crop_size)
         tokens = torch.stack((given, self.backbone(crops).cls), dim=1)  # B 2 D
-        return self.head(self.aggregator(tokens)), crops
+        fused = self.aggregator(tokens)
+        return Output(self.head(fused), None, crops, self.name(tokens, fused))
 
 
 def build(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
@@ -54,11 +56,12 @@ class IELT(TokenModel):
         cls = self.backbone.last_block(stages[-1].tokens, parts, places + skip, grid)[:, 0]
 
         answer, assist = self.head(cls), self.head(refined[:, 0])
-        losses = {}
+        losses: dict[str, Any] = {}
         if self.training:
             losses = {"cross_entropy": ((0.6, answer), (0.4, assist))}
             self.shares.lerp_(F.one_hot(block[kept], len(f)).float().mean(dim=(0, 1)), DRIFT)
-        return Output(answer, select_these(scores.mean(dim=1), places, grid, images.shape[-2:]), aux=losses)
+        selection = select_these(scores.mean(dim=1), places, grid, images.shape[-2:])
+        return Output(answer, selection, aux=losses or {"embeddings": {"fused": cls}})
 
     def allot(self) -> tuple[Tensor, Tensor]:
         """For each of the T tokens the block it comes from, and its rank there: (T,), (T,)."""

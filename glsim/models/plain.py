@@ -18,7 +18,8 @@ class Plain(Model):
 
     def forward(self, images: Tensor) -> Output:
         """`images` (B, 3, H, W), normalised."""
-        return Output(self.head(self.features(images).cls))
+        cls = self.features(images).cls
+        return Output(self.head(cls), aux={} if self.training else {"embeddings": {"global": cls}})
 
 
 def build(encoder: Backbone, num_classes: int) -> Plain:

@@ -32,7 +32,8 @@ class RAMS(Model):
         local = functional_call(self.backbone, {"net.cls_token": self.crop_token}, (crops,)).cls
         logits = self.head(torch.stack((f.cls, local)))  # 2 B C
         losses = {"cross_entropy": ((1.0, logits[0]), (1.0, logits[1]))}
-        return Output(logits.mean(dim=0), selection, crops, losses if self.training else {})
+        vectors = {"global": f.cls, "crop": local, "fused": (f.cls + local) / 2}
+        return Output(logits.mean(dim=0), selection, crops, losses if self.training else {"embeddings": vectors})
 
     def initialised(self, kept: list[str]) -> None:
         """Weights that know one class token only start the crop's from it."""

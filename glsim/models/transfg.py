@@ -30,7 +30,7 @@ class TransFG(TokenModel):
         logits = self.head(cls)
         selection = select_these(scores.sum(dim=1), parts, f.grid, images.shape[-2:])
         losses = {"cross_entropy": ((1.0, logits),), "contrastive": cls}
-        return Output(logits, selection, aux=losses if self.training else {})
+        return Output(logits, selection, aux=losses if self.training else {"embeddings": {"fused": cls}})
 
 
 def build(encoder: Backbone, num_classes: int, *, metric: str = "psm") -> TransFG:

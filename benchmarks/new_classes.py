@@ -1,0 +1,222 @@
+"""Classes held out of training: are they told from the known ones, and recognised once a few images are added?
+
+    python benchmarks/new_classes.py recipes/cars196_plain.yaml --data cars196 --out runs/new_classes
+
+Trains the recipe on KNOWN classes of DATA drawn by SEED (OUT/known.csv), or takes a trained one (--run; its labels are
+the known classes). Then, for every embedding the model has:
+
+- "unknown": over the test images of all classes, the chance that one of a known class has a higher score than one of a
+  new class (AUROC), by largest softmax probability, energy, and similarity to the nearest class prototype;
+- the new classes are added from 1, 5 and 20 of their training images, in steps, to an index of the known training
+  images: top-1 over all classes added so far by prototypes and neighbours, beside the head, which cannot learn them.
+
+Calibration: ECE (15 bins) on the test images of the known classes, before and after one temperature fitted on the val
+split by L-BFGS. Everything goes to OUT/new_classes.json. A finished training is not repeated, an interrupted one goes
+on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import random
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from glsim import Predictor, index, train
+from glsim.backbone import Model
+from glsim.bundle import labels_of, load, write_text
+from glsim.config import IndexBuild, IndexEval, Train, read_recipe
+from glsim.data import ImageList, hold_out, read_data
+from glsim.evaluate import join
+
+RESULT = "new_classes.json"
+
+
+def main() -> None:
+    """Parse, train what is missing, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="?", type=Path)
+    parser.add_argument("--run", type=Path, help="a trained bundle instead of a recipe")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--known", type=int, default=150, help="classes to train on")
+    parser.add_argument("--seed", type=int, default=0, help="of which classes these are, and which images are added")
+    parser.add_argument("--shots", type=int, nargs="+", default=[1, 5, 20], help="images of each added class")
+    parser.add_argument("--steps", type=int, default=4, help="steps in which the new classes are added")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings instead of the recipe's")
+    parser.add_argument("--workers", type=int, default=2)
+    a = parser.parse_args()
+    if (a.recipe is None) == (a.run is None):
+        parser.error("name a recipe to train, or a trained --run")
+    splits = read_data(a.data)
+    a.out.mkdir(parents=True, exist_ok=True)
+    if a.run is None:
+        classes = sorted(random.Random(a.seed).sample(splits["train"].classes, a.known))
+        a.run = a.out / "run"
+        fit(a, {name: only(images, classes) for name, images in splits.items()})
+    model = load(a.run)
+    classes = labels_of(model)
+    every = {
+        name: only(images, [*classes, *(c for c in images.classes if c not in classes)])
+        for name, images in splits.items()
+    }
+    write_list(a.out / "all.csv", every)
+    write_list(a.out / "known.csv", {name: only(images, classes) for name, images in every.items()})
+    result = {
+        "run": str(a.run),
+        "known": len(classes),
+        "new": len(every["train"].classes) - len(classes),
+        "calibration": calibrate(model, a.out / "known.csv", a.workers),
+        "embeddings": {name: measure(a, name, classes, every["train"]) for name in embeddings_of(model)},
+    }
+    write_text(a.out / RESULT, json.dumps(result, indent=2) + "\n")
+    print(as_markdown(result))
+
+
+def only(images: ImageList, classes: list[str]) -> ImageList:
+    """The images of `classes`, numbered by that list."""
+    number = {images.classes.index(name): i for i, name in enumerate(classes)}
+    kept = [(path, number[label]) for path, label in zip(images.paths, images.labels, strict=True) if label in number]
+    return ImageList(tuple(p for p, _ in kept), tuple(y for _, y in kept), tuple(classes))
+
+
+def write_list(file: Path, splits: dict[str, ImageList]) -> None:
+    """A CSV list path,label,split that --data takes."""
+    with file.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out)
+        writer.writerow(["path", "label", "split"])
+        for split, images in splits.items():
+            for path, label in zip(images.paths, images.labels, strict=True):
+                writer.writerow([os.path.relpath(path, file.parent), images.classes[label], split])
+
+
+def fit(a: argparse.Namespace, splits: dict[str, ImageList]) -> None:
+    """Train the recipe on the known classes, or go on with it."""
+    values = read_recipe(a.recipe) | {k: yaml.safe_load(v) for k, _, v in (word.partition("=") for word in a.set)}
+    write_list(a.out / "known.csv", splits)
+    settings = {**values, "data": str(a.out / "known.csv"), "out": str(a.run), "workers": a.workers}
+    log = a.run / train.LOG
+    if not log.exists() or len(log.read_text().splitlines()) < Train(**settings).epochs:
+        print(f"training {a.recipe.stem} on {a.known} classes", file=sys.stderr)
+        train.run(Train(**settings, resume=(a.run / train.RECIPE).exists()))
+
+
+def embeddings_of(model: Model) -> list[str]:
+    """The names of the vectors it hands out."""
+    with torch.inference_mode():
+        return list(model(torch.zeros(1, 3, *model.config["image_size"])).aux["embeddings"])
+
+
+def measure(a: argparse.Namespace, name: str, classes: list[str], images: ImageList) -> dict[str, Any]:
+    """Unknown and added classes by one embedding: what `glsim index eval` says before and after `glsim index add`."""
+    folder = a.out / f"index_{name}"
+    ask = IndexEval(
+        index=str(folder), data=str(a.out / "all.csv"), shots=a.shots, steps=a.steps, seed=a.seed, workers=a.workers
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    index.build(
+        IndexBuild(source=str(a.run), data=str(a.out / "known.csv"), out=str(folder), embedding=name, workers=a.workers)
+    )
+    before = index.evaluate(ask)
+    known, predictor = index.open_index(str(folder), None, 32, a.workers, None)
+    new = only(images, [c for c in images.classes if c not in classes])
+    encoded = index.encode(predictor, new.paths, name, progress=True)
+    paths = [str(path.absolute()) for path in new.paths]
+    known.add([new.classes[label] for label in new.labels], paths, encoded.vectors).save(folder)
+    return {"before": before, "after": index.evaluate(ask)}
+
+
+def calibrate(model: Model, data: Path, workers: int) -> dict[str, Any]:
+    """ECE on test before and after a temperature fitted on the images that training held out as val."""
+    about = model.config["data"]
+    splits = read_data(data, classes=labels_of(model))
+    if "val" not in splits:
+        if not about["val_fraction"]:
+            raise SystemExit("the run held out no val images to fit a temperature on; train with val_fraction: 0.1")
+        splits["val"] = hold_out(splits["train"], about["val_fraction"], about["split_seed"])[1]
+    both = join([splits["val"], splits["test"]])
+    logits, labels = answers(model, both, workers), torch.tensor(both.labels)
+    val, test = slice(0, len(splits["val"])), slice(len(splits["val"]), None)
+    temperature = fit_temperature(logits[val], labels[val])
+    scaled = logits[test] / temperature
+    return {
+        "val": len(splits["val"]),
+        "test": len(splits["test"]),
+        "top1": float((logits[test].argmax(1) == labels[test]).float().mean()),
+        "temperature": temperature,
+        "ece_before": ece(logits[test], labels[test]),
+        "ece_after": ece(scaled, labels[test]),
+        "nll_before": float(torch.nn.functional.cross_entropy(logits[test], labels[test])),
+        "nll_after": float(torch.nn.functional.cross_entropy(scaled, labels[test])),
+    }
+
+
+def answers(model: Model, images: ImageList, workers: int) -> Tensor:
+    """Logits (n, C) of all images."""
+    outputs = [output for output, _ in Predictor(model, workers=workers).outputs(images.paths)]
+    return torch.cat([output.logits.float().cpu() for output in outputs if output is not None]).clone()
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """What to divide logits (n, C) by for the least cross-entropy (Guo et al., arXiv 1706.04599)."""
+    log_t = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_t], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = torch.nn.functional.cross_entropy(logits / log_t.exp(), labels)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return float(log_t.exp().detach())
+
+
+def ece(logits: Tensor, labels: Tensor) -> float:
+    """Expected calibration error, 15 bins of equal width."""
+    return float(multiclass_calibration_error(logits.softmax(1), labels, logits.shape[1], n_bins=15))
+
+
+def as_markdown(r: dict[str, Any]) -> str:
+    """Three tables."""
+    c = r["calibration"]
+    lines = [
+        f"{r['known']} classes known, {r['new']} new; {c['test']} test images of known classes: "
+        f"top-1 {c['top1']:.1%}, ECE {c['ece_before']:.1%}, at temperature {c['temperature']:.2f} {c['ece_after']:.1%}",
+        "",
+        "| embedding | AUROC of unknown: softmax | energy | prototypes |",
+        "|---|---|---|---|",
+    ]
+    for name, m in r["embeddings"].items():
+        scores = m["before"]["unknown"]["auroc"]
+        lines.append(f"| {name} | {scores['softmax']:.3f} | {scores['energy']:.3f} | {scores['prototypes']:.3f} |")
+    lines += [
+        "",
+        "| embedding | images each | classes added | prototypes | neighbours | head |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, m in r["embeddings"].items():
+        for row in m["after"]["added"]:
+            cells = [cell(row[way], row["added"]) for way in ("prototypes", "neighbours", "head")]
+            lines.append(f"| {name} | {row['shots'] or '-'} | {row['added']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cell(row: dict[str, Any], added: int) -> str:
+    """Top-1 over all classes, and of the added ones."""
+    spread = f" +- {100 * row['std']:.1f}" if row["std"] else ""
+    return f"{row['top1']:.1%}{spread}" + (f" ({row['top1_added']:.1%} of added)" if added else "")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,354 @@
+"""Floor 4: `predict` over very many images by Ray Data: Parquet out, part by part.
+
+The list of images is cut into parts. A worker is an actor that holds the model; it answers one part at a time and
+renames the finished file to its own name, so a part is there whole or not at all. What a killed worker had in hand Ray
+gives to another; a job that was stopped finds its parts there and goes on with the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from glsim.backbone import Model
+from glsim.bundle import load, weights_hash
+from glsim.config import Predict
+from glsim.data import find_images
+from glsim.images import EXTENSIONS, BadImage
+from glsim.predict import Prediction, Predictor
+from glsim.stores import is_uri, locate, open_uri
+from glsim.types import ConfigError, DataError, GlsimError
+
+JOB = "job.json"  # what the parts in a folder belong to
+FORMAT = 1
+TRIES = 5  # times a part goes to another worker because one died over it, before the job gives up
+TABLES = (".csv", ".parquet")  # lists of images, by their column `path`
+
+
+def run(s: Predict, progress: bool = True) -> dict[str, Any]:
+    """The verb with --engine ray. Raises what `load` and `find_paths` do, ConfigError for an OUT of another job, and
+    GlsimError when Ray gave up; finished parts stay, and the same command goes on."""
+    ray = need_ray()
+    paths = find_paths(s.images)
+    model = load(s.source, **s.options)
+    Predictor(model, s.top_k, s.batch_size, device="cpu")  # says what is wrong with the settings, before any worker
+    out = folder_uri(str(s.out))
+    parts = [paths[i : i + s.part_size] for i in range(0, len(paths), s.part_size)]
+    claim(out, job_of(s, model, paths))
+    done = finished(out) & set(range(len(parts)))
+    todo = [{"part": i, "paths": part} for i, part in enumerate(parts) if i not in done]
+    start, answered, errors = time.perf_counter(), 0, 0
+    first = (0, 0.0)  # images, and seconds, when the first part was done
+    last = 0.0
+    with cluster(ray, s):
+        batches = answer_parts(ray, s, model, out, todo) if todo else iter(())
+        before = sum(len(parts[i]) for i in done)
+        with tqdm(total=len(paths), initial=before, unit="image", disable=not progress) as bar:
+            try:
+                for batch in batches:
+                    answered += int(batch["images"].sum())
+                    errors += int(batch["errors"].sum())
+                    bar.update(int(batch["images"].sum()))
+                    last = time.perf_counter() - start
+                    first = first if first[0] else (answered, last)
+            except ray.exceptions.RayError as error:
+                why = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+                raise GlsimError(
+                    f"Ray stopped: {why}; finished parts stay in {s.out}, the same command goes on"
+                ) from error
+    seconds = time.perf_counter() - start
+    steady = round((answered - first[0]) / (last - first[1]), 2) if answered > first[0] else None
+    return {
+        "engine": "ray",
+        "source": str(s.source),
+        "out": str(s.out),
+        "images": len(paths),
+        "parts": len(parts),
+        "parts_before": len(done),
+        "answered": answered,
+        "errors": errors,
+        "workers": s.workers,
+        "seconds": round(seconds, 2),
+        "images_per_second": round(answered / seconds, 2),
+        "steady_images_per_second": steady,  # since the first part was done
+    }
+
+
+# --- what goes in -----------------------------------------------------------------------------------------------------
+
+
+def find_paths(inputs: Sequence[str]) -> list[str]:
+    """The images: files, folders, globs, URIs of files or folders, and lists (CSV, Parquet) with a column `path`, whose
+    relative paths count from the list's folder. Each comes once, local ones as absolute paths.
+
+    Raises DataError naming the first input that yields nothing.
+    """
+    found: dict[str, None] = {}
+    for given in inputs:
+        if given.lower().endswith(TABLES):
+            paths = read_list(given)
+        elif is_uri(given):
+            paths = images_below(given)
+        else:
+            paths = [str(path.absolute()) for path in find_images(given)]
+        if not paths:
+            raise DataError(f"{given}: no image found; known endings: {' '.join(EXTENSIONS)}")
+        found |= dict.fromkeys(paths)
+    return list(found)
+
+
+def read_list(file: str) -> list[str]:
+    """The column `path` of a CSV or Parquet file, local or by URI."""
+    from pyarrow import ArrowException, csv, parquet
+
+    uri = is_uri(file)
+    try:
+        with open_uri(file) if uri else Path(file).open("rb") as data:
+            if file.lower().endswith(".csv"):
+                strings = csv.ConvertOptions(column_types={"path": "string"}, include_columns=["path"])
+                table = csv.read_csv(data, convert_options=strings)
+            else:
+                table = parquet.read_table(data, columns=["path"])
+        paths = table.column("path").to_pylist()
+    except (OSError, ArrowException, KeyError) as error:
+        raise DataError(f"{file}: a list needs a column path ({str(error).splitlines()[0]})") from error
+    if None in paths or "" in paths:
+        raise DataError(f"{file}: row {[bool(p) for p in paths].index(False) + 1} has no path")
+    if uri:
+        return [p if is_uri(p) else f"{file.rpartition('/')[0]}/{p}" for p in paths]
+    return [p if is_uri(p) else str((Path(file).parent / p).absolute()) for p in paths]
+
+
+def images_below(uri: str) -> list[str]:
+    """The image files in a folder of a store, or the file itself, as URIs, sorted."""
+    from pyarrow.fs import FileSelector, FileType
+
+    try:
+        system, path = locate(uri)
+        info = system.get_file_info(path.rstrip("/"))
+        if info.type == FileType.File:
+            return [uri]
+        inside = system.get_file_info(FileSelector(path.rstrip("/"), recursive=True))
+    except OSError as error:
+        raise DataError(f"{uri}: {str(error).splitlines()[0]}") from error
+    files = [f.path for f in inside if f.type == FileType.File]
+    known = [f for f in files if PurePosixPath(f).suffix.lower() in EXTENSIONS and PurePosixPath(f).name[0] != "."]
+    return sorted(uri.rstrip("/") + f[len(path.rstrip("/")) :] for f in known)
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------------
+
+
+def schema(embedding: bool) -> Any:
+    """The columns of a part; labels and what follows are null where `error` is not."""
+    import pyarrow as pa
+
+    columns = [
+        ("path", pa.string()),
+        ("labels", pa.list_(pa.string())),  # best first
+        ("probabilities", pa.list_(pa.float32())),
+        ("confidence", pa.float32()),  # the first of them
+        ("box", pa.list_(pa.int32())),  # left, top, right, bottom in pixels of the upright image
+        *([("embedding", pa.list_(pa.float32()))] * embedding),
+        ("error", pa.string()),
+    ]
+    return pa.schema(columns)
+
+
+def as_row(path: str, answer: Prediction | BadImage) -> dict[str, Any]:
+    """An answer, or why there is none, as a row of a part."""
+    if isinstance(answer, BadImage):
+        return {"path": path, "error": answer.reason}
+    return {
+        "path": path,
+        "labels": answer.labels,
+        "probabilities": answer.probabilities,
+        "confidence": answer.probabilities[0],
+        "box": answer.box,
+        "embedding": answer.embedding,
+    }
+
+
+def folder_uri(out: str) -> str:
+    """`out` as a URI, so that one way of writing serves both."""
+    return out.rstrip("/") if is_uri(out) else "file://" + Path(out).absolute().as_posix()
+
+
+def name_of(part: int) -> str:
+    """The file of a part."""
+    return f"part-{part:06d}.parquet"
+
+
+def finished(out: str) -> set[int]:
+    """The parts that are there."""
+    from pyarrow.fs import FileSelector
+
+    system, path = locate(out)
+    names = [info.base_name for info in system.get_file_info(FileSelector(path, allow_not_found=True))]
+    numbers = [name.removeprefix("part-").removesuffix(".parquet") for name in names if name.endswith(".parquet")]
+    return {int(number) for number in numbers if number.isdecimal()}
+
+
+def put(out: str, name: str, data: bytes | memoryview) -> None:
+    """Write a file into the folder `out`, whole or not at all."""
+    system, path = locate(out)
+    temporary = f"{path}/.{name}.{uuid.uuid4().hex}"
+    with system.open_output_stream(temporary) as stream:
+        stream.write(data)
+    system.move(temporary, f"{path}/{name}")
+
+
+def job_of(s: Predict, model: Model, paths: Sequence[str]) -> dict[str, Any]:
+    """What has to be the same for a job to go on."""
+    digest = hashlib.sha256("\n".join(paths).encode("utf-8", "surrogateescape")).hexdigest()
+    kept = {name: getattr(s, name) for name in ("top_k", "flip", "embedding", "part_size")}
+    return {"format": FORMAT, "model": weights_hash(model), "images": len(paths), "list": digest, **kept}
+
+
+def claim(out: str, job: dict[str, Any]) -> None:
+    """Make `out` the folder of `job`, or check that it is; ConfigError says in what an older job there differs."""
+    from pyarrow.fs import FileSelector, FileType
+
+    system, path = locate(out)
+    try:
+        system.create_dir(path, recursive=True)
+        left = [
+            info for info in system.get_file_info(FileSelector(path)) if info.base_name.startswith((".part-", ".job"))
+        ]
+        for info in left:  # of a worker that was killed while it wrote
+            system.delete_file(info.path)
+        if system.get_file_info(f"{path}/{JOB}").type == FileType.NotFound:
+            if finished(out):
+                raise ConfigError(f"{out} holds parts, but no {JOB} that says of what; name another --out")
+            put(out, JOB, (json.dumps(job, indent=2) + "\n").encode())
+            return
+        older = json.loads(open_uri(f"{out}/{JOB}").read())
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise DataError(f"{out}: {str(error).splitlines()[0]}") from error
+    differ = [f"{k} (was {older.get(k)}, is {job[k]})" for k in job if older.get(k) != job[k]]
+    if differ:
+        raise ConfigError(f"{out} holds another job: {', '.join(differ)}; repeat that one, or name another --out")
+
+
+# --- Ray --------------------------------------------------------------------------------------------------------------
+
+
+def need_ray() -> Any:
+    """The module ray, told to send nothing home; ConfigError says how to get it."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters arrives as an exception
+    try:
+        import pyarrow  # noqa: F401
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise ConfigError(f"--engine ray needs Ray Data ({error}): pip install 'glsim[scale]'") from error
+    return ray
+
+
+@contextmanager
+def cluster(ray: Any, s: Predict) -> Iterator[None]:
+    """The cluster at `s.address`, or one of this machine for as long as it takes. One that runs already stays."""
+    if ray.is_initialized():
+        yield
+        return
+    # A worker occupies one core, and Ray's own steps another.
+    local = {"num_cpus": s.workers + 1, "include_dashboard": False} if s.address is None else {}
+    with redirect_stdout(sys.stderr):  # Ray prints there what became of workers, until it is shut down
+        try:
+            ray.init(s.address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
+        except Exception as error:  # Ray raises bare ones, of a machine too busy to start it in time
+            ray.shutdown()
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise GlsimError(f"no Ray cluster at {s.address or 'this machine'}: {why}") from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def gpu_share(gpus: float, workers: int) -> float:
+    """The share of a GPU that each worker gets, so that all of them find room; several share one where they are more.
+
+    Ray counts GPUs in ten-thousandths.
+    """
+    if gpus < 1:
+        return 0.0
+    return int(1e4 / -(-workers // int(gpus))) / 1e4
+
+
+def answer_parts(ray: Any, s: Predict, model: Model, out: str, todo: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Have the parts answered; yields `images` and `errors` (arrays) of parts as they are finished.
+
+    The model travels to the workers; their machines need neither the bundle nor its folder.
+    """
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # ours counts images
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs what it raises
+    wants_gpu = s.device is None or not s.device.startswith("cpu")
+    gpus = gpu_share(ray.cluster_resources().get("GPU", 0), s.workers) if wants_gpu else 0.0
+    workers = min(s.workers, len(todo))
+    shared = ray.put(model.cpu())  # kept until the last worker is done
+    answered = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
+        Worker,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=workers),
+        num_cpus=1,
+        num_gpus=gpus,
+        max_task_retries=TRIES,
+        fn_constructor_kwargs={
+            "model": shared,
+            "out": out,
+            "device": s.device or (None if gpus else "cpu"),
+            **{name: getattr(s, name) for name in ("top_k", "batch_size", "flip", "embedding")},
+        },
+    )
+    yield from answered.iter_batches(batch_size=None, prefetch_batches=0)
+
+
+class Worker:
+    """An actor of Ray Data: holds the model, answers parts, writes each."""
+
+    def __init__(self, model: Any, out: str, embedding: str | None, **options: Any) -> None:
+        if not isinstance(model, Model):  # a reference into Ray's store
+            import ray
+
+            model = ray.get(model)
+        torch.set_num_threads(1)  # one core a worker; more workers are better than more threads
+        self.predictor, self.out, self.embedding = Predictor(model, embedding=embedding, **options), out, embedding
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """`part` and `paths` of some parts -> `part`, `images`, `errors` of each."""
+        parts = zip(batch["part"], batch["paths"], strict=True)
+        images, errors = zip(*(self.answer(int(part), [str(p) for p in paths]) for part, paths in parts), strict=True)
+        return {"part": batch["part"], "images": list(images), "errors": list(errors)}
+
+    def answer(self, part: int, paths: list[str]) -> tuple[int, int]:
+        """Write one part; how many images it has, and how many of them could not be read."""
+        import pyarrow as pa
+        from pyarrow import fs, parquet
+
+        system, folder = locate(self.out)
+        if system.get_file_info(f"{folder}/{name_of(part)}").type == fs.FileType.File:
+            # Written by a worker that was killed before it could say so.
+            column = parquet.read_table(open_uri(f"{self.out}/{name_of(part)}"), columns=["error"]).column("error")
+            return len(column), len(column) - column.null_count
+        rows = [as_row(path, a) for path, a in zip(paths, self.predictor.stream(paths), strict=True)]
+        sink = pa.BufferOutputStream()
+        parquet.write_table(pa.Table.from_pylist(rows, schema(self.embedding is not None)), sink)
+        put(self.out, name_of(part), memoryview(sink.getvalue()))
+        return len(rows), sum("error" in row for row in rows)

@@ -1,0 +1,369 @@
+"""Bulk jobs. Ray itself is started in the slow tests only; in the others its place is taken by a loop over the parts."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from conftest import scene
+
+import glsim
+from glsim import bulk, cli
+from glsim.bundle import load
+from glsim.config import Predict
+from glsim.predict import run
+from glsim.types import ConfigError, DataError
+
+pytest.importorskip("pyarrow", reason="the extra `scale` is not installed", exc_type=ImportError)
+import pyarrow as pa
+from pyarrow import parquet
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Seven images in a folder tree with awkward names; the fourth of them, in order, is no image."""
+    folder = tmp_path / "photos of mine"
+    for i, name in enumerate(["a.png", "b.png", "sub/c%20.png", "sub/d.jpg", "sub/é f.png", "x.png", "y.png"]):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if name == "sub/d.jpg":
+            (folder / name).write_bytes(b"no image")
+        else:
+            scene((60 + 4 * i, 50), seed=i).save(folder / name)
+    return folder
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Parts are answered in this process, by the worker that Ray would run; yields the numbers of those answered."""
+    asked = []
+
+    def loop(ray, s, model, out, todo):
+        worker = bulk.Worker(model, out, s.embedding, top_k=s.top_k, batch_size=s.batch_size, device="cpu", flip=s.flip)
+        for item in todo:
+            asked.append(item["part"])
+            batch = worker({"part": np.array([item["part"]]), "paths": [item["paths"]]})
+            yield {k: np.array(v) for k, v in batch.items()}
+
+    class NoRay:
+        class exceptions:
+            RayError = RuntimeError
+
+    monkeypatch.setattr(bulk, "need_ray", NoRay)
+    monkeypatch.setattr(bulk, "cluster", lambda *_: nullcontext())
+    monkeypatch.setattr(bulk, "answer_parts", loop)
+    return asked
+
+
+def rows(out):
+    return [row for file in sorted(Path(out).glob("*.parquet")) for row in parquet.read_table(file).to_pylist()]
+
+
+def same(row, answer):
+    assert row["path"] == answer.path and row["error"] is None
+    assert tuple(row["labels"]) == answer.labels and tuple(row["box"]) == answer.box
+    assert row["probabilities"] == pytest.approx(answer.probabilities, abs=1e-5)
+    assert row["confidence"] == pytest.approx(answer.probabilities[0], abs=1e-5)
+
+
+def job(run_folder, images, out, **more):
+    settings = {"part_size": 3, "workers": 2, "batch_size": 2, "engine": "ray"} | more
+    return run(
+        Predict(source=str(run_folder), images=[str(i) for i in images], out=str(out), **settings), progress=False
+    )
+
+
+def test_rows_are_the_answers_of_the_local_engine(run_folder, photos, tmp_path, here):
+    result = job(run_folder, [photos], tmp_path / "out", embedding="fused", top_k=2)
+    assert (result["images"], result["parts"], result["answered"], result["errors"]) == (7, 3, 7, 1)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "job.json",
+        "part-000000.parquet",
+        "part-000001.parquet",
+        "part-000002.parquet",
+    ]
+    found = rows(tmp_path / "out")
+    paths = [row["path"] for row in found]
+    answers = list(glsim.Predictor(run_folder, top_k=2, embedding="fused").stream(paths))
+    assert paths == sorted(str(p) for p in photos.rglob("*.*")) and len(paths) == 7
+    for row, answer in zip(found, answers, strict=True):
+        if row["path"].endswith("d.jpg"):
+            assert "not an image" in row["error"] == answer.reason
+            assert row["labels"] is row["probabilities"] is row["confidence"] is row["box"] is row["embedding"] is None
+        else:
+            same(row, answer)
+            assert row["embedding"] == pytest.approx(answer.embedding, abs=1e-4)
+    assert "embedding" not in bulk.schema(False).names
+
+
+def test_a_stopped_job_goes_on_with_what_is_missing(run_folder, photos, tmp_path, here):
+    out = tmp_path / "out"
+    job(run_folder, [photos], out)
+    expected = rows(out)
+    kept = (out / "part-000001.parquet").stat().st_mtime_ns
+    (out / "part-000000.parquet").unlink()
+    (out / "part-000002.parquet").unlink()
+    (out / ".part-000002.parquet.0123").write_bytes(b"half a fil")  # a worker was killed while it wrote
+    here.clear()
+    result = job(run_folder, [photos], out)
+    assert here == [0, 2] and (result["parts_before"], result["answered"]) == (1, 4)
+    assert rows(out) == expected and (out / "part-000001.parquet").stat().st_mtime_ns == kept
+    assert len(list(out.iterdir())) == 4
+    here.clear()
+    assert job(run_folder, [photos], out)["answered"] == 0 and not here
+    worker = bulk.Worker(load(run_folder), bulk.folder_uri(str(out)), None)
+    assert worker.answer(1, ["never looked at"] * 3) == (3, 1)  # Ray asks again for a part that was just finished
+
+
+def test_a_folder_holds_one_job(run_folder, photos, tmp_path, here):
+    out = tmp_path / "out"
+    job(run_folder, [photos], out)
+    with pytest.raises(ConfigError, match=r"another job: top_k \(was 5, is 2\)"):
+        job(run_folder, [photos], out, top_k=2)
+    with pytest.raises(ConfigError, match=r"another job: images \(was 7, is 3\), list"):
+        job(run_folder, [photos / "sub"], out)
+    (out / "job.json").unlink()
+    with pytest.raises(ConfigError, match="holds parts, but no job.json"):
+        job(run_folder, [photos], out)
+    with pytest.raises(DataError, match="file: "):
+        (tmp_path / "file").write_text("")
+        job(run_folder, [photos], tmp_path / "file")
+
+
+def test_a_part_is_written_whole_or_not_at_all(run_folder, photos, tmp_path, here, monkeypatch):
+    out = tmp_path / "out"
+
+    def broken(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(parquet, "write_table", broken)
+    with pytest.raises(OSError, match="No space left"):
+        job(run_folder, [photos], out)
+    assert [p.name for p in out.iterdir()] == ["job.json"]
+    monkeypatch.undo()
+
+
+def test_lists_and_stores_name_the_same_images(photos, tmp_path):
+    expected = sorted(str(p) for p in photos.rglob("*.*"))
+    assert bulk.find_paths([str(photos)]) == expected
+    uris = bulk.find_paths([f"file://{photos}/"])
+    assert sorted(uri.removeprefix("file://") for uri in uris) == expected
+    assert bulk.find_paths([f"file://{photos}/sub/é f.png"]) == [f"file://{photos}/sub/é f.png"]
+    relative = [os.path.relpath(p, tmp_path) for p in expected]
+    with (tmp_path / "list.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["id", "path"], *enumerate(relative)])
+    parquet.write_table(pa.table({"path": [*relative, uris[0]]}), tmp_path / "list.parquet")
+    assert bulk.find_paths([str(tmp_path / "list.csv")]) == expected
+    assert bulk.find_paths([str(tmp_path / "list.parquet")]) == [*expected, uris[0]]
+    assert bulk.find_paths([f"file://{tmp_path}/list.csv"]) == [f"file://{tmp_path}/{p}" for p in relative]
+    assert bulk.find_paths([str(tmp_path / "list.csv"), str(photos)]) == expected  # each once
+
+
+def test_images_come_out_of_stores_by_their_uri(run_folder, photos):
+    names = ["a.png", "sub/c%20.png", "sub/é f.png", "none.png", "sub/d.jpg"]
+    stored = list(glsim.Predictor(run_folder).stream([f"file://{photos}/{name}" for name in names]))
+    plain = list(glsim.Predictor(run_folder).stream([photos / name for name in names]))
+    assert [a._replace(path="") for a in stored[:3]] == [a._replace(path="") for a in plain[:3]]
+    assert "cannot be read" in stored[3].reason and "No such file or directory" in stored[3].reason
+    assert stored[4].reason == plain[4].reason
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("x.csv", "file\na.png\n", "a list needs a column path"),
+        ("x.csv", "", "a list needs a column path"),
+        ("x.csv", "path,id\na.png,1\n,2\n", "row 2 has no path"),
+        ("x.csv", "path\n", "no image found"),
+        ("x.parquet", "no parquet", "a list needs a column path"),
+    ],
+)
+def test_lists_that_are_none(tmp_path, name, text, said):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=said):
+        bulk.find_paths([str(tmp_path / name)])
+
+
+def test_places_that_are_not_there(tmp_path):
+    for given in (str(tmp_path / "none.csv"), f"file://{tmp_path}/none", str(tmp_path / "none")):
+        with pytest.raises(DataError, match="none"):
+            bulk.find_paths([given])
+    with pytest.raises(ConfigError, match="nonsense://.*s3://"):
+        bulk.find_paths(["nonsense://x/y"])
+
+
+@pytest.mark.parametrize(("gpus", "workers"), [(1, 1), (1, 3), (8, 8), (8, 20), (4, 2), (2, 7), (3, 12)])
+def test_every_worker_finds_room_on_a_gpu(gpus, workers):
+    share = bulk.gpu_share(gpus, workers)
+    assert 0 < share <= 1 and int(1 / share) * gpus >= workers
+    assert bulk.gpu_share(0, workers) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--engine", "ray"], "name a folder with --out"),
+        (["--engine", "ray", "--out", "o", "--format", "csv"], "--engine ray writes Parquet"),
+        (["--engine", "ray", "--out", "o", "--workers", "0"], "workers=0: at least 1"),
+        (["--engine", "spark"], "engine"),
+        (["--address", "auto"], "only with --engine ray"),
+        (["--embedding", "fused", "--out", "x.csv"], "take jsonl"),
+    ],
+)
+def test_wrong_wishes(capsys, words, said):
+    assert cli.main(["predict", "run", "x.jpg", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_without_ray_it_says_what_to_install(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
+    assert cli.main(["predict", "run", "x.jpg", "--engine", "ray", "--out", str(tmp_path / "o")]) == 2
+    assert "pip install 'glsim[scale]'" in capsys.readouterr().err
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+def test_embeddings_stand_in_json_lines(run_folder, photos, capsys):
+    words = ["--embedding", "global", "--format", "jsonl", "--workers", "0"]
+    assert cli.main(["predict", str(run_folder), str(photos / "a.png"), *words]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    (answer,) = glsim.Predictor(run_folder, embedding="global")(photos / "a.png")
+    assert json.loads(line)["embedding"] == pytest.approx(answer.embedding, abs=1e-6)
+    with pytest.raises(ConfigError, match="unknown embedding of this model 'x'; choose from: crop, fused, global"):
+        glsim.Predictor(run_folder, embedding="x")(photos / "a.png")
+
+
+# --- with Ray ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many(tmp_path):
+    """160 large images, slow enough to be in the middle of; two of them are none."""
+    (tmp_path / "many").mkdir()
+    for i in range(4):
+        scene((1600, 1200), seed=i).save(tmp_path / f"{i}.jpg", quality=95)
+    for i in range(160):
+        if i in (7, 100):
+            (tmp_path / "many" / f"{i:03d}.jpg").write_bytes((tmp_path / "0.jpg").read_bytes()[: 100 * (i == 100)])
+        else:
+            shutil.copy(tmp_path / f"{i % 4}.jpg", tmp_path / "many" / f"{i:03d}.jpg")
+    return tmp_path / "many"
+
+
+def start(run_folder, many, out):
+    words = [
+        "predict",
+        run_folder,
+        many,
+        "--engine",
+        "ray",
+        "--workers",
+        "2",
+        "--part-size",
+        "5",
+        "--out",
+        out,
+        "--json",
+    ]
+    pytest.importorskip("ray", reason="the extra `scale` is not installed", exc_type=ImportError)
+    code = [sys.executable, "-m", "glsim.cli", *map(str, words)]
+    return subprocess.Popen(code, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_parts(process, out, count):
+    end = time.monotonic() + 240
+    while len(list(out.glob("*.parquet"))) < count:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def workers_of(process):
+    below = psutil.Process(process.pid).children(recursive=True)
+    return [p for p in below if "MapWorker" in " ".join(p.cmdline())]
+
+
+def check_against_the_local_engine(run_folder, many, out):
+    found = rows(out)
+    answers = list(glsim.Predictor(run_folder).stream(sorted(many.iterdir())))
+    assert len(found) == len(answers) == 160
+    for i, (row, answer) in enumerate(zip(found, answers, strict=True)):
+        if i in (7, 100):
+            assert row["error"] == answer.reason and row["labels"] is None
+        else:
+            same(row, answer)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_loses_nothing(run_folder, many, tmp_path):
+    out = tmp_path / "out"
+    process = start(run_folder, many, out)
+    wait_for_parts(process, out, 2)
+    workers = workers_of(process)
+    assert len(workers) == 2
+    first = workers[0]
+    first.kill()
+    assert len(list(out.glob("*.parquet"))) < 32  # in the middle of the job
+    text, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    result = json.loads(text)
+    assert (result["images"], result["answered"], result["errors"], result["parts"]) == (160, 160, 2, 32)
+    assert not first.is_running() or first.status() == psutil.STATUS_ZOMBIE
+    check_against_the_local_engine(run_folder, many, out)
+
+
+DEADLY = """
+import os, signal, sys
+from glsim import bulk, cli
+
+class Deadly(bulk.Worker):
+    def answer(self, part, paths):
+        if part == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().answer(part, paths)
+
+bulk.Worker = Deadly
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_part_that_kills_every_worker_ends_the_job_and_spoils_no_other(run_folder, photos, tmp_path):
+    pytest.importorskip("ray", reason="the extra `scale` is not installed", exc_type=ImportError)
+    out = tmp_path / "out"
+    words = ["predict", run_folder, photos, "--engine", "ray", "--workers", "2", "--part-size", "3", "--out", out]
+    ended = subprocess.run(
+        [sys.executable, "-c", DEADLY, *map(str, words)], capture_output=True, text=True, timeout=500
+    )
+    assert ended.returncode == 1 and "Ray stopped: " in ended.stderr, ended.stderr
+    assert "the same command goes on" in ended.stderr and "Traceback" not in ended.stderr
+    assert sorted(p.name for p in out.glob("*.parquet")) == ["part-000000.parquet", "part-000002.parquet"]
+
+
+@pytest.mark.slow
+def test_a_killed_job_goes_on(run_folder, many, tmp_path):
+    out = tmp_path / "out"
+    process = start(run_folder, many, out)
+    family = [psutil.Process(process.pid)]
+    wait_for_parts(process, out, 3)
+    family += family[0].children(recursive=True)
+    for p in family:
+        p.send_signal(signal.SIGKILL)
+    process.communicate()
+    psutil.wait_procs(family, timeout=30)
+    before = {file.name: file.stat().st_mtime_ns for file in out.glob("*.parquet")}
+    assert 3 <= len(before) < 32
+    process = start(run_folder, many, out)
+    text, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert json.loads(text)["parts_before"] == len(before)
+    assert all((out / name).stat().st_mtime_ns == when for name, when in before.items())
+    check_against_the_local_engine(run_folder, many, out)
