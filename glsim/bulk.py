@@ -213,7 +213,7 @@ def put(out: str, name: str, data: bytes | memoryview) -> None:
 def job_of(s: Predict, model: Model, paths: Sequence[str]) -> dict[str, Any]:
     """What has to be the same for a job to go on."""
     digest = hashlib.sha256("\n".join(paths).encode("utf-8", "surrogateescape")).hexdigest()
-    kept = {name: getattr(s, name) for name in ("top_k", "flip", "embedding", "part_size")}
+    kept = {name: getattr(s, name) for name in ("options", "top_k", "flip", "embedding", "part_size")}
     return {"format": FORMAT, "model": weights_hash(model), "images": len(paths), "list": digest, **kept}
 
 

@@ -117,6 +117,7 @@ def show_predict(r: dict[str, Any], s: config.Predict) -> str:
             tuple(x["label"] for x in a["answers"]),
             tuple(x["probability"] for x in a["answers"]),
             tuple(a["box"]) if a["box"] else None,
+            a["second_pass"],
             a.get("embedding"),
         )
         for a in r["predictions"]
