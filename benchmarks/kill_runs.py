@@ -65,10 +65,10 @@ def main() -> int:
             while True:
                 before = steps_of(out)
                 child = start(recipe, out, arguments.processes)
-                if phases.total() == arguments.kills:  # none left: let it end
+                if phases.total() == arguments.kills or before == steps:  # let it end
                     child.wait()
                     break
-                if moments.random() < EARLY or before == steps:
+                if moments.random() < EARLY:
                     moment = moments.uniform(0, starting)
                     when = f"{moment:5.2f} s after its start"
                 else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,7 +36,8 @@ def as_html(r: dict[str, Any], checks: Mapping[str, tuple[str, str, str]]) -> st
     )
     problems = sum(f["severity"] == "problem" for f in r["findings"])
     warnings = len(r["findings"]) - problems
-    verdict = f"{_count(problems, 'problem')} and {_count(warnings, 'warning')}" if r["findings"] else "Nothing found"
+    said = [f"{problems} found problems"] * bool(problems) + [f"{warnings} warn"] * bool(warnings)
+    verdict = f"Of {len(checks)} checks {' and '.join(said)}" if said else "Nothing found"
     colour = "problem" if problems else "warning" if warnings else "good"
     stopped = f"<p>The search for near duplicates stopped at {PAIRS:,} pairs.</p>" * r["near_search_stopped"]
     return f"""<!doctype html>
@@ -60,9 +62,9 @@ figcaption, .note {{ font-size: .8rem; line-height: 1.35; overflow-wrap: anywher
 <h1>{_text(Path(r["data"]).name)}</h1>
 <p class="path">{_text(r["data"])}</p>
 <p class="verdict {colour}">{verdict}</p>
-{_about_data(r)}{stopped}
 <h2>Checks</h2>
 <table><tr><th>check</th><th>kind</th><th>found</th></tr>{rows}</table>
+{stopped}{_about_data(r, root)}
 {_about_memory(r["memory"])}
 {sections}
 </body></html>
@@ -72,6 +74,11 @@ figcaption, .note {{ font-size: .8rem; line-height: 1.35; overflow-wrap: anywher
 def _text(value: Any) -> str:
     # A file name may hold bytes that are no text.
     return html.escape(str(value).encode("utf-8", "backslashreplace").decode())
+
+
+def _breakable(name: Any) -> str:
+    """A path or a class, which may go over two lines at its own joints."""
+    return re.sub("([_/])", r"\1<wbr>", _text(name))
 
 
 def _count(number: int, what: str) -> str:
@@ -116,12 +123,12 @@ def _section(f: dict[str, Any], pictures: dict[str, str], root: Path) -> str:
 
 
 def _relative(path: str, root: Path) -> str:
-    return _text(Path(path).relative_to(root) if Path(path).is_relative_to(root) else path)
+    return _breakable(Path(path).relative_to(root) if Path(path).is_relative_to(root) else path)
 
 
 def _card(item: dict[str, Any], pictures: dict[str, str], root: Path) -> str:
     figures = "".join(
-        f'<figure><img src="{pictures.get(i["path"], "")}" alt=""><figcaption><b>{_text(i["label"])}</b>, '
+        f'<figure><img src="{pictures.get(i["path"], "")}" alt=""><figcaption><b>{_breakable(i["label"])}</b>, '
         f'{_text(i["split"])}<br><span class="path">{_relative(i["path"], root)}</span></figcaption></figure>'
         for i in item["images"][:4]
     )
@@ -135,7 +142,7 @@ def _line(item: dict[str, Any], root: Path) -> str:
     return ": ".join(part for part in (paths, _text(item["note"])) if part)
 
 
-def _about_data(r: dict[str, Any]) -> str:
+def _about_data(r: dict[str, Any], root: Path) -> str:
     """Images a class and split, and their sizes."""
     c, z = r["classes"], r["sizes"]
     text = f"<h2>Images</h2>\n<p>{c['count']:,} class{'es' * (c['count'] != 1)}."
@@ -163,12 +170,11 @@ def _about_data(r: dict[str, Any]) -> str:
         f"More than twice as long as wide, or as high (squeezed for the network): {z['elongated']:,}",
         "Formats: " + ", ".join(f"{n:,} {name}" for name, n in z["formats"].items()),
         "Colours: " + ", ".join(f"{n:,} {name}" for name, n in z["modes"].items()),
-        *(
-            f"{end.title()}: {' x '.join(map(str, z[end]['size']))}, {z[end]['path']}"
-            for end in ("smallest", "largest")
-        ),
     ]
-    return text + "</table>\n<ul>" + "".join(f"<li>{_text(remark)}</li>" for remark in remarks) + "</ul>\n"
+    items = [_text(remark) for remark in remarks]
+    for end in ("smallest", "largest"):
+        items.append(f"{end.title()}: {' x '.join(map(str, z[end]['size']))}, {_relative(z[end]['path'], root)}")
+    return text + "</table>\n<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>\n"
 
 
 def _about_memory(m: dict[str, Any]) -> str:
@@ -184,7 +190,9 @@ def _about_memory(m: dict[str, Any]) -> str:
         )
     )
     height, width = m["image_size"]
-    verdict = f"It fits; so do batches of {m['largest_batch_size']:,}." if m["fits"] else "It will not fit. What helps:"
+    verdict = (
+        f"It fits; so would batches of {m['largest_batch_size']:,}." if m["fits"] else "It will not fit. What helps:"
+    )
     advice = "".join(f"<li>{_text(line)}</li>" for line in m["advice"])
     advice = f"<ul>{advice}</ul>" if advice else ""
     return (

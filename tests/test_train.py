@@ -564,6 +564,20 @@ def test_a_crash_between_the_two_renames_loses_nothing(birds, tmp_path):
     assert result["epoch"] == 2
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(birds, tmp_path, monkeypatch):
+    out, plain, synced = tmp_path / "r", os.fsync, set()
+
+    def fsync(number):
+        assert not (out / "checkpoint").exists()
+        synced.add(os.fstat(number).st_ino)
+        plain(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    train.run(settings(birds, out, epochs=1), progress=False)
+    files = [path for path in (out / "checkpoint").rglob("*") if path.is_file()]
+    assert len(files) >= 4 and {path.stat().st_ino for path in files} <= synced
+
+
 def test_a_second_crash_finds_a_whole_checkpoint_too(birds, tmp_path, monkeypatch):
     """A run that goes on from checkpoint.old must not remove it before the next one has its name."""
     out = tmp_path / "r"
