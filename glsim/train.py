@@ -267,7 +267,7 @@ def provenance(s: Train, model: Model, processes: int) -> dict[str, Any]:
             licence = read_config(Path(s.init_from)).get("licence", {}).get("model", UNKNOWN)
     elif s.pretrained and not WHERE_FROM & set(s.backbone_args):
         cfg = model.backbone.net.pretrained_cfg
-        start, licence = cfg["hf_hub_id"] or model.config["backbone"], cfg["license"] or UNKNOWN
+        start, licence = cfg.get("hf_hub_id") or model.config["backbone"], cfg.get("license") or UNKNOWN
     elif s.pretrained:
         start, licence = "weights named in backbone_args", UNKNOWN
     named = SETS[s.dataset].licence if s.dataset is not None else UNKNOWN
