@@ -302,6 +302,8 @@ def build_backbone(
     pre-trained weights that cannot be had.
     """
     args = dict(backbone_args or {})
+    if norm_eps is not None and not (isinstance(norm_eps, int | float) and norm_eps > 0):
+        raise ConfigError(f"norm_eps={norm_eps!r}: a number above 0 is needed")
     if not timm.is_model(name):
         close = ", ".join(get_close_matches(name.partition(".")[0], timm.list_models(), n=5))
         raise ConfigError(f"timm has no model {name!r}" + (f"; close to it: {close}" if close else f"; try {FAMILIES}"))

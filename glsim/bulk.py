@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from glsim.backbone import Model
-from glsim.bundle import load, weights_hash
+from glsim.bundle import digest, load
 from glsim.config import Predict
 from glsim.data import find_images
 from glsim.images import EXTENSIONS, BadImage
@@ -212,9 +212,9 @@ def put(out: str, name: str, data: bytes | memoryview) -> None:
 
 def job_of(s: Predict, model: Model, paths: Sequence[str]) -> dict[str, Any]:
     """What has to be the same for a job to go on."""
-    digest = hashlib.sha256("\n".join(paths).encode("utf-8", "surrogateescape")).hexdigest()
+    listed = hashlib.sha256("\n".join(paths).encode("utf-8", "surrogateescape")).hexdigest()
     kept = {name: getattr(s, name) for name in ("options", "top_k", "flip", "embedding", "part_size")}
-    return {"format": FORMAT, "model": weights_hash(model), "images": len(paths), "list": digest, **kept}
+    return {"format": FORMAT, "model": digest(model.state_dict()), "images": len(paths), "list": listed, **kept}
 
 
 def claim(out: str, job: dict[str, Any]) -> None:

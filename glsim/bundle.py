@@ -1,33 +1,46 @@
 """Floor 3: models on disk. A bundle is a folder: `model.safetensors`, `config.json`, `metrics.json` and `README.md`.
 
-Loading a bundle never unpickles anything; the publishers' `.pth` files are read by `official.py`.
+Loading a bundle never unpickles anything; the publishers' `.pth` files are read by `official.py`, exported graphs by
+`graphs.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import threading
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from huggingface_hub import EvalResult, ModelCardData
+from safetensors import SafetensorError, safe_open
 from timm.models import get_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from glsim.backbone import Model, to_pair
+from glsim.graphs import open_graph
+from glsim.hub import fetch
 from glsim.models import create_model, resample_positions
 from glsim.official import OFFICIAL, convert_official
 from glsim.transforms import Preprocessing
 from glsim.types import ConfigError, DataError
 
 FORMAT = 2  # raised when config.json or the weight names change; `load` keeps reading the older ones
-WEIGHTS, CONFIG, METRICS_FILE, CARD = "model.safetensors", "config.json", "metrics.json", "README.md"
+FILES = WEIGHTS, CONFIG, METRICS_FILE, CARD = "model.safetensors", "config.json", "metrics.json", "README.md"
 WHERE_FROM = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}  # for timm
 MODEL_KEYS = ("method", "backbone", "num_classes", "image_size", "backbone_args", "options")
+UNKNOWN = "unknown"  # a licence that nobody told
+LARGEST_SIDE = 4096  # pixels of an image that a bundle may ask for
+# The largest numbers in a config; timm makes a list of the layers before it makes the first.
+LARGEST = {"backbone_args": 65536, "options": LARGEST_SIDE}
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -49,7 +62,8 @@ def save(model: Model, folder: str | Path, labels: list[str] | None = None, **in
     """Write `model` (made by `create_model` or `load`) as a bundle and return the folder.
 
     `labels` are the class names in the order of the logits. `info`: `preprocessing` (a `Preprocessing`), `metrics` (a
-    dict, written to `metrics.json`), anything else that JSON can hold goes into `config.json`.
+    dict, written to `metrics.json`), `licence` (of `data`, `backbone`, `model`: names by which they are known),
+    anything else that JSON can hold goes into `config.json`.
     """
     folder = Path(folder)
     config = dict(model.config)
@@ -72,23 +86,39 @@ def save(model: Model, folder: str | Path, labels: list[str] | None = None, **in
             "crop_pct": round(1 / preprocessing.resize_ratio, 6),
             "crop_mode": {"square": "squash", "short": "center"}[preprocessing.resize_rule],  # as timm calls them
         },
+        "licence": {"data": UNKNOWN, "backbone": UNKNOWN, **config.get("licence", {}), **info.pop("licence", {})},
         **info,
     }
     folder.mkdir(parents=True, exist_ok=True)
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     temporary = folder / (WEIGHTS + ".tmp")
-    safetensors.torch.save_file(weights, temporary, metadata={"format": "pt"})
+    safetensors.torch.save_file(weights, temporary, metadata={"format": "pt", "sha256": digest(weights)})
     temporary.replace(folder / WEIGHTS)
     if metrics is not None:
         write_text(folder / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
-    write_text(folder / CARD, _card(config, metrics))
+    write_text(folder / CARD, card(config, metrics))
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     return folder
 
 
-def load(source: str | Path, **overrides: Any) -> Model:
-    """Load a model in eval mode from a bundle folder, `hf-hub:owner/name`, `local-dir:path` or an official `.pth` file.
+def digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes, on whatever device they are.
 
+    Kept in the file of the weights, so that one rename swaps both.
+    """
+    found = hashlib.sha256()
+    for name in sorted(weights):
+        weight = weights[name].detach().cpu().contiguous()
+        found.update(f"{name} {weight.dtype} {list(weight.shape)}\n".encode())
+        found.update(weight.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def load(source: str | Path, **overrides: Any) -> Model:
+    """Load a model in eval mode.
+
+    `source` is a bundle folder, `hf-hub:owner/name` (or `owner/name@revision`), `local-dir:path`, an official `.pth`
+    or an exported `.onnx`, which answers and does nothing else.
     `overrides` change the model: `image_size` (positions are resampled) or options of the method (`top_o=16`). For a
     `.pth`, `method` names the publisher's model ("glsim", "transfg", "ffvt"), and `model.conversion` tells which keys
     were used; TransFG's and FFVT's files do not hold `num_heads`, `image_size`, `patch_size`, `stride` and `top_k`,
@@ -97,43 +127,91 @@ def load(source: str | Path, **overrides: Any) -> Model:
     Raises ConfigError for a wrong option and DataError for files that are missing, damaged or not what they should be.
     """
     if isinstance(source, str) and source.startswith("hf-hub:"):
-        from huggingface_hub import snapshot_download
-
-        wanted = [WEIGHTS, CONFIG, METRICS_FILE, CARD]
-        try:
-            folder = snapshot_download(source.removeprefix("hf-hub:"), allow_patterns=wanted)
-        except (OSError, ValueError) as error:  # not there, no access, no network, no such name
-            raise DataError(f"{source} cannot be had: {str(error).splitlines()[0]}") from error
-        return load_bundle(Path(folder), **overrides)
+        return load_bundle(fetch(source.removeprefix("hf-hub:"), FILES), **overrides)
     path = Path(str(source).removeprefix("local-dir:"))
     if path.is_dir():
         return load_bundle(path, **overrides)
     if path.is_file() and path.suffix in (".pth", ".pt", ".bin"):
         return convert_official(path, **overrides)
-    what = "is no bundle folder and no .pth file" if path.exists() else "does not exist"
-    raise DataError(f"{source} {what}; give a bundle folder, hf-hub:owner/name, local-dir:path or an official .pth")
+    if path.is_file() and path.suffix == ".onnx":
+        if overrides:
+            raise ConfigError(f"{path} is exported and takes no {', '.join(overrides)}; export the bundle again")
+        graph = open_graph(path)
+        check_config(graph.config, path)
+        return graph
+    what = "is no bundle folder, .pth or .onnx file" if path.exists() else "does not exist"
+    raise DataError(f"{source} {what}; give a bundle folder, hf-hub:owner/name, local-dir:path, official .pth or .onnx")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a bundle; DataError when it is missing or not one of ours."""
+    """`config.json` of a bundle; DataError when it is missing, not one of ours, or a link to somewhere else."""
+    check_inside(folder)
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{folder} is no bundle: it has no {CONFIG}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
+    return check_config(config, path)
+
+
+def check_inside(folder: Path) -> None:
+    """DataError where a file of a bundle is a link that leads out of it: to something its sender could not have sent.
+
+    The Hub's own cache is let through, whose snapshots hold links to its `blobs`.
+    """
+    root = Path(os.path.realpath(folder))
+    places = [root] + [root.parent.parent / "blobs"] * (root.parent.name == "snapshots")
+    for path in (folder / name for name in FILES):
+        real = Path(os.path.realpath(path))
+        if not any(real.is_relative_to(place) for place in places):
+            raise DataError(f"{path} was refused: it is a link to {real}, outside of the bundle; copy the file there")
+        if real.exists() and not real.is_file():
+            raise DataError(f"{path} is no file")
+
+
+def check_config(config: Any, path: Path) -> dict[str, Any]:
+    """`config`, read from `path`, whatever its origin; DataError names what it lacks or what cannot be."""
     missing = [k for k in (*MODEL_KEYS, "preprocessing") if not isinstance(config, dict) or k not in config]
     if missing:
         raise DataError(f"{path} is no glsim config: it lacks {', '.join(missing)}")
     kinds = {"method": str, "backbone": str, "num_classes": int, "image_size": list, "backbone_args": dict}
-    kinds |= {"options": dict, "preprocessing": dict, "format": int}
+    kinds |= {"options": dict, "preprocessing": dict, "format": int, "licence": dict, "data": dict}
     wrong = [k for k, kind in kinds.items() if k in config and not isinstance(config[k], kind)]
+    size, names = config["image_size"], config.get("label_names")
+    if "image_size" not in wrong and not _is_size(size):
+        wrong.append("image_size")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        wrong.append("label_names")
     if wrong:
         raise DataError(f"{path} is damaged: {', '.join(f'{k}={config[k]!r}' for k in wrong)}")
     if config.get("format", 0) > FORMAT:
         raise DataError(f"{path} has format {config['format']}, this glsim reads up to {FORMAT}; upgrade glsim")
+    if names is not None and len(names) != config["num_classes"]:
+        raise DataError(f"{path} is damaged: {len(names)} label_names for {config['num_classes']} classes")
+    try:
+        p = Preprocessing.from_dict(config["preprocessing"])
+    except ConfigError as error:
+        raise DataError(f"{path} is damaged: {error}") from error
+    for key, most in LARGEST.items():
+        if _largest(config[key]) > most:
+            raise DataError(f"{path} was refused: {key} hold a number above {most}")
+    if not _is_size(list(p.resize)):
+        raise DataError(f"{path} was refused: images of {p.resize} pixels; up to {LARGEST_SIDE} a side are read")
     return config
+
+
+def _is_size(size: list[Any]) -> bool:
+    """Whether these are height and width of an image that a bundle may ask for."""
+    return len(size) == 2 and all(type(side) is int and 1 <= side <= LARGEST_SIDE for side in size)
+
+
+def _largest(value: Any) -> float:
+    """The largest number anywhere in a value from JSON, without its sign."""
+    if isinstance(value, dict | list):
+        return max(map(_largest, value.values() if isinstance(value, dict) else value), default=0)
+    return abs(value) if isinstance(value, int | float) else 0
 
 
 def load_bundle(folder: Path, **overrides: Any) -> Model:
@@ -144,14 +222,15 @@ def load_bundle(folder: Path, **overrides: Any) -> Model:
     unsafe = (set(config["backbone_args"]) & WHERE_FROM) | (set(config["options"]) & {*MODEL_KEYS, "pretrained"})
     if unsafe:
         raise DataError(f"{folder / CONFIG} was refused: a bundle may not set {', '.join(sorted(unsafe))}")
+    weights = read_weights(folder)
     arguments = {k: config[k] for k in MODEL_KEYS if k != "options"} | config["options"] | overrides
-    model = create_model(**arguments, pretrained=False)
     try:
-        weights = safetensors.torch.load_file(folder / WEIGHTS)
-    except FileNotFoundError:
-        raise DataError(f"{folder} is no bundle: it has no {WEIGHTS}") from None
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{folder / WEIGHTS} is damaged: {error}") from error
+        with no_larger_than(4 * sum(w.numel() for w in weights.values()) + 10_000_000):  # resampled positions may grow
+            model = create_model(**arguments, pretrained=False)
+    except TooLarge as error:
+        raise DataError(f"{folder / CONFIG} was refused: its model is far larger than {WEIGHTS}") from error
+    except (AttributeError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:  # timm, of odd arguments
+        raise DataError(f"{folder / CONFIG} is damaged: no model can be built from it: {error}") from error
     if list(model.config["image_size"]) != list(config["image_size"]):
         weights = resample_positions(weights, model.backbone.net)
         kept["preprocessing"] = {**kept["preprocessing"], "image_size": model.config["image_size"]}
@@ -161,6 +240,51 @@ def load_bundle(folder: Path, **overrides: Any) -> Model:
         raise DataError(f"{folder / WEIGHTS} does not fit its {CONFIG}: {' '.join(str(error).split())}") from error
     model.config = {**kept, **model.config}
     return model.eval()
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a bundle; DataError when the file is missing, cut short, no safetensors, or a byte has changed.
+
+    Bundles of the first versions hold no checksum and are read without.
+    """
+    path = folder / WEIGHTS
+    try:
+        with safe_open(path, framework="pt") as file:
+            written = (file.metadata() or {}).get("sha256")
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise DataError(f"{folder} is no bundle: it has no {WEIGHTS}") from None
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} is damaged: {error}") from error
+    if written is not None and written != digest(weights):
+        raise DataError(f"{path} is damaged: its weights are not those that were saved; copy it again")
+    return weights
+
+
+class TooLarge(Exception):
+    """A network has more parameters than it may."""
+
+
+@contextmanager
+def no_larger_than(elements: int) -> Iterator[None]:
+    """Inside, TooLarge ends the making of networks in this thread when they have more than `elements` parameters.
+
+    It is raised before they are given values, so that memory merely asked for is never used.
+    """
+    left, thread = elements, threading.get_ident()
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal left
+        if parameter is not None and threading.get_ident() == thread:
+            left -= parameter.numel()
+            if left < 0:
+                raise TooLarge
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def init_from(model: Model, source: str | Path) -> list[str]:
@@ -228,17 +352,8 @@ def amend(folder: str | Path, options: dict[str, Any], **info: Any) -> None:
     config = read_config(folder)
     config |= {"options": config["options"] | options, **info}
     metrics = folder / METRICS_FILE
-    write_text(folder / CARD, _card(config, json.loads(metrics.read_text()) if metrics.exists() else None))
+    write_text(folder / CARD, card(config, json.loads(metrics.read_text()) if metrics.exists() else None))
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-
-
-def weights_hash(model: Model) -> str:
-    """The sha256 (64 hex digits) of a model's weights, by name, kind and value, on whatever device they are."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -254,32 +369,59 @@ def pick_device(name: str | None = None) -> torch.device:
     return device
 
 
-def _card(config: dict[str, Any], metrics: dict[str, Any] | None) -> str:
-    """The model card: what it is, how well it did, how to use it."""
-    labels = config.get("label_names") or []
+def card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
+    """The model card: what it is, what it learned from, how well it did, how to use it, under whose licences."""
+    labels, licence, training = config.get("label_names") or [], config["licence"], config.get("training") or {}
+    data, p = config.get("data") or {}, Preprocessing.from_dict(config["preprocessing"])
+    measured = {k: v for k, v in (metrics or {}).items() if isinstance(v, dict) and "top1" in v}
+    title = f"{config['method']} on {config['backbone']}"
+    results = [
+        EvalResult("image-classification", data["source"], data["source"], "accuracy", v["top1"], dataset_split=k)
+        for k, v in measured.items()
+        if "source" in data
+    ]
+    start = training.get("start", "")
+    head = ModelCardData(
+        license=licence.get("model"),
+        library_name="glsim",
+        pipeline_tag="image-classification",
+        tags=["glsim", "fine-grained", "image-classification"],
+        base_model=start if start.startswith("timm/") else None,
+        model_name=title if results else None,
+        eval_results=results or None,
+    )
     shown = ", ".join(labels[:20]) + (f", .. ({len(labels)} in all)" if len(labels) > 20 else "")
-    size = config["image_size"]
+    size, resize = (" x ".join(map(str, side)) for side in (p.image_size, p.resize))
     lines = [
         "---",
-        "library_name: glsim",
-        "pipeline_tag: image-classification",
-        "tags: [glsim, fine-grained, image-classification]",
+        head.to_yaml(),
         "---",
-        f"# {config['method']} on {config['backbone']}",
+        f"# {title}",
         "",
-        f"Tells {config['num_classes']} classes apart in images of {size[0]} x {size[1]} pixels"
-        + (f": {shown}." if shown else "."),
+        f"Tells {config['num_classes']} classes apart in images of {size} pixels" + (f": {shown}." if shown else "."),
+        "It knows no others: an image of anything else is given one of these names too.",
         "",
         f"- Method: `{config['method']}`, options `{json.dumps(config['options'])}`",
         f"- Backbone: `{config['backbone']}` (timm), arguments `{json.dumps(config['backbone_args'])}`",
+        f"- Images: resized to {resize} ({p.resize_rule}), the centre {size}; mean {list(p.mean)}, std {list(p.std)}",
     ]
-    if data := config.get("data"):
-        lines.append(f"- Data: `{data['source']}`, {data['counts']}, split hash `{data['split_hash'][:16]}`")
+    if {"source", "counts", "split_hash"} <= set(data):
+        counts = ", ".join(f"{count} {split}" for split, count in data["counts"].items())
+        lines.append(f"- Data: `{data['source']}`, {counts} images, split hash `{data['split_hash'][:16]}`")
+    if training:
+        lines.append(
+            f"- Training: from {start}; {training['epochs']} epochs of {training['optimizer']}, learning rate "
+            f"{training['lr']}, {training['batch_size']} images a step, seed {training['seed']}"
+        )
     if calibration := config.get("calibration"):
         lines.append(f"- Calibrated on {calibration['count']} images of `{calibration['data']}`")
-    for split, result in (metrics or {}).items():
-        if isinstance(result, dict) and "top1" in result:
-            lines.append(f"- {split}: top-1 {result['top1']:.2%} ({result['correct']} of {result['count']})")
+    for split, result in measured.items():
+        lines.append(
+            f"- {split}: top-1 {result['top1']:.2%} ({result['correct']} of {result['count']}), top-5 "
+            f"{result['top5']:.2%}, mean over classes {result['per_class_mean']:.2%}"
+        )
+    named = {"model": "these weights", "backbone": "the weights it started from", "data": "the images"}
+    lines.append("- Licence: " + "; ".join(f"of {what}: {licence.get(k, UNKNOWN)}" for k, what in named.items()))
     lines += ["", "```python", "import glsim", 'for answer in glsim.Predictor("PATH_TO_THIS_FOLDER")(["image.jpg"]):']
     lines += ["    print(answer.labels[0], answer.probabilities[0])", "```", ""]
     return "\n".join(lines)

@@ -196,6 +196,25 @@ def show_convert(r: dict[str, Any], _: Any) -> str:
     return "\n".join([*lines, f"options: {r['options']}", f"bundle: {r['bundle']}"])
 
 
+def show_export(r: dict[str, Any], _: Any) -> str:
+    """How near the export is to the model at every batch size, and where it is."""
+    lines = []
+    for c in r["checks"]:
+        n, boxes = c["batch"], c["same_boxes"]
+        lines.append(
+            f"batch {n}: logits differ by at most {c['difference']:.1e}, same answer {c['same_answers']} of {n}"
+            + (f", same box {boxes} of {n}" if boxes is not None else "")
+        )
+    if r["exit_code"]:
+        return "\n".join([*lines, f"more than {r['tolerance']}: nothing was written to {r['out']}"])
+    return "\n".join([*lines, f"written: {', '.join(r['files'])} ({r['bytes'] / 2**20:.1f} MiB, {r['precision']})"])
+
+
+def show_push(r: dict[str, Any], _: Any) -> str:
+    """Where it went, and how to load it."""
+    return f"pushed: {r['commit']} (licence {r['licence']['model']})\nload it: hf-hub:{r['repository']}"
+
+
 def show_doctor(r: dict[str, Any], _: Any) -> str:
     """What was found, every problem by name; the memory of the planned run; where the page is."""
     from glsim.memory import as_gib
@@ -294,13 +313,15 @@ VERBS = {
     "bench": Verb(config.Bench, "glsim.benchmark:run", show_bench, progress=True),
     "flops": Verb(config.Flops, "glsim.cost:run", show_flops),
     "convert": Verb(config.Convert, "glsim.convert:run", show_convert),
+    "export": Verb(config.Export, "glsim.export:run", show_export),
+    "push": Verb(config.Push, "glsim.push:run", show_push),
     "doctor": Verb(config.Doctor, "glsim.doctor:run", show_doctor, progress=True),
     "datasets": Verb(config.Datasets, "glsim.datasets:run", show_datasets),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `glsim VERB ..`; returns the exit status: 0 ok, 1 run-time failure, 2 usage, 3 data, 130 interrupted."""
+    """Run `glsim VERB ..`; returns the status: 0 ok, 1 failure, 2 usage, 3 data, 4 failed check, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(usage())

@@ -6,6 +6,7 @@ A dataclass here is a verb's command line (`cli.py` turns fields into options) a
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -105,6 +106,7 @@ class Train:
     grad_checkpointing: bool = setting(False, "keep less for the backward pass and compute it again: slower, smaller")
     compile: bool = setting(False, "compile the model with torch.compile")
     seed: int = setting(1, "of everything random")
+    data_licence: str | None = setting(None, "of the images, for the model card; default: the named data set's")
     tracker: Literal["tensorboard", "trackio", "wandb"] | None = setting(None, "log there too; pip install it first")
 
     def __post_init__(self) -> None:
@@ -194,7 +196,7 @@ class Report:
 class Eval:
     """Measure a model on one split: top-1, top-5, mean over classes, exact counts; a page of the mistakes."""
 
-    source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth")
+    source: str = positional(MISSING, "bundle, hf-hub:owner/name, official .pth or exported .onnx")
     data: str = required("folder, CSV, hf:NAME or wds:FOLDER, as for train")
     dataset: str | None = setting(None, "name of a data set prepared in DATA")
     split: Literal["train", "val", "test", "all"] = setting("test", "which images; all: every one there is")
@@ -240,7 +242,7 @@ class Calibrate:
 class Predict:
     """Name what is in images: top-k classes with probabilities, and the crop box."""
 
-    source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth")
+    source: str = positional(MISSING, "bundle, hf-hub:owner/name, official .pth or exported .onnx")
     images: list[str] = positional(MISSING, "files, folders or globs")
     options: dict[str, Any] = setting({}, "options of the method to change, as --options.margin null")
     top_k: int = setting(5, "answers per image")
@@ -516,6 +518,47 @@ class Convert:
     method: Literal["glsim", "transfg", "ffvt"] = setting("glsim", "whose checkpoint it is")
     options: dict[str, Any] = setting({}, "what the file does not hold, as --options.num_heads 12 --options.stride 12")
     labels: str | None = setting(None, "text file with one class name a line, in the order of the logits")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a model as one graph that runs without glsim (ONNX, torch.export), and hold it to the model's answers."""
+
+    source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth")
+    out: str = required("file to write: model.onnx, or model.pt2 for torch.export")
+    format: Literal["onnx", "torch"] | None = setting(None, "default: by the ending of --out")
+    precision: Literal["float32", "int8"] = setting(
+        "float32", "int8: ONNX with weights of 8 bits, smaller and faster on CPUs; its answers are no longer the same"
+    )
+
+    def __post_init__(self) -> None:
+        named = {".onnx": "onnx", ".pt2": "torch"}.get(Path(self.out).suffix)
+        if named is None or self.format not in (None, named):
+            raise ConfigError(f"out={self.out}: name a file that ends in .onnx (format onnx) or .pt2 (format torch)")
+        object.__setattr__(self, "format", named)
+        choose(self.precision, {"float32": None, "int8": None}, "precision")
+        if self.precision == "int8" and self.format != "onnx":
+            raise ConfigError(f"precision=int8 is for ONNX; name an --out that ends in .onnx, not {self.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Push:
+    """Send a bundle to the Hugging Face Hub, with its licence; load it there as hf-hub:owner/name."""
+
+    run: str = positional(MISSING, "bundle folder")
+    repository: str = positional(MISSING, "owner/name; made where it is not there yet")
+    licence: str | None = setting(None, "of the weights, by the Hub's name for it: apache-2.0, cc-by-nc-4.0, ..")
+    data_licence: str | None = setting(None, "of the images; default: what the bundle says")
+    backbone_licence: str | None = setting(None, "of the weights it started from; default: what the bundle says")
+    private: bool = setting(False, "make the repository private")
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repository):
+            raise ConfigError(f"repository={self.repository!r}: owner/name is needed")
+        for name in ("licence", "data_licence", "backbone_licence"):
+            value = getattr(self, name)
+            if value is not None and (not value.strip() or (name == "licence" and value == "unknown")):
+                raise ConfigError(f"{name}={value!r}: name the licence, for example apache-2.0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from torchmetrics.functional.classification import binary_auroc
 from tqdm import tqdm
 
 from glsim.backbone import Model
-from glsim.bundle import load, weights_hash, write_text
+from glsim.bundle import digest, load, write_text
 from glsim.catalog import prepared
 from glsim.config import IndexAdd, IndexBuild, IndexEval, IndexQuery
 from glsim.data import find_images, read_data
@@ -251,7 +251,7 @@ def open_index(
             raise DataError(f"{folder}: its model is no longer at {beside}; say where it is with --source")
         source = str(beside) if beside.exists() else index.source
     model = load(source)
-    if weights_hash(model) != index.weights:
+    if digest(model.state_dict()) != index.weights:
         raise ConfigError(
             f"{folder} was made with another model than {source}: vectors of two models cannot be compared; name its "
             "own model with --source, or make an index of this one with glsim index build"
@@ -271,7 +271,7 @@ def start_index(model: Model, source: str, folder: str | Path, embedding: str | 
     if name not in told:
         raise ConfigError(f"{model.config['method']} has no embedding {name!r}; it has: {', '.join(told)}")
     empty = np.empty((0, told[name].shape[1]), np.float32)
-    return Index(name, weights_hash(model), source, (), np.empty(0, np.int64), (), empty)
+    return Index(name, digest(model.state_dict()), source, (), np.empty(0, np.int64), (), empty)
 
 
 # --- verbs ------------------------------------------------------------------------------------------------------------

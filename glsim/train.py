@@ -26,8 +26,18 @@ from tqdm import tqdm
 from glsim.adapt import adapt, merged
 from glsim.backbone import Model
 from glsim.batches import CachedImages, TrainBatches, make_loader, mix, read, train_loader
-from glsim.bundle import CONFIG, METRICS_FILE, default_preprocessing, init_from, save, write_text
-from glsim.catalog import prepared
+from glsim.bundle import (
+    CONFIG,
+    METRICS_FILE,
+    UNKNOWN,
+    WHERE_FROM,
+    default_preprocessing,
+    init_from,
+    read_config,
+    save,
+    write_text,
+)
+from glsim.catalog import SETS, prepared
 from glsim.checkpoint import CHECKPOINT, Interrupted, held, load_checkpoint, save_checkpoint, stop_signal, writing
 from glsim.config import Train, read_recipe, to_recipe
 from glsim.data import ImageDataset, ImageList, hold_out, read_data, split_hash
@@ -42,7 +52,7 @@ from glsim.types import ConfigError, DataError, GlsimError
 
 RECIPE, LOG, CURVE, BAD_IMAGES = "train.yaml", "log.jsonl", "curve.png", "bad_images.txt"
 RUN, PREDICTIONS = "run.json", "predictions_test.csv"
-FREE = {"workers", "out", "data", "cache", "tracker"}  # change nothing; the split hash watches the data
+FREE = {"workers", "out", "data", "cache", "tracker", "data_licence"}  # change nothing; the split hash watches the data
 
 
 def run(s: Train, progress: bool = True) -> dict[str, Any]:
@@ -111,7 +121,8 @@ def _fit(s: Train, out: Path, accelerator: Accelerator, progress: bool) -> dict[
             "split_seed": s.split_seed,
             "test_fraction": s.test_fraction,
             "val_fraction": s.val_fraction,
-        }
+        },
+        **provenance(s, model, accelerator.num_processes),
     }
 
     def keep() -> None:
@@ -254,6 +265,32 @@ class Tally:
                 f"the loss or its gradient is no number at step {step}; try a smaller lr than {lr}, a longer warm-up, "
                 f"or clip_grad. The images of that step: {names}"
             )
+
+
+def provenance(s: Train, model: Model, processes: int) -> dict[str, Any]:
+    """What a run's bundle says of how its weights came about, and of the licences of what went into them."""
+    start, licence = "nothing", "none, trained from nothing"
+    if s.init_from is not None:
+        start, licence = Path(s.init_from).name, UNKNOWN
+        if Path(s.init_from).is_dir():
+            licence = read_config(Path(s.init_from)).get("licence", {}).get("model", UNKNOWN)
+    elif s.pretrained and not WHERE_FROM & set(s.backbone_args):
+        cfg = model.backbone.net.pretrained_cfg
+        start, licence = cfg.get("hf_hub_id") or model.config["backbone"], cfg.get("license") or UNKNOWN
+    elif s.pretrained:
+        start, licence = "weights named in backbone_args", UNKNOWN
+    named = SETS[s.dataset].licence if s.dataset is not None else UNKNOWN
+    return {
+        "training": {
+            "start": start,
+            "epochs": s.epochs,
+            "optimizer": s.optimizer,
+            "lr": s.lr,
+            "batch_size": s.batch_size * s.accumulate * processes,
+            "seed": s.seed,
+        },
+        "licence": {"data": s.data_licence or named, "backbone": licence},
+    }
 
 
 def _stopped(out: Path, step: int, total: int) -> str:

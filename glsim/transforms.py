@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -54,6 +55,11 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         choose(self.resize_rule, RESIZE_RULES, "resize rule")
+        if not (1 <= self.resize_ratio < math.inf and min(self.image_size) >= 1):
+            raise ConfigError(f"image_size={self.image_size}, resize_ratio={self.resize_ratio}: at least 1 is needed")
+        finite = all(map(math.isfinite, (*self.mean, *self.std)))
+        if not (len(self.mean) == len(self.std) == 3 and finite and min(self.std) > 0):
+            raise ConfigError(f"mean={self.mean}, std={self.std}: three numbers each, std above 0")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
@@ -68,7 +74,7 @@ class Preprocessing:
             )
         except ConfigError:
             raise
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"preprocessing {values!r} lacks a proper {error}") from error
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,15 +1,22 @@
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
-from conftest import SHARED, SMALL, needs, small_model
+from conftest import ROOT, SHARED, SMALL, needs, small_model
 from safetensors.torch import load_file, save_file
 
 import glsim
-from glsim import ConfigError, DataError
+from glsim import ConfigError, DataError, GlsimError
 from glsim.bundle import init_from
 from glsim.config import Convert
 from glsim.convert import run as convert
@@ -30,20 +37,6 @@ def test_a_copied_bundle_answers_the_same(bundle, tmp_path):
         assert torch.equal(model(images).logits, small_model()(images).logits)
 
 
-def test_hub_bundles_come_as_a_snapshot(bundle, monkeypatch):
-    import huggingface_hub
-
-    asked = {}
-
-    def snapshot_download(name, allow_patterns):
-        asked.update(name=name, patterns=allow_patterns)
-        return str(bundle)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert glsim.load("hf-hub:owner/name").config["label_names"] == list("abcde")
-    assert asked["name"] == "owner/name" and "model.safetensors" in asked["patterns"]
-
-
 def test_overrides_change_options_and_size(bundle):
     images = torch.randn(1, 3, 96, 96)
     model = glsim.load(bundle, top_o=2, image_size=96)
@@ -58,6 +51,40 @@ def test_the_model_card_says_how_to_use_it(bundle):
     card = (bundle / "README.md").read_text()
     assert card.startswith("---\n") and "library_name: glsim" in card and "a, b, c, d, e" in card
     assert "glsim.Predictor" in card
+
+
+# Answers like a bundle of a stranger on a strange machine: no network, and not a file of those in argv[3:] is opened.
+ELSEWHERE = """
+import sys
+
+def forbid(event, args):
+    if event.startswith("socket.") and event not in ("socket.__new__", "socket.gethostname"):
+        raise PermissionError(event)
+    if event == "open" and isinstance(args[0], str) and args[0].startswith(tuple(sys.argv[3:])):
+        raise PermissionError(args[0])
+
+sys.addaudithook(forbid)
+import torch
+import glsim
+
+torch.save(glsim.load(sys.argv[1])(torch.load(sys.argv[2], weights_only=True)).logits, sys.argv[2])
+"""
+
+
+def test_a_run_unzipped_elsewhere_answers_bit_by_bit_the_same(run_folder, birds, tmp_path):
+    """Trained, zipped, unzipped by another program, loaded in another process that sees neither run nor data."""
+    names = ["model.safetensors", "config.json", "metrics.json", "README.md"]
+    with zipfile.ZipFile(tmp_path / "bundle.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names:
+            archive.write(run_folder / name, name)
+    elsewhere = tmp_path / "another" / "place"
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", str(tmp_path / "bundle.zip"), str(elsewhere)], check=True)
+    images = torch.randn(3, 3, 64, 64)
+    torch.save(images, tmp_path / "images.pt")
+    words = [str(elsewhere), str(tmp_path / "images.pt"), str(run_folder), str(birds)]
+    alone = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGINGFACE"))} | {"HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", ELSEWHERE, *words], check=True, env=alone, cwd=ROOT)
+    assert torch.equal(torch.load(tmp_path / "images.pt", weights_only=True), glsim.load(run_folder)(images).logits)
 
 
 def test_labels_must_fit(tmp_path):
@@ -103,7 +130,7 @@ def test_damage_is_named(bundle, tmp_path):
     with pytest.raises(ConfigError, match="unknown method 'os.system'"):
         glsim.load(f)
     (tmp_path / "x.txt").write_text("")
-    with pytest.raises(DataError, match="is no bundle folder and no .pth file"):
+    with pytest.raises(DataError, match="is no bundle folder, .pth or .onnx file"):
         glsim.load(tmp_path / "x.txt")
 
 
@@ -129,15 +156,163 @@ def test_a_config_of_the_wrong_types_is_named(bundle, key, value):
         glsim.load(bundle)
 
 
-def test_a_hub_name_that_cannot_be_had():
-    for name in ("hf-hub:a/b/c", "hf-hub:nobody/nothing"):
-        with pytest.raises(DataError, match=f"{name} cannot be had"):
-            glsim.load(name)
+def test_any_flipped_bit_of_the_weights_is_found(bundle):
+    """Only what the header says beside the tensors may change unseen: then the weights are those that were saved."""
+    file = bundle / "model.safetensors"
+    whole, truth = file.read_bytes(), load_file(file)
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    places = np.random.default_rng(0).integers(0, len(whole), 60).tolist()
+    for place in (*range(8), *range(8, begin, 97), begin, *places, len(whole) - 1):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        file.write_bytes(damaged)
+        try:
+            weights = glsim.load(bundle).state_dict()
+            assert place < begin and all(torch.equal(weights[k], v) for k, v in truth.items())
+        except DataError as error:
+            assert "model.safetensors" in str(error)
+
+
+def test_weights_cut_short_or_longer_are_refused(bundle):
+    file = bundle / "model.safetensors"
+    whole = file.read_bytes()
+    for cut in (0, 1, 7, 8, 100, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:cut])
+        with pytest.raises(DataError, match=r"model.safetensors is damaged"):
+            glsim.load(bundle)
+    file.write_bytes(whole + b"more")
+    with pytest.raises(DataError, match=r"model.safetensors is damaged"):
+        glsim.load(bundle)
+
+
+def test_bundles_without_a_checksum_are_read(bundle):
+    file = bundle / "model.safetensors"
+    before = glsim.load(bundle)
+    save_file(load_file(file), file, metadata={"format": "pt"})
+    assert torch.equal(glsim.load(bundle).head.linear.weight, before.head.linear.weight)
+
+
+def test_a_file_that_leads_out_of_the_bundle_is_refused(bundle, tmp_path):
+    secret = tmp_path / "secret"
+    for name in ("model.safetensors", "config.json", "metrics.json", "README.md"):
+        shutil.move(bundle / name, secret)
+        for target in (secret, "../secret"):
+            (bundle / name).symlink_to(target)
+            with pytest.raises(
+                DataError, match=rf"{name} was refused: it is a link to .*secret, outside of the bundle"
+            ):
+                glsim.load(bundle)
+            (bundle / name).unlink()
+        shutil.move(secret, bundle / name)
+    (bundle / "sub").mkdir()
+    shutil.move(bundle / "model.safetensors", bundle / "sub" / "w")
+    (bundle / "model.safetensors").symlink_to("sub/w")  # a link that stays inside
+    (tmp_path / "best").symlink_to(bundle)  # and a name for the whole
+    assert glsim.load(tmp_path / "best").config["note"] == "hello"
+    (bundle / "config.json").unlink()
+    (bundle / "config.json").symlink_to("config.json")
+    with pytest.raises(DataError, match=r"config.json cannot be read"):
+        glsim.load(bundle)
+    (bundle / "config.json").unlink()
+    os.mkfifo(bundle / "config.json")  # reading it would wait for ever
+    with pytest.raises(DataError, match=r"config.json is no file"):
+        glsim.load(bundle)
+
+
+def test_archives_are_not_opened(bundle, tmp_path):
+    """A zip may hold names that climb out (../x); nothing here unpacks one."""
+    with zipfile.ZipFile(tmp_path / "bundle.zip", "w") as archive:
+        archive.write(bundle / "config.json", "../../config.json")
+    with pytest.raises(DataError, match="is no bundle folder, .pth or .onnx file"):
+        glsim.load(tmp_path / "bundle.zip")
+
+
+HUGE = 10**9
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": "os.system"},
+        {"method": "../../models/glsim"},
+        {"method": "__init__"},
+        {"backbone": "hf-hub:somebody/evil"},
+        {"backbone": "local-dir:/tmp/evil"},
+        {"backbone": "torch.nn.Linear"},
+        {"backbone": "resnet18"},
+        {"backbone_args": {"embed_layer": "os.system"}},
+        {"backbone_args": {"norm_layer": "os.system"}},
+        {"backbone_args": {"act_layer": {"a": 1}}},
+        {"backbone_args": {"features_only": True}},
+        {"backbone_args": {"scriptable": True, "exportable": True, "depth": "2"}},
+        {"backbone_args": {"depth": HUGE}},
+        {"backbone_args": {"depth": -1}},
+        {"backbone_args": {"embed_dim": HUGE, "num_heads": 1}},
+        {"backbone_args": {"embed_dim": 0}},
+        {"backbone_args": {"patch_size": 0}},
+        {"backbone_args": {"img_size": HUGE}},
+        {"backbone_args": {"reg_tokens": HUGE}},
+        {"num_classes": HUGE * HUGE},
+        {"num_classes": 0},
+        {"num_classes": -5},
+        {"image_size": [HUGE, HUGE]},
+        {"image_size": [0, 64]},
+        {"image_size": [64]},
+        {"image_size": [64.0, 64]},
+        {"image_size": [4096, 4096]},
+        {"options": {"aggregator_depth": HUGE}},
+        {"options": {"top_o": HUGE}},
+        {"options": {"crop_size": HUGE}},
+        {"options": {"metric": "os.system"}},
+        {"options": {"box": ["exclusive"]}},
+        {"options": {"stride": -1}},
+        {"options": {"norm_eps": "x"}},
+        {"label_names": 5},
+        {"label_names": ["a"]},
+        {"label_names": [1, 2, 3, 4, 5]},
+        {"preprocessing": {}},
+        {"preprocessing": {"image_size": [64, 64], "resize_ratio": HUGE, "mean": [0.5] * 3, "std": [0.5] * 3}},
+        {"preprocessing": {"image_size": [64, 64], "resize_ratio": float("nan"), "mean": [0.5] * 3, "std": [0.5] * 3}},
+        {"preprocessing": {"image_size": [64, 64], "resize_ratio": 1.0, "mean": [0.5] * 3, "std": [0, 0, 0]}},
+        {"preprocessing": {"image_size": [64, 64], "resize_ratio": 1.0, "mean": [0.5], "std": [0.5]}},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_a_config_that_names_nonsense_is_refused_at_once(bundle, change):
+    """Whatever it asks for: one of our errors, quickly, and no memory used for what does not fit the weights."""
+    config = json.loads((bundle / "config.json").read_text())
+    for key, value in change.items():
+        config[key] = config[key] | value if key in ("backbone_args", "options") else value
+    (bundle / "config.json").write_text(json.dumps(config))
+    start, before = time.perf_counter(), psutil.Process().memory_info().rss
+    with pytest.raises(GlsimError) as error:
+        glsim.load(bundle)
+    assert str(error.value)
+    assert time.perf_counter() - start < 20 and psutil.Process().memory_info().rss - before < 500 * 2**20
+
+
+def test_a_config_nested_too_deep_is_refused(bundle):
+    (bundle / "config.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"config.json cannot be read"):
+        glsim.load(bundle)
 
 
 class Evil:
     def __reduce__(self):
         return (eval, ("__import__('pathlib').Path('/tmp/glsim_evil').touch()",))
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "raw"])
+def test_a_pickle_in_the_place_of_the_weights_is_not_read(bundle, kind):
+    file = bundle / "model.safetensors"
+    if kind == "raw":
+        file.write_bytes(pickle.dumps(Evil()))
+    else:
+        torch.save({"head": Evil()}, file, _use_new_zipfile_serialization=kind == "zip")
+    with pytest.raises(DataError, match="model.safetensors is damaged"):
+        glsim.load(bundle)
+    assert not Path("/tmp/glsim_evil").exists()
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
@@ -150,6 +325,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     (tmp_path / "empty.pth").write_bytes(b"")
     with pytest.raises(DataError, match=r"empty.pth"):
         glsim.load(tmp_path / "empty.pth")
+    assert not Path("/tmp/glsim_evil").exists()
     torch.save({"weights": 1}, tmp_path / "other.pth")
     with pytest.raises(DataError, match='has no "model"|it has no "model"'):
         glsim.load(tmp_path / "other.pth")

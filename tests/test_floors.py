@@ -10,21 +10,22 @@ FLOORS = [
     {"types"},
     {
         *("attention", "backbone", "selection", "crop", "heads", "losses"),
-        *("transforms", "images", "stores", "figures", "synthetic", "catalog", "environment"),
+        *("transforms", "images", "stores", "figures", "synthetic", "catalog", "environment", "hub"),
     },
     {"models"},
-    {"config", "adapt", "data", "sources", "copies", "bundle", "official", "batches", "checkpoint", "cost"},
+    {"config", "adapt", "data", "sources", "copies", "bundle", "official", "graphs", "batches", "checkpoint", "cost"},
     {
         *("train", "evaluate", "predict", "pictures", "mistakes", "convert", "datasets", "calibrate"),
         *("reproduce", "report", "benchmark", "loading", "doctor", "doctor_page", "memory"),
-        *("service", "serve", "index", "bulk"),
+        *("service", "serve", "index", "bulk", "export", "push"),
     },
     {"quickstart", "cli", "__init__"},
 ]
 SIDEWAYS = {
     ("backbone", "attention"),  # an adapter hands out the logits that were collected
     ("crop", "selection"),  # a box is drawn around picked patches
-    ("bundle", "official"),  # `load` reads both formats
+    ("bundle", "official"),  # `load` reads all three formats
+    ("bundle", "graphs"),
     ("data", "sources"),  # what is no folder of images
     ("batches", "data"),
     ("checkpoint", "bundle"),  # files written whole or not at all

@@ -67,7 +67,7 @@ class IELT(TokenModel):
         """For each of the T tokens the block it comes from, and its rank there: (T,), (T,)."""
         ends = (self.shares.cumsum(0) / self.shares.sum() * self.tokens).round()
         slots = torch.arange(self.tokens, device=ends.device)
-        block = torch.searchsorted(ends, slots.to(ends.dtype), right=True).clamp(max=len(ends) - 1)
+        block = (ends <= slots[:, None]).sum(dim=1).clamp(max=len(ends) - 1)
         return block, slots - F.pad(ends, (1, 0))[block].long()
 
     def vote(self, rows: Tensor) -> Tensor:

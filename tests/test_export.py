@@ -1,0 +1,345 @@
+"""Exported graphs answer like the model they were made from; anything else that calls itself one is refused."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import small_model
+from onnx import TensorProto, helper
+from test_models import BACKBONES, MAPS, takes
+
+import glsim
+from glsim import ConfigError, DataError, GlsimError, cli, export, graphs
+from glsim.config import Eval, Export
+from glsim.crop import crop_and_resize, select
+from glsim.evaluate import run as evaluate
+from glsim.selection import score
+
+LABELS = list("abcde")
+CLASS_TOKEN, REGISTERS, NEITHER = (
+    "vit_tiny_patch16_224",
+    "vit_small_patch14_reg4_dinov2",
+    "vit_base_patch16_siglip_224",
+)
+
+
+def exported(model, folder, ending=".onnx", **settings):
+    """The file a model was exported to, and what the verb returned."""
+    glsim.save(model, folder / "bundle", LABELS)
+    out = folder / f"model{ending}"
+    return out, export.run(Export(source=str(folder / "bundle"), out=str(out), **settings))
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """An exported GLSim on a ViT with class token; its bundle lies beside it. Not to be changed."""
+    return exported(small_model(), tmp_path_factory.mktemp("graph"))[0]
+
+
+def session(file):
+    return onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+
+
+def agrees(model, file, batches=(1, 3, 8)):
+    """ONNX Runtime by itself against the model, on images no export has seen."""
+    runtime = session(file)
+    for count in batches:
+        images = torch.randn(
+            count, 3, *model.config["image_size"], generator=torch.Generator().manual_seed(100 + count)
+        )
+        output = model(images)
+        logits, *boxes = runtime.run(None, {"images": images.numpy()})
+        assert np.abs(logits - output.logits.detach().numpy()).max() <= 1e-4
+        assert (boxes == []) == (output.selection is None)
+        if boxes:
+            assert (boxes[0] == output.selection.boxes.numpy()).all()
+
+
+def test_a_graph_answers_like_glsim_with_a_class_token(file):
+    agrees(small_model(), file)
+
+
+@pytest.mark.parametrize(("backbone", "size"), [(REGISTERS, (56, 70)), (NEITHER, 64)])
+def test_a_graph_answers_like_glsim(backbone, size, tmp_path):
+    model = small_model(backbone=backbone, size=size)
+    out, result = exported(model, tmp_path)
+    assert result["exit_code"] == 0 and [c["batch"] for c in result["checks"]] == [1, 3, 8]
+    assert all(c["difference"] <= 1e-4 and c["same_boxes"] == c["batch"] for c in result["checks"])
+    agrees(model, out)
+
+
+EVERY = [(m, "resnet18" if m == "cal" else CLASS_TOKEN) for m in glsim.METHODS if m != "glsim"]
+EVERY += [("glsim", b) for b in (*BACKBONES, *MAPS) if takes("glsim", b) and b not in (CLASS_TOKEN, REGISTERS, NEITHER)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "backbone"), EVERY)
+def test_every_method_and_family_exports(method, backbone, tmp_path):
+    size = (BACKBONES | MAPS)[backbone]
+    model = small_model(method, backbone, size, **({"top_o": 1} if backbone in MAPS and method == "glsim" else {}))
+    out, result = exported(model, tmp_path)
+    assert result["exit_code"] == 0
+    agrees(model, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metric", [m for m in glsim.METRICS if m != "gls_cos"])
+def test_every_metric_exports(metric, tmp_path):
+    model = small_model(metric=metric, crop_size=[32, 48], classifier="max_cls", box="inclusive")
+    agrees(model, exported(model, tmp_path)[0])
+
+
+def test_what_a_graph_says_of_itself(file):
+    runtime = session(file)
+    (images,) = runtime.get_inputs()
+    assert images.name == "images" and isinstance(images.shape[0], str) and images.shape[1:] == [3, 64, 64]
+    assert [o.name for o in runtime.get_outputs()] == ["logits", "boxes"]
+    said = {k: json.loads(v) for k, v in runtime.get_modelmeta().custom_metadata_map.items()}
+    bundle = json.loads((file.parent / "bundle" / "config.json").read_text())
+    assert said["label_names"] == LABELS and said["preprocessing"] == bundle["preprocessing"]
+    assert (said["method"], said["options"], said["graphs"]) == ("glsim", bundle["options"], [])
+
+
+def test_verbs_take_a_graph_for_a_bundle(run_folder, birds, tmp_path, capsys):
+    out = tmp_path / "model.onnx"
+    assert cli.main(["export", str(run_folder), "--out", str(out), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)  # one document, nothing of the exporter's beside it
+    assert said["files"] == [str(out)] and said["bytes"] == out.stat().st_size
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+
+    bundle = evaluate(Eval(source=str(run_folder), data=str(birds), workers=0))
+    graph = evaluate(Eval(source=str(out), data=str(birds), workers=0))
+    assert {k: graph[k] for k in ("count", "correct", "correct_top5", "per_class")} == {
+        k: bundle[k] for k in ("count", "correct", "correct_top5", "per_class")
+    }
+    paths = sorted((birds / "test").rglob("*.jpg"))
+    for a, b in zip(glsim.Predictor(run_folder)(paths), glsim.Predictor(out)(paths), strict=True):
+        assert (a.labels, a.box) == (b.labels, b.box) and a.probabilities == pytest.approx(b.probabilities, abs=1e-5)
+    # What looks into the network says that it needs one.
+    for words in (["explain", out, paths[0], "--out", tmp_path / "p"], ["export", out, "--out", tmp_path / "x.onnx"]):
+        assert cli.main([str(w) for w in words]) == 2
+        assert f"{out} is " in capsys.readouterr().err
+
+
+def test_a_graph_only_answers(file):
+    model = glsim.load(file)
+    assert isinstance(model, graphs.GraphModel) and not model.training
+    for use in (lambda: model.features(torch.zeros(1, 3, 64, 64)), model.state_dict, lambda: model.backbone):
+        with pytest.raises(ConfigError, match=r"model.onnx is an exported graph: it only answers; use the bundle"):
+            use()
+    with pytest.raises(ConfigError, match="is exported and takes no top_o; export the bundle again"):
+        glsim.load(file, top_o=2)
+
+
+def test_a_program_of_torch(tmp_path):
+    model = small_model("plain")
+    out, result = exported(model, tmp_path, ".pt2")
+    assert result["format"] == "torch" and result["exit_code"] == 0
+    extra = {"config.json": ""}
+    program = torch.export.load(out, extra_files=extra).module()
+    images = torch.randn(5, 3, 64, 64)
+    torch.testing.assert_close(program(images)[0], model(images).logits)
+    config = json.loads(extra["config.json"])
+    assert config["label_names"] == LABELS and config["outputs"] == ["logits"]
+    with pytest.raises(DataError, match="is no bundle folder, .pth or .onnx file"):  # it may hold pickles
+        glsim.load(out)
+
+
+def test_eight_bits_are_smaller_and_nearly_right(file, tmp_path):
+    out, result = exported(small_model(), tmp_path, precision="int8")
+    assert result["exit_code"] == 0 and result["tolerance"] is None
+    weights = sum(p.numel() for p in small_model().parameters())
+    assert out.stat().st_size < file.stat().st_size - 2 * weights  # of four bytes a weight, one is left
+    images = torch.randn(4, 3, 64, 64)
+    mine, theirs = small_model()(images), glsim.load(out)(images)
+    assert 1e-4 < (mine.logits - theirs.logits).abs().max() < 0.1 * mine.logits.abs().max()
+    assert glsim.load(out).config["label_names"] == LABELS
+
+
+def test_weights_too_large_for_one_file_lie_beside_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(export, "LARGEST", 1000)
+    model = small_model("plain")
+    out, result = exported(model, tmp_path)
+    assert result["files"] == [f"{out}.data", str(out)] and result["bytes"] > 4 * sum(
+        p.numel() for p in model.parameters()
+    )
+    assert out.stat().st_size < out.with_name("model.onnx.data").stat().st_size
+    moved = shutil.copytree(tmp_path, tmp_path.with_name("moved"), ignore=shutil.ignore_patterns("bundle"))
+    shutil.rmtree(tmp_path)
+    agrees(model, moved / out.name)
+    with pytest.raises(ConfigError, match=r"precision=int8: [\d,]+ bytes of weights, more than one ONNX file holds"):
+        exported(model, tmp_path, precision="int8")
+
+
+class First(torch.nn.Module):
+    """The first pass of a GLSim: half of the images it is unsure of, by the sign of a pixel."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        f = self.model.features(images)
+        chosen = select(score("gls_cos", f), self.model.top_o, f.grid, images.shape[-2:])
+        logits = self.model.head(torch.stack((f.cls, f.cls), dim=1))
+        return logits, chosen.boxes, f.cls, images[:, 0, 0, 0] > 0
+
+
+class Second(First):
+    def forward(self, images, given, boxes):
+        tokens = torch.stack((given, self.model.backbone(crop_and_resize(images, boxes)).cls), dim=1)
+        return (self.model.head(self.model.aggregator(tokens)),)
+
+
+def test_a_model_of_two_graphs(monkeypatch, tmp_path):
+    """What the second graph is for is what the model without a first answer does: the truth here."""
+    model = small_model()
+    images = torch.zeros(2, 3, 64, 64)
+    given, boxes = torch.zeros(2, 64), torch.tensor([[0, 0, 32, 32]] * 2)
+    cut = [
+        export.Graph(First(model), {"images": images}, ("logits", "boxes", "given", "unsure")),
+        export.Graph(Second(model), {"images": images, "given": given, "boxes": boxes}, ("logits",)),
+    ]
+    monkeypatch.setattr(export, "cut", lambda _: cut)
+    monkeypatch.setattr(export, "compare", lambda *_: {"difference": 0.0})  # with a model that has no first answer
+    out, result = exported(model, tmp_path)
+    assert [p.rpartition("/")[2] for p in result["files"]] == ["model.2.onnx", "model.onnx"]
+    graph = glsim.load(out)
+    for images in (torch.randn(8, 3, 64, 64), torch.rand(3, 3, 64, 64) + 0.1, torch.rand(3, 3, 64, 64) - 1.1):
+        output, whole, first = graph(images), model(images), First(model)(images)
+        unsure = images[:, 0, 0, 0] > 0
+        assert (output.aux["unsure"] == unsure).all() and (output.selection.boxes == whole.selection.boxes).all()
+        wanted = torch.where(unsure[:, None], whole.logits, first[0])
+        torch.testing.assert_close(output.logits, wanted, atol=1e-4, rtol=0)
+    with pytest.raises(ConfigError, match="is several graphs; export it as ONNX"):
+        exported(model, tmp_path, ".pt2")
+    out.with_name("model.2.onnx").unlink()
+    with pytest.raises(DataError, match=r"model.2.onnx cannot be read"):
+        glsim.load(out)
+    told = onnx.load(out)
+    for name in ("../model.2.onnx", "..", "/etc/model.onnx"):
+        helper.set_model_props(told, {"graphs": json.dumps([name])})
+        onnx.save(told, out)
+        with pytest.raises(DataError, match="was refused: the graphs that follow it must lie beside it"):
+            glsim.load(out)
+
+
+class Different(torch.nn.Module):
+    """A graph that is not what the model does: what an exporter's mistake looks like."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, images):
+        logits, *boxes = self.answer(images)
+        return (logits + 2e-4, *boxes)
+
+
+@pytest.mark.parametrize("ending", [pytest.param(".onnx", marks=pytest.mark.slow), ".pt2"])
+def test_a_graph_that_answers_otherwise_is_not_written(ending, monkeypatch, tmp_path, capsys):
+    right = export.cut
+
+    def wrong(model):
+        (graph,) = right(model)
+        return [graph._replace(module=Different(graph.module))]
+
+    monkeypatch.setattr(export, "cut", wrong)
+    glsim.save(small_model("plain"), tmp_path / "bundle", LABELS)
+    out = tmp_path / f"model{ending}"
+    out.write_text("an earlier one")
+    assert cli.main(["export", str(tmp_path / "bundle"), "--out", str(out)]) == 4
+    said = capsys.readouterr().out
+    assert (
+        "batch 8: logits differ by at most 2.0e-04" in said
+        and f"more than 0.0001: nothing was written to {out}" in said
+    )
+    assert out.read_text() == "an earlier one" and sorted(p.name for p in tmp_path.iterdir()) == ["bundle", out.name]
+
+
+def test_what_cannot_be_exported_says_why(monkeypatch, tmp_path):
+    class Sorted(torch.nn.Module):
+        def forward(self, images):
+            return (torch.linalg.svdvals(images.flatten(1)[:, None]),)
+
+    monkeypatch.setattr(
+        export, "cut", lambda _: [export.Graph(Sorted(), {"images": torch.rand(2, 3, 64, 64)}, ("logits",))]
+    )
+    with pytest.raises(GlsimError, match=r"torch cannot write this model as ONNX: No ONNX function found for .*svd"):
+        exported(small_model("plain"), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_without_the_extra(monkeypatch, tmp_path, file):
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else object())
+        with pytest.raises(ConfigError, match=r"ONNX needs onnxscript: pip install 'glsim\[export\]'"):
+            exported(small_model("plain"), tmp_path)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ConfigError, match=r"model.onnx needs ONNX Runtime .*: pip install 'glsim\[export\]'"):
+        glsim.load(file)
+
+
+def test_settings():
+    assert Export(source="b", out="m.onnx").format == "onnx" and Export(source="b", out="m.pt2").format == "torch"
+    for wrong in (
+        {"out": "m.bin"},
+        {"out": "m"},
+        {"out": "m.onnx", "format": "torch"},
+        {"out": "m.pt2", "format": "onnx"},
+    ):
+        with pytest.raises(ConfigError, match=r"name a file that ends in .onnx \(format onnx\) or .pt2"):
+            Export(source="b", **wrong)
+    with pytest.raises(ConfigError, match="precision=int8 is for ONNX"):
+        Export(source="b", out="m.pt2", precision="int8")
+
+
+def foreign(path, metadata=None, location=None):
+    """A small graph that glsim did not make; with `location`, its weights are said to lie there."""
+    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4], raw_data=b"\0" * 16)
+    if location:
+        weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
+        weight.external_data.add(key="location", value=location)
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 4]) for name in ("images", "answers")]
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["images", "w"], ["answers"])], "g", *[[v] for v in values], [weight]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    helper.set_model_props(model, metadata or {})
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_damage_and_strangers_are_refused(file, tmp_path):
+    whole = file.read_bytes()
+    (tmp_path / "cut.onnx").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.onnx").write_bytes(b"")
+    (tmp_path / "pickle.onnx").write_bytes(b"\x80\x04\x95\x1a\x00")
+    for name in ("cut", "empty", "pickle"):
+        with pytest.raises(DataError, match=rf"{name}.onnx (cannot be read|was not exported)"):
+            glsim.load(tmp_path / f"{name}.onnx")
+    with pytest.raises(DataError, match="was not exported by glsim: its outputs are answers"):
+        glsim.load(foreign(tmp_path / "foreign.onnx"))
+    with pytest.raises(DataError, match="was not exported by glsim: its metadata cannot be read"):
+        glsim.load(foreign(tmp_path / "foreign.onnx", {"graphs": "{"}))
+    (tmp_path / "secret").write_bytes(b"\0" * 16)
+    (tmp_path / "inner").mkdir()
+    for location in ("../secret", str(tmp_path / "secret")):
+        with pytest.raises(DataError, match=r"cannot be read: .*(escapes|Absolute path)"):
+            glsim.load(foreign(tmp_path / "inner" / "out.onnx", location=location))
+    told = onnx.load(file)
+    config = {p.key: p.value for p in told.metadata_props}
+    for change, message in (
+        ({"label_names": '["a"]'}, "1 label_names for 5 classes"),
+        ({"image_size": "[64, 10000000]"}, "is damaged: image_size="),
+        ({"preprocessing": "{}"}, "is damaged: preprocessing"),
+    ):
+        helper.set_model_props(told, config | change)
+        onnx.save(told, tmp_path / "x.onnx")
+        with pytest.raises(DataError, match=message):
+            glsim.load(tmp_path / "x.onnx")
