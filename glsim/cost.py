@@ -152,13 +152,14 @@ def honest_maws(s: Shape) -> int:
 
 
 def honest_rollout(s: Shape) -> int:
-    """Row form: L times vector by matrix for every head, their mean, and its mean with the vector."""
-    return s.depth * (2 * s.heads * s.tokens**2 + s.tokens * (s.heads + 2))
+    """Row form: of every block a row for every head (the last one's is read, L - 1 are vector by matrix), their mean,
+    and its mean with the vector."""
+    return (s.depth - 1) * 2 * s.heads * s.tokens**2 + s.depth * s.tokens * (s.heads + 2)
 
 
 def honest_psm(s: Shape) -> int:
-    """Row form: L - 1 times vector by matrix for every head."""
-    return (s.depth - 1) * 2 * s.heads * s.tokens**2
+    """Row form, of all blocks but the last: a row of the last of them is read, then L - 2 times vector by matrix."""
+    return (s.depth - 2) * 2 * s.heads * s.tokens**2
 
 
 def honest_sacm(s: Shape) -> int:

@@ -181,9 +181,9 @@ def gls_loop(f, _):
 def psm_loop(f, _):
     maps = []
     for head in range(SHAPE.heads):
-        v = [Counted(j == 0) for j in range(SHAPE.tokens)]
-        for s in reversed(f.attention_logits):
-            a = counted(s.softmax(-1)[0, head])
+        *before, last = [counted(s.softmax(-1)[0, head]) for s in f.attention_logits]
+        v = last[0]
+        for a in reversed(before):
             v = [dot(v, column(a, j)) for j in range(SHAPE.tokens)]
         maps.append(v[1:])
     return maps
@@ -191,9 +191,9 @@ def psm_loop(f, _):
 
 def rollout_loop(f, _):
     v = [Counted(j == 0) for j in range(SHAPE.tokens)]
-    for s in reversed(f.attention_logits):
+    for i, s in enumerate(reversed(f.attention_logits)):
         a = counted(s.softmax(-1)[0])
-        heads = [[dot(v, column(one, j)) for j in range(SHAPE.tokens)] for one in a]
+        heads = [one[0] if i == 0 else [dot(v, column(one, j)) for j in range(SHAPE.tokens)] for one in a]
         v = [(x + mean([head[j] for head in heads])) / 2 for j, x in enumerate(v)]
     return [v[1:]]
 
