@@ -48,13 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--device", help="default: the best there is")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of tables")
     s = parser.parse_args(arguments)
-    device = pick_device(s.device)
+    device, dtype = pick_device(s.device), getattr(torch, s.dtype)
     settings = list(product(s.backbones, s.sizes, s.batch_sizes))
     rows = []
     with tqdm(total=len(settings) * 4 * (s.warmup + s.repeats), unit="turn", disable=None) as bar:
         for backbone, size, batch in settings:
             bar.set_description(f"{backbone} {size} {batch}")
-            rows.append(measure(backbone, size, batch, getattr(torch, s.dtype), device, s.warmup, s.repeats, bar.update))
+            rows.append(measure(backbone, size, batch, dtype, device, s.warmup, s.repeats, bar.update))
     about = environment(device)
     print(json.dumps({"rows": rows, "environment": about}) if s.json else f"{about['device']}\n\n{as_text(rows)}")
     return rows
@@ -134,9 +134,8 @@ def as_text(rows: list[dict[str, Any]]) -> str:
     lines.append("|" + "---|" * 7)
     for r in rows:
         where = f"| {r['backbone']} | {r['image_size']} | {r['batch_size']} |"
-        lines.append(
-            f"{where} {r['timm_ms']:,.1f} | {r['plain_ratio']:.3f} | {r['glsim_ratio']:.3f} | {r['added_percent']:.2f} % |"
-        )
+        ratios = f"{r['plain_ratio']:.3f} | {r['glsim_ratio']:.3f} | {r['added_percent']:.2f} %"
+        lines.append(f"{where} {r['timm_ms']:,.1f} | {ratios} |")
     names = list(rows[0]["parts_ms"])
     lines += ["", f"| backbone | size | batch | {' | '.join(names)} |", "|" + "---|" * (3 + len(names))]
     for r in rows:
