@@ -37,6 +37,7 @@ from glsim.environment import environment
 from glsim.figures import save_figure
 from glsim.losses import objective
 from glsim.models import create_model
+from glsim.predict import answers
 from glsim.transforms import Preprocessing, eval_transform
 from glsim.types import DataError, GlsimError
 
@@ -246,7 +247,8 @@ def _test_images(
 def answering(model: Model, job: Job, device: torch.device, images: Tensor | None = None) -> Work:
     """An answer to a batch, weights and images of the dtype, in inference mode; waits for the device.
 
-    With `images` (.., 3, H, W) an answer to each whole batch of them; else the batch is noise.
+    With `images` (.., 3, H, W) an answer to each whole batch of them, second passes regrouped as `predict` does it;
+    else the batch is noise.
     """
     dtype = getattr(torch, job.dtype)
     net = prepared(model.eval().to(device, dtype), job)
@@ -256,8 +258,8 @@ def answering(model: Model, job: Job, device: torch.device, images: Tensor | Non
 
     @torch.inference_mode()
     def work() -> None:
-        for batch in batches:
-            net(batch)
+        for _ in answers(net, batches):
+            pass
         wait(device)
 
     return work
@@ -282,7 +284,7 @@ def training(model: Model, job: Job, device: torch.device) -> Work:
     return work
 
 
-def prepared(model: Model, job: Job) -> Callable[..., Any]:
+def prepared(model: Model, job: Job) -> Any:
     """The model, compiled where the row says so."""
     return torch.compile(model) if job.compile else model
 

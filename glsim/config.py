@@ -330,9 +330,11 @@ class Bench:
             if len(set(values)) < len(values) or not (values or name == "sources"):
                 raise ConfigError(f"{name}={values}: {'each only once' if values else 'one or more'}")
         if self.sources:
-            own = Bench()
+            if self.loader is not None:
+                raise ConfigError("sources: not with --loader")
+            usual = Bench()
             for name in ("methods", "backbones", "sizes", "num_classes", "backbone_args"):
-                if getattr(self, name) != getattr(own, name):
+                if getattr(self, name) != getattr(usual, name):
                     raise ConfigError(f"{name}={getattr(self, name)}: not with --sources, which have their own")
             if self.images < max(self.batch_sizes):
                 raise ConfigError(f"images={self.images}: at least the largest of batch_sizes, {max(self.batch_sizes)}")

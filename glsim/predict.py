@@ -80,9 +80,7 @@ class Predictor:
 
     def stream(self, images: Sequence[str | Path | Image.Image]) -> Iterator[Prediction | BadImage]:
         """The same one by one, without stopping at a bad file: its BadImage stands in the place of the answer."""
-        transform = _WithSize(eval_transform(self.preprocessing))
-        dataset: Any = ImageDataset(images, transform, keep_bad=True)
-        loader = DataLoader(dataset, batch_size=self.batch_size, num_workers=self.workers, collate_fn=_collate)
+        loader = self.loader(images)
         paths = iter([None if isinstance(image, Image.Image) else str(image) for image in images])
         read: deque[tuple[int, int] | BadImage] = deque()  # sizes of the images that wait for their answer
 
@@ -100,6 +98,17 @@ class Predictor:
                 box = prediction.box and to_original(prediction.box, size, self.preprocessing)
                 yield prediction._replace(path=next(paths), box=box)
         yield from (item for item in read if isinstance(item, BadImage))
+
+    def loader(self, images: Sequence[str | Path | Image.Image]) -> DataLoader:
+        """Batches (B, 3, H, W) of what can be read, with every image's size (width, height) or its BadImage."""
+        dataset: Any = ImageDataset(images, _WithSize(eval_transform(self.preprocessing)), keep_bad=True)
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            num_workers=self.workers,
+            collate_fn=_collate,
+            pin_memory=self.device.type != "cpu",
+        )
 
     def _named(self, output: Output) -> list[Prediction]:
         """The predictions of a batch; boxes are in pixels of the network's view."""
