@@ -121,7 +121,7 @@ def step_by_step(model: Any, images: Tensor, device: torch.device) -> tuple[Tens
     done("box")
     crops = crop_and_resize(images, selection.boxes, model.crop_size)
     done("crop")
-    local = model.backbone(crops).cls
+    local = model.backbone.class_token(crops)
     done("second pass")
     logits = model.head(model.aggregator(torch.stack((f.cls, local), dim=1)))
     done("aggregator, head")

@@ -17,7 +17,7 @@ from timm.layers import DropPath, PatchEmbed
 from timm.models import group_parameters
 from timm.models.beit import Beit
 from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from glsim.attention import explicit_attention
@@ -76,6 +76,24 @@ class Backbone(nn.Module):
         cls = self.net.forward_head(raw, pre_logits=True) if self.pooled else tokens[:, 0]
         maps: dict[str, Any] = {name: tuple(blocks) for name, blocks in held.items()}
         return Features(cls, tokens[:, self.skip :], self._grid(images), self.num_prefix, **maps)
+
+    def class_token(self, images: Tensor) -> Tensor:
+        """What `forward` gives as `cls` (B, D), for less: the MLP of a ViT's last block sees no other token."""
+        block = self.net.blocks[-1]
+        if type(block) is not Block or not self.num_prefix or self.pooled or self.depth < 2:
+            return self(images).cls
+        ((patches, prefix),) = self.net.forward_intermediates(
+            images,
+            indices=[self.depth - 2],
+            return_prefix_tokens=True,
+            stop_early=True,
+            output_fmt="NLC",
+            intermediates_only=True,
+        )
+        x = torch.cat((prefix, patches), dim=1)
+        x = (x + block.drop_path1(block.ls1(block.attn(block.norm1(x)))))[:, :1]
+        x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        return self.norm(self.net.norm(x))[:, 0]
 
     def norm(self, raw: Tensor) -> Tensor:
         """What timm still leaves to do on the tokens `forward_features` returns (B, n, D)."""
@@ -194,6 +212,10 @@ class MapBackbone(Backbone):
         places = (raw if last else raw.permute(0, 2, 3, 1)).reshape(-1, *((1, 1, width) if last else (width, 1, 1)))
         patches = self.net.forward_head(places, pre_logits=True).unflatten(0, (images.shape[0], rows * cols))
         return Features(cls, patches, (rows, cols), 0)
+
+    def class_token(self, images: Tensor) -> Tensor:
+        """The pooled vector (B, D) alone."""
+        return self(images).cls
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Raise ConfigError unless images of `size` (H, W) can be encoded."""

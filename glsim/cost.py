@@ -195,7 +195,8 @@ def honest_rows(s: Flops, size: int) -> list[dict[str, Any]]:
         kept = 4 * (shape.depth + MAPS[name]) * shape.heads * shape.tokens**2 if name in MAPS else 0
         rows.append(as_row(size, name, form(shape), whole) | {"attention_mib": kept / 2**20})
     glsim = build("glsim", s.backbone, size, s.num_classes, backbone_args=s.backbone_args)
-    more = count(glsim) - whole + honest_gls(shape) + crop_flops(size)
+    seen = 2 * shape.patches * shape.dim  # of gls: the counter has it in `glsim` already
+    more = count(glsim) - whole + honest_gls(shape) - seen + crop_flops(size)
     return [*rows, as_row(size, "glsim", more, whole) | {"attention_mib": 0.0}]
 
 

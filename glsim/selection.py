@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -27,7 +28,9 @@ EPS = 1e-8  # the shortest a token is taken to be
 
 def gls_cos(f: Features) -> Tensor:
     """Global-local similarity: cosine of the class token with every patch token (arXiv 2407.12891). (B, 1, N)"""
-    with torch.autocast(f.cls.device.type, enabled=False):  # a product of matrices, yet as exact as the tokens are
+    kind = f.cls.device.type
+    mixed = torch.amp.is_autocast_available(kind)  # the counter's meta device has none
+    with torch.autocast(kind, enabled=False) if mixed else nullcontext():  # a product as exact as the tokens are
         lengths = torch.linalg.vector_norm(f.patches, dim=-1).clamp(min=EPS)
         one = F.normalize(f.cls.to(f.patches.dtype), dim=-1, eps=EPS)
         return one[:, None] @ f.patches.transpose(1, 2) / lengths[:, None]

@@ -29,7 +29,7 @@ class AFTrans(Model):
         scores = score(self.metric, f)
         selection = select_component(scores, self.threshold, f.grid, images.shape[-2:])
         crops = crop_and_resize(images, selection.boxes)
-        logits = self.head(torch.stack((f.cls, self.backbone(crops).cls)))  # 2 B C
+        logits = self.head(torch.stack((f.cls, self.backbone.class_token(crops))))  # 2 B C
         losses = {}
         if self.training:
             # No gradient flows through a box. The paper leaves open what teaches the weights of the blocks: here it is
