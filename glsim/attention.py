@@ -54,10 +54,11 @@ def replaced_attention(net: nn.Module, attend: Attend) -> Iterator[None]:
 
 
 @contextmanager
-def explicit_attention(net: nn.Module) -> Iterator[list[Tensor]]:
+def explicit_attention(net: nn.Module, maps: bool = False) -> Iterator[list[Tensor]]:
     """Collect the attention logits (B, h, n, n) of every block of `net` that runs inside, first block first.
 
-    The outputs stay timm's own: the same attention, computed in three steps.
+    With `maps` what the softmax makes of them instead, which the backward pass keeps anyway. The outputs stay timm's
+    own: the same attention, computed in three steps.
     """
     collected: list[Tensor] = []
 
@@ -65,8 +66,9 @@ def explicit_attention(net: nn.Module) -> Iterator[list[Tensor]]:
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         if mask is not None:  # BEiT's relative position bias; the other families pass none
             logits = logits + mask
-        collected.append(logits)
-        return F.dropout(logits.softmax(dim=-1), dropout) @ v
+        weights = logits.softmax(dim=-1)
+        collected.append(weights if maps else logits)
+        return F.dropout(weights, dropout) @ v
 
     with replaced_attention(net, attend):
         yield collected

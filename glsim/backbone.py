@@ -5,10 +5,11 @@ timm does the work; these adapters give the tokens names (`Features`) and, on re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
@@ -16,7 +17,7 @@ from timm.layers import DropPath, PatchEmbed
 from timm.models import group_parameters
 from timm.models.beit import Beit
 from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from glsim.attention import explicit_attention
@@ -29,11 +30,14 @@ FAMILIES = (
 )
 
 
+Attention = bool | Literal["maps"]  # whether attention is written down: True the logits, "maps" after the softmax
+
+
 class Stage(NamedTuple):
     """What a transformer holds after one of its blocks, before the final norm."""
 
     tokens: Tensor  # (B, n, D)
-    features: Features  # the same with names; `attention_logits` are those of the blocks so far
+    features: Features  # the same with names; attention is that of the blocks so far
 
 
 class Backbone(nn.Module):
@@ -60,31 +64,44 @@ class Backbone(nn.Module):
         self.any_size: bool = getattr(net, "dynamic_img_size", False)
         self.overlapping = isinstance(net.patch_embed, OverlappingPatches)
 
-    def forward(self, images: Tensor, attention: bool = False) -> Features:
+    def forward(self, images: Tensor, attention: Attention = False) -> Features:
         """Encode `images` (B, 3, H, W), normalised as the backbone expects.
 
-        With `attention` the blocks spell their attention out and `attention_logits` holds one (B, h, n, n) tensor a
-        block; without it they stay on the fused kernels.
+        With `attention` the blocks spell their attention out and `attention_logits` (for "maps" `attention_maps`) holds
+        one (B, h, n, n) tensor a block; without it they stay on the fused kernels.
         """
-        if attention:
-            with explicit_attention(self.net) as logits:
-                raw = self.net.forward_features(images)
-        else:
-            logits, raw = None, self.net.forward_features(images)
+        with self._collect(attention) as held:
+            raw = self.net.forward_features(images)
         tokens = self.norm(raw)
         cls = self.net.forward_head(raw, pre_logits=True) if self.pooled else tokens[:, 0]
-        if logits is not None and not self.num_prefix:  # registers alone: their rows and columns say nothing of places
-            logits = [a[..., self.skip :, self.skip :] for a in logits]
-        maps = None if logits is None else tuple(logits)
-        return Features(cls, tokens[:, self.skip :], self._grid(images), self.num_prefix, maps)
+        maps: dict[str, Any] = {name: tuple(blocks) for name, blocks in held.items()}
+        return Features(cls, tokens[:, self.skip :], self._grid(images), self.num_prefix, **maps)
+
+    def class_token(self, images: Tensor) -> Tensor:
+        """What `forward` gives as `cls` (B, D), for less: the MLP of a ViT's last block sees no other token."""
+        block = self.net.blocks[-1]
+        if type(block) is not Block or not self.num_prefix or self.pooled or self.depth < 2:
+            return self(images).cls
+        ((patches, prefix),) = self.net.forward_intermediates(
+            images,
+            indices=[self.depth - 2],
+            return_prefix_tokens=True,
+            stop_early=True,
+            output_fmt="NLC",
+            intermediates_only=True,
+        )
+        x = torch.cat((prefix, patches), dim=1)
+        x = (x + block.drop_path1(block.ls1(block.attn(block.norm1(x)))))[:, :1]
+        x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        return self.norm(self.net.norm(x))[:, 0]
 
     def norm(self, raw: Tensor) -> Tensor:
         """What timm still leaves to do on the tokens `forward_features` returns (B, n, D)."""
         return self.net.fc_norm(raw) if self.late_norm else raw
 
-    def stages(self, images: Tensor) -> list[Stage]:
+    def stages(self, images: Tensor, attention: Attention = True) -> list[Stage]:
         """The tokens after every block but the last, for methods that choose tokens inside the network."""
-        with explicit_attention(self.net) as logits:
+        with self._collect(attention) as held:
             between = self.net.forward_intermediates(
                 images,
                 indices=list(range(self.depth - 1)),
@@ -94,13 +111,12 @@ class Backbone(nn.Module):
                 intermediates_only=True,
             )
         grid = self._grid(images)
-        return [
-            Stage(
-                torch.cat((prefix, patches), dim=1),
-                Features(prefix[:, 0], patches, grid, self.num_prefix, tuple(logits[: i + 1])),
-            )
-            for i, (patches, prefix) in enumerate(between)
-        ]
+        stages = []
+        for i, (patches, prefix) in enumerate(between):
+            maps: dict[str, Any] = {name: tuple(blocks[: i + 1]) for name, blocks in held.items()}
+            f = Features(prefix[:, 0], patches, grid, self.num_prefix, **maps)
+            stages.append(Stage(torch.cat((prefix, patches), dim=1), f))
+        return stages
 
     def last_block(self, tokens: Tensor, chosen: Tensor, index: Tensor, grid: tuple[int, int]) -> Tensor:
         """Block L over the prefix of `tokens` (B, n, D) and `chosen` tokens (B, K, D); normalised, (B, prefix + K, D).
@@ -144,6 +160,19 @@ class Backbone(nn.Module):
         if inner and self.depth < 2:
             raise ConfigError(f"{method!r} needs two blocks or more")
 
+    @contextmanager
+    def _collect(self, attention: Attention) -> Iterator[dict[str, list[Tensor]]]:
+        """What the blocks that run inside write down of their attention, by the field of `Features` it belongs in."""
+        if not attention:
+            yield {}
+            return
+        alone = self.skip > self.num_prefix  # registers, no class token: their rows and columns say nothing of places
+        maps = attention == "maps" and not alone
+        with explicit_attention(self.net, maps) as collected:
+            yield {"attention_maps" if maps else "attention_logits": collected}
+        if alone:
+            collected[:] = [a[..., self.skip :, self.skip :] for a in collected]
+
     def _grid(self, images: Tensor) -> tuple[int, int]:
         rows, cols = self.net.patch_embed.dynamic_feat_size(images.shape[-2:])
         return rows, cols
@@ -170,7 +199,7 @@ class MapBackbone(Backbone):
         self.dim, self.grid = f.cls.shape[1], f.grid
         self.patch_size = (image_size[0] // f.grid[0], image_size[1] // f.grid[1])
 
-    def forward(self, images: Tensor, attention: bool = False) -> Features:
+    def forward(self, images: Tensor, attention: Attention = False) -> Features:
         """Encode `images` (B, 3, H, W), normalised as the network expects; raises ConfigError with `attention`."""
         if attention:
             raise ConfigError(f"{type(self.net).__name__} has no attention maps over its patches; choose a gls metric")
@@ -183,6 +212,10 @@ class MapBackbone(Backbone):
         places = (raw if last else raw.permute(0, 2, 3, 1)).reshape(-1, *((1, 1, width) if last else (width, 1, 1)))
         patches = self.net.forward_head(places, pre_logits=True).unflatten(0, (images.shape[0], rows * cols))
         return Features(cls, patches, (rows, cols), 0)
+
+    def class_token(self, images: Tensor) -> Tensor:
+        """The pooled vector (B, D) alone."""
+        return self(images).cls
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Raise ConfigError unless images of `size` (H, W) can be encoded."""
@@ -246,7 +279,7 @@ class Model(nn.Module):
         layers = group_parameters(net, net.group_matcher(coarse=coarse), reverse=True)
         return lambda name: layers.get(name.removeprefix("backbone.net."), float("inf"))
 
-    def features(self, images: Tensor, attention: bool = False) -> Features:
+    def features(self, images: Tensor, attention: Attention = False) -> Features:
         """Tokens of the first pass over `images` (B, 3, H, W), for any metric and picture."""
         return self.backbone(images, attention=attention)
 
@@ -274,9 +307,9 @@ class StagedModel(Model):
 class TokenModel(Model):
     """A method whose last block sees chosen tokens only: what they are chosen from ends one block earlier."""
 
-    def features(self, images: Tensor, attention: bool = False) -> Features:
+    def features(self, images: Tensor, attention: Attention = False) -> Features:
         """Tokens and attention before the last block, not normalised, for any metric and picture."""
-        return self.backbone.stages(images)[-1].features
+        return self.backbone.stages(images, attention)[-1].features
 
 
 def build_backbone(

@@ -1,7 +1,7 @@
 """Floor 4: models timed in turn, so that a busy moment of the machine falls on all of them; memory in other processes.
 
-A row is one method on one backbone, image size, batch size and dtype, compiled or not. What cannot be built or run
-becomes a row that says why, and the others go on.
+A row is one method on one backbone, image size, batch size and dtype, compiled or not; or a trained bundle. What cannot
+be built or run becomes a row that says why, and the others go on.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,20 +24,22 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from glsim import loading
 from glsim.backbone import Model
-from glsim.bundle import pick_device, preprocessing_of, write_text
+from glsim.bundle import METRICS_FILE, load, pick_device, preprocessing_of, write_text
 from glsim.config import Bench
-from glsim.data import ImageDataset, find_images
+from glsim.data import ImageDataset, find_images, read_data
 from glsim.environment import environment
 from glsim.figures import save_figure
 from glsim.losses import objective
 from glsim.models import create_model
-from glsim.transforms import eval_transform
-from glsim.types import GlsimError
+from glsim.predict import answers
+from glsim.transforms import Preprocessing, eval_transform
+from glsim.types import DataError, GlsimError
 
 FAILURES = (GlsimError, RuntimeError, OSError)  # of one row: a combination that does not fit, too little memory, ..
 
@@ -44,8 +47,8 @@ FAILURES = (GlsimError, RuntimeError, OSError)  # of one row: a combination that
 class Job(NamedTuple):
     """What a row measures."""
 
-    method: str  # with its options: glsim:crop_size=112
-    backbone: str
+    method: str  # with its options: glsim:crop_size=112; or a source
+    backbone: str  # "" and 0 for a source: it has its own, which its row tells
     image_size: int
     batch_size: int
     dtype: str
@@ -67,20 +70,27 @@ def run(s: Bench, progress: bool = True) -> dict[str, Any]:
 
     A row holds the fields of its `Job`, `parameters`, `latency_ms` (median of the rounds, for a whole batch),
     `latency_quartiles_ms`, `images_per_second`, the first two for `training`, `memory_mib` and `training_memory_mib`,
-    and `loaded_images_per_second` with `data`; or `error`. With `s.loader` it is what `glsim.loading:run` returns.
+    and `loaded_images_per_second` with `data`; or `error`. That of a source has `accuracy` (test top-1 out of its
+    metrics.json) where it was measured. With `s.loader` it is what `glsim.loading:run` returns.
     """
     if s.loader is not None:
         return loading.run(s, progress)
     device = pick_device(s.device)
+    if s.sources and s.data is not None:
+        read_data(s.data)  # what is not there is no failure of a row
     compiled = {"no": [False], "yes": [True], "both": [False, True]}[s.compile]
-    settings = list(product(s.backbones, s.sizes, s.batch_sizes, s.dtypes, compiled))
-    rounds = (s.warmup + s.repeats) * (1 + s.training) + s.memory + (s.data is not None)
+    networks = [("", 0)] if s.sources else product(s.backbones, s.sizes)
+    settings = [(*net, *rest) for net, rest in product(networks, product(s.batch_sizes, s.dtypes, compiled))]
+    names = s.sources or s.methods
+    loads = s.data is not None and not s.sources
+    rounds = (s.warmup + s.repeats) * (1 + s.training) + s.memory + loads
     rows: list[Row] = []
-    with tqdm(total=len(settings) * len(s.methods) * rounds, unit="turn", disable=not progress) as bar:
+    with tqdm(total=len(settings) * len(names) * rounds, unit="turn", disable=not progress) as bar:
         for setting in settings:
-            bar.set_description(" ".join(map(str, setting[:4])))
-            rows += measure([Job(method, *setting) for method in s.methods], s, device, bar.update)
-    ratio = ratios(rows, s.against) if s.against is not None else None
+            bar.set_description(" ".join(map(str, filter(None, setting[:4]))))
+            rows += measure([Job(name, *setting) for name in names], s, device, bar.update)
+    alike = ("batch_size", "dtype", "compile") if s.sources else Job._fields[1:]
+    ratio = ratios(rows, s.against, alike) if s.against is not None else None
     result: dict[str, Any] = {"rows": rows, "ratio": ratio, "environment": environment(device)}
     if all("error" in row for row in rows):
         result["exit_code"] = 1
@@ -88,8 +98,11 @@ def run(s: Bench, progress: bool = True) -> dict[str, Any]:
         out = Path(s.out)
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "bench.json", json.dumps(result, indent=2) + "\n")
-        draw(rows, "image_size", "batch_size", out / "cost.png")
-        draw(rows, "batch_size", "image_size", out / "throughput.png")
+        if s.sources:
+            draw_accuracy(rows, out / "accuracy.png")
+        else:
+            draw(rows, "image_size", "batch_size", out / "cost.png")
+            draw(rows, "batch_size", "image_size", out / "throughput.png")
     return result
 
 
@@ -101,10 +114,19 @@ def measure(jobs: list[Job], s: Bench, device: torch.device, tick: Callable[[], 
         with noted(row):
             models[job] = build(job, s)
             row["parameters"] = sum(p.numel() for p in models[job].parameters())
+            if s.sources:
+                row |= about_source(job.method, models[job])
+                if s.data is not None:
+                    test_images(models[job], s)  # before minutes are spent on the rest
             if s.memory:
                 row.update(peaks_elsewhere(job, s))
                 tick()
-    kinds = {"training": training, "latency": answering} if s.training else {"latency": answering}
+    kinds: dict[str, Callable[..., Work]] = {"training": training} if s.training else {}
+    kinds["latency"] = answering
+    batches = 1
+    if s.sources and s.data is not None:
+        batches = s.images // jobs[0].batch_size
+        kinds["latency"] = lambda model, job, device: answering(model, job, device, test_images(model, s))
     for kind, prepare in kinds.items():
         works: dict[Job, Work] = {}
         for job, row in rows.items():
@@ -115,12 +137,13 @@ def measure(jobs: list[Job], s: Bench, device: torch.device, tick: Callable[[], 
             if isinstance(times, Exception):
                 rows[job]["error"] = one_line(times)
             else:
-                low, median, high = (1000 * float(t) for t in np.percentile(times, (25, 50, 75)))
+                share = 1000 / (batches if kind == "latency" else 1)
+                low, median, high = (share * float(t) for t in np.percentile(times, (25, 50, 75)))
                 rows[job] |= {f"{kind}_ms": median, f"{kind}_quartiles_ms": [low, high]}
     for job, row in rows.items():
         if "error" not in row:
             row["images_per_second"] = 1000 * job.batch_size / row["latency_ms"]
-            if s.data is not None:
+            if s.data is not None and not s.sources:
                 with noted(row):
                     row["loaded_images_per_second"] = loaded(models[job], job, s, device)
                 tick()
@@ -160,12 +183,12 @@ def in_turn(
     return found
 
 
-def ratios(rows: list[Row], against: str) -> list[Row]:
-    """What every other method took, divided by what `against` took at the same settings: medians and peaks."""
+def ratios(rows: list[Row], against: str, alike: tuple[str, ...] = Job._fields[1:]) -> list[Row]:
+    """What every other method took, divided by what `against` took where both are `alike`: medians and peaks."""
     fine = [row for row in rows if "error" not in row]
     found = []
     for row, base in product(fine, fine):
-        if base["method"] == against != row["method"] and all(row[k] == base[k] for k in Job._fields[1:]):
+        if base["method"] == against != row["method"] and all(row[k] == base[k] for k in alike):
             parts = {name: row[key] / base[key] for name, key in RATIOS.items() if key in row}
             found.append({**{k: row[k] for k in Job._fields}, "against": against, **parts})
     return found
@@ -175,7 +198,9 @@ def ratios(rows: list[Row], against: str) -> list[Row]:
 
 
 def build(job: Job, s: Bench) -> Model:
-    """The model of a row, its weights random."""
+    """The model of a row: a trained one out of a source, else one whose weights are random."""
+    if job.method in s.sources:
+        return load(job.method)
     method, _, given = job.method.partition(":")
     options = {}
     for part in re.split(r",(?![^[]*\])", given) if given else []:  # not the comma of crop_size=[96,128]
@@ -185,15 +210,56 @@ def build(job: Job, s: Bench) -> Model:
     return create_model(method, job.backbone, s.num_classes, job.image_size, False, s.backbone_args, **options)
 
 
-def answering(model: Model, job: Job, device: torch.device) -> Work:
-    """An answer to a batch, weights and images of the dtype, in inference mode; waits for the device."""
+def about_source(source: str, model: Model) -> Row:
+    """What a trained bundle says of itself: backbone, side of its images (height and width, if they differ), accuracy.
+
+    Raises DataError for numbers that cannot be read.
+    """
+    height, width = model.backbone.image_size
+    row = {"backbone": model.config["backbone"], "image_size": height if height == width else [height, width]}
+    path = Path(source.removeprefix("local-dir:")) / METRICS_FILE
+    try:
+        test = json.loads(path.read_text(encoding="utf-8")).get("test") if path.is_file() else None
+        return row if test is None else row | {"accuracy": float(test["top1"])}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise DataError(f"{path} cannot be read: {one_line(error)}") from error
+
+
+def test_images(model: Model, s: Bench) -> Tensor:
+    """`s.images` images, drawn evenly from the test split of `s.data` as `model` was trained, prepared for it."""
+    seen = {"split_seed": 0, "test_fraction": 0.2} | (model.config.get("data") or {})
+    return _test_images(s.data, seen["split_seed"], seen["test_fraction"], preprocessing_of(model), s.images, s.workers)
+
+
+@lru_cache(maxsize=2)
+def _test_images(
+    data: str, seed: int, fraction: float, preprocessing: Preprocessing, count: int, workers: int
+) -> Tensor:
+    splits = read_data(data, seed=seed, test_fraction=fraction)
+    found = splits["test"].paths if "test" in splits else ()
+    if len(found) < count:
+        raise DataError(f"{data} has {len(found)} test images, {count} were asked for; fewer: --images")
+    paths = [found[i * len(found) // count] for i in range(count)]
+    dataset: Any = ImageDataset(paths, eval_transform(preprocessing))
+    return torch.cat([images for images, _ in DataLoader(dataset, 32, num_workers=workers)])
+
+
+def answering(model: Model, job: Job, device: torch.device, images: Tensor | None = None) -> Work:
+    """An answer to a batch, weights and images of the dtype, in inference mode; waits for the device.
+
+    With `images` (.., 3, H, W) an answer to each whole batch of them, second passes regrouped as `predict` does it;
+    else the batch is noise.
+    """
     dtype = getattr(torch, job.dtype)
     net = prepared(model.eval().to(device, dtype), job)
-    images = torch.randn(job.batch_size, 3, *model.backbone.image_size, device=device, dtype=dtype)
+    if images is None:
+        images = torch.randn(job.batch_size, 3, *model.backbone.image_size)
+    batches = [batch for batch in images.to(device, dtype).split(job.batch_size) if len(batch) == job.batch_size]
 
     @torch.inference_mode()
     def work() -> None:
-        net(images)
+        for _ in answers(net, batches):
+            pass
         wait(device)
 
     return work
@@ -218,7 +284,7 @@ def training(model: Model, job: Job, device: torch.device) -> Work:
     return work
 
 
-def prepared(model: Model, job: Job) -> Callable[..., Any]:
+def prepared(model: Model, job: Job) -> Any:
     """The model, compiled where the row says so."""
     return torch.compile(model) if job.compile else model
 
@@ -258,7 +324,8 @@ CHILD = "import json, sys; from glsim.benchmark import peaks_here as f; print(js
 
 def peaks_elsewhere(job: Job, s: Bench) -> Row:
     """`peaks_here` in a process of its own, which inherits nobody's peak; raises RuntimeError with its last words."""
-    given = [job._asdict(), {"num_classes": s.num_classes, "backbone_args": s.backbone_args, "device": s.device}]
+    names = ("sources", "num_classes", "backbone_args", "device")
+    given = [job._asdict(), {name: getattr(s, name) for name in names}]
     words = [sys.executable, "-c", CHILD, json.dumps([*given, s.training])]
     child = subprocess.run(words, capture_output=True, text=True)
     if child.returncode:
@@ -319,6 +386,7 @@ def resident(peak: bool) -> int:
 # --- for people -------------------------------------------------------------------------------------------------------
 
 COLUMNS = {  # key of a row: head, how a number is written
+    "accuracy": ("top-1", ".1%"),
     "latency_ms": ("ms", ",.1f"),
     "images_per_second": ("images/s", ",.1f"),
     "loaded_images_per_second": ("loaded/s", ",.1f"),
@@ -342,7 +410,7 @@ def as_text(result: dict[str, Any]) -> str:
             table.append([*cells, f"failed: {row['error']}"])
             continue
         for key in keys:
-            cells.append(format(row[key], COLUMNS[key][1]))
+            cells.append(format(row[key], COLUMNS[key][1]) if key in row else "")
             if key.endswith("_ms"):
                 low, high = row[key.replace("_ms", "_quartiles_ms")]
                 cells[-1] += f" ±{(high - low) / 2:,.1f}"
@@ -391,4 +459,28 @@ def draw(rows: list[Row], along: str, apart: str, path: Path) -> None:
             axes.set_ylim(bottom=0)
     all_axes[0].set_ylabel("ms an image" if cost else "images a second")
     all_axes[-1].legend()
+    save_figure(figure, path)
+
+
+def draw_accuracy(rows: list[Row], path: Path) -> None:
+    """PNG: test accuracy against images a second, a point a bundle with its name; a panel per batch size."""
+    rows = [row for row in rows if "accuracy" in row and "error" not in row]
+    panels = sorted({row["batch_size"] for row in rows})
+    if not panels:
+        return
+    several = [k for k in ("dtype", "compile") if len({row[k] for row in rows}) > 1]
+    figure = Figure(figsize=(1.2 + 4.4 * len(panels), 3.8), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, batch in zip(all_axes, panels, strict=True):
+        for row in (r for r in rows if r["batch_size"] == batch):
+            place = row["images_per_second"], 100 * row["accuracy"]
+            more = ["compiled" * row[k] if k == "compile" else row[k] for k in several]
+            name = ", ".join(filter(None, [Path(row["method"]).name, *more]))
+            axes.plot(*place, "o", color="tab:blue")
+            axes.annotate(name, place, xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axes.set(xlabel="images a second", title=f"batch size {batch}")
+        axes.set_xlim(0, 1.4 * max(row["images_per_second"] for row in rows))  # the names stand right of their points
+        axes.margins(y=0.15)
+        axes.grid(alpha=0.3)
+    all_axes[0].set_ylabel("test top-1, %")
     save_figure(figure, path)

@@ -433,15 +433,21 @@ class Bench:
     """Time models in turn: answers, training steps, images a second, peak memory, and their ratios."""
 
     methods: list[str] = setting(["plain", "glsim"], "what to measure; options after a colon: glsim:crop_size=112")
+    sources: list[str] = setting([], "trained bundles to measure instead of methods, at their own image size")
     backbones: list[str] = setting(["vit_base_patch16_224"], "timm model names")
     sizes: list[int] = setting([224], "sides of the images in pixels")
     batch_sizes: list[int] = setting([1, 8], "images at a time")
     dtypes: list[str] = setting(["float32"], "float32, bfloat16, float16: of the weights; in training, of autocast")
     compile: Literal["no", "yes", "both"] = setting("no", "compile the models with torch.compile")
-    against: str | None = setting(None, "one of the methods: divide what the others took by what this one took")
+    against: str | None = setting(None, "a method (or source): divide what the others took by what this one took")
     training: bool = setting(True, "time training steps too: forward, backward, SGD")
     memory: bool = setting(True, "measure peak memory too, each row in a process of its own")
-    data: str | None = setting(None, "images (folder or glob): how many a second are read, prepared and answered")
+    data: str | None = setting(
+        None,
+        "images (folder or glob): how many a second are read, prepared and answered; with --sources a data set as "
+        "for train, whose test images are what is answered (the cost of a model may depend on them)",
+    )
+    images: int = setting(128, "with --sources and --data: test images in every turn, in memory beforehand")
     loader: str | None = setting(None, "recipe: instead, the images a second that training loads from DATA, and uses")
     train: dict[str, Any] = setting({}, "with --loader: settings instead of the recipe's, as --train.cache ram")
     seconds: float = setting(15.0, "with --loader: how long loading, model and both together are timed each")
@@ -450,7 +456,7 @@ class Bench:
     warmup: int = setting(2, "rounds before those, not counted")
     num_classes: int = setting(200, "outputs of the last layer")
     backbone_args: dict[str, Any] = setting({}, "handed to timm, as --backbone-args.depth 6")
-    out: str | None = setting(None, "folder for bench.json, cost.png and throughput.png")
+    out: str | None = setting(None, "folder for bench.json and plots")
     device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
 
     def __post_init__(self) -> None:
@@ -460,11 +466,20 @@ class Bench:
             choose(dtype, dict.fromkeys(("float32", "bfloat16", "float16")), "dtype")
         choose(self.compile, dict.fromkeys(("no", "yes", "both")), "compile")
         if self.against is not None:
-            choose(self.against, dict.fromkeys(self.methods), "method to compare against")
-        for name in ("methods", "backbones", "sizes", "batch_sizes", "dtypes"):
+            choose(self.against, dict.fromkeys(self.sources or self.methods), "method to compare against")
+        for name in ("methods", "sources", "backbones", "sizes", "batch_sizes", "dtypes"):
             values = getattr(self, name)
-            if len(set(values)) < len(values) or not values:
+            if len(set(values)) < len(values) or not (values or name == "sources"):
                 raise ConfigError(f"{name}={values}: {'each only once' if values else 'one or more'}")
+        if self.sources:
+            if self.loader is not None:
+                raise ConfigError("sources: not with --loader")
+            usual = Bench()
+            for name in ("methods", "backbones", "sizes", "num_classes", "backbone_args"):
+                if getattr(self, name) != getattr(usual, name):
+                    raise ConfigError(f"{name}={getattr(self, name)}: not with --sources, which have their own")
+            if self.images < max(self.batch_sizes):
+                raise ConfigError(f"images={self.images}: at least the largest of batch_sizes, {max(self.batch_sizes)}")
         if min(self.sizes + self.batch_sizes) < 1:
             raise ConfigError(f"sizes={self.sizes}, batch_sizes={self.batch_sizes}: at least 1 is needed")
         _at_least(self, 1, "repeats", "num_classes")

@@ -152,13 +152,14 @@ def honest_maws(s: Shape) -> int:
 
 
 def honest_rollout(s: Shape) -> int:
-    """Row form: L times vector by matrix for every head, their mean, and its mean with the vector."""
-    return s.depth * (2 * s.heads * s.tokens**2 + s.tokens * (s.heads + 2))
+    """Row form: of every block a row for every head (the last one's is read, L - 1 are vector by matrix), their mean,
+    and its mean with the vector."""
+    return (s.depth - 1) * 2 * s.heads * s.tokens**2 + s.depth * s.tokens * (s.heads + 2)
 
 
 def honest_psm(s: Shape) -> int:
-    """Row form: L - 1 times vector by matrix for every head."""
-    return (s.depth - 1) * 2 * s.heads * s.tokens**2
+    """Row form, of all blocks but the last: a row of the last of them is read, then L - 2 times vector by matrix."""
+    return (s.depth - 2) * 2 * s.heads * s.tokens**2
 
 
 def honest_sacm(s: Shape) -> int:
@@ -194,7 +195,8 @@ def honest_rows(s: Flops, size: int) -> list[dict[str, Any]]:
         kept = 4 * (shape.depth + MAPS[name]) * shape.heads * shape.tokens**2 if name in MAPS else 0
         rows.append(as_row(size, name, form(shape), whole) | {"attention_mib": kept / 2**20})
     glsim = build("glsim", s.backbone, size, s.num_classes, backbone_args=s.backbone_args)
-    more = count(glsim) - whole + honest_gls(shape) + crop_flops(size)
+    seen = 2 * shape.patches * shape.dim  # of gls: the counter has it in `glsim` already
+    more = count(glsim) - whole + honest_gls(shape) - seen + crop_flops(size)
     return [*rows, as_row(size, "glsim", more, whole) | {"attention_mib": 0.0}]
 
 

@@ -107,21 +107,31 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: tuple[int, int] | None 
     """
     images = images.detach()
     left, top, right, bottom = boxes.unbind(dim=1)
-    height, width = size or images.shape[-2:]
-    crops = _resample(images, top, bottom, height)
-    return _resample(crops.transpose(-1, -2), left, right, width).transpose(-1, -2).contiguous()
+    batch, channels, lines, across = images.shape
+    height, width = size or (lines, across)
+    upper, lower, share = _between(top, bottom, height)  # B height
+    rows = images.flatten(0, 2)  # of all planes in one list: what is copied is whole rows
+    first = lines * torch.arange(batch * channels, device=images.device).view(batch, channels, 1)
+
+    def take_rows(index: Tensor) -> Tensor:
+        return rows.index_select(0, (first + index[:, None]).flatten()).view(batch, channels, height, across)
+
+    crops = take_rows(upper).lerp_(take_rows(lower), share[:, None, :, None].to(images.dtype))
+    nearer, farther, share = _between(left, right, width)  # B width
+
+    def take_columns(index: Tensor) -> Tensor:
+        return crops.gather(3, index[:, None, None].expand(-1, channels, height, -1))
+
+    return take_columns(nearer).lerp_(take_columns(farther), share[:, None, None].to(images.dtype))
 
 
-def _resample(images: Tensor, start: Tensor, end: Tensor, length: int) -> Tensor:
-    """Resample rows `start`..`end` (B,) of `images` (B, C, H, W) to `length` rows: (B, C, length, W)."""
-    steps = torch.arange(length, device=images.device, dtype=torch.float32)
-    offset = steps * ((end - start - 1).float() / max(length - 1, 1))[:, None]  # B length
+def _between(start: Tensor, end: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The two lines of `start`..`end` (B,) that each of `length` places lies between, and its share of the second.
+
+    All (B, length).
+    """
+    steps = torch.arange(length, device=start.device, dtype=torch.float32)
+    offset = steps * ((end - start - 1).float() / max(length - 1, 1))[:, None]
     whole = offset.long()
-    weight = (offset - whole)[:, None, :, None].to(images.dtype)
-    upper = start[:, None] + whole
-    lower = torch.minimum(upper + 1, end[:, None] - 1)
-
-    def rows(index: Tensor) -> Tensor:
-        return images.gather(2, index[:, None, :, None].expand(-1, images.shape[1], -1, images.shape[3]))
-
-    return torch.lerp(rows(upper), rows(lower), weight)
+    one = start[:, None] + whole
+    return one, torch.minimum(one + 1, end[:, None] - 1), offset - whole

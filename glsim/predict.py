@@ -97,10 +97,7 @@ class Predictor:
     ) -> Iterator[tuple[Output | None, list[tuple[int, int] | BadImage]]]:
         """In order, some images at a time: what the model says of those that could be read (None: none could), and for
         every one its size (width, height), or what is bad about it."""
-        transform = _WithSize(eval_transform(self.preprocessing))
-        dataset: Any = ImageDataset(images, transform, keep_bad=True)
-        workers = max(0, min(self.workers, len(images) - 1))
-        loader = DataLoader(dataset, batch_size=self.batch_size, num_workers=workers, collate_fn=_collate)
+        loader = self.loader(images)
         read: deque[tuple[int, int] | BadImage] = deque()  # images that wait for their answer
 
         def batches() -> Iterator[Tensor]:
@@ -117,6 +114,17 @@ class Predictor:
             yield output, items
         if read:
             yield None, list(read)
+
+    def loader(self, images: Sequence[str | Path | Image.Image]) -> DataLoader:
+        """Batches (B, 3, H, W) of what can be read, with every image's size (width, height) or its BadImage."""
+        dataset: Any = ImageDataset(images, _WithSize(eval_transform(self.preprocessing)), keep_bad=True)
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            num_workers=max(0, min(self.workers, len(images) - 1)),
+            collate_fn=_collate,
+            pin_memory=self.device.type != "cpu",
+        )
 
     def predictions(self, output: Output, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
         """The answers that the model's `output` for a batch stands for; `sizes` (width, height) are of its images."""

@@ -2,8 +2,9 @@
 
 A metric is a function from `Features` to scores (B, g, N), higher is more discriminative; g is 1, or one score map per
 head or block. Adding one to `METRICS` gives it to every model, picture and table. Those that read
-`Features.attention_logits` also stand in `NEEDS_ATTENTION`. Keyword parameters can be set where a metric is named:
-`attention:block=3`, `rollout:first=2,last=8`, `random:seed=7`; blocks count from 0, or from -1 backwards.
+`Features.attention_logits` also stand in `NEEDS_ATTENTION`; those in `NEEDS_MAPS` are content with `attention_maps`,
+which spare them the softmax. Keyword parameters can be set where a metric is named: `attention:block=3`,
+`rollout:first=2,last=8`, `random:seed=7`; blocks count from 0, or from -1 backwards.
 
 Where there is no class token, its row and column of an attention matrix become the mean over all rows and columns.
 """
@@ -12,8 +13,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +23,17 @@ from torch import Tensor
 
 from glsim.types import ConfigError, Features, choose
 
+EPS = 1e-8  # the shortest a token is taken to be
+
 
 def gls_cos(f: Features) -> Tensor:
     """Global-local similarity: cosine of the class token with every patch token (arXiv 2407.12891). (B, 1, N)"""
-    return F.cosine_similarity(f.cls[:, None], f.patches, dim=-1)[:, None]
+    kind = f.cls.device.type
+    mixed = torch.amp.is_autocast_available(kind)  # the counter's meta device has none
+    with torch.autocast(kind, enabled=False) if mixed else nullcontext():  # a product as exact as the tokens are
+        lengths = torch.linalg.vector_norm(f.patches, dim=-1).clamp(min=EPS)
+        one = F.normalize(f.cls.to(f.patches.dtype), dim=-1, eps=EPS)
+        return one[:, None] @ f.patches.transpose(1, 2) / lengths[:, None]
 
 
 def gls_l1(f: Features) -> Tensor:
@@ -39,8 +48,8 @@ def gls_l2(f: Features) -> Tensor:
 
 def attention(f: Features, block: int = -1) -> Tensor:
     """Attention of the class token to every patch in one block, mean over heads. (B, 1, N)"""
-    (logits,) = _blocks(f, block, block)
-    return _class_row(f, logits.softmax(dim=-1)).mean(dim=1, keepdim=True)
+    (a,) = _blocks(f, block, block)
+    return _class_row(f, a)[..., f.num_prefix :].mean(dim=1, keepdim=True)
 
 
 def rollout(f: Features, first: int = 0, last: int = -1) -> Tensor:
@@ -48,12 +57,17 @@ def rollout(f: Features, first: int = 0, last: int = -1) -> Tensor:
 
     Row form, v <- v A from the last block down: the same numbers as the matrix product at 1/n of its cost.
     """
-    return _rollout(f, _class_query(f), first, last)
+    if not f.num_prefix:
+        return rams(f, first, last)
+    *before, a = _blocks(f, first, last)
+    row = _class_row(f, a)
+    return _rollout(f, F.one_hot(row.new_zeros((), dtype=torch.long), row.shape[-1]), row, before)
 
 
 def rams(f: Features, first: int = 0, last: int = -1) -> Tensor:
     """Rollout averaged over all query rows (RAMS-Trans, arXiv 2107.08192): mean attention to a patch. (B, 1, N)"""
-    return _rollout(f, _every_query(f), first, last)
+    *before, a = _blocks(f, first, last)
+    return _rollout(f, 1 / a.shape[-1], _softmax(f, a).mean(dim=2), before)
 
 
 def psm(f: Features, first: int = 0, last: int = -1) -> Tensor:
@@ -61,9 +75,10 @@ def psm(f: Features, first: int = 0, last: int = -1) -> Tensor:
 
     All blocks of `f`; TransFG itself leaves the last one out and hands over features without it. Row form, as rollout.
     """
-    v = _class_query(f)
-    for logits in reversed(_blocks(f, first, last)):
-        v = v @ logits.softmax(dim=-1)
+    *before, a = _blocks(f, first, last)
+    v = _class_row(f, a)[:, :, None]  # B h 1 n
+    for a in reversed(before):
+        v = v @ _softmax(f, a)
     return v[:, :, 0, f.num_prefix :]
 
 
@@ -72,6 +87,7 @@ def maws(f: Features, block: int | None = None) -> Tensor:
 
     One map a block, or that of `block` alone.
     """
+    f = f._replace(attention_maps=None)
     chosen = _blocks(f, 0, -1) if block is None else _blocks(f, block, block)
     return torch.stack([mutual_attention(f, logits) for logits in chosen], dim=1)[..., f.num_prefix :]
 
@@ -81,10 +97,9 @@ def mutual_attention(f: Features, logits: Tensor) -> Tensor:
 
     Mean attention from the class token, times the mean softmax over queries of the logits towards it.
     """
-    given = _class_row(f, logits.softmax(dim=-1), all_tokens=True).mean(dim=1)
-    taken = logits.softmax(dim=-2)  # over queries
-    taken = taken[..., 0] if f.num_prefix else taken.mean(dim=-1)
-    return given * taken.mean(dim=1)
+    f = f._replace(attention_maps=None)
+    taken = logits[..., 0].softmax(dim=-1) if f.num_prefix else logits.softmax(dim=-2).mean(dim=-1)
+    return _class_row(f, logits).mean(dim=1) * taken.mean(dim=1)
 
 
 def sacm(f: Features) -> Tensor:
@@ -99,7 +114,7 @@ def sacm(f: Features) -> Tensor:
 
 def class_rows(f: Features) -> Tensor:
     """The class token's attention to every patch in every block, mean over heads. (B, L, N)"""
-    return torch.stack([_class_row(f, a.softmax(dim=-1)).mean(dim=1) for a in _blocks(f, 0, -1)], dim=1)
+    return torch.stack([_class_row(f, a)[..., f.num_prefix :].mean(dim=1) for a in _blocks(f, 0, -1)], dim=1)
 
 
 def mhv(f: Features, block: int | None = None, votes: int = 24) -> Tensor:
@@ -109,7 +124,7 @@ def mhv(f: Features, block: int | None = None, votes: int = 24) -> Tensor:
     that of `block` alone.
     """
     chosen = _blocks(f, 0, -1) if block is None else _blocks(f, block, block)
-    return torch.stack([_vote(_class_row(f, logits.softmax(dim=-1)), f.grid, votes) for logits in chosen], dim=1)
+    return torch.stack([_vote(_class_row(f, a)[..., f.num_prefix :], f.grid, votes) for a in chosen], dim=1)
 
 
 def _vote(rows: Tensor, grid: tuple[int, int], votes: int) -> Tensor:
@@ -159,6 +174,7 @@ METRICS: dict[str, Callable[..., Tensor]] = {
     "random": random,
 }
 NEEDS_ATTENTION = {"attention", "rollout", "psm", "maws", "sacm", "rams", "mhv"}
+NEEDS_MAPS = {"attention", "rollout", "psm", "sacm", "rams", "mhv"}  # of these: a network hands them `attention_maps`
 
 
 def find_metric(spec: str) -> partial[Tensor]:
@@ -188,9 +204,10 @@ def score(spec: str, f: Features) -> Tensor:
     return find_metric(spec)(f)
 
 
-def needs_attention(spec: str) -> bool:
-    """Whether the metric reads attention logits."""
-    return spec.partition(":")[0] in NEEDS_ATTENTION
+def needs_attention(spec: str) -> bool | Literal["maps"]:
+    """What the metric reads of the attention, as `Backbone.forward` takes it: nothing, the logits (True), or maps."""
+    name = spec.partition(":")[0]
+    return "maps" if name in NEEDS_MAPS else name in NEEDS_ATTENTION
 
 
 def check_metric(spec: str, has_attention: bool, depth: int | None = None) -> None:
@@ -262,38 +279,34 @@ def largest_component(mask: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _blocks(f: Features, first: int, last: int) -> tuple[Tensor, ...]:
-    """Attention logits of blocks `first`..`last`, both included; negative numbers count from the end."""
-    if f.attention_logits is None:
+    """Maps (else logits) of blocks `first`..`last`, both included; negative numbers count from the end."""
+    held = f.attention_maps if f.attention_maps is not None else f.attention_logits
+    if held is None:
         raise ConfigError("the features hold no attention logits; encode with attention=True")
-    depth = len(f.attention_logits)
+    depth = len(held)
     start, end = (b + depth if b < 0 else b for b in (first, last))
     if not 0 <= start <= end < depth:
         which = f"is no block {first}" if first == last else f"are no blocks {first} to {last}"
         raise ConfigError(f"there {which}: the features hold {depth}, 0 to {depth - 1}")
-    return f.attention_logits[start : end + 1]
+    return held[start : end + 1]
 
 
-def _class_row(f: Features, a: Tensor, all_tokens: bool = False) -> Tensor:
-    """What the class token gives in `a` (B, h, n, n): (B, h, N), or (B, h, n) with all tokens."""
-    row = a[:, :, 0] if f.num_prefix else a.mean(dim=2)
-    return row if all_tokens else row[..., f.num_prefix :]
+def _softmax(f: Features, a: Tensor) -> Tensor:
+    """What `_blocks` gave, whole matrices or rows of them, after the softmax."""
+    return a if f.attention_maps is not None else a.softmax(dim=-1)
 
 
-def _class_query(f: Features) -> Tensor:
-    """The row vector that picks the class token's row of a matrix (1, 1, 1, n)."""
-    like = _blocks(f, -1, -1)[0]
-    if not f.num_prefix:
-        return _every_query(f)
-    return F.one_hot(torch.zeros(1, 1, 1, dtype=torch.long, device=like.device), like.shape[-1]).to(like.dtype)
+def _class_row(f: Features, a: Tensor) -> Tensor:
+    """What the class token gives to all tokens in a block's maps or logits `a` (B, h, n, n): (B, h, n)."""
+    return _softmax(f, a[:, :, 0]) if f.num_prefix else _softmax(f, a).mean(dim=2)
 
 
-def _every_query(f: Features) -> Tensor:
-    like = _blocks(f, -1, -1)[0]
-    return like.new_full((1, 1, 1, like.shape[-1]), 1 / like.shape[-1])
+def _rollout(f: Features, start: Tensor | float, row: Tensor, before: list[Tensor]) -> Tensor:
+    """Rows of A sum to one, so normalising A + I by row is halving it.
 
-
-def _rollout(f: Features, v: Tensor, first: int, last: int) -> Tensor:
-    """Rows of A sum to one, so normalising A + I by row is halving it."""
-    for logits in reversed(_blocks(f, first, last)):
-        v = (v + (v @ logits.softmax(dim=-1)).mean(dim=1, keepdim=True)) / 2
+    `row` (B, h, n) is what the last block makes of the row vector `start`; `before` holds the blocks before it.
+    """
+    v = (start + row.mean(dim=1))[:, None, None] / 2  # B 1 1 n
+    for a in reversed(before):
+        v = (v + (v @ _softmax(f, a)).mean(dim=1, keepdim=True)) / 2
     return v[:, :, 0, f.num_prefix :]

@@ -11,7 +11,7 @@ Shape legend, used in every docstring:
 | n          | tokens, N + prefix (class token, distillation token, registers: 0, 1, 2, 5..) |
 | D          | width of a token                                                              |
 | L          | transformer blocks                                                            |
-| h          | attention heads (in `attention_logits`)                                       |
+| h          | attention heads (in `attention_logits` and `attention_maps`)                  |
 | g          | groups of scores a metric returns (1, one per head, or one per block)         |
 | K          | selected patches, `top_o` for GLSim                                           |
 | C          | classes                                                                       |
@@ -59,6 +59,7 @@ class Features(NamedTuple):
     num_prefix: int  # tokens before the first patch in `attention_logits`, the first a class token; 0 without one
     attention_logits: tuple[Tensor, ...] | None = None  # L tensors (B, h, n, n), before the softmax; rows are queries
     layer_weights: Tensor | None = None  # (B, L) how much each block's attention counts, where a model learns that
+    attention_maps: tuple[Tensor, ...] | None = None  # after the softmax: in place of the logits, where asked for
 
 
 class Selection(NamedTuple):

@@ -10,9 +10,15 @@ import torch
 from conftest import ROOT, SMALL
 from PIL import Image
 
+import glsim
 from glsim import benchmark, cli
 from glsim.benchmark import Job, in_turn, ratios
+from glsim.bundle import preprocessing_of
 from glsim.config import Bench
+from glsim.crop import select
+from glsim.data import read_data
+from glsim.images import open_image
+from glsim.transforms import eval_transform
 from glsim.types import ConfigError
 
 TINY = {"backbones": ["vit_tiny_patch16_224"], "sizes": [64], "batch_sizes": [2], "backbone_args": SMALL}
@@ -246,6 +252,11 @@ def test_a_child_that_dies_says_why():
         ({"sizes": [224, 224]}, "each only once"),
         ({"batch_sizes": [0]}, "at least 1"),
         ({"repeats": 0}, "repeats=0: at least 1"),
+        ({"sources": ["run", "run"]}, "each only once"),
+        ({"sources": ["run"], "sizes": [64]}, r"sizes=\[64\]: not with --sources"),
+        ({"sources": ["run"], "methods": ["plain"]}, "methods=.*not with --sources"),
+        ({"sources": ["run"], "against": "plain"}, "unknown method to compare against 'plain'; choose from: run"),
+        ({"sources": ["run"], "images": 4}, "images=4: at least the largest of batch_sizes, 8"),
     ],
 )
 def test_wrong_settings(given, said):
@@ -274,3 +285,103 @@ def test_the_selection_script_agrees_with_itself(script, capsys, monkeypatch):
     monkeypatch.setitem(script.METRICS, "psm", lambda f: script.psm_matrix(f) * 1.001)
     with pytest.raises(AssertionError, match="psm"):
         script.main(["--image-size", "64", "--repeats", "1"])
+
+
+@pytest.fixture
+def two_pass():
+    spec = importlib.util.spec_from_file_location("two_pass_benchmark", ROOT / "benchmarks" / "two_pass.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_two_pass_script_takes_the_forward_apart(two_pass, capsys, monkeypatch):
+    words = ["--backbones", "test_vit", "--sizes", "64", "--batch-sizes", "2", "--repeats", "2", "--device", "cpu"]
+    (row,) = two_pass.main([*words, "--json"])
+    assert json.loads(capsys.readouterr().out)["rows"] == [row]
+    assert list(row["parts_ms"]) == ["first pass", "score", "box", "crop", "second pass", "aggregator, head"]
+    assert row["glsim_ratio"] == row["glsim_ms"] / row["timm_ms"]
+    assert 0 < row["added_percent"] * row["timm_ms"] / 100 < sum(row["parts_ms"].values())
+    text = two_pass.as_text([row])
+    assert f"| test_vit | 64 | 2 | {row['timm_ms']:,.1f} |" in text and "| second pass |" in text
+    monkeypatch.setattr(two_pass, "select", lambda *given: two_pass.__dict__["real"](*given[:4], "inclusive"))
+    monkeypatch.setattr(two_pass, "real", select, raising=False)
+    with pytest.raises(AssertionError):  # steps that do not do what the model does are not timed
+        two_pass.main(words)
+
+
+# --- trained bundles --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def second(run_folder, tmp_path_factory):
+    """Another bundle: the same weights, crops of half the size, no measured accuracy."""
+    folder = tmp_path_factory.mktemp("second") / "small"
+    glsim.save(glsim.load(run_folder, crop_size=32), folder)
+    return folder
+
+
+def test_bundles_are_rows_with_their_accuracy_and_answer_test_images(run_folder, second, birds, tmp_path, monkeypatch):
+    seen = []
+    original = benchmark.build
+
+    def build(job, s):
+        model = original(job, s)
+        model.register_forward_hook(lambda module, given, output: seen.append((job.method, given[0].clone())))
+        return model
+
+    monkeypatch.setattr(benchmark, "build", build)
+    names = [str(run_folder), str(second)]
+    given = {"sources": names, "against": names[0], "data": str(birds), "images": 4, "batch_sizes": [2], "workers": 0}
+    given |= {"training": False, "memory": False, "repeats": 2, "warmup": 0, "device": "cpu", "out": str(tmp_path)}
+    result = benchmark.run(Bench(**given), progress=False)
+    first, other = result["rows"]
+    measured = json.loads((run_folder / "metrics.json").read_text())["test"]["top1"]
+    assert first["accuracy"] == measured and "accuracy" not in other
+    assert [(r["method"], r["backbone"], r["image_size"]) for r in (first, other)] == [
+        (name, "vit_tiny_patch16_224", 64) for name in names
+    ]
+    assert result["ratio"][0]["latency"] == other["latency_ms"] / first["latency_ms"]
+    assert first["images_per_second"] == pytest.approx(2000 / first["latency_ms"])
+    assert [name for name, _ in seen] == [names[0], names[0], names[1], names[1]] * 2  # two batches every turn
+    paths = read_data(birds)["test"].paths
+    transform = eval_transform(preprocessing_of(glsim.load(run_folder)))
+    expected = torch.stack([transform(open_image(paths[i * len(paths) // 4])) for i in range(4)])
+    assert torch.equal(torch.cat([seen[0][1], seen[1][1]]), expected)
+    with Image.open(tmp_path / "accuracy.png") as picture:
+        assert picture.format == "PNG"
+    text = benchmark.as_text(result)
+    assert f"{measured:.1%}" in text and "top-1" in text
+
+
+def test_the_time_of_a_batch_is_that_of_a_turn_divided_by_its_batches(run_folder, birds, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(benchmark, "answering", lambda *given: clock.work(6, 3))
+    original = benchmark.in_turn
+    monkeypatch.setattr(benchmark, "in_turn", lambda *given: original(*given, clock=clock))
+    given = {"sources": [str(run_folder)], "data": str(birds), "images": 7, "batch_sizes": [2], "workers": 0}
+    given |= {"training": False, "memory": False, "repeats": 1, "warmup": 1, "device": "cpu"}
+    (row,) = benchmark.run(Bench(**given), progress=False)["rows"]
+    assert row["latency_ms"] == 1000 and row["images_per_second"] == 2  # 3 whole batches of 7 images in 3 s
+
+
+def test_bundles_that_cannot_be_measured(run_folder, birds, tmp_path, capsys):
+    fast = {"training": False, "memory": False, "repeats": 1, "warmup": 0, "device": "cpu", "workers": 0}
+    rows = benchmark.run(Bench(sources=[str(tmp_path / "gone"), str(run_folder)], batch_sizes=[1], **fast), False)[
+        "rows"
+    ]
+    assert "gone does not exist; give a bundle folder" in rows[0]["error"] and "error" not in rows[1]
+    s = Bench(sources=[str(run_folder)], data=str(birds), images=99, batch_sizes=[1], **fast)
+    assert "has 9 test images, 99 were asked for" in benchmark.run(s, False)["rows"][0]["error"]
+    assert cli.main(["bench", "--sources", str(run_folder), "--data", str(tmp_path / "gone")]) == 3
+    damaged = tmp_path / "damaged"
+    glsim.save(glsim.load(run_folder), damaged)
+    (damaged / "metrics.json").write_text("{")
+    (row,) = benchmark.run(Bench(sources=[str(damaged)], batch_sizes=[1], **fast), False)["rows"]
+    assert "metrics.json cannot be read" in row["error"]
+
+
+def test_memory_of_a_bundle_is_measured_in_a_process_of_its_own(run_folder):
+    s = Bench(sources=[str(run_folder)], device="cpu")
+    found = benchmark.peaks_elsewhere(Job(str(run_folder), "", 0, 1, "float32", False), s)
+    assert 0 < found["memory_mib"] <= found["training_memory_mib"]

@@ -85,10 +85,12 @@ def test_fused_attention_is_off_while_counting():
 
 def test_glsim_is_two_passes_and_an_aggregator():
     plain, glsim = (cost.build(method, None, 224) for method in ("plain", "glsim"))
-    d = 768
+    d, others = 768, 196
+    gls = 2 * others * d
+    last_mlp = 16 * others * d**2  # of the second pass, whose other tokens nobody reads
     aggregator = 24 * 2 * d**2 + 4 * 2**2 * d  # one block over two tokens
     backbone = cost.count(plain) - 2 * 200 * d
-    assert cost.count(glsim) == 2 * backbone + aggregator + 2 * 200 * d
+    assert cost.count(glsim) == 2 * backbone + gls - last_mlp + aggregator + 2 * 200 * d
     assert round(cost.count_parameters(glsim) / 1e6, 2) == 93.04  # as published, 200 classes
 
 
@@ -96,7 +98,7 @@ def test_a_whole_model_beside_plain(capsys):
     words = ["--backbone", "vit_tiny_patch16_224"]
     rows = json.loads(call(capsys, *words, "--json"))["rows"]
     assert [r["method"] for r in rows] == ["plain", "glsim"] and rows[0]["image_size"] == [224, 224]
-    assert rows[0]["ratio"] == 1 and 2 < rows[1]["ratio"] < 2.01
+    assert rows[0]["ratio"] == 1 and 1.94 < rows[1]["ratio"] < 1.96
     assert rows[1]["gflops"] / rows[0]["gflops"] == pytest.approx(rows[1]["ratio"], rel=1e-12)
     small = json.loads(call(capsys, *words, "--options.crop_size", "112", "--json"))["rows"][1]["ratio"]
     assert 1.2 < small < 1.25  # 50 tokens of 197, and less of them in n^2
@@ -181,9 +183,9 @@ def gls_loop(f, _):
 def psm_loop(f, _):
     maps = []
     for head in range(SHAPE.heads):
-        v = [Counted(j == 0) for j in range(SHAPE.tokens)]
-        for s in reversed(f.attention_logits):
-            a = counted(s.softmax(-1)[0, head])
+        *before, last = [counted(s.softmax(-1)[0, head]) for s in f.attention_logits]
+        v = last[0]
+        for a in reversed(before):
             v = [dot(v, column(a, j)) for j in range(SHAPE.tokens)]
         maps.append(v[1:])
     return maps
@@ -191,9 +193,9 @@ def psm_loop(f, _):
 
 def rollout_loop(f, _):
     v = [Counted(j == 0) for j in range(SHAPE.tokens)]
-    for s in reversed(f.attention_logits):
+    for i, s in enumerate(reversed(f.attention_logits)):
         a = counted(s.softmax(-1)[0])
-        heads = [[dot(v, column(one, j)) for j in range(SHAPE.tokens)] for one in a]
+        heads = [one[0] if i == 0 else [dot(v, column(one, j)) for j in range(SHAPE.tokens)] for one in a]
         v = [(x + mean([head[j] for head in heads])) / 2 for j, x in enumerate(v)]
     return [v[1:]]
 
@@ -228,7 +230,8 @@ def sacm_loop(f, excite):
 def test_honest_forms_are_what_a_loop_counts_and_the_counter_sees(name):
     """The loop gives the scores of the package's own function, so that it counts the same mechanism.
 
-    The counter sees matrix products only: of psm all, of rollout all but the means, of sacm the linear layers.
+    The counter sees matrix products only: of psm all, of rollout all but the means, of sacm the linear layers, of gls
+    the products of class token and patches.
     """
     torch.manual_seed(0)
     s, n, h = SHAPE, SHAPE.tokens, SHAPE.heads
@@ -255,6 +258,7 @@ def test_honest_forms_are_what_a_loop_counts_and_the_counter_sees(name):
         "psm": cost.honest_psm(s),
         "rollout": cost.honest_rollout(s) - s.depth * n * (h + 2),
         "sacm": 2 * 2 * s.depth * (s.depth // 2),
+        "gls": 2 * s.dim * s.patches,
     }
     assert counter.get_total_flops() == products.get(name, 0)
 
@@ -275,7 +279,7 @@ def test_honest_rows_charge_glsim_its_second_pass():
     rows = cost.run(Flops(convention="honest", sizes=[64], backbone="vit_tiny_patch16_224"))["rows"]
     percent = {r["mechanism"]: r["percent_of_backbone"] for r in rows}
     assert list(percent) == ["psm", "rollout", "maws", "sacm", "gls", "glsim"]
-    assert 100 < percent["glsim"] < 103 and max(v for k, v in percent.items() if k != "glsim") < 0.2
+    assert 93 < percent["glsim"] < 98 and max(v for k, v in percent.items() if k != "glsim") < 0.2
     maps = {r["mechanism"]: r["attention_mib"] for r in rows}
     assert maps["rollout"] == 12 * 3 * 17**2 * 4 / 2**20 and maps["gls"] == 0
     assert maps["psm"] == 11 / 12 * maps["rollout"]

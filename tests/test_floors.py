@@ -31,6 +31,7 @@ SIDEWAYS = {
     ("checkpoint", "bundle"),  # files written whole or not at all
     ("cost", "config"),  # the settings of its verb
     ("train", "evaluate"),
+    ("benchmark", "predict"),  # it times the same answers
     ("evaluate", "predict"),  # the same answer to an image, mirrored or not
     ("calibrate", "evaluate"),  # the same split of the same images
     ("evaluate", "mistakes"),  # the page of what it counted

@@ -28,6 +28,7 @@ def test_glsim_agrees_with_the_published_network(name, tmp_path):
         with torch.inference_mode():
             output = m(truth["images"])
             f = m.features(truth["images"], attention=True)
+            maps = m.features(truth["images"], attention="maps").attention_maps
         torch.testing.assert_close(output.logits, truth["logits"], atol=1e-4, rtol=0)
         assert torch.equal(output.selection.indices, truth["top_indices"].long())
         assert torch.equal(output.selection.boxes, truth["boxes_ltrb"].long())
@@ -38,6 +39,7 @@ def test_glsim_agrees_with_the_published_network(name, tmp_path):
         torch.testing.assert_close(tokens, truth["tokens"], atol=1e-4, rtol=0)
         for i, logits in enumerate(f.attention_logits):
             torch.testing.assert_close(logits.softmax(dim=-1), truth[f"attention_{i}"], atol=1e-5, rtol=0)
+            torch.testing.assert_close(maps[i], truth[f"attention_{i}"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -609,6 +609,25 @@ def test_rotary_positions_follow_the_tokens_into_the_last_block(backbone):
     assert not torch.allclose(misplaced[:, 0], f.cls, atol=1e-2)
 
 
+@pytest.mark.parametrize("backbone", sorted(SIZES))
+def test_the_class_token_alone_is_that_of_the_whole_pass(backbone):
+    model = spread(build("plain", backbone, SIZES[backbone]), 0.3).backbone
+    images, gradients = pictures(2, 3, *model.image_size), []
+    for encode in (lambda: model(images).cls, lambda: model.class_token(images)):
+        cls = encode()
+        model.zero_grad()
+        cls.square().sum().backward()
+        gradients.append((cls, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-4, rtol=1e-3)
+
+
+def test_the_last_mlp_of_a_second_pass_sees_one_token():
+    model, seen = build("glsim"), []
+    model.backbone.net.blocks[-1].mlp.register_forward_hook(lambda module, given, _: seen.append(given[0].shape[1]))
+    model(pictures(2, 3, 64, 64))
+    assert seen == [17, 1]
+
+
 # --- RAMS-Trans and AF-Trans ----------------------------------------------------------------------------------------
 
 

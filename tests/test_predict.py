@@ -1,10 +1,12 @@
 import csv
+import importlib.util
 import io
 import json
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import glsim
@@ -108,3 +110,16 @@ def test_train_transforms_make_normalised_images_of_the_right_size():
     with pytest.raises(glsim.ConfigError, match="preprocessing"):
         Preprocessing.from_dict({"image_size": [3]})
     assert torch.is_tensor(train_transform(p)(image))
+
+
+def test_the_script_times_predict_beside_its_parts(run_folder, photos, capsys):
+    spec = importlib.util.spec_from_file_location("predict_benchmark", ROOT / "benchmarks" / "predict.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    words = [str(run_folder), str(photos), "--images", "7", "--batch-size", "3", "--workers", "0", "--device", "cpu"]
+    found = script.main([*words, "--json"])
+    assert json.loads(capsys.readouterr().out) == found
+    assert found["images"] == 7 and min(found["predict_s"], found["model_s"], found["decode_s"]) > 0
+    assert found["floor_s"] >= max(found["model_s"], found["decode_s"])
+    assert 0 < found["memory_early_mib"] <= found["memory_mib"]
+    assert "7 images, batches of 3, 0 loading processes" in script.as_text(found)

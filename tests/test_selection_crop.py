@@ -18,6 +18,7 @@ from glsim.crop import (
 )
 from glsim.selection import (
     NEEDS_ATTENTION,
+    NEEDS_MAPS,
     check_metric,
     find_metric,
     gather_tokens,
@@ -169,6 +170,18 @@ def test_metrics_agree_with_their_equations(name, prefix, grid):
     expected = torch.stack([NAIVE[name](f, b) for b in range(3)]).float()
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(scores / expected.abs().amax(), expected / expected.abs().amax(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_maps_after_the_softmax_give_the_same_scores(prefix):
+    f = features(prefix=prefix)
+    maps = f._replace(attention_logits=None, attention_maps=tuple(a.softmax(dim=-1) for a in f.attention_logits))
+    for name in NEEDS_MAPS:
+        torch.testing.assert_close(METRICS[name](maps), METRICS[name](f), atol=1e-7, rtol=1e-6)
+    assert {"maws"} == NEEDS_ATTENTION - NEEDS_MAPS
+    with pytest.raises(ConfigError, match="no attention logits"):
+        METRICS["maws"](maps)
+    torch.testing.assert_close(METRICS["maws"](f._replace(attention_maps=maps.attention_maps)), METRICS["maws"](f))
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 5])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glsim.backbone import Backbone, Model
+from glsim.backbone import Attention, Backbone, Model
 from glsim.crop import crop_and_resize, select_component
 from glsim.heads import LayerWeights, zero_linear
 from glsim.selection import check_metric, class_rows, needs_attention, sacm, score
@@ -27,11 +27,11 @@ class AFTrans(Model):
 
     def forward(self, images: Tensor) -> Output:
         """`images` (B, 3, H, W), normalised. The answer is the mean of both passes' logits."""
-        f = self.features(images, attention=self.training or needs_attention(self.metric))
+        f = self.features(images, attention=needs_attention(self.metric) or (self.training and "maps"))
         scores = score(self.metric, f)
         selection = select_component(scores, self.threshold, f.grid, images.shape[-2:])
         crops = crop_and_resize(images, selection.boxes)
-        local = self.backbone(crops).cls
+        local = self.backbone.class_token(crops)
         logits = self.head(torch.stack((f.cls, local)))  # 2 B C
         losses: dict[str, Any] = {}
         if self.training:
@@ -43,7 +43,7 @@ class AFTrans(Model):
         vectors = {"global": f.cls, "crop": local, "fused": (f.cls + local) / 2}
         return Output(logits.mean(dim=0), selection, crops, losses or {"embeddings": vectors})
 
-    def features(self, images: Tensor, attention: bool = False) -> Features:
+    def features(self, images: Tensor, attention: Attention = False) -> Features:
         """Tokens of the first pass; with `attention`, the learned weight of every block too."""
         f = self.backbone(images, attention=attention)
         return f._replace(layer_weights=self.excite(class_rows(f))) if attention else f

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from glsim.backbone import Backbone, TokenModel
 from glsim.crop import select_these
 from glsim.heads import zero_linear
-from glsim.selection import check_metric, check_top, gather_tokens, mutual_attention, score
+from glsim.selection import check_metric, check_top, gather_tokens, mutual_attention, needs_attention, score
 from glsim.types import Features, Output
 
 
@@ -22,7 +22,7 @@ class FFVT(TokenModel):
 
     def forward(self, images: Tensor) -> Output:
         """`images` (B, 3, H, W), normalised."""
-        stages = self.backbone.stages(images)
+        stages = self.backbone.stages(images, needs_attention(self.metric))
         skip, grid = self.backbone.skip, stages[0].features.grid
         weights = [self.weigh(stage.features) for stage in stages]  # L - 1 of (B, n)
         indices = [w.topk(self.top_k, dim=-1).indices for w in weights]

@@ -37,7 +37,7 @@ class GLSim(Model):
         f = self.features(images, attention=needs_attention(self.metric))
         selection = select(score(self.metric, f), self.top_o, f.grid, images.shape[-2:], self.box)
         crops = crop_and_resize(images, selection.boxes, self.crop_size)
-        tokens = torch.stack((f.cls, self.backbone(crops).cls), dim=1)  # B 2 D
+        tokens = torch.stack((f.cls, self.backbone.class_token(crops)), dim=1)  # B 2 D
         fused = self.aggregator(tokens)
         return Output(self.head(fused), selection, crops, {} if self.training else self.name(tokens, fused))
 
@@ -80,7 +80,7 @@ class AdaptiveGLSim(GLSim, StagedModel):
     def second(self, images: Tensor, given: Tensor, boxes: Tensor) -> Output:
         """The refined answer, from `given` (B, D) and the crops `boxes` (B, 4) of `images`; and those crops."""
         crops = crop_and_resize(images, boxes, self.crop_size)
-        tokens = torch.stack((given, self.backbone(crops).cls), dim=1)  # B 2 D
+        tokens = torch.stack((given, self.backbone.class_token(crops)), dim=1)  # B 2 D
         fused = self.aggregator(tokens)
         return Output(self.head(fused), None, crops, self.name(tokens, fused))
 

@@ -13,7 +13,7 @@ from glsim.attention import explicit_attention
 from glsim.backbone import Backbone, TokenModel
 from glsim.crop import select_these
 from glsim.heads import count_heads, zero_linear
-from glsim.selection import check_metric, gather_tokens, score
+from glsim.selection import check_metric, gather_tokens, needs_attention, score
 from glsim.types import ConfigError, Output
 
 DRIFT = 0.001  # how fast a block's share of the tokens follows what the refinement keeps
@@ -38,7 +38,7 @@ class IELT(TokenModel):
 
     def forward(self, images: Tensor) -> Output:
         """`images` (B, 3, H, W), normalised."""
-        stages = self.backbone.stages(images)
+        stages = self.backbone.stages(images, needs_attention(self.metric))
         f = [stage.features for stage in stages]
         skip, grid = self.backbone.skip, f[0].grid
         scores = torch.stack([score(self.metric, x).mean(dim=1) for x in f], dim=1)  # B L-1 N

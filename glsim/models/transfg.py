@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from glsim.backbone import Backbone, TokenModel
 from glsim.crop import select_these
 from glsim.heads import zero_linear
-from glsim.selection import check_metric, gather_tokens, score
+from glsim.selection import check_metric, gather_tokens, needs_attention, score
 from glsim.types import Output
 
 ENCODER = {"stride": 0.75}  # patches overlap: 12 pixels of 16
@@ -22,7 +22,7 @@ class TransFG(TokenModel):
 
     def forward(self, images: Tensor) -> Output:
         """`images` (B, 3, H, W), normalised."""
-        tokens, f = self.backbone.stages(images)[-1]
+        tokens, f = self.backbone.stages(images, needs_attention(self.metric))[-1]
         scores = score(self.metric, f)  # B h N
         parts = scores.argmax(dim=-1)  # B h
         index = parts + self.backbone.skip
