@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from types import FrameType
 from typing import Any
 
@@ -21,7 +22,7 @@ from filelock import FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError
 
 from glsim.bundle import write_text
-from glsim.types import ConfigError, GlsimError
+from glsim.types import ConfigError, DataError, GlsimError
 
 CHECKPOINT, STATE = "checkpoint", "state.json"
 LOCK, HOLDER = ".lock", ".holder"  # there while a run is at work
@@ -88,6 +89,18 @@ def writing(out: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def reading(folder: Path, out: Path) -> Iterator[None]:
+    """Inside, a file of a checkpoint that is not what was written is a DataError."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, LookupError, EOFError, UnpicklingError, SafetensorError) as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(
+            f"{folder} is damaged: {why}; start a new run, with --init-from {out} if its weights will do"
+        ) from error
+
+
 def save_checkpoint(accelerator: Accelerator, out: Path, progress: dict[str, Any]) -> None:
     """Everything that `load_checkpoint` needs, swapped in by renaming: at every moment one whole checkpoint exists.
 
@@ -128,7 +141,8 @@ def load_checkpoint(accelerator: Accelerator, out: Path, data_hash: str) -> dict
     """
     for folder in (out / CHECKPOINT, out / f"{CHECKPOINT}.old"):
         if (folder / STATE).is_file():
-            progress = json.loads((folder / STATE).read_text())
+            with reading(folder, out):
+                progress = json.loads((folder / STATE).read_text())
             if progress.get("format") != FORMAT:
                 raise ConfigError(f"{folder} was written by another version of glsim, whose runs cannot go on here")
             processes = progress.get("processes", 1)
@@ -139,7 +153,8 @@ def load_checkpoint(accelerator: Accelerator, out: Path, data_hash: str) -> dict
                 )
             if progress["split_hash"] != data_hash:
                 raise ConfigError(f"{out} was trained on other images, classes or splits than the data has now")
-            accelerator.load_state(str(folder))
+            with reading(folder, out):
+                accelerator.load_state(str(folder))
             return progress
     return {}
 

@@ -32,14 +32,15 @@ def show_skipped(r: dict[str, Any]) -> list[str]:
     )
 
 
-def show_train(r: dict[str, Any], _: Any) -> str:
+def show_train(r: dict[str, Any], s: config.Train) -> str:
     """Accuracies and where the bundle is."""
     lines = [f"trained {r['epoch']} epochs: loss {r['train_loss']:.3f}, {r['images_per_second']} images/s"]
     for name in ("val", "test"):
         if name in r:
             lines.append(f"{name}: top-1 {r[name]['top1']:.2%} ({r[name]['correct']} of {r[name]['count']})")
     lines += show_skipped(r)
-    return "\n".join([*lines, f"bundle: {r['out']} (curve.png, log.jsonl, metrics.json beside it)"])
+    lines.append(f"bundle: {r['out']} (curve.png, log.jsonl, metrics.json beside it)")
+    return "\n".join(lines + [f"next: glsim eval {r['out']} --data {s.data}"] * ("test" not in r))
 
 
 def show_reproduce(r: dict[str, Any], _: Any) -> str:

@@ -57,7 +57,7 @@ class Train:
 
     val_fraction: float = setting(0.0, "share of train held out, stratified, to watch the run (0: none)")
     test_fraction: float = setting(0.2, "share held out as test where the data has no split of its own")
-    test: bool = setting(True, "measure the test split, once: after the last epoch; nothing is chosen by it")
+    test: bool = setting(False, "measure the test split too, once: after the last epoch; nothing is chosen by it")
     split_seed: int = setting(0, "of both shares; kept apart from seed so that repeated runs share their splits")
     skip_bad: bool = setting(False, "check every image first, leave unreadable ones out and list them")
     workers: int = setting(2, "processes that load images")

@@ -43,6 +43,7 @@ RECIPE: dict[str, Any] = dict(  # as recipes/synthetic_glsim.yaml and recipes/sy
     lr=5e-4,
     weight_decay=0.05,
     warmup_steps=50,
+    test=True,
 )
 HOLDS = 0.9  # a crop holds a part when at least this share of the part's pixels lies inside
 

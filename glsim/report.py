@@ -87,7 +87,7 @@ def find_runs(given: Sequence[str]) -> tuple[list[Run], list[str]]:
             continue
         settings, metrics = Train(**read_recipe(folder / RECIPE)), _read_json(folder / METRICS_FILE)
         if "test" not in metrics:
-            left_out.append(f"{folder}: not measured on test (not finished, no test split, or trained with --no-test)")
+            left_out.append(f"{folder}: not measured on test (not finished, no test split, or trained without --test)")
             continue
         data = _read_json(folder / CONFIG)["data"]
         kept = plain(settings, *FREE, "seed") | {"split": data["split_hash"][:8]}

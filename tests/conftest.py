@@ -107,5 +107,5 @@ def run_folder(birds, tmp_path_factory):
     from glsim.config import Train
 
     out = tmp_path_factory.mktemp("runs") / "glsim"
-    train.run(Train(data=str(birds), out=str(out), **TINY), progress=False)
+    train.run(Train(data=str(birds), out=str(out), test=True, **TINY), progress=False)
     return out

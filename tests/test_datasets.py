@@ -453,7 +453,12 @@ def test_train_and_eval_by_name(tmp_path, small, birds):
     for i, image in enumerate(sorted((tmp_path / "car_ims").iterdir())):
         Image.open(sorted(birds.rglob("test/*/*.jpg"))[3 * (i // 2)]).save(image)
     datasets.prepare("cars", tmp_path, [])
-    s = Train(dataset="cars", data=str(tmp_path), out=str(tmp_path / "run"), **TINY | {"epochs": 1, "batch_size": 1})
+    s = Train(
+        dataset="cars",
+        data=str(tmp_path),
+        out=str(tmp_path / "run"),
+        **TINY | {"epochs": 1, "batch_size": 1, "test": True},
+    )
     assert train.run(s, progress=False)["test"]["count"] == 2
     text = (tmp_path / "run" / "train.yaml").read_text()
     assert "dataset: cars" in text and "resize_ratio: 1.142857" in text and "top_o: 4" in text

@@ -21,7 +21,7 @@ from glsim import cli, evaluate, synthetic, train
 from glsim.config import Eval, Train
 
 # 32 images a step however they are shared; SGD, for Adam turns rounding into steps.
-SAME = {**TINY, "optimizer": "sgd", "lr": 0.05, "epochs": 3, "ema": 0.5}
+SAME = {**TINY, "test": True, "optimizer": "sgd", "lr": 0.05, "epochs": 3, "ema": 0.5}
 
 
 def start(processes, *words, code=0):

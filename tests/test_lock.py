@@ -23,7 +23,7 @@ from glsim.evaluate import make_accelerator
 
 
 def settings(birds, out, **changes):
-    return Train(data=str(birds), out=str(out), **{**TINY, **changes})
+    return Train(data=str(birds), out=str(out), **{**TINY, "test": True, **changes})
 
 
 def in_use_by(pid):

@@ -43,7 +43,7 @@ from glsim.transforms import Preprocessing, train_transform
 
 
 def settings(birds, out, **changes):
-    return Train(data=str(birds), out=str(out), **{**TINY, **changes})
+    return Train(data=str(birds), out=str(out), **{**TINY, "test": True, **changes})
 
 
 def test_a_run_folder_is_a_bundle_with_everything_beside_it(run_folder, birds):
@@ -948,10 +948,10 @@ def test_a_tracker_gets_the_rows_of_the_log(birds, tmp_path, monkeypatch):
     assert notes[2:-1] == [("row", row, row["step"]) for row in log]
 
 
-def test_no_test_leaves_the_test_split_alone(birds, tmp_path, monkeypatch):
+def test_training_does_not_look_at_the_test_split(birds, tmp_path, monkeypatch):
     measured = []
     monkeypatch.setattr(train, "evaluate", lambda *args: measured.append(args))
-    result = train.run(settings(birds, tmp_path / "r", epochs=1, test=False), progress=False)
+    result = train.run(Train(data=str(birds), out=str(tmp_path / "r"), **{**TINY, "epochs": 1}), progress=False)
     assert not measured and "test" not in result and not (tmp_path / "r" / "predictions_test.csv").exists()
 
 
@@ -964,10 +964,20 @@ def test_every_answer_on_test_is_kept(run_folder, birds):
     assert sum(label == prediction for _, label, prediction, _ in rows) == right
 
 
+@pytest.mark.parametrize("name", ["state.json", "model.safetensors", "optimizer.bin"])
+def test_a_damaged_checkpoint_is_told_by_name(birds, tmp_path, name):
+    out = tmp_path / "r"
+    train.run(settings(birds, out, epochs=1), progress=False)
+    file = out / "checkpoint" / name
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(DataError, match="r/checkpoint is damaged: .*; start a new run, with --init-from"):
+        train.run(settings(birds, out, epochs=1, resume=True), progress=False)
+
+
 def test_settings_of_a_later_version_do_not_stop_an_older_run(birds, tmp_path):
     whole = train.run(settings(birds, tmp_path / "r", epochs=1), progress=False)
     recipe = tmp_path / "r" / "train.yaml"
-    recipe.write_text("".join(line for line in recipe.read_text().splitlines(True) if not line.startswith("test:")))
+    recipe.write_text("".join(line for line in recipe.read_text().splitlines(True) if not line.startswith("focal:")))
     assert train.run(settings(birds, tmp_path / "r", epochs=1, resume=True), progress=False)["step"] == whole["step"]
 
 
