@@ -5,8 +5,9 @@
 
 Everything runs on the CPU, on drawn birds made for it. One run is left undisturbed; the others are killed, resumed,
 and perhaps killed again, until KILLS moments have passed; each ends, and its weights and its log must be those of the
-undisturbed run, bit for bit. A moment is drawn evenly from the time that the undisturbed run took, start of Python
-included. The exit code is 4 where a run differs.
+undisturbed run, bit for bit. One kill in five comes in start-up, the start of Python included. The others wait until a
+step is saved, drawn evenly from those that are left, and then up to twice the mean time of a step. All processes are
+stopped before they are killed, to see what they were at. The exit code is 4 where a run differs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -30,6 +32,8 @@ from glsim import synthetic
 from glsim.config import Train, to_recipe
 
 NOT_EQUAL = 4
+EARLY = 0.2  # share of the kills in start-up
+PHASES = ("training", "saving", "starting")
 
 
 def main() -> int:
@@ -46,30 +50,49 @@ def main() -> int:
         synthetic.write(data, classes=3, train=16, test=5, size=64, seed=0)
         whole = Path(place, "undisturbed")
         recipe = write_recipe(Path(place), data, arguments.epochs)
-        started = time.perf_counter()
-        start(recipe, whole, arguments.processes).wait()
-        seconds = time.perf_counter() - started
-        print(f"undisturbed: {seconds:.1f} s, {steps_of(whole)} steps, {arguments.processes} process(es)")
-        kills = runs = different = 0
-        while kills < arguments.kills:
+        began = time.perf_counter()
+        child = start(recipe, whole, arguments.processes)
+        reach(child, whole, 1)
+        starting = time.perf_counter() - began
+        child.wait()
+        steps = steps_of(whole)
+        pace = (time.perf_counter() - began - starting) / steps
+        print(f"undisturbed: {starting:.1f} s to the first step, then {pace:.2f} s for each of {steps}", flush=True)
+        phases, runs, different = Counter[str](), 0, 0
+        while phases.total() < arguments.kills:
             runs += 1
             out, landed = Path(place, f"run{runs}"), 0
             while True:
+                before = steps_of(out)
                 child = start(recipe, out, arguments.processes)
-                last = kills == arguments.kills  # none left: let it end
-                moment = None if last else moments.uniform(0, seconds)
-                try:
-                    child.wait(timeout=moment)
+                if phases.total() == arguments.kills or before == steps:  # let it end
+                    child.wait()
                     break
-                except subprocess.TimeoutExpired:
-                    kill(child)
-                kills, landed = kills + 1, landed + 1
-                print(f"kill {kills:2}: run {runs}, {moment:5.2f} s after its start, last saved step {steps_of(out)}")
+                if moments.random() < EARLY:
+                    moment = moments.uniform(0, starting)
+                    when = f"{moment:5.2f} s after its start"
+                else:
+                    wanted, moment = moments.randint(before + 1, steps), moments.uniform(0, 2 * pace)
+                    when = f"{moment:5.2f} s after step {wanted:2}"
+                    if not reach(child, out, wanted):
+                        break
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(moment)
+                    break
+                phase = kill(child, out, before)
+                phases[phase], landed = phases[phase] + 1, landed + 1
+                saved = f"{steps_of(out):2} steps saved"
+                print(f"kill {phases.total():2}: run {runs}, {when}, {phase}; {saved}", flush=True)
             equal = child.returncode == 0 and same(whole, out)
             different += not equal
             print(f"run {runs}: killed {landed} times, ended with {'the same' if equal else 'OTHER'} weights and log")
+            if child.returncode:
+                said = out.with_name(f"{out.name}.txt").read_text()
+                print(f"run {runs}: exit status {child.returncode}: {said[-2000:]}")
+                break  # the next one would fail too
     verdict = "all bit-identical" if not different else f"{different} DIFFER"
-    print(f"{kills} kills in {runs} runs of {arguments.processes} process(es): {verdict}")
+    counts = ", ".join(f"{phases[phase]} {phase}" for phase in PHASES)
+    print(f"{phases.total()} kills ({counts}) in {runs} runs of {arguments.processes} process(es): {verdict}")
     return NOT_EQUAL if different else 0
 
 
@@ -111,22 +134,42 @@ def start(recipe: Path, out: Path, processes: int) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
 
-def kill(child: subprocess.Popen) -> None:
-    """SIGKILL for the process and all below it: torchrun puts its workers into sessions of their own."""
+def reach(child: subprocess.Popen, out: Path, step: int) -> bool:
+    """Wait until `step` is saved; False when the run ended without it."""
+    while steps_of(out) < step:
+        if child.poll() is not None:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def kill(child: subprocess.Popen, out: Path, before: int) -> str:
+    """SIGKILL for the process and all below it; returns the phase that a run that had begun at step `before` was in.
+
+    torchrun puts its workers into sessions of their own, so it is not enough to kill a group.
+    """
     launcher = psutil.Process(child.pid)
     launcher.suspend()  # or it would answer the death of a worker
-    for process in [*launcher.children(recursive=True), launcher]:
+    family = [*launcher.children(recursive=True), launcher]
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.suspend()
+    phase = "starting"  # what an earlier kill left half-written still lies there
+    if steps_of(out) > before:
+        saving = any(out.glob("*.tmp")) or {f.name for f in out.glob("checkpoint*")} != {"checkpoint"}
+        phase = "saving" if saving else "training"
+    for process in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     child.wait()
+    return phase
 
 
 def steps_of(out: Path) -> int:
     """Optimiser steps of the last whole checkpoint, 0 without one."""
-    for folder in ("checkpoint", "checkpoint.old"):
-        state = out / folder / "state.json"
-        if state.exists():
-            return json.loads(state.read_text())["step"]
+    for folder in ("checkpoint", "checkpoint.old", "checkpoint"):  # a run that lives may rename it between two looks
+        with contextlib.suppress(FileNotFoundError):
+            return json.loads((out / folder / "state.json").read_text())["step"]
     return 0
 
 

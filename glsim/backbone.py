@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from glsim.attention import explicit_attention
-from glsim.types import ConfigError, Features
+from glsim.types import ConfigError, Features, Selection
 
 FAMILIES = (
     "ViT and DeiT (vit_base_patch16_224, deit_small_patch16_224), DINOv2 (vit_small_patch14_reg4_dinov2), "
@@ -252,6 +252,23 @@ class Model(nn.Module):
 
     def initialised(self, kept: list[str]) -> None:
         """Called when weights from elsewhere are in, with the names of those that were not found there."""
+
+
+class StagedModel(Model):
+    """A model that may answer after its first pass: who has many images can make the second one in full batches.
+
+    `margin`: where the two best classes are so far apart in probability, the first answer stands; None: nowhere.
+    """
+
+    margin: float | None = None
+
+    def first(self, images: Tensor) -> tuple[Tensor, Tensor, Selection]:
+        """Of `images` (B, 3, H, W): what `second` is given (B, D), the first answer's logits (B, C), what to crop."""
+        raise NotImplementedError
+
+    def second(self, images: Tensor, given: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """The refined logits (B, C) of `images` whose first pass gave `given` and `boxes` (B, 4); and their crops."""
+        raise NotImplementedError
 
 
 class TokenModel(Model):

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from multiprocessing import get_all_start_methods
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from glsim.data import ImageDataset, ImageList
 from glsim.images import open_image
 from glsim.types import ConfigError
+
+POSIX = hasattr(signal, "pthread_sigmask")  # not on Windows
+STOPPING = {signal.SIGINT, signal.SIGTERM}
 
 
 class TrainBatches(Sampler):
@@ -144,7 +149,27 @@ def make_loader(images: ImageList, transform: Any, batch_size: int, workers: int
     return DataLoader(dataset, batch_size=batch_size, num_workers=workers, pin_memory=pin, worker_init_fn=_apart)
 
 
+def read(loader: Iterable[Any]) -> Iterator[Any]:
+    """The batches of `loader`. Ctrl-C and `timeout`, which signal the whole process group, reach this process alone.
+
+    The workers start with those signals held back, and leave the group before they heed them again: the run, which
+    finishes its step first, still needs them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING) if POSIX else ()
+    try:
+        batches = iter(loader)
+        first = list(islice(batches, 1))
+    finally:
+        if POSIX:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    yield from first
+    yield from batches
+
+
 def _apart(_: int) -> None:
-    """A worker leaves the process group: Ctrl-C and `timeout` reach the run alone, which still needs its workers."""
-    if hasattr(os, "setpgrp"):  # not on Windows
+    """A worker of `read` leaves the process group, and forgets a signal that came before it did."""
+    if POSIX:
         os.setpgrp()
+        while came := signal.sigpending() & STOPPING:
+            signal.sigwait(came)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)

@@ -26,6 +26,7 @@ from matplotlib.ticker import LogLocator
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from glsim import loading
 from glsim.backbone import Model
 from glsim.bundle import pick_device, preprocessing_of, write_text
 from glsim.config import Bench
@@ -66,8 +67,10 @@ def run(s: Bench, progress: bool = True) -> dict[str, Any]:
 
     A row holds the fields of its `Job`, `parameters`, `latency_ms` (median of the rounds, for a whole batch),
     `latency_quartiles_ms`, `images_per_second`, the first two for `training`, `memory_mib` and `training_memory_mib`,
-    and `loaded_images_per_second` with `data`; or `error`.
+    and `loaded_images_per_second` with `data`; or `error`. With `s.loader` it is what `glsim.loading:run` returns.
     """
+    if s.loader is not None:
+        return loading.run(s, progress)
     device = pick_device(s.device)
     compiled = {"no": [False], "yes": [True], "both": [False, True]}[s.compile]
     settings = list(product(s.backbones, s.sizes, s.batch_sizes, s.dtypes, compiled))
@@ -237,7 +240,7 @@ def loaded(model: Model, job: Job, s: Bench, device: torch.device) -> float:
     dataset: Any = ImageDataset(paths, eval_transform(preprocessing_of(model)))
     start = time.perf_counter()
     with torch.inference_mode():
-        for images, _ in DataLoader(dataset, job.batch_size, num_workers=s.workers):
+        for images, _ in DataLoader(dataset, job.batch_size, num_workers=s.workers or 0):
             net(images.to(device, dtype))
         wait(device)
     return len(paths) / (time.perf_counter() - start)

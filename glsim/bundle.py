@@ -338,6 +338,21 @@ def labels_of(model: Model) -> list[str]:
     return model.config.get("label_names") or [f"class {i}" for i in range(model.config["num_classes"])]
 
 
+def temperature_of(model: Model) -> float:
+    """What `glsim calibrate` found that logits have to be divided by before the softmax; 1 where it has not been."""
+    return float((model.config.get("calibration") or {}).get("temperature", 1.0))
+
+
+def amend(folder: str | Path, options: dict[str, Any], **info: Any) -> None:
+    """Change options of the method and anything else in the `config.json` of a bundle, and its card with it."""
+    folder = Path(folder)
+    config = read_config(folder)
+    config |= {"options": config["options"] | options, **info}
+    metrics = folder / METRICS_FILE
+    write_text(folder / CARD, card(config, json.loads(metrics.read_text()) if metrics.exists() else None))
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
 def pick_device(name: str | None = None) -> torch.device:
     """The device `name` ("cpu", "cuda:1"), by default the best there is; ConfigError when it is not there."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -353,7 +368,7 @@ def pick_device(name: str | None = None) -> torch.device:
 
 def card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
     """The model card: what it is, what it learned from, how well it did, how to use it, under whose licences."""
-    labels, licence, training = config.get("label_names") or [], config["licence"], config.get("training") or {}
+    labels, licence, training = (config.get(k) or {} for k in ("label_names", "licence", "training"))
     data, p = config.get("data") or {}, Preprocessing.from_dict(config["preprocessing"])
     measured = {k: v for k, v in (metrics or {}).items() if isinstance(v, dict) and "top1" in v}
     title = f"{config['method']} on {config['backbone']}"
@@ -372,7 +387,7 @@ def card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
         model_name=title if results else None,
         eval_results=results or None,
     )
-    shown = ", ".join(labels[:20]) + (f", .. ({len(labels)} in all)" if len(labels) > 20 else "")
+    shown = ", ".join(list(labels)[:20]) + (f", .. ({len(labels)} in all)" if len(labels) > 20 else "")
     size, resize = (" x ".join(map(str, side)) for side in (p.image_size, p.resize))
     lines = [
         "---",
@@ -390,6 +405,8 @@ def card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
     if {"source", "counts", "split_hash"} <= set(data):
         counts = ", ".join(f"{count} {split}" for split, count in data["counts"].items())
         lines.append(f"- Data: `{data['source']}`, {counts} images, split hash `{data['split_hash'][:16]}`")
+    if calibration := config.get("calibration"):
+        lines.append(f"- Calibrated on {calibration['count']} images of `{calibration['data']}`")
     if training:
         lines.append(
             f"- Training: from {start}; {training['epochs']} epochs of {training['optimizer']}, learning rate "

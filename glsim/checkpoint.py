@@ -1,24 +1,30 @@
-"""Floor 3: a run that survives: whole checkpoints, exact resume, a signal that is heard at the end of a step."""
+"""Floor 3: a run that survives: whole checkpoints, exact resume, a signal heard at the end of a step, a folder kept."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import socket
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError
 
 from glsim.bundle import write_text
 from glsim.types import ConfigError, GlsimError
 
 CHECKPOINT, STATE = "checkpoint", "state.json"
+LOCK, HOLDER = ".lock", ".holder"  # there while a run is at work
 FORMAT = 2  # of state.json and of how randomness follows from the seed; a run of another one cannot go on
 
 
@@ -26,6 +32,48 @@ class Interrupted(GlsimError):
     """The run was asked to stop, and can go on."""
 
     exit_code = 130
+
+
+@contextmanager
+def held(out: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Inside, the folder `out` belongs to this run alone; it is made where it is not there.
+
+    The first process of the run holds the kernel's lock on `out`/.lock, which ends with that process, however it ends.
+    A folder in which nothing was made is removed again. Raises ConfigError naming the process that holds `out`, and
+    OSError where nothing can be written, in all processes of the run alike.
+    """
+    file, holder, fresh = out / LOCK, out / HOLDER, not out.exists()
+    lock = FileLock(file)
+    problem: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+            with suppress(OSError):  # a full disk: then nobody knows who holds it
+                holder.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}")
+        except Timeout:
+            who = holder.read_text() if holder.exists() else "another process"
+            advice = "wait for it, end it, or name another --out"
+            if isinstance(lock, SoftFileLock):  # a file system without locks, where a file has to do
+                advice += f"; if it is dead, remove {file}"
+            problem = ConfigError(f"{out} is in use by {who}; {advice}")
+        except OSError as error:
+            problem = error
+    (problem,) = broadcast_object_list([problem])
+    if problem is not None:
+        raise problem
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            with suppress(OSError):  # a folder that can no longer be written
+                holder.unlink(missing_ok=True)
+                if not isinstance(lock, SoftFileLock):  # first, for then somebody else may hold it
+                    file.unlink()
+            lock.release()
+            with suppress(OSError):  # it is not empty
+                if fresh:
+                    out.rmdir()
 
 
 @contextmanager
@@ -56,12 +104,20 @@ def save_checkpoint(accelerator: Accelerator, out: Path, progress: dict[str, Any
     if accelerator.is_main_process:
         with writing(out):
             write_text(new / STATE, json.dumps(progress))
+            _to_disk(new)
             if final.exists():  # if not, a run died between the two renames, and `old` is all there is
                 shutil.rmtree(old, ignore_errors=True)
                 final.rename(old)
             new.rename(final)
             shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
+
+
+def _to_disk(folder: Path) -> None:
+    """Wait until the disk has every file of `folder`: after a power cut a new name must not stand for half a file."""
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
 
 
 def load_checkpoint(accelerator: Accelerator, out: Path, data_hash: str) -> dict[str, Any]:

@@ -74,6 +74,8 @@ def show_eval(r: dict[str, Any], s: config.Eval) -> str:
         f"top-1 {r['top1']:.2%} ({r['correct']})   top-5 {r['top5']:.2%} ({r['correct_top5']})   "
         f"mean over classes {r['per_class_mean']:.2%}, standard deviation {r['per_class_std']:.2%}",
     ]
+    if r["second_pass_share"] is not None:
+        lines.append(f"second pass for {r['second_pass_share']:.1%} of the images")
     if r["split_drawn"]:
         lines.append(f"({r['data']} has no splits of its own: these images were drawn; --split all measures every one)")
     if len(r["per_class"]) <= 30:
@@ -82,6 +84,22 @@ def show_eval(r: dict[str, Any], s: config.Eval) -> str:
     lines += show_skipped(r)
     lines += [f"mistakes: {r['errors']}"] * bool(r["errors"])
     return "\n".join(lines + ([f"written: {s.out}"] if s.out else []))
+
+
+def show_calibrate(r: dict[str, Any], _: Any) -> str:
+    """What the fit changed."""
+    lines = [f"{r['count']} images of {r['split']}: temperature {r['temperature']:.3f}"]
+    lines.append(
+        "expected calibration error {:.2%} -> {:.2%}, mean log-loss {:.4f} -> {:.4f}".format(*r["ece"], *r["nll"])
+    )
+    if "margin" in r:
+        first, second, correct, count = r["correct_first"], r["correct_second"], r["correct"], r["count"]
+        lines += [
+            f"first pass alone {first / count:.2%} ({first}), always both {second / count:.2%} ({second}), "
+            f"as calibrated {correct / count:.2%} ({correct})",
+            f"second pass for {r['second_pass_share']:.1%} of the images, margin {r['margin']}",
+        ]
+    return "\n".join([*lines, f"written: {r['bundle']}"])
 
 
 def show_predict(r: dict[str, Any], s: config.Predict) -> str:
@@ -139,7 +157,7 @@ def show_push(r: dict[str, Any], _: Any) -> str:
 
 def show_doctor(r: dict[str, Any], _: Any) -> str:
     """What was found, every problem by name; the memory of the planned run; where the page is."""
-    from glsim.doctor import as_gib
+    from glsim.memory import as_gib
 
     images = ", ".join(f"{count} {split}" for split, count in r["counts"].items())
     lines = [f"{r['data']}: {images} images of {r['classes']['count']} classes, {r['seconds']} s"]
@@ -198,10 +216,10 @@ def show_quickstart(r: dict[str, Any], _: Any) -> str:
 
 
 def show_bench(r: dict[str, Any], s: config.Bench) -> str:
-    """A line a row, ratios beside."""
-    from glsim.benchmark import as_text
+    """A line a row, ratios beside; with --loader the three rates."""
+    from glsim import benchmark, loading
 
-    return as_text(r) + (f"\nwritten: {s.out}" if s.out else "")
+    return (benchmark if s.loader is None else loading).as_text(r) + (f"\nwritten: {s.out}" if s.out else "")
 
 
 def show_flops(r: dict[str, Any], s: config.Flops) -> str:
@@ -217,6 +235,7 @@ VERBS = {
     "reproduce": Verb(config.Reproduce, "glsim.reproduce:run", show_reproduce, progress=True),
     "report": Verb(config.Report, "glsim.report:run", show_report),
     "eval": Verb(config.Eval, "glsim.evaluate:run", show_eval),
+    "calibrate": Verb(config.Calibrate, "glsim.calibrate:run", show_calibrate, progress=True),
     "predict": Verb(config.Predict, "glsim.predict:run", show_predict, progress=True),
     "explain": Verb(config.Explain, "glsim.pictures:run", show_explain),
     "bench": Verb(config.Bench, "glsim.benchmark:run", show_bench, progress=True),

@@ -121,11 +121,14 @@ class Train:
         _at_least(self, 0, "workers", "save_steps", "warmup_steps", "weight_decay", "clip_grad")
         _at_least(self, 0, "mixup", "cutmix", "focal", "supcon", "lora")
         _at_least(self, 0, "lr", "min_lr", "warmup_lr")
+        _seeds(self.seed)
         _below_one(self, "val_fraction", "test_fraction", "label_smoothing", "ema", "momentum")
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values is not None and len(values) != 3:
                 raise ConfigError(f"{name}={values}: three numbers are needed, one per colour")
+        if self.std is not None and min(self.std) <= 0:
+            raise ConfigError(f"std={self.std}: above 0, for it divides")
         if self.resize_ratio < 1:
             raise ConfigError(f"resize_ratio={self.resize_ratio}: at least 1, or the crop would not fit")
         if self.supcon and (self.mixup or self.cutmix):
@@ -168,6 +171,7 @@ class Reproduce:
                 raise ConfigError(f"{name}={values}: {'one or more' if not values else 'each only once'}")
         if any(lr <= 0 for lr in self.lrs):
             raise ConfigError(f"lrs={self.lrs}: above 0")
+        _seeds(*self.seeds)
         if self.lrs and not self.val_fraction:
             raise ConfigError("val_fraction=0: the lr is chosen on what is held out of train; above 0 is needed")
         fixed = {"data": "--data", "out": "--out", "lr": "--lrs", "seed": "--seeds", "val_fraction": "--val-fraction"}
@@ -196,6 +200,7 @@ class Eval:
     data: str = required("folder, CSV, hf:NAME or wds:FOLDER, as for train")
     dataset: str | None = setting(None, "name of a data set prepared in DATA")
     split: Literal["train", "val", "test", "all"] = setting("test", "which images; all: every one there is")
+    options: dict[str, Any] = setting({}, "options of the method to change, as --options.margin null")
     out: str | None = setting(None, "folder for evaluation.json, predictions.csv and the confusion matrix")
     errors: str | None = setting(None, "folder for index.html: the mistakes with pictures, most confident first")
     flip: bool = setting(False, "average the logits of each image and its mirror image")
@@ -212,11 +217,34 @@ class Eval:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Calibrate:
+    """Fit confidences on validation images, and when a first pass may answer alone; changes the bundle."""
+
+    source: str = positional(MISSING, "bundle folder")
+    data: str = required("folder, CSV, hf:NAME or wds:FOLDER, as for train")
+    dataset: str | None = setting(None, "name of a data set prepared in DATA")
+    split: Literal["train", "val", "test", "all"] = setting(
+        "val", "which images, as eval takes them; none that the model was trained on; all: every one there is"
+    )
+    max_loss: float = setting(0.1, "points of accuracy (of 100) that skipping second passes may cost on these images")
+    batch_size: int = setting(32, "images at a time")
+    workers: int = setting(2, "processes that load images")
+    device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "batch_size")
+        _at_least(self, 0, "workers", "max_loss")
+        if self.dataset is not None:
+            choose(self.dataset, SETS, "data set")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Predict:
     """Name what is in images: top-k classes with probabilities, and the crop box."""
 
     source: str = positional(MISSING, "bundle, hf-hub:owner/name, official .pth or exported .onnx")
     images: list[str] = positional(MISSING, "files, folders or globs")
+    options: dict[str, Any] = setting({}, "options of the method to change, as --options.margin null")
     top_k: int = setting(5, "answers per image")
     flip: bool = setting(False, "average the logits of each image and its mirror image")
     format: Literal["text", "jsonl", "csv"] | None = setting(None, "default: by the ending of --out, else text")
@@ -241,6 +269,7 @@ class Explain:
     source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth")
     images: list[str] = positional(MISSING, "files, folders or globs")
     out: str = required("folder for the pictures")
+    options: dict[str, Any] = setting({}, "options of the method to change, as --options.top_o 16")
     metrics: list[str] | None = setting(None, "scores to draw, or all; default: the model's own, gls_cos for plain")
     alpha: float = setting(0.7, "opacity of the heat-map where it is highest, 0 to 1")
     colormap: str = setting("turbo", "of the heat-map, as matplotlib names them")
@@ -273,7 +302,10 @@ class Bench:
     training: bool = setting(True, "time training steps too: forward, backward, SGD")
     memory: bool = setting(True, "measure peak memory too, each row in a process of its own")
     data: str | None = setting(None, "images (folder or glob): how many a second are read, prepared and answered")
-    workers: int = setting(2, "processes that load images")
+    loader: str | None = setting(None, "recipe: instead, the images a second that training loads from DATA, and uses")
+    train: dict[str, Any] = setting({}, "with --loader: settings instead of the recipe's, as --train.cache ram")
+    seconds: float = setting(15.0, "with --loader: how long loading, model and both together are timed each")
+    workers: int | None = setting(None, "processes that load images; default: 2, with --loader those of the recipe")
     repeats: int = setting(10, "rounds in which every model has its turn; median and quartiles are over these")
     warmup: int = setting(2, "rounds before those, not counted")
     num_classes: int = setting(200, "outputs of the last layer")
@@ -296,7 +328,17 @@ class Bench:
         if min(self.sizes + self.batch_sizes) < 1:
             raise ConfigError(f"sizes={self.sizes}, batch_sizes={self.batch_sizes}: at least 1 is needed")
         _at_least(self, 1, "repeats", "num_classes")
-        _at_least(self, 0, "warmup", "workers")
+        _at_least(self, 0, "warmup")
+        if self.loader is not None and self.data is None:
+            raise ConfigError(f"loader={self.loader}: name the images to load with --data, as for train")
+        if self.train and self.loader is None:
+            raise ConfigError(f"--train.{next(iter(self.train))}: only with --loader RECIPE")
+        if not self.seconds > 0:
+            raise ConfigError(f"seconds={self.seconds}: above 0 is needed")
+        if self.workers is None and self.loader is None:
+            object.__setattr__(self, "workers", 2)
+        if self.workers is not None:
+            _at_least(self, 0, "workers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -459,6 +501,30 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def change_recipe(path: str | Path, changes: dict[str, Any], **fixed: Any) -> Train:
+    """The settings of a recipe with `changes` as they came from the command line, and `fixed` ones above both.
+
+    Raises ConfigError naming the setting that is unknown or of another type.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    recipe = read_recipe(path)
+    values = recipe | changes | fixed
+    for name in ("options", "backbone_args"):
+        # Words after --train.options.NAME arrive as they were typed.
+        given = {k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in (changes.get(name) or {}).items()}
+        values[name] = (recipe.get(name) or {}) | given
+    if values.get("precision") is False:  # a bare `no` in YAML
+        values["precision"] = "no"
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Train)
+    try:
+        checked = parser.parse_object(values).as_dict()
+    except ArgumentError as error:
+        raise ConfigError(f"{path} with --train: {' '.join(str(error).split())}") from None
+    return Train(**checked)
+
+
 def to_recipe(settings: Train) -> str:
     """The resolved settings as YAML that `read_recipe` takes."""
     values = dataclasses.asdict(settings)
@@ -470,6 +536,11 @@ def _at_least(settings: Any, least: float, *names: str) -> None:
     for name in names:
         if getattr(settings, name) < least:
             raise ConfigError(f"{name}={getattr(settings, name)}: at least {least} is needed")
+
+
+def _seeds(*seeds: int) -> None:
+    if wrong := [seed for seed in seeds if not 0 <= seed < 2**32]:  # what NumPy's generator takes
+        raise ConfigError(f"seed={wrong[0]}: from 0 to 4294967295")
 
 
 def _below_one(settings: Any, *names: str) -> None:

@@ -7,7 +7,8 @@ import io
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,15 +19,16 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from glsim.batches import make_loader
-from glsim.bundle import labels_of, load, pick_device, preprocessing_of, write_text
+from glsim.backbone import Model
+from glsim.batches import make_loader, read
+from glsim.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of, write_text
 from glsim.catalog import prepared
 from glsim.config import Eval
 from glsim.data import ImageList, hold_out, is_split, read_data, split_hash
 from glsim.figures import draw_confusion
 from glsim.images import BadImage, find_bad
 from glsim.mistakes import find_mistakes, write_page
-from glsim.predict import answer
+from glsim.predict import answers
 from glsim.sources import located
 from glsim.transforms import eval_transform
 from glsim.types import ConfigError, DataError
@@ -43,6 +45,7 @@ class Evaluation(NamedTuple):
     confidences: Tensor  # (images,) probability of the prediction
     true_confidences: Tensor  # (images,) probability of the true class
     seconds: float
+    second_pass: Tensor | None = None  # (images,) whether the crop was looked into; None: the method does not choose
 
     def summary(self, classes: tuple[str, ...] | list[str]) -> dict[str, Any]:
         """Top-1, top-5, mean and standard deviation over the classes that have images, exact counts: plain values."""
@@ -58,40 +61,56 @@ class Evaluation(NamedTuple):
             "per_class_mean": float(of_classes.mean()),
             "per_class_std": float(of_classes.std(correction=0)),
             "per_class": {c: [int(r), int(n)] for c, r, n in zip(classes, right, count, strict=True)},
+            "second_pass_share": float(self.second_pass.float().mean()) if self.second_pass is not None else None,
             "images_per_second": round(total / self.seconds, 2),
         }
 
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, loader: Iterable[Any], num_classes: int, accelerator: Accelerator, flip: bool = False
+    model: nn.Module,
+    loader: Iterable[Any],
+    num_classes: int,
+    accelerator: Accelerator,
+    flip: bool = False,
+    temperature: float = 1.0,
 ) -> Evaluation:
     """Run `model` over batches (images (B, 3, H, W), labels (B,)); every image of a sharded loader counts once.
 
-    With `flip` the logits of each image and of its mirror image are averaged.
+    With `flip` the logits of each image and of its mirror image are averaged. Confidences are the softmax of the
+    logits divided by `temperature`.
     """
     model.eval()
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-    top5, start = 0, time.perf_counter()
-    predictions, confidences, true_confidences = [], [], []
-    for images, labels in loader:
-        with accelerator.autocast():
-            output = answer(model, images, flip)
-        logits, labels = (t.cpu() for t in accelerator.gather_for_metrics((output.logits.float(), labels)))
-        probabilities = logits.softmax(dim=1)
-        best = probabilities.max(dim=1)
-        confusion += multiclass_confusion_matrix(best.indices, labels, num_classes)
-        top5 += int((logits.topk(min(5, num_classes)).indices == labels[:, None]).sum())
-        predictions.append(best.indices)
-        confidences.append(best.values)
-        true_confidences.append(probabilities.gather(1, labels[:, None])[:, 0])
+    start = time.perf_counter()
+    truth: deque[Tensor] = deque()
+    columns: list[list[Tensor]] = []
+
+    def batches() -> Iterator[Tensor]:
+        for images, labels in read(loader):
+            truth.append(labels)
+            yield images
+
+    with accelerator.autocast():
+        for output in answers(model, batches(), flip):
+            own = (output.logits.float(), truth.popleft(), *[v for k, v in output.aux.items() if k == "unsure"])
+            logits, labels, *again = (t.cpu() for t in accelerator.gather(own))
+            probabilities = (logits / temperature).softmax(dim=1)
+            best = probabilities.max(dim=1)
+            true = probabilities.gather(1, labels[:, None])[:, 0]
+            in_top5 = (logits.topk(min(5, num_classes)).indices == labels[:, None]).any(dim=1)
+            columns.append([best.indices, best.values, true, labels, in_top5, *again])
+    count = len(getattr(loader, "dataset", ())) or None  # processes fill up their last batches with the first images
+    predictions, confidences, true_confidences, labels, in_top5, *again = (
+        torch.cat(column)[:count] for column in zip(*columns, strict=True)
+    )
     return Evaluation(
-        confusion,
-        top5,
-        torch.cat(predictions),
-        torch.cat(confidences),
-        torch.cat(true_confidences),
+        multiclass_confusion_matrix(predictions, labels, num_classes),
+        int(in_top5.sum()),
+        predictions,
+        confidences,
+        true_confidences,
         time.perf_counter() - start,
+        *again,
     )
 
 
@@ -130,6 +149,24 @@ def make_accelerator(device: str | None = None, precision: str = "no", accumulat
         raise ConfigError(f"precision={precision}: {error}") from error
 
 
+def read_split(model: Model, data: str | Path, split: str) -> tuple[ImageList, dict[str, ImageList]]:
+    """The images of `split`, or all, and all splits, as the run that trained `model` saw them, val held out of train.
+
+    Raises DataError when there is no such split, or when the classes are not those of `model`.
+    """
+    named, labels = model.config.get("label_names"), labels_of(model)
+    seen = {"split_seed": 0, "test_fraction": 0.2, "val_fraction": 0.0} | (model.config.get("data") or {})
+    splits = read_data(data, classes=named, seed=seen["split_seed"], test_fraction=seen["test_fraction"])
+    if seen["val_fraction"] and "train" in splits and "val" not in splits:
+        splits["train"], splits["val"] = hold_out(splits["train"], seen["val_fraction"], seen["split_seed"])
+    if split != "all" and split not in splits:
+        raise DataError(f"{data} has no split {split!r}; it has: {', '.join(splits)} (and all)")
+    images = join(splits.values()) if split == "all" else splits[split]
+    if named is None and len(images.classes) != len(labels):
+        raise DataError(f"{data} has {len(images.classes)} classes, the model {len(labels)} without names")
+    return images, splits
+
+
 def run(s: Eval) -> dict[str, Any]:
     """The verb: measure a bundle on one split of a data set; returns the summary and writes it under `s.out`.
 
@@ -137,22 +174,9 @@ def run(s: Eval) -> dict[str, Any]:
     """
     for made in filter(None, (s.out, s.errors)):
         Path(made).mkdir(parents=True, exist_ok=True)  # first, for a folder that cannot be made must not come late
-    model = load(s.source)
-    labels = labels_of(model)
-    named = model.config.get("label_names")
-    seen = {"split_seed": 0, "test_fraction": 0.2, "val_fraction": 0.0} | (model.config.get("data") or {})
+    model = load(s.source, **s.options)
     data = prepared(s.data, s.dataset)
-    splits = read_data(data, classes=named, seed=seen["split_seed"], test_fraction=seen["test_fraction"])
-    if seen["val_fraction"] and "train" in splits and "val" not in splits:
-        splits["train"], splits["val"] = hold_out(splits["train"], seen["val_fraction"], seen["split_seed"])
-    if s.split == "all":
-        images = join(splits.values())
-    elif s.split in splits:
-        images = splits[s.split]
-    else:
-        raise DataError(f"{s.data} has no split {s.split!r}; it has: {', '.join(splits)} (and all)")
-    if named is None and len(images.classes) != len(labels):
-        raise DataError(f"{s.data} has {len(images.classes)} classes, the model {len(labels)} without names")
+    images, splits = read_split(model, data, s.split)
     labels = list(images.classes)  # an unnamed model's classes are taken to be in the order of the data's
     bad = find_bad(images.paths) if s.skip_bad else []
     if bad:
@@ -160,7 +184,7 @@ def run(s: Eval) -> dict[str, Any]:
     accelerator = make_accelerator(s.device)
     loader: Any = make_loader(images, eval_transform(preprocessing_of(model)), s.batch_size, s.workers)
     loader = accelerator.prepare(loader)
-    result = evaluate(model.to(accelerator.device), loader, len(labels), accelerator, s.flip)
+    result = evaluate(model.to(accelerator.device), loader, len(labels), accelerator, s.flip, temperature_of(model))
     summary = {
         "source": str(s.source),
         "data": str(s.data),

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from glsim.backbone import Model
-from glsim.bundle import labels_of, load, pick_device, preprocessing_of
+from glsim.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of
 from glsim.config import Explain
 from glsim.crop import crop_and_resize, select, select_component
 from glsim.data import find_images
@@ -132,7 +132,7 @@ def _explanations(
     """For each metric, an explanation of each image; None stands for the model's own, or gls_cos."""
     p, labels = preprocessing_of(model), labels_of(model)
     output, selections = _select(model, images, metrics)
-    answers = output.logits.float().softmax(dim=1).max(dim=1)
+    answers = (output.logits.float() / temperature_of(model)).softmax(dim=1).max(dim=1)
     return [
         [
             Explanation(image, heatmap, tuple(box), crop, metric, labels[answer], probability)
@@ -258,7 +258,7 @@ def run(s: Explain) -> dict[str, Any]:
     """The verb: one PNG an image, and `sheet.png` with up to 24 of them when there are several."""
     check_colormap(s.colormap)
     paths = find_images(s.images)[: s.limit]
-    model = load(s.source).to(pick_device(s.device))
+    model = load(s.source, **s.options).to(pick_device(s.device))
     metrics = _metrics(s.metrics, model)
     if s.top_only:
         check_top(s.top_only, model.backbone.grid, "top_only")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from glsim.backbone import Model
-from glsim.bundle import labels_of, load, pick_device, preprocessing_of, write_text
+from glsim.backbone import Model, StagedModel
+from glsim.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of, write_text
 from glsim.config import Predict
 from glsim.data import ImageDataset, find_images
+from glsim.heads import lead
 from glsim.images import BadImage
 from glsim.transforms import Preprocessing, eval_transform
 from glsim.types import ConfigError, Output
@@ -31,11 +33,13 @@ class Prediction(NamedTuple):
     labels: tuple[str, ...]  # best first
     probabilities: tuple[float, ...]  # of `labels`
     box: tuple[int, int, int, int] | None  # the crop: left, top, right, bottom in pixels of the upright image
+    second_pass: bool | None = None  # whether the crop was looked into; None: the method does not choose
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         answers = [{"label": n, "probability": p} for n, p in zip(self.labels, self.probabilities, strict=True)]
-        return {"path": self.path, "answers": answers, "box": list(self.box) if self.box else None}
+        box = list(self.box) if self.box else None
+        return {"path": self.path, "answers": answers, "box": box, "second_pass": self.second_pass}
 
 
 class Predictor:
@@ -61,6 +65,7 @@ class Predictor:
         self.device = pick_device(device)
         self.model = model.to(self.device).eval()
         self.labels, self.preprocessing = labels_of(model), preprocessing_of(model)
+        self.temperature = temperature_of(model)
         self.top_k, self.batch_size, self.workers = min(top_k, len(self.labels)), batch_size, workers
         self.flip = flip
 
@@ -78,34 +83,80 @@ class Predictor:
         transform = _WithSize(eval_transform(self.preprocessing))
         dataset: Any = ImageDataset(images, transform, keep_bad=True)
         loader = DataLoader(dataset, batch_size=self.batch_size, num_workers=self.workers, collate_fn=_collate)
-        paths = [None if isinstance(image, Image.Image) else str(image) for image in images]
-        place = 0
-        for batch, sizes, bad in loader:
-            answers = iter(self._answer(batch, sizes) if sizes else [])
-            for i in range(len(sizes) + len(bad)):
-                yield bad[i] if i in bad else next(answers)._replace(path=paths[place])
-                place += 1
+        paths = iter([None if isinstance(image, Image.Image) else str(image) for image in images])
+        read: deque[tuple[int, int] | BadImage] = deque()  # sizes of the images that wait for their answer
 
-    @torch.inference_mode()
-    def _answer(self, batch: Tensor, sizes: list[tuple[int, int]]) -> list[Prediction]:
-        output = answer(self.model, batch.to(self.device), self.flip)
-        top = output.logits.float().softmax(dim=1).topk(self.top_k)
-        boxes = output.selection.boxes.tolist() if output.selection is not None else [None] * len(sizes)
+        def batches() -> Iterator[Tensor]:
+            for batch, items in loader:
+                read.extend(items)
+                if batch is not None:
+                    yield batch.to(self.device)
+
+        for output in answers(self.model, batches(), self.flip):
+            for prediction in self._named(output):
+                while isinstance(size := read.popleft(), BadImage):
+                    next(paths)
+                    yield size
+                box = prediction.box and to_original(prediction.box, size, self.preprocessing)
+                yield prediction._replace(path=next(paths), box=box)
+        yield from (item for item in read if isinstance(item, BadImage))
+
+    def _named(self, output: Output) -> list[Prediction]:
+        """The predictions of a batch; boxes are in pixels of the network's view."""
+        top = (output.logits.float() / self.temperature).softmax(dim=1).topk(self.top_k)
+        nothing = [None] * len(output.logits)
+        boxes = map(tuple, output.selection.boxes.tolist()) if output.selection is not None else nothing
+        unsure = output.aux["unsure"].tolist() if "unsure" in output.aux else nothing
+        rows = zip(top.indices.tolist(), top.values.tolist(), boxes, unsure, strict=True)
         return [
-            Prediction(
-                None,
-                tuple(self.labels[i] for i in indices),
-                tuple(values),
-                to_original(box, size, self.preprocessing) if box else None,
-            )
-            for indices, values, box, size in zip(top.indices.tolist(), top.values.tolist(), boxes, sizes, strict=True)
+            Prediction(None, tuple(self.labels[i] for i in indices), tuple(values), box, again)
+            for indices, values, box, again in rows
         ]
 
 
-def answer(model: nn.Module, images: Tensor, flip: bool = False) -> Output:
-    """What `model` says of `images` (B, 3, H, W); with `flip`, the mean of its logits (B, C) there and mirrored."""
-    output = model(images)
-    return output._replace(logits=(output.logits + model(images.flip(-1)).logits) / 2) if flip else output
+@torch.inference_mode()
+def answers(model: nn.Module, batches: Iterable[Tensor], flip: bool = False) -> Iterator[Output]:
+    """What `model` says of each of `batches` (B, 3, H, W), in order.
+
+    With `flip`, the mean of its logits (B, C) there and mirrored. A `StagedModel` with a margin gets the images whose
+    first answer is unsure in batches as large as the largest so far, so that the outputs come a little later.
+    """
+    if isinstance(model, StagedModel) and model.margin is not None and not flip:
+        yield from _regrouped(model, model.margin, batches)
+        return
+    for images in batches:
+        output = model(images)
+        yield output._replace(logits=(output.logits + model(images.flip(-1)).logits) / 2) if flip else output
+
+
+def _regrouped(model: StagedModel, margin: float, batches: Iterable[Tensor]) -> Iterator[Output]:
+    held: deque[Output] = deque()  # whose unsure images are not all answered
+    unsure: deque[tuple[Any, ...]] = deque()  # those images: output, row in it, image, token, box
+    size = 1
+
+    def second(count: int) -> None:
+        outputs, rows, *inputs = zip(*(unsure.popleft() for _ in range(count)), strict=True)
+        logits, _ = model.second(*map(torch.stack, inputs))
+        for output, row, late in zip(outputs, rows, logits, strict=True):
+            output.logits[row] = late
+
+    def answered() -> Iterator[Output]:
+        while held and not (unsure and unsure[0][0] is held[0]):
+            yield held.popleft()
+
+    for images in batches:
+        size = max(size, len(images))
+        given, logits, selection = model.first(images)
+        output = Output(logits, selection, aux={"unsure": lead(logits) < margin})
+        held.append(output)
+        rows = output.aux["unsure"].nonzero()[:, 0].tolist()
+        unsure += [(output, row, images[row], given[row], selection.boxes[row]) for row in rows]
+        while len(unsure) >= size:
+            second(size)
+        yield from answered()
+    if unsure:
+        second(len(unsure))
+    yield from answered()
 
 
 def to_original(box: Sequence[int], size: tuple[int, int], p: Preprocessing) -> tuple[int, int, int, int]:
@@ -120,7 +171,8 @@ def to_original(box: Sequence[int], size: tuple[int, int], p: Preprocessing) -> 
 def run(s: Predict, progress: bool = True) -> dict[str, Any]:
     """The verb: predictions and skipped files, as plain values; BadImage is raised unless `s.skip_bad`."""
     paths = find_images(s.images)
-    predictor = Predictor(s.source, s.top_k, s.batch_size, min(s.workers, len(paths) - 1), s.device, s.flip)
+    model = load(s.source, **s.options)
+    predictor = Predictor(model, s.top_k, s.batch_size, min(s.workers, len(paths) - 1), s.device, s.flip)
     predictions, skipped = [], []
     for answer in tqdm(predictor.stream(paths), total=len(paths), unit="image", disable=not progress):
         if not isinstance(answer, BadImage):
@@ -131,7 +183,13 @@ def run(s: Predict, progress: bool = True) -> dict[str, Any]:
             raise answer
     if s.out is not None:
         write_text(s.out, FORMATS[str(s.format)](predictions))
-    return {"source": str(s.source), "predictions": [a.as_dict() for a in predictions], "skipped": skipped}
+    again = [a.second_pass for a in predictions if a.second_pass is not None]
+    return {
+        "source": str(s.source),
+        "predictions": [a.as_dict() for a in predictions],
+        "skipped": skipped,
+        "second_pass_share": sum(again) / len(again) if again else None,
+    }
 
 
 def as_text(predictions: Sequence[Prediction]) -> str:
@@ -172,8 +230,8 @@ class _WithSize:
         return self.transform(image), image.size
 
 
-def _collate(items: list[Any]) -> tuple[Tensor | None, list[tuple[int, int]], dict[int, BadImage]]:
-    """Stack what could be read; bad images by their place in the batch."""
-    bad = {i: item for i, item in enumerate(items) if isinstance(item, BadImage)}
-    good = [item[0] for item in items if not isinstance(item, BadImage)]
-    return (torch.stack([image for image, _ in good]) if good else None), [size for _, size in good], bad
+def _collate(items: list[Any]) -> tuple[Tensor | None, list[tuple[int, int] | BadImage]]:
+    """Stack what could be read, None where nothing could; each image's size, or what is bad about it."""
+    good = [item[0][0] for item in items if not isinstance(item, BadImage)]
+    marks = [item if isinstance(item, BadImage) else item[0][1] for item in items]
+    return (torch.stack(good) if good else None), marks

@@ -17,30 +17,33 @@ from statistics import mean, stdev
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from accelerate import Accelerator
 
 from glsim import train
 from glsim.bundle import write_text
-from glsim.checkpoint import Interrupted
-from glsim.config import Reproduce, Train, read_recipe, to_recipe
+from glsim.checkpoint import Interrupted, held
+from glsim.config import Reproduce, Train, change_recipe, to_recipe
 from glsim.data import split_hash
 from glsim.evaluate import make_accelerator
 from glsim.types import ConfigError, DataError, GlsimError
 
 STATE = "reproduce.json"
+OWN = (*train.FREE, "lr", "seed", "val_fraction", "test")  # settings of a run that are not the plan's
 MEASURED = ("count", "correct", "top1", "per_class_mean")
 
 
 def run(s: Reproduce, progress: bool = True) -> dict[str, Any]:
     """The verb: choose the lr on val, train every seed, measure each on test once; returns what `reproduce.json` holds.
 
-    Raises ConfigError when OUT was started with other settings or images, DataError when there is no test split,
-    GlsimError when every lr diverged, and Interrupted after SIGINT or SIGTERM, which the same command goes on from.
+    Raises ConfigError when OUT was started with other settings or images, or another process is at work in it,
+    DataError when there is no test split, GlsimError when every lr diverged, and Interrupted after SIGINT or SIGTERM,
+    which the same command goes on from.
     """
     out = Path(s.out)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out={out} is a file; name a folder")
-    base = settings(s)
+    fixed = {"data": s.data, "out": s.out, "seed": s.seeds[0], "val_fraction": 0.0, "test": True}
+    base = change_recipe(s.recipe, s.train, **fixed)
     splits, _ = train.read_splits(replace(base, skip_bad=False))
     if "test" not in splits:
         raise DataError(f"{s.data} has no split 'test' to measure the seeds on; it has: {', '.join(splits)}")
@@ -49,16 +52,21 @@ def run(s: Reproduce, progress: bool = True) -> dict[str, Any]:
         "seeds": s.seeds,
         "val_fraction": 0.0 if "val" in splits else s.val_fraction,
         "split_hash": split_hash(splits, s.data),
-        "train": plain(base, *train.FREE, "lr", "seed", "val_fraction", "test"),
+        "train": plain(base, *OWN),
     }
     accelerator = make_accelerator(None, base.precision, base.accumulate)
+    with held(out, accelerator):
+        return _follow(plan, base, out, accelerator, progress)
+
+
+def _follow(plan: dict[str, Any], base: Train, out: Path, accelerator: Accelerator, progress: bool) -> dict[str, Any]:
+    """Make the runs of the plan that are not done yet."""
     state = _read(out, plan)
     accelerator.wait_for_everyone()  # every process has read it before the first one writes
     main = accelerator.is_main_process
 
     def keep() -> None:
         if main:
-            out.mkdir(parents=True, exist_ok=True)
             write_text(out / STATE, json.dumps(state, indent=2) + "\n")
 
     def finish(name: str, **changes: Any) -> dict[str, Any]:
@@ -92,25 +100,6 @@ def run(s: Reproduce, progress: bool = True) -> dict[str, Any]:
         state["test"] = summary([row["test"] for row in state["runs"].values() if "test" in row])
         keep()
     return {"out": str(out), **state}
-
-
-def settings(s: Reproduce) -> Train:
-    """The recipe with what `s` changes; raises ConfigError naming the setting that is unknown or of another type."""
-    recipe = read_recipe(s.recipe)
-    values = recipe | s.train | {"data": s.data, "out": s.out, "seed": s.seeds[0], "val_fraction": 0.0, "test": True}
-    for name in ("options", "backbone_args"):
-        # Words after --train.options.NAME arrive as they were typed.
-        given = {k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in (s.train.get(name) or {}).items()}
-        values[name] = (recipe.get(name) or {}) | given
-    if values.get("precision") is False:  # a bare `no` in YAML
-        values["precision"] = "no"
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Train)
-    try:
-        checked = parser.parse_object(values).as_dict()
-    except ArgumentError as error:
-        raise ConfigError(f"{s.recipe} with --train: {' '.join(str(error).split())}") from None
-    return Train(**checked)
 
 
 def plain(s: Train, *without: str) -> dict[str, Any]:
@@ -154,11 +143,12 @@ def _read(out: Path, plan: dict[str, Any]) -> dict[str, Any]:
         return {"plan": plan, "runs": runs, "lr": only, "test": None}
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
-        before = {**state["plan"]["train"], **{k: v for k, v in state["plan"].items() if k != "train"}}
+        kept = Train(**state["plan"]["train"], data="-", out="-")  # settings of later versions: their defaults
+        before = plain(kept, *OWN) | {k: v for k, v in state["plan"].items() if k != "train"}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file} is damaged: {error!r}; remove it, finished runs are kept") from error
     now = {**plan["train"], **{k: v for k, v in plan.items() if k != "train"}}
-    changed = [f"{k}={v!r} (was {before.get(k)!r})" for k, v in now.items() if v != before.get(k, v)]
+    changed = [f"{k}={v!r} (was {before.get(k)!r})" for k, v in now.items() if v != before.get(k)]
     if changed:
         raise ConfigError(f"{out} was started with other settings: {', '.join(changed)}; name another --out")
     return state

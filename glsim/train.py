@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from glsim.adapt import adapt, merged
 from glsim.backbone import Model
-from glsim.batches import CachedImages, TrainBatches, make_loader, mix, train_loader
+from glsim.batches import CachedImages, TrainBatches, make_loader, mix, read, train_loader
 from glsim.bundle import (
     CONFIG,
     METRICS_FILE,
@@ -38,7 +38,7 @@ from glsim.bundle import (
     write_text,
 )
 from glsim.catalog import SETS, prepared
-from glsim.checkpoint import CHECKPOINT, Interrupted, load_checkpoint, save_checkpoint, stop_signal, writing
+from glsim.checkpoint import CHECKPOINT, Interrupted, held, load_checkpoint, save_checkpoint, stop_signal, writing
 from glsim.config import Train, read_recipe, to_recipe
 from glsim.data import ImageDataset, ImageList, hold_out, read_data, split_hash
 from glsim.environment import environment
@@ -58,16 +58,22 @@ FREE = {"workers", "out", "data", "cache", "tracker", "data_licence"}  # change 
 def run(s: Train, progress: bool = True) -> dict[str, Any]:
     """The verb: train as `s` says; returns the metrics. `s.out` is a bundle after every epoch.
 
-    Raises Interrupted after SIGINT or SIGTERM, the state saved, and GlsimError when the loss is no longer a number or a
-    file cannot be written.
+    Raises ConfigError when another run is at work in `s.out`, Interrupted after SIGINT or SIGTERM, the state saved, and
+    GlsimError when the loss is no longer a number or a file cannot be written.
     """
     out = Path(s.out)
     _check_out(s, out)
-    splits, bad = read_splits(s)
-    classes = splits["train"].classes
     if s.tracker is not None and find_spec(s.tracker) is None:
         raise ConfigError(f"tracker={s.tracker} needs that package: pip install {s.tracker}")
     accelerator = make_accelerator(None, s.precision, s.accumulate, log_with=s.tracker, project_dir=s.out)
+    with held(out, accelerator):
+        _check_out(s, out)  # again: another run may just have ended there
+        return _fit(s, out, accelerator, progress)
+
+
+def _fit(s: Train, out: Path, accelerator: Accelerator, progress: bool) -> dict[str, Any]:
+    splits, bad = read_splits(s)
+    classes = splits["train"].classes
     set_seed(s.seed)
     model = create_model(
         s.method, s.backbone, len(classes), s.image_size, s.pretrained, s.backbone_args or None, **s.options
@@ -76,7 +82,7 @@ def run(s: Train, progress: bool = True) -> dict[str, Any]:
         init_from(model, s.init_from)
     how = {name: getattr(s, name) for name in ("freeze", "lora", "supcon", "grad_checkpointing", "compile")}
     adapt(model, **how)
-    p = _preprocessing(s, model)
+    p = make_preprocessing(s, model)
     group = accelerator.num_processes * s.accumulate
     batches = TrainBatches(len(splits["train"]), s.batch_size, group, s.seed, s.repeats)
     copies = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine, as the launcher tells
@@ -102,7 +108,6 @@ def run(s: Train, progress: bool = True) -> dict[str, Any]:
     tally = Tally(accelerator, state.get("tally"))
     accelerator.wait_for_everyone()  # every process has looked at `out` before the first writes to it
     if accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
         write_text(out / RECIPE, to_recipe(s))
         write_text(out / BAD_IMAGES, "".join(f"{b}\n" for b in bad))
         write_text(out / RUN, _run_record(s, accelerator, data_hash))
@@ -136,7 +141,7 @@ def run(s: Train, progress: bool = True) -> dict[str, Any]:
             wrapped.train()
             if s.freeze == "backbone":
                 model.backbone.eval()
-            for part, (images, labels) in enumerate(loader):
+            for part, (images, labels) in enumerate(read(loader)):
                 # All randomness follows from seed, step and image: a resumed run repeats the undisturbed one.
                 torch.manual_seed(mix(s.seed, step, part % s.accumulate, accelerator.process_index))
                 schedule.step_update(step)
@@ -146,11 +151,12 @@ def run(s: Train, progress: bool = True) -> dict[str, Any]:
                         output = wrapped(images)
                         loss = objective(output, labels, s.label_smoothing, s.focal)
                     accelerator.backward(loss)
+                    norm = None
                     if accelerator.sync_gradients and s.clip_grad:
-                        accelerator.clip_grad_norm_(wrapped.parameters(), s.clip_grad)
+                        norm = accelerator.clip_grad_norm_(wrapped.parameters(), s.clip_grad)
                     optimizer.step()
                     optimizer.zero_grad()
-                tally.add(output.logits, labels, loss, step)
+                tally.add(output.logits, labels, loss, step, norm)
                 if not accelerator.sync_gradients:
                     continue
                 if ema is not None:
@@ -197,11 +203,11 @@ def run(s: Train, progress: bool = True) -> dict[str, Any]:
 
 
 class Diverged(GlsimError):
-    """The loss is no longer a number."""
+    """The loss, or its gradient, is no longer a number."""
 
 
 class Tally:
-    """What an epoch adds up to: loss, right answers, images, seconds; and the first step whose loss was no number."""
+    """What an epoch adds up to: loss, right answers, images, seconds; and the first step at which a number was none."""
 
     def __init__(self, accelerator: Accelerator, sums: list[float] | None = None) -> None:
         self.accelerator, self.start, self.seconds = accelerator, time.perf_counter(), 0.0
@@ -213,14 +219,17 @@ class Tally:
             self.values += torch.tensor(sums[own : own + 3], device=accelerator.device)
 
     @torch.no_grad()
-    def add(self, logits: Tensor, labels: Tensor, loss: Tensor, step: int) -> None:
-        """One batch: logits (B, C), labels (B,) or shares (B, C), the mean loss. Does not wait for the device.
+    def add(self, logits: Tensor, labels: Tensor, loss: Tensor, step: int, norm: Tensor | None = None) -> None:
+        """One batch: logits (B, C), labels (B,) or shares (B, C), the mean loss, the gradient's norm where a step ends.
 
-        Of a mixed image the class with the largest share is right.
+        Of a mixed image the class with the largest share is right. Does not wait for the device.
         """
         right = (logits.argmax(dim=1) == (labels if labels.ndim == 1 else labels.argmax(dim=1))).sum()
         self.values += torch.stack((loss.detach() * len(labels), right, torch.full_like(loss, len(labels))))
-        self.bad = torch.where((self.bad < 0) & ~loss.isfinite(), step, self.bad)
+        sound = loss.isfinite()
+        if norm is not None and self.accelerator.scaler is None:  # which leaves such a step out, and scales less
+            sound = sound & norm.isfinite()
+        self.bad = torch.where((self.bad < 0) & ~sound, step, self.bad)
 
     def sums(self) -> list[float]:
         """Loss, right answers and images of each process in turn, and seconds: what a resumed epoch begins with."""
@@ -247,14 +256,14 @@ class Tally:
         return f"loss {loss / images:.3f}, accuracy {right / images:.1%}, {speed:.0f} images/s"
 
     def check(self, batches: TrainBatches, images: ImageList, lr: float) -> None:
-        """Raise Diverged naming step and files once a loss was not a number, in all processes alike."""
+        """Raise Diverged naming step and files once a loss or gradient was no number, in all processes alike."""
         bad = [step for step in self.accelerator.gather(self.bad).view(-1).tolist() if step >= 0]
         if bad:
             step = min(bad)
             names = ", ".join(str(images.paths[i]) for i in batches.step(step))
             raise Diverged(
-                f"the loss is not a number at step {step}; try a smaller lr than {lr}, a longer warm-up, or clip_grad. "
-                f"The images of that step: {names}"
+                f"the loss or its gradient is no number at step {step}; try a smaller lr than {lr}, a longer warm-up, "
+                f"or clip_grad. The images of that step: {names}"
             )
 
 
@@ -303,7 +312,8 @@ def read_splits(s: Train) -> tuple[dict[str, ImageList], list[BadImage]]:
     if s.skip_bad:
         bad = find_bad([path for images in splits.values() for path in images.paths])
         splits = {name: drop_bad(images, bad) for name, images in splits.items()}
-    lacking = [c for i, c in enumerate(splits["train"].classes) if i not in set(splits["train"].labels)]
+    present = set(splits["train"].labels)
+    lacking = [c for i, c in enumerate(splits["train"].classes) if i not in present]
     if lacking:
         raise DataError(f"{s.data}: no readable training image of {', '.join(lacking[:10])}")
     return splits, bad
@@ -385,7 +395,8 @@ def _run_record(s: Train, accelerator: Accelerator, data_hash: str) -> str:
     return json.dumps({"seed": s.seed, "split_hash": data_hash, "starts": [*before, start]}, indent=2) + "\n"
 
 
-def _preprocessing(s: Train, model: Model) -> Preprocessing:
+def make_preprocessing(s: Train, model: Model) -> Preprocessing:
+    """The backbone's, with what the settings say otherwise."""
     default = default_preprocessing(model.config["backbone"], model.backbone.image_size)
     mean, std = tuple(s.mean or default.mean), tuple(s.std or default.std)
     return Preprocessing(default.image_size, s.resize_ratio, mean, std, s.resize)

@@ -13,10 +13,11 @@ import time
 
 import pytest
 import torch
+import yaml
 from conftest import TINY
 from safetensors.torch import load_file
 
-from glsim import evaluate, synthetic, train
+from glsim import cli, evaluate, synthetic, train
 from glsim.config import Eval, Train
 
 # 32 images a step however they are shared; SGD, for Adam turns rounding into steps.
@@ -45,6 +46,12 @@ def train_words(data, out, **changes):
     for name, value in values.items():
         if value is not True:
             yield f"--{name.replace('_', '-')}={json.dumps(value) if isinstance(value, dict) else value}"
+
+
+def wait_for(run, path):
+    deadline = time.time() + 120
+    while not path.exists() and time.time() < deadline and run.poll() is None:
+        time.sleep(0.05)
 
 
 def rows(folder):
@@ -109,7 +116,7 @@ def test_a_loss_that_is_no_number_ends_all_processes_alike(data, tmp_path):
     """Both say the same step, and nothing hangs."""
     words = train_words(data, tmp_path / "r", lr=1e30, warmup_lr=1e30, clip_grad=0.0, epochs=20)
     _, errors = start(2, "train", *words, code=1)
-    steps = re.findall(r"glsim train: the loss is not a number at step (\d+); try a smaller lr", errors)
+    steps = re.findall(r"glsim train: the loss or its gradient is no number at step (\d+); try a smaller lr", errors)
     assert steps and len(set(steps)) == 1
 
 
@@ -120,9 +127,7 @@ def test_a_signal_to_the_launcher_saves_in_all_processes_and_the_run_goes_on(dat
     with subprocess.Popen(
         [*command, "train", *train_words(data, out, **long)], stderr=subprocess.PIPE, text=True
     ) as run:
-        deadline = time.time() + 120
-        while not (out / "checkpoint").exists() and time.time() < deadline and run.poll() is None:
-            time.sleep(0.1)
+        wait_for(run, out / "checkpoint")
         run.send_signal(signal.SIGTERM)
         _, errors = run.communicate(timeout=90)
     steps = set(re.findall(r"interrupted after step (\d+) of 120, saved", errors))
@@ -130,6 +135,49 @@ def test_a_signal_to_the_launcher_saves_in_all_processes_and_the_run_goes_on(dat
     assert steps == {str(state["step"])} and run.returncode != 0 and state["processes"] == 2
     start(2, "train", "--resume", *train_words(data, out, **long))
     assert [row["step"] for row in rows(out)] == list(range(2, 121, 2))
+
+
+REPRODUCE = """
+import json, os, sys
+from pathlib import Path
+from glsim import reproduce
+from glsim.cli import VERBS, parse, part_processes
+try:
+    result = reproduce.run(parse("reproduce", VERBS["reproduce"], sys.argv[2:]), progress=False)
+    Path(sys.argv[1], "rank" + os.environ["RANK"] + ".json").write_text(json.dumps(result))
+finally:
+    part_processes()
+"""
+
+
+@pytest.mark.slow
+def test_the_protocol_in_two_processes_is_interrupted_goes_on_and_both_know_the_same(data, tmp_path, capsys):
+    changes = {"batch_size": 8, "accumulate": 2, "save_steps": 1, "epochs": 12}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**SAME, **changes}))
+    (tmp_path / "each.py").write_text(REPRODUCE)
+    words = [str(tmp_path / "recipe.yaml"), "--data", str(data), "--lrs", "0.05", "0.0005", "--seeds", "1", "10"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    printed, _ = start(2, "reproduce", *words, "--out", str(whole), "--json")
+    state = json.loads((whole / "reproduce.json").read_text())
+    assert json.loads(printed) == {"out": str(whole), **state} and state["test"]["count"] == 21
+
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    again = [*launcher, str(tmp_path / "each.py"), str(tmp_path), *words, "--out", str(broken)]
+    with (tmp_path / "errors.txt").open("w") as log, subprocess.Popen(again, stdout=log, stderr=log) as run:
+        wait_for(run, broken / "lr_0.0005" / "checkpoint")
+        assert cli.main(["reproduce", *words, "--out", str(broken)]) == 2 and run.poll() is None
+        assert f"{broken} is in use by process" in capsys.readouterr().err
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(90)
+    assert "the same command goes on from there" in (tmp_path / "errors.txt").read_text()
+    states = {name: row["state"] for name, row in json.loads((broken / "reproduce.json").read_text())["runs"].items()}
+    assert states == {"lr_0.05": "done", "lr_0.0005": "running", "seed_1": "waiting", "seed_10": "waiting"}
+    subprocess.run(again, check=True, capture_output=True, timeout=300)
+    for rank in range(2):
+        assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == {"out": str(broken), **state}
+    for name in states:
+        a, b = (load_file(folder / name / "model.safetensors") for folder in (whole, broken))
+        assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.slow

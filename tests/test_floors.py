@@ -13,10 +13,10 @@ FLOORS = [
         *("transforms", "images", "figures", "synthetic", "catalog", "environment", "hub"),
     },
     {"models"},
-    {"config", "adapt", "data", "sources", "bundle", "official", "graphs", "batches", "checkpoint", "cost"},
+    {"config", "adapt", "data", "sources", "copies", "bundle", "official", "graphs", "batches", "checkpoint", "cost"},
     {
-        *("train", "evaluate", "predict", "pictures", "mistakes", "convert", "datasets", "doctor"),
-        *("reproduce", "report", "benchmark", "export", "push"),
+        *("train", "evaluate", "predict", "pictures", "mistakes", "convert", "datasets", "calibrate"),
+        *("reproduce", "report", "benchmark", "loading", "doctor", "doctor_page", "memory", "export", "push"),
     },
     {"quickstart", "cli", "__init__"},
 ]
@@ -31,6 +31,7 @@ SIDEWAYS = {
     ("cost", "config"),  # the settings of its verb
     ("train", "evaluate"),
     ("evaluate", "predict"),  # the same answer to an image, mirrored or not
+    ("calibrate", "evaluate"),  # the same split of the same images
     ("evaluate", "mistakes"),  # the page of what it counted
     ("mistakes", "pictures"),
     ("mistakes", "predict"),
@@ -38,7 +39,13 @@ SIDEWAYS = {
     ("reproduce", "evaluate"),
     ("report", "train"),  # reads what it left in the folder of a run
     ("report", "reproduce"),
-    ("doctor", "train"),  # the memory of a step with the optimiser that train would make
+    ("benchmark", "loading"),  # the same verb
+    ("loading", "train"),  # the images and the optimiser of a training run
+    ("loading", "evaluate"),
+    ("doctor", "doctor_page"),
+    ("doctor", "memory"),
+    ("doctor_page", "memory"),
+    ("memory", "train"),  # a step with the optimiser that train would make
 }
 
 
@@ -84,5 +91,5 @@ def test_models_do_not_import_each_other():
 
 
 def test_importing_glsim_and_its_settings_is_cheap():
-    code = "import glsim, glsim.cli, glsim.config, glsim.data, sys; print('torch' in sys.modules)"
+    code = "import glsim, glsim.cli, glsim.config, glsim.data, glsim.copies, sys; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

@@ -16,7 +16,7 @@ from conftest import TINY
 from safetensors.torch import load_file
 
 from glsim import ConfigError, DataError, GlsimError, checkpoint, cli, report, reproduce, train
-from glsim.config import Report, Reproduce, to_recipe
+from glsim.config import Report, Reproduce, change_recipe, to_recipe
 
 VAL = {0.1: 2, 0.03: 4, 0.01: 4, 0.001: 1}  # right answers on val by lr: a tie at the top
 TEST = {1: 5, 10: 8, 100: 6}
@@ -198,6 +198,19 @@ def test_other_settings_or_images_are_refused_by_name(recipe, birds, tmp_path, m
         reproduce.run(replace(s, out=str(tmp_path / "file")), progress=False)
 
 
+def test_a_plan_of_an_earlier_version_has_the_defaults_of_later_settings(recipe, birds, tmp_path, monkeypatch):
+    FakeTraining(monkeypatch)
+    s = ask(recipe, birds, tmp_path / "r")
+    whole = reproduce.run(s, progress=False)
+    file = tmp_path / "r" / "reproduce.json"
+    state = json.loads(file.read_text())
+    del state["plan"]["train"]["focal"]
+    file.write_text(json.dumps(state))
+    assert reproduce.run(s, progress=False)["test"] == whole["test"]
+    with pytest.raises(ConfigError, match=r"focal=2.0 \(was 0.0\)"):
+        reproduce.run(replace(s, train={"focal": 2.0}), progress=False)
+
+
 def test_settings_are_checked_by_name_and_type(recipe, birds, tmp_path):
     for train_settings, said in (
         ({"epochs": "many"}, 'tiny.yaml with --train: .*"epochs"'),
@@ -205,13 +218,14 @@ def test_settings_are_checked_by_name_and_type(recipe, birds, tmp_path):
         ({"epochs": 0}, "epochs=0: at least 1"),
     ):
         with pytest.raises(ConfigError, match=said):
-            reproduce.settings(ask(recipe, birds, tmp_path / "r", train=train_settings))
+            reproduce.run(ask(recipe, birds, tmp_path / "r", train=train_settings), progress=False)
     for changes, said in (
         ({"train": {"lr": 1}}, "--train.lr: use --lrs"),
         ({"train": {"test": False}}, "--train.test: the protocol sets that itself"),
         ({"seeds": []}, r"seeds=\[\]: one or more"),
         ({"seeds": [1, 1]}, r"seeds=\[1, 1\]: each only once"),
         ({"lrs": [0.0]}, r"lrs=\[0.0\]: above 0"),
+        ({"seeds": [1, -1]}, "seed=-1: from 0 to 4294967295"),
         ({"val_fraction": 0.0}, "val_fraction=0: the lr is chosen on what is held out"),
     ):
         with pytest.raises(ConfigError, match=said):
@@ -224,7 +238,7 @@ def test_the_command_line_changes_settings_of_the_recipe(recipe, birds, tmp_path
     words += ["--train.backbone_args.depth", "1", "--train.mean", "[1,2,3]"]
     s = cli.parse("reproduce", cli.VERBS["reproduce"], words)
     assert (s.lrs, s.seeds) == ([0.1, 1e-3], [3, 4])
-    settings = reproduce.settings(s)
+    settings = change_recipe(s.recipe, s.train, data=s.data, out=s.out)
     assert (settings.epochs, settings.precision, settings.mean) == (9, "no", [1, 2, 3])
     assert settings.options == {"top_o": 4, "classifier": "avg_cls"}
     assert settings.backbone_args == {**TINY["backbone_args"], "depth": 1}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from glsim.backbone import Backbone, Model, to_pair
+from glsim.backbone import Backbone, Model, StagedModel, to_pair
 from glsim.crop import BOX_RULES, crop_and_resize, select
-from glsim.heads import Aggregator, Classifier
+from glsim.heads import Aggregator, Classifier, lead
 from glsim.selection import check_metric, check_top, needs_attention, score
-from glsim.types import Output, choose
+from glsim.types import ConfigError, Output, Selection, choose
 
 
 class GLSim(Model):
@@ -40,6 +41,44 @@ class GLSim(Model):
         return Output(self.head(self.aggregator(tokens)), selection, crops)
 
 
+class AdaptiveGLSim(GLSim, StagedModel):
+    """GLSim that also learns to answer from the image's token alone, and then crops only where it is unsure.
+
+    Training adds `early_loss` times the cross-entropy of the first pass's own answer. When answering, an image whose
+    two best classes are `margin` or more apart in probability after the first pass gets no second one (no `margin`:
+    every image gets both).
+    """
+
+    def __init__(self, *parts: Any, early_loss: float, margin: float | None) -> None:
+        super().__init__(*parts)
+        self.early_loss, self.margin = early_loss, margin
+
+    def forward(self, images: Tensor) -> Output:
+        """`images` (B, 3, H, W), normalised. With a margin there are no crops, and one wait for the device."""
+        given, first, selection = self.first(images)
+        if self.training or self.margin is None:
+            logits, crops = self.second(images, given, selection.boxes)
+            both = {"cross_entropy": ((1.0, logits), (self.early_loss, first))} if self.training else {}
+            return Output(logits, selection, crops, both)
+        unsure = lead(first) < self.margin
+        if unsure.any():
+            second, _ = self.second(images[unsure], given[unsure], selection.boxes[unsure])
+            first = first.masked_scatter(unsure[:, None], second)
+        return Output(first, selection, aux={"unsure": unsure})
+
+    def first(self, images: Tensor) -> tuple[Tensor, Tensor, Selection]:
+        """One pass over `images` (B, 3, H, W): its tokens (B, D), the logits they give (B, C), and what to crop."""
+        f = self.features(images, attention=needs_attention(self.metric))
+        selection = select(score(self.metric, f), self.top_o, f.grid, images.shape[-2:], self.box)
+        return f.cls, self.head(self.aggregator(f.cls[:, None])), selection
+
+    def second(self, images: Tensor, given: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """The refined logits (B, C), from `given` and the crops `boxes` (B, 4) of `images`, and those crops."""
+        crops = crop_and_resize(images, boxes, self.crop_size)
+        tokens = torch.stack((given, self.backbone(crops).cls), dim=1)  # B 2 D
+        return self.head(self.aggregator(tokens)), crops
+
+
 def build(
     encoder: Backbone,
     num_classes: int,
@@ -53,13 +92,25 @@ def build(
     dropout: float = 0.0,
     drop_path: float = 0.0,
     norm_eps: float | None = None,
+    early_loss: float = 0.0,
+    margin: float | None = None,
 ) -> GLSim:
-    """`top_o` patches span the crop (the paper: 8, Stanford Dogs 16, at every image size); `crop_size` in pixels."""
+    """`top_o` patches span the crop (the paper: 8, Stanford Dogs 16, at every image size); `crop_size` in pixels.
+
+    With an `early_loss` above 0 the first pass can answer alone; `margin` says when it may (`AdaptiveGLSim`).
+    """
     check_metric(metric, encoder.has_attention, encoder.depth)
     choose(box, BOX_RULES, "box rule")
     check_top(top_o, encoder.grid, "top_o")
     if crop_size is not None:
         crop_size = to_pair(crop_size)
         encoder.check_size(crop_size)
+    if early_loss < 0:
+        raise ConfigError(f"early_loss={early_loss}: at least 0 is needed")
+    if margin is not None and (not isinstance(margin, int | float) or margin < 0):
+        raise ConfigError(f"margin={margin!r}: a difference of probabilities is needed, from 0 to 1, or null")
+    if margin is not None and not early_loss:
+        raise ConfigError(f"margin={margin}: the first pass answers only where it was trained to, with early_loss")
     aggregator = Aggregator(encoder.dim, aggregator_depth, dropout, drop_path, norm_eps or 1e-6)
-    return GLSim(encoder, aggregator, Classifier(encoder.dim, num_classes, classifier), metric, top_o, box, crop_size)
+    parts = (encoder, aggregator, Classifier(encoder.dim, num_classes, classifier), metric, top_o, box, crop_size)
+    return AdaptiveGLSim(*parts, early_loss=early_loss, margin=margin) if early_loss else GLSim(*parts)
