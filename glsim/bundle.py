@@ -371,7 +371,7 @@ def pick_device(name: str | None = None) -> torch.device:
 
 def card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
     """The model card: what it is, what it learned from, how well it did, how to use it, under whose licences."""
-    labels, licence, training = config.get("label_names") or [], config["licence"], config.get("training") or {}
+    labels, licence, training = (config.get(k) or {} for k in ("label_names", "licence", "training"))
     data, p = config.get("data") or {}, Preprocessing.from_dict(config["preprocessing"])
     measured = {k: v for k, v in (metrics or {}).items() if isinstance(v, dict) and "top1" in v}
     title = f"{config['method']} on {config['backbone']}"
@@ -390,7 +390,7 @@ def card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
         model_name=title if results else None,
         eval_results=results or None,
     )
-    shown = ", ".join(labels[:20]) + (f", .. ({len(labels)} in all)" if len(labels) > 20 else "")
+    shown = ", ".join(list(labels)[:20]) + (f", .. ({len(labels)} in all)" if len(labels) > 20 else "")
     size, resize = (" x ".join(map(str, side)) for side in (p.image_size, p.resize))
     lines = [
         "---",
@@ -408,6 +408,8 @@ def card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
     if {"source", "counts", "split_hash"} <= set(data):
         counts = ", ".join(f"{count} {split}" for split, count in data["counts"].items())
         lines.append(f"- Data: `{data['source']}`, {counts} images, split hash `{data['split_hash'][:16]}`")
+    if calibration := config.get("calibration"):
+        lines.append(f"- Calibrated on {calibration['count']} images of `{calibration['data']}`")
     if training:
         lines.append(
             f"- Training: from {start}; {training['epochs']} epochs of {training['optimizer']}, learning rate "

@@ -6,7 +6,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +16,11 @@ from timm.models.beit import Beit
 from torch import Tensor, nn
 
 from glsim.attention import explicit_attention
-from glsim.backbone import Model
+from glsim.backbone import Model, StagedModel
 from glsim.bundle import load, preprocessing_of
 from glsim.config import Export
-from glsim.graphs import BOXES, IMAGES, LOGITS, GraphModel, as_output, open_graph
+from glsim.graphs import BOXES, GIVEN, IMAGES, LOGITS, UNSURE, GraphModel, as_output, open_graph
+from glsim.heads import lead
 from glsim.types import ConfigError, GlsimError, Output
 
 BATCHES = (1, 3, 8)  # images at a time with which an exported file is held to the model
@@ -40,28 +41,52 @@ class Answer(nn.Module):
 
     def __init__(self, model: Model) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """`images` (B, 3, H, W), normalised."""
-        output = self.answer(images)
+        with spelled_out(self.model):
+            output = self.model(images)
         return (output.logits,) if output.selection is None else (output.logits, output.selection.boxes)
 
-    def answer(self, images: Tensor) -> Output:
-        """The model's answer; BEiT's attention with its bias is spelled out, which the exporter cannot take fused."""
-        if isinstance(self.model.backbone.net, Beit):
-            with explicit_attention(self.model):
-                return self.model(images)
-        return self.model(images)
+
+class First(Answer):
+    """The first pass of a `StagedModel`: images -> logits, boxes, what the second pass is given, who needs it (B,)."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """`images` (B, 3, H, W), normalised."""
+        with spelled_out(self.model):
+            given, logits, selection = self.model.first(images)
+        return logits, selection.boxes, given, lead(logits) < self.model.margin
 
 
+class Second(Answer):
+    """Its second pass: images, boxes and what the first one gave -> logits."""
+
+    def forward(self, images: Tensor, boxes: Tensor, given: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """`images` (B, 3, H, W), normalised; `boxes` (B, 4), `given` (B, D)."""
+        with spelled_out(self.model):
+            return (self.model.second(images, given, boxes).logits,)
+
+
+def spelled_out(model: Model) -> AbstractContextManager[Any]:
+    """Inside, BEiT's attention with its bias is spelled out, which the exporter cannot take fused."""
+    return explicit_attention(model) if isinstance(model.backbone.net, Beit) else nullcontext()
+
+
+@torch.inference_mode()
 def cut(model: Model) -> list[Graph]:
-    """The graphs of a model, as `GraphModel` runs them one after the other: one, with both passes and the crop."""
-    module = Answer(model).eval()
-    images = torch.zeros(2, 3, *model.config["image_size"])
-    with torch.inference_mode():
-        outputs = (LOGITS, BOXES)[: len(module(images))]
-    return [Graph(module, {IMAGES: images}, outputs)]
+    """The graphs of a model, as `GraphModel` runs them one after the other.
+
+    One, with both passes and the crop; of a `StagedModel` with a margin one for each pass.
+    """
+    images = {IMAGES: torch.zeros(2, 3, *model.config["image_size"])}
+    if isinstance(model, StagedModel) and model.margin is not None:
+        names = (LOGITS, BOXES, GIVEN, UNSURE)
+        values = dict(zip(names, First(model)(**images), strict=True))
+        second = images | {name: values[name] for name in (BOXES, GIVEN)}
+        return [Graph(First(model), images, names), Graph(Second(model), second, (LOGITS,))]
+    return [Graph(Answer(model), images, (LOGITS, BOXES)[: len(Answer(model)(**images))])]
 
 
 def run(s: Export) -> dict[str, Any]:
@@ -204,7 +229,7 @@ def write_torch(model: Model, path: Path, precision: str) -> Callable[[Tensor], 
     """Write `path` as a program of torch.export, `config.json` inside; returns it as it was read back."""
     graphs = cut(model)
     if len(graphs) > 1:
-        raise ConfigError(f"{model.config['method']!r} is several graphs; export it as ONNX")
+        raise ConfigError("a model that may answer after its first pass is two graphs; export it as ONNX")
     (graph,) = graphs
     config = {**model.config, "preprocessing": preprocessing_of(model).as_dict(), "outputs": graph.outputs}
     batch = torch.export.Dim("batch")

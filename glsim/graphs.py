@@ -14,7 +14,7 @@ from torch import Tensor
 from glsim.backbone import Model
 from glsim.types import ConfigError, DataError, Output, Selection
 
-IMAGES, LOGITS, BOXES, UNSURE = "images", "logits", "boxes", "unsure"  # names of inputs and outputs
+IMAGES, LOGITS, BOXES, GIVEN, UNSURE = "images", "logits", "boxes", "given", "unsure"  # inputs and outputs
 
 
 class GraphModel(Model):

@@ -16,9 +16,8 @@ from test_models import BACKBONES, MAPS, takes
 import glsim
 from glsim import ConfigError, DataError, GlsimError, cli, export, graphs
 from glsim.config import Eval, Export
-from glsim.crop import crop_and_resize, select
 from glsim.evaluate import run as evaluate
-from glsim.selection import score
+from glsim.heads import lead
 
 LABELS = list("abcde")
 CLASS_TOKEN, REGISTERS, NEITHER = (
@@ -176,47 +175,26 @@ def test_weights_too_large_for_one_file_lie_beside_it(monkeypatch, tmp_path):
         exported(model, tmp_path, precision="int8")
 
 
-class First(torch.nn.Module):
-    """The first pass of a GLSim: half of the images it is unsure of, by the sign of a pixel."""
+def test_a_model_that_answers_early_is_two_graphs(tmp_path):
+    def adaptive(margin):
+        return small_model(early_loss=1.0, margin=margin)
 
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images):
-        f = self.model.features(images)
-        chosen = select(score("gls_cos", f), self.model.top_o, f.grid, images.shape[-2:])
-        logits = self.model.head(torch.stack((f.cls, f.cls), dim=1))
-        return logits, chosen.boxes, f.cls, images[:, 0, 0, 0] > 0
-
-
-class Second(First):
-    def forward(self, images, given, boxes):
-        tokens = torch.stack((given, self.model.backbone(crop_and_resize(images, boxes)).cls), dim=1)
-        return (self.model.head(self.model.aggregator(tokens)),)
-
-
-def test_a_model_of_two_graphs(monkeypatch, tmp_path):
-    """What the second graph is for is what the model without a first answer does: the truth here."""
-    model = small_model()
-    images = torch.zeros(2, 3, 64, 64)
-    given, boxes = torch.zeros(2, 64), torch.tensor([[0, 0, 32, 32]] * 2)
-    cut = [
-        export.Graph(First(model), {"images": images}, ("logits", "boxes", "given", "unsure")),
-        export.Graph(Second(model), {"images": images, "given": given, "boxes": boxes}, ("logits",)),
-    ]
-    monkeypatch.setattr(export, "cut", lambda _: cut)
-    monkeypatch.setattr(export, "compare", lambda *_: {"difference": 0.0})  # with a model that has no first answer
+    images = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    ahead = lead(adaptive(0.5).first(images)[1]).detach().sort().values
+    model = adaptive(float(ahead[3:5].mean()))  # half of the images are sure after the first pass
     out, result = exported(model, tmp_path)
     assert [p.rpartition("/")[2] for p in result["files"]] == ["model.2.onnx", "model.onnx"]
+    assert result["exit_code"] == 0 and all(c["same_boxes"] == c["batch"] for c in result["checks"])
     graph = glsim.load(out)
-    for images in (torch.randn(8, 3, 64, 64), torch.rand(3, 3, 64, 64) + 0.1, torch.rand(3, 3, 64, 64) - 1.1):
-        output, whole, first = graph(images), model(images), First(model)(images)
-        unsure = images[:, 0, 0, 0] > 0
-        assert (output.aux["unsure"] == unsure).all() and (output.selection.boxes == whole.selection.boxes).all()
-        wanted = torch.where(unsure[:, None], whole.logits, first[0])
-        torch.testing.assert_close(output.logits, wanted, atol=1e-4, rtol=0)
-    with pytest.raises(ConfigError, match="is several graphs; export it as ONNX"):
+    for part, unsure in ((slice(None), 4), (torch.arange(7, -1, -1), 4), (slice(2, 3), None)):
+        mine, theirs = model(images[part]), graph(images[part])
+        assert torch.equal(mine.aux["unsure"], theirs.aux["unsure"])
+        assert unsure is None or int(theirs.aux["unsure"].sum()) == unsure
+        assert torch.equal(mine.selection.boxes, theirs.selection.boxes)
+        torch.testing.assert_close(theirs.logits, mine.logits, atol=1e-4, rtol=0)
+    sure = images[~model(images).aux["unsure"]]
+    torch.testing.assert_close(graph(sure).logits, model.first(sure)[1], atol=1e-4, rtol=0)  # no second pass at all
+    with pytest.raises(ConfigError, match="is two graphs; export it as ONNX"):
         exported(model, tmp_path, ".pt2")
     out.with_name("model.2.onnx").unlink()
     with pytest.raises(DataError, match=r"model.2.onnx cannot be read"):
