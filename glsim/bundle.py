@@ -346,6 +346,20 @@ def temperature_of(model: Model) -> float:
     return float((model.config.get("calibration") or {}).get("temperature", 1.0))
 
 
+def threshold_of(model: Model) -> float:
+    """The confidence below which `--reject` answers "unknown"; ConfigError where `glsim calibrate` found none."""
+    calibration = model.config.get("calibration") or {}
+    threshold = calibration.get("threshold")
+    if isinstance(threshold, int | float):
+        return float(threshold)
+    if "max_error" in calibration:
+        raise ConfigError(
+            f"reject: no threshold keeps the error of this model at {calibration['max_error']:g} points on its "
+            "validation images; allow more with glsim calibrate --max-error"
+        )
+    raise ConfigError("reject: this model has no threshold; choose one with glsim calibrate RUN --data .. --max-error 5")
+
+
 def amend(folder: str | Path, options: dict[str, Any], **info: Any) -> None:
     """Change options of the method and anything else in the `config.json` of a bundle, and its card with it."""
     folder = Path(folder)
