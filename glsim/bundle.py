@@ -357,7 +357,7 @@ def threshold_of(model: Model) -> float:
             f"reject: no threshold keeps the error of this model at {calibration['max_error']:g} points on its "
             "validation images; allow more with glsim calibrate --max-error"
         )
-    raise ConfigError("reject: this model has no threshold; choose one with glsim calibrate RUN --data .. --max-error 5")
+    raise ConfigError("reject: this model has no threshold; glsim calibrate RUN --data .. --max-error 5 chooses one")
 
 
 def amend(folder: str | Path, options: dict[str, Any], **info: Any) -> None:

@@ -20,8 +20,8 @@ from glsim.backbone import Model, StagedModel
 from glsim.batches import make_loader
 from glsim.bundle import amend, load, pick_device, preprocessing_of
 from glsim.catalog import prepared
-from glsim.confidence import find_threshold
 from glsim.confidence import calibration_error as error_of_bins
+from glsim.confidence import find_threshold
 from glsim.config import Calibrate
 from glsim.data import split_hash
 from glsim.evaluate import read_split

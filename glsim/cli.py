@@ -210,6 +210,13 @@ def _percent(row: dict[str, Any], which: str) -> str:
 
 def show_explain(r: dict[str, Any], _: Any) -> str:
     """A line a picture."""
+    if "contrast" in r:
+        a, b = r["contrast"]
+        lines = [
+            f"{p['path']}: {a} {p['probabilities'][0]:.1%}, {b} {p['probabilities'][1]:.1%}, {p['picture']}"
+            for p in r["pictures"]
+        ]
+        return "\n".join([*lines, *show_skipped(r), f"pictures: {r['out']}"])
     lines = [f"{p['path']}: {p['label']} {p['probability']:.1%}, {p['picture']}" for p in r["pictures"]]
     lines += show_skipped(r)
     return "\n".join([*lines, f"pictures: {r['out']}"])

@@ -66,8 +66,8 @@ class RiskCoverage(NamedTuple):
 
     def points(self, count: int = 20) -> list[dict[str, float]]:
         """The curve at `count` even steps of coverage, each with the highest threshold that covers as much."""
-        steps = torch.arange(1, count + 1, device=self.coverage.device) / count
-        rows = torch.searchsorted(self.coverage, steps.to(self.coverage.dtype) - 1e-9).unique()
+        steps = torch.arange(1, count + 1, dtype=torch.double) / count
+        rows = torch.searchsorted(self.coverage, steps - 1e-9).unique()
         columns = (values[rows].tolist() for values in (self.coverage, self.error, self.thresholds))
         return [{"coverage": c, "error": e, "threshold": t} for c, e, t in zip(*columns, strict=True)]
 
@@ -83,11 +83,11 @@ def risk_coverage(confidences: Tensor, right: Tensor) -> RiskCoverage:
 
 
 def find_threshold(confidences: Tensor, right: Tensor, max_error: float) -> tuple[float | None, Tensor]:
-    """The lowest threshold at which at most `max_error` points (of 100) of the answers are wrong; who answers (images,).
+    """The lowest threshold at which at most `max_error` points (of 100) of the answers are wrong; who answers.
 
     Only thresholds count above which no other one is worse: one that does well by chance in between is not taken. A
     single wrong image among the surest few says little of a rate, so that it alone does not make one worse. The
-    threshold lies midway to the next lower confidence. None, and nobody: there is no such threshold.
+    threshold lies midway to the next lower confidence. None, and nobody: there is none.
     """
     curve = risk_coverage(confidences, right)
     allowed = max_error / 100 * curve.answered + 1e-9

@@ -416,8 +416,8 @@ class Explain:
         if self.contrast is not None:
             if len(self.contrast) != 2 or self.contrast[0] == self.contrast[1]:
                 raise ConfigError(f"contrast: two different classes are needed, got: {' '.join(self.contrast)}")
-            if self.metrics is not None:
-                raise ConfigError("contrast and metrics are different pictures; give one of them")
+            if self.metrics is not None or self.top_only or self.colormap != "turbo":
+                raise ConfigError("contrast draws every patch in two colours: no metrics, top_only or colormap with it")
         if not 0 <= self.alpha <= 1:
             raise ConfigError(f"alpha={self.alpha}: from 0 to 1")
         if not self.power > 0:

@@ -64,14 +64,14 @@ def draw_confidence(bins: Reliability, curve: RiskCoverage, ece: float, threshol
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     filled = bins.count > 0
-    middle = (torch.arange(BINS)[filled] + 0.5) / BINS * 100
-    share = bins.count[filled] / bins.count.sum() * 100
+    middle = ((torch.arange(BINS)[filled] + 0.5) / BINS * 100).numpy()
+    share = (bins.count[filled] / bins.count.sum() * 100).numpy()
     left.bar(middle, share, 100 / BINS, color="#d1d1d6", label="share of the images")
     left.plot((0, 100), (0, 100), color="#6e6e73", linestyle="--", linewidth=1, label="as accurate as confident")
     left.scatter(
-        bins.confidence[filled] * 100,
-        bins.accuracy[filled] * 100,
-        20 + 180 * (share / 100).sqrt(),
+        (bins.confidence[filled] * 100).numpy(),
+        (bins.accuracy[filled] * 100).numpy(),
+        20 + 18 * share**0.5,
         color="#0a5fb4",
         edgecolor="white",
         label="accuracy (large: many images)",
@@ -79,7 +79,7 @@ def draw_confidence(bins: Reliability, curve: RiskCoverage, ece: float, threshol
     )
     title = f"Reliability: calibration error {ece:.1%}"
     left.set(xlabel="confidence, %", ylabel="%", title=title, xlim=(0, 100), ylim=(0, 103))
-    coverage, error = curve.coverage * 100, curve.error * 100
+    coverage, error = ((100 * values).numpy() for values in (curve.coverage, curve.error))
     right.plot(coverage, error, color="#0a5fb4", drawstyle="steps-post", label="error among the surest")
     if threshold is not None and (answered := curve.thresholds >= threshold).any():
         row = int(answered.sum()) - 1

@@ -172,9 +172,7 @@ class Predictor:
         rows = zip(decide(sums, threshold).tolist(), groups.tolist(), sums.tolist(), strict=True)
         levels, names = self.taxonomy.levels, self.taxonomy.groups
         return [
-            Verdict(names[level][row[level]], levels[level], p[level])
-            if level >= 0
-            else Verdict("unknown", None, p[0])
+            Verdict(names[level][row[level]], levels[level], p[level]) if level >= 0 else Verdict("unknown", None, p[0])
             for level, row, p in rows
         ]
 
@@ -251,9 +249,7 @@ def run_here(s: Predict, progress: bool = True) -> dict[str, Any]:
     """Predictions and skipped files, as plain values; BadImage is raised unless `s.skip_bad`."""
     paths = find_images(s.images)
     model = load(s.source, **s.options)
-    predictor = Predictor(
-        model, s.top_k, s.batch_size, s.workers, s.device, s.flip, s.embedding, s.reject, s.taxonomy
-    )
+    predictor = Predictor(model, s.top_k, s.batch_size, s.workers, s.device, s.flip, s.embedding, s.reject, s.taxonomy)
     predictions, skipped = [], []
     for answer in tqdm(predictor.stream(paths), total=len(paths), unit="image", disable=not progress):
         if not isinstance(answer, BadImage):
@@ -274,7 +270,7 @@ def run_here(s: Predict, progress: bool = True) -> dict[str, Any]:
 
 
 def as_text(predictions: Sequence[Prediction]) -> str:
-    """A line an image: path, then classes with probabilities, then the box; the verdict before them, if there is one."""
+    """A line an image: path, then classes with probabilities, then the box; a verdict before them, if there is one."""
     lines = []
     for a in predictions:
         answers = ", ".join(f"{name} {p:.1%}" for name, p in zip(a.labels, a.probabilities, strict=True))

@@ -63,19 +63,23 @@ def read_taxonomy(file: str | Path, labels: Sequence[str]) -> Taxonomy:
             raise DataError(f"{where}: label {label!r} stands in line {seen[label]} already; keep one of them")
         if label not in known:
             close = get_close_matches(label, labels, n=3)
-            raise DataError(f"{where}: the model has no label {label!r}" + f"; close to it: {', '.join(close)}" * bool(close))
+            raise DataError(
+                f"{where}: the model has no label {label!r}" + f"; close to it: {', '.join(close)}" * bool(close)
+            )
         seen[label] = line
     if missing := [name for name in labels if name not in seen]:
         shown = ", ".join(map(repr, missing[:5])) + ", .." * (len(missing) > 5)
-        raise DataError(f"{file}: {len(missing)} of the model's {len(labels)} labels are missing: {shown}; add a line each")
+        raise DataError(
+            f"{file}: {len(missing)} of the model's {len(labels)} labels are missing: {shown}; add a line each"
+        )
     for level in range(1, len(header) - 1):
         parents: dict[str, tuple[str, int]] = {}
         for line, cells in rows:
             parent, first = parents.setdefault(cells[level], (cells[level + 1], line))
             if parent != cells[level + 1]:
                 raise DataError(
-                    f"{file}, line {line}: label {cells[0]!r}: {header[level]} {cells[level]!r} is in {header[level + 1]} "
-                    f"{cells[level + 1]!r} here and in {parent!r} in line {first}"
+                    f"{file}, line {line}: label {cells[0]!r}: {header[level]} {cells[level]!r} is in "
+                    f"{header[level + 1]} {cells[level + 1]!r} here and in {parent!r} in line {first}"
                 )
     of_label = {cells[0]: cells for _, cells in rows}
     columns = list(zip(*(of_label[name] for name in labels), strict=True))
