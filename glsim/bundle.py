@@ -385,7 +385,8 @@ def pick_device(name: str | None = None) -> torch.device:
 
 def card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
     """The model card: what it is, what it learned from, how well it did, how to use it, under whose licences."""
-    labels, licence, training = config.get("label_names") or [], config["licence"], config.get("training") or {}
+    labels, training = config.get("label_names") or [], config.get("training") or {}
+    licence = config.get("licence") or {}  # bundles of format 1 have none
     data, p = config.get("data") or {}, Preprocessing.from_dict(config["preprocessing"])
     measured = {k: v for k, v in (metrics or {}).items() if isinstance(v, dict) and "top1" in v}
     title = f"{config['method']} on {config['backbone']}"
@@ -429,6 +430,8 @@ def card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
         )
     if calibration := config.get("calibration"):
         lines.append(f"- Calibrated on {calibration['count']} images of `{calibration['data']}`")
+        if calibration.get("threshold") is not None and "coverage" in calibration:
+            lines[-1] += f"; `--reject` answers {calibration['coverage']:.0%} of them, the confident ones"
     for split, result in measured.items():
         lines.append(
             f"- {split}: top-1 {result['top1']:.2%} ({result['correct']} of {result['count']}), top-5 "

@@ -171,8 +171,9 @@ def draw(
     page.words(name, gap, line, width, 0.75 * font, color=GREY)
     sides = zip((a, b), c.probabilities[0], (FOR, AGAINST), (line, line + 1.15 * font), strict=True)
     for label, probability, colour, y in sides:
-        page.words("■", right, y, font, 0.9 * font, color=colour)
-        page.words(f"for {label}, probability {probability:.1%}", right + 1.2 * font, y, width - 1.2 * font, 0.9 * font)
+        page.words("■", right, y, font, 0.85 * font, color=colour)
+        page.words(f"for {label}", right + 1.2 * font, y, width - 6 * font, 0.85 * font)
+        page.words(f"p = {probability:.1%}", right + width, y, 4.5 * font, 0.75 * font, color=GREY, ha="right")
     page.write(path)
 
 
