@@ -23,7 +23,7 @@ def calibration_error(confidences: Tensor, right: Tensor) -> float:
 class Reliability(NamedTuple):
     """What became of the answers of each bin of confidence; 0 where a bin is empty."""
 
-    count: Tensor  # (15,) images
+    images: Tensor  # (15,) how many
     confidence: Tensor  # (15,) mean
     accuracy: Tensor  # (15,)
 

@@ -63,9 +63,9 @@ def draw_confidence(bins: Reliability, curve: RiskCoverage, ece: float, threshol
     """A PNG: accuracy in each bin of confidence, beside the error among the surest images; `threshold` is marked."""
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    filled = bins.count > 0
+    filled = bins.images > 0
     middle = ((torch.arange(BINS)[filled] + 0.5) / BINS * 100).numpy()
-    share = (bins.count[filled] / bins.count.sum() * 100).numpy()
+    share = (bins.images[filled] / bins.images.sum() * 100).numpy()
     left.bar(middle, share, 100 / BINS, color="#d1d1d6", label="share of the images")
     left.plot((0, 100), (0, 100), color="#6e6e73", linestyle="--", linewidth=1, label="as accurate as confident")
     left.scatter(

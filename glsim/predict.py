@@ -51,7 +51,7 @@ class Prediction(NamedTuple):
         """Plain values, for JSON."""
         answers = [{"label": n, "probability": p} for n, p in zip(self.labels, self.probabilities, strict=True)]
         box = list(self.box) if self.box else None
-        told = {"path": self.path, "answers": answers, "box": box, "second_pass": self.second_pass}
+        told: dict[str, Any] = {"path": self.path, "answers": answers, "box": box, "second_pass": self.second_pass}
         told |= {"verdict": self.verdict._asdict()} if self.verdict is not None else {}
         return told | ({"embedding": list(self.embedding)} if self.embedding is not None else {})
 

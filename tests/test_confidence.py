@@ -46,8 +46,8 @@ def test_the_calibration_error_is_that_of_the_library_and_of_the_bins(seed):
         float(multiclass_calibration_error(logits.softmax(1), labels, 7, n_bins=15)), abs=1e-6
     )
     bins = reliability(confidences, right)
-    assert int(bins.count.sum()) == 200
-    assert found == pytest.approx(float((bins.count / 200 * (bins.confidence - bins.accuracy).abs()).sum()), abs=1e-6)
+    assert int(bins.images.sum()) == 200
+    assert found == pytest.approx(float((bins.images / 200 * (bins.confidence - bins.accuracy).abs()).sum()), abs=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(6))
