@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from glsim.bundle import load, save
+    from glsim.contrasts import contrast
     from glsim.models import METHODS, create_model
     from glsim.pictures import explain
     from glsim.predict import Prediction, Predictor
@@ -24,6 +25,7 @@ _HOME = {
     "Predictor": "glsim.predict",
     "Prediction": "glsim.predict",
     "explain": "glsim.pictures",
+    "contrast": "glsim.contrasts",
     "Features": "glsim.types",
     "Selection": "glsim.types",
     "Output": "glsim.types",
@@ -43,6 +45,7 @@ __all__ = [
     "Prediction",
     "Predictor",
     "Selection",
+    "contrast",
     "create_model",
     "explain",
     "load",

@@ -346,6 +346,20 @@ def temperature_of(model: Model) -> float:
     return float((model.config.get("calibration") or {}).get("temperature", 1.0))
 
 
+def threshold_of(model: Model) -> float:
+    """The confidence below which `--reject` answers "unknown"; ConfigError where `glsim calibrate` found none."""
+    calibration = model.config.get("calibration") or {}
+    threshold = calibration.get("threshold")
+    if isinstance(threshold, int | float):
+        return float(threshold)
+    if "max_error" in calibration:
+        raise ConfigError(
+            f"reject: no threshold keeps the error of this model at {calibration['max_error']:g} points on its "
+            "validation images; allow more with glsim calibrate --max-error"
+        )
+    raise ConfigError("reject: this model has no threshold; glsim calibrate RUN --data .. --max-error 5 chooses one")
+
+
 def amend(folder: str | Path, options: dict[str, Any], **info: Any) -> None:
     """Change options of the method and anything else in the `config.json` of a bundle, and its card with it."""
     folder = Path(folder)
@@ -417,6 +431,8 @@ def card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
         )
     if calibration := config.get("calibration"):
         lines.append(f"- Calibrated on {calibration['count']} images of `{calibration['data']}`")
+        if calibration.get("threshold") is not None and "coverage" in calibration:
+            lines[-1] += f"; `--reject` answers {calibration['coverage']:.0%} of them, the confident ones"
     for split, result in measured.items():
         lines.append(
             f"- {split}: top-1 {result['top1']:.2%} ({result['correct']} of {result['count']}), top-5 "

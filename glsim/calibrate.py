@@ -1,4 +1,6 @@
-"""Floor 4: confidences to be taken at their word, and which images need no second pass: fitted on validation data.
+"""Floor 4: confidences to be taken at their word, which images need no second pass, which are better left unanswered.
+
+All fitted on validation data.
 
 Temperature: Guo et al., On Calibration of Modern Neural Networks, arXiv 1706.04599, section 4.2.
 """
@@ -12,21 +14,20 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_calibration_error
 from tqdm import tqdm
 
 from glsim.backbone import Model, StagedModel
 from glsim.batches import make_loader
 from glsim.bundle import amend, load, pick_device, preprocessing_of
 from glsim.catalog import prepared
+from glsim.confidence import calibration_error as error_of_bins
+from glsim.confidence import find_threshold
 from glsim.config import Calibrate
 from glsim.data import split_hash
 from glsim.evaluate import read_split
 from glsim.heads import lead
 from glsim.transforms import eval_transform
 from glsim.types import ConfigError
-
-BINS = 15  # of the expected calibration error, as in the paper
 
 
 class Answers(NamedTuple):
@@ -38,7 +39,7 @@ class Answers(NamedTuple):
 
 
 def run(s: Calibrate, progress: bool = True) -> dict[str, Any]:
-    """The verb: fit temperature and margin, write them into the bundle; returns what was found, as plain values.
+    """The verb: fit temperature, margin and threshold, write them into the bundle; returns them, as plain values.
 
     Raises ConfigError when `s.source` is no bundle folder, DataError for images that do not fit the model.
     """
@@ -75,6 +76,17 @@ def run(s: Calibrate, progress: bool = True) -> dict[str, Any]:
         "nll": [float(F.cross_entropy(logits / t, said.labels)) for t in (1.0, temperature)],
         "ece": [calibration_error(logits / t, said.labels) for t in (1.0, temperature)],
     }
+    if s.max_error is not None:
+        confidences, guesses = (logits / temperature).softmax(dim=1).max(dim=1)
+        right = guesses == said.labels
+        threshold, answered = find_threshold(confidences, right, s.max_error)
+        found |= {
+            "max_error": s.max_error,
+            "threshold": threshold,
+            "coverage": float(answered.float().mean()),
+            "answered": int(answered.sum()),
+            "answered_correct": int(right[answered].sum()),
+        }
     amend(folder, {"margin": found["margin"]} if staged else {}, calibration=found)
     return {"bundle": str(folder), **found}
 
@@ -130,7 +142,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 def calibration_error(logits: Tensor, labels: Tensor) -> float:
     """Expected calibration error over 15 bins: mean distance of confidence and accuracy."""
-    return float(multiclass_calibration_error(logits.softmax(dim=1), labels, logits.shape[1], n_bins=BINS))
+    confidences, guesses = logits.softmax(dim=1).max(dim=1)
+    return error_of_bins(confidences, guesses == labels)
 
 
 def count_right(logits: Tensor, labels: Tensor) -> int:

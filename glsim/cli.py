@@ -75,6 +75,16 @@ def show_eval(r: dict[str, Any], s: config.Eval) -> str:
         f"top-1 {r['top1']:.2%} ({r['correct']})   top-5 {r['top5']:.2%} ({r['correct_top5']})   "
         f"mean over classes {r['per_class_mean']:.2%}, standard deviation {r['per_class_std']:.2%}",
     ]
+    lines.append(show_confidence(r["ece"], r["aurc"], r["risk_coverage"]))
+    if a := r["answered"]:
+        lines.append(show_answered(a["threshold"], a["coverage"], a["count"], a["correct"]))
+    width = max((len(x["level"]) for x in r["levels"] or ()), default=0)
+    for i, level in enumerate(r["levels"] or ()):
+        lines.append(f"  {level['level']:{width}}  {level['groups']:5d} groups, top-1 {level['top1']:.2%}")
+        if a:
+            said = a["levels"][i]
+            error = f", {said['error']:.2%} of that wrong" if said["count"] else ""
+            lines[-1] += f"; answered {said['coverage']:.1%}{error}"
     if r["second_pass_share"] is not None:
         lines.append(f"second pass for {r['second_pass_share']:.1%} of the images")
     if r["split_drawn"]:
@@ -85,6 +95,19 @@ def show_eval(r: dict[str, Any], s: config.Eval) -> str:
     lines += show_skipped(r)
     lines += [f"mistakes: {r['errors']}"] * bool(r["errors"])
     return "\n".join(lines + ([f"written: {s.out}"] if s.out else []))
+
+
+def show_confidence(ece: float, aurc: float, curve: list[dict[str, float]]) -> str:
+    """Calibration error, and the error at some coverages."""
+    points = [next((p for p in curve if p["coverage"] >= share - 1e-9), curve[-1]) for share in (0.5, 0.8, 0.9)]
+    shown = ", ".join(f"{p['error']:.2%} of the surest {p['coverage']:.0%}" for p in points)
+    return f"confidence: calibration error {ece:.2%}; wrong: {shown}; AURC {aurc:.4f}"
+
+
+def show_answered(threshold: float, coverage: float, count: int, correct: int) -> str:
+    """How much is answered at a threshold, and how wrongly."""
+    wrong = f", {(count - correct) / count:.2%} of that wrong ({count - correct})" if count else ""
+    return f"threshold {threshold:.4f}: {coverage:.1%} answered ({count}){wrong}, the rest unknown"
 
 
 def show_calibrate(r: dict[str, Any], _: Any) -> str:
@@ -100,6 +123,10 @@ def show_calibrate(r: dict[str, Any], _: Any) -> str:
             f"as calibrated {correct / count:.2%} ({correct})",
             f"second pass for {r['second_pass_share']:.1%} of the images, margin {r['margin']}",
         ]
+    if "max_error" in r and r["threshold"] is None:
+        lines.append(f"no threshold keeps the error at {r['max_error']:g} points: --reject will not work")
+    elif "max_error" in r:
+        lines.append(show_answered(r["threshold"], r["coverage"], r["answered"], r["answered_correct"]))
     return "\n".join([*lines, f"written: {r['bundle']}"])
 
 
@@ -110,7 +137,7 @@ def show_predict(r: dict[str, Any], s: config.Predict) -> str:
         steady = f" ({r['steady_images_per_second']} once started)" if r["steady_images_per_second"] else ""
         speed = f"{r['answered']} answered in {r['seconds']} s, {r['images_per_second']} images/s{steady}{before}"
         return f"{r['out']}: {r['images']} images in {r['parts']} parts; {speed}; {r['errors']} could not be read"
-    from glsim.predict import FORMATS, Prediction
+    from glsim.predict import FORMATS, Prediction, Verdict
 
     answers = [
         Prediction(
@@ -120,6 +147,7 @@ def show_predict(r: dict[str, Any], s: config.Predict) -> str:
             tuple(a["box"]) if a["box"] else None,
             a["second_pass"],
             a.get("embedding"),
+            Verdict(**a["verdict"]) if "verdict" in a else None,
         )
         for a in r["predictions"]
     ]
@@ -183,6 +211,13 @@ def _percent(row: dict[str, Any], which: str) -> str:
 
 def show_explain(r: dict[str, Any], _: Any) -> str:
     """A line a picture."""
+    if "contrast" in r:
+        a, b = r["contrast"]
+        lines = [
+            f"{p['path']}: {a} {p['probabilities'][0]:.1%}, {b} {p['probabilities'][1]:.1%}, {p['picture']}"
+            for p in r["pictures"]
+        ]
+        return "\n".join([*lines, *show_skipped(r), f"pictures: {r['out']}"])
     lines = [f"{p['path']}: {p['label']} {p['probability']:.1%}, {p['picture']}" for p in r["pictures"]]
     lines += show_skipped(r)
     return "\n".join([*lines, f"pictures: {r['out']}"])

@@ -204,6 +204,8 @@ class Eval:
     out: str | None = setting(None, "folder for evaluation.json, predictions.csv and the confusion matrix")
     errors: str | None = setting(None, "folder for index.html: the mistakes with pictures, most confident first")
     flip: bool = setting(False, "average the logits of each image and its mirror image")
+    reject: bool = setting(False, "also measure the answers at or above the threshold that calibrate --max-error found")
+    taxonomy: str | None = setting(None, "CSV label,genus,.. from fine to coarse: measure every level")
     batch_size: int = setting(32, "images at a time")
     workers: int = setting(2, "processes that load images")
     skip_bad: bool = setting(False, "leave unreadable images out and list them")
@@ -227,6 +229,9 @@ class Calibrate:
         "val", "which images, as eval takes them; none that the model was trained on; all: every one there is"
     )
     max_loss: float = setting(0.1, "points of accuracy (of 100) that skipping second passes may cost on these images")
+    max_error: float | None = setting(
+        None, "points (of 100) of the answers that may be wrong: below the threshold found, --reject says unknown"
+    )
     batch_size: int = setting(32, "images at a time")
     workers: int = setting(2, "processes that load images")
     device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
@@ -234,6 +239,8 @@ class Calibrate:
     def __post_init__(self) -> None:
         _at_least(self, 1, "batch_size")
         _at_least(self, 0, "workers", "max_loss")
+        if self.max_error is not None and not 0 <= self.max_error < 100:
+            raise ConfigError(f"max_error={self.max_error}: points of 100, from 0 to below 100")
         if self.dataset is not None:
             choose(self.dataset, SETS, "data set")
 
@@ -247,6 +254,10 @@ class Predict:
     options: dict[str, Any] = setting({}, "options of the method to change, as --options.margin null")
     top_k: int = setting(5, "answers per image")
     flip: bool = setting(False, "average the logits of each image and its mirror image")
+    reject: bool = setting(False, "answer unknown below the threshold that calibrate --max-error found")
+    taxonomy: str | None = setting(
+        None, "CSV label,genus,.. from fine to coarse: with --reject, answer with a coarser level where that is sure"
+    )
     embedding: Literal["global", "crop", "fused"] | None = setting(
         None, "write this vector too (jsonl, Parquet): of the image, of the crop, or what the head reads"
     )
@@ -270,7 +281,11 @@ class Predict:
         choose(self.engine, {"local": None, "ray": None}, "engine")
         _at_least(self, 1, "batch_size", "top_k", "part_size")
         _at_least(self, int(self.engine == "ray"), "workers")
+        if self.taxonomy is not None and not self.reject:
+            raise ConfigError(f"taxonomy={self.taxonomy}: it is for what is unsure; add --reject")
         if self.engine == "ray":
+            if self.reject:
+                raise ConfigError("reject: not with --engine ray; its files hold the confidence of each answer")
             if self.out is None:
                 raise ConfigError("out: --engine ray writes Parquet files; name a folder with --out")
             if self.format is not None:
@@ -386,6 +401,7 @@ class Explain:
     out: str = required("folder for the pictures")
     options: dict[str, Any] = setting({}, "options of the method to change, as --options.top_o 16")
     metrics: list[str] | None = setting(None, "scores to draw, or all; default: the model's own, gls_cos for plain")
+    contrast: list[str] | None = setting(None, "two classes: draw what speaks for the first against the second")
     alpha: float = setting(0.7, "opacity of the heat-map where it is highest, 0 to 1")
     colormap: str = setting("turbo", "of the heat-map, as matplotlib names them")
     top_only: int = setting(0, "show the scores of only so many best patches (0: all)")
@@ -397,6 +413,11 @@ class Explain:
     def __post_init__(self) -> None:
         _at_least(self, 1, "limit")
         _at_least(self, 0, "top_only")
+        if self.contrast is not None:
+            if len(self.contrast) != 2 or self.contrast[0] == self.contrast[1]:
+                raise ConfigError(f"contrast: two different classes are needed, got: {' '.join(self.contrast)}")
+            if self.metrics is not None or self.top_only or self.colormap != "turbo":
+                raise ConfigError("contrast draws every patch in two colours: no metrics, top_only or colormap with it")
         if not 0 <= self.alpha <= 1:
             raise ConfigError(f"alpha={self.alpha}: from 0 to 1")
         if not self.power > 0:

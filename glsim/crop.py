@@ -102,10 +102,10 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: tuple[int, int] | None 
     """Cut `boxes` (B, 4) out of `images` (B, 3, H, W) and resize each to `size` (h, w), the image's own by default.
 
     Bilinear with aligned corners, as `F.interpolate(image[:, top:bottom, left:right], size, align_corners=True)` for
-    each image. No gradient flows into the images. Pixel positions are split into whole and fraction before they meet
-    a float, so the result matches to rounding at any size (`grid_sample` drifts to 2e-4 at 448 pixels).
+    each image. The gradient flows to the pixels, none to the boxes. Pixel positions are split into whole and fraction
+    before they meet a float, so the result matches to rounding at any size (`grid_sample` drifts to 2e-4 at 448
+    pixels).
     """
-    images = images.detach()
     left, top, right, bottom = boxes.unbind(dim=1)
     batch, channels, lines, across = images.shape
     height, width = size or (lines, across)

@@ -21,15 +21,17 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from glsim.backbone import Model
 from glsim.batches import make_loader, read
-from glsim.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of, write_text
+from glsim.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of, threshold_of, write_text
 from glsim.catalog import prepared
+from glsim.confidence import calibration_error, reliability, risk_coverage
 from glsim.config import Eval
 from glsim.data import ImageList, hold_out, is_split, read_data, split_hash
-from glsim.figures import draw_confusion
+from glsim.figures import draw_confidence, draw_confusion
 from glsim.images import BadImage, find_bad
 from glsim.mistakes import find_mistakes, write_page
 from glsim.predict import answers
 from glsim.sources import located
+from glsim.taxonomy import Taxonomy, decide, flat, read_taxonomy
 from glsim.transforms import eval_transform
 from glsim.types import ConfigError, DataError
 
@@ -41,14 +43,23 @@ class Evaluation(NamedTuple):
 
     confusion: Tensor  # (C, C) counts, rows are true classes
     correct_top5: int
+    labels: Tensor  # (images,)
     predictions: Tensor  # (images,)
     confidences: Tensor  # (images,) probability of the prediction
     true_confidences: Tensor  # (images,) probability of the true class
     seconds: float
+    groups: Tensor  # (images, levels) the likeliest group at each level of the taxonomy; without one, the prediction
+    group_confidences: Tensor  # (images, levels)
     second_pass: Tensor | None = None  # (images,) whether the crop was looked into; None: the method does not choose
 
+    @property
+    def right(self) -> Tensor:
+        """Whether the prediction is the label (images,)."""
+        return self.predictions == self.labels
+
     def summary(self, classes: tuple[str, ...] | list[str]) -> dict[str, Any]:
-        """Top-1, top-5, mean and standard deviation over the classes that have images, exact counts: plain values."""
+        """Top-1, top-5, mean and standard deviation over the classes that have images, exact counts, calibration
+        error, area under the risk-coverage curve: plain values."""
         right, count = self.confusion.diagonal(), self.confusion.sum(dim=1)
         of_classes = right[count > 0] / count[count > 0]
         total = int(count.sum())
@@ -61,6 +72,8 @@ class Evaluation(NamedTuple):
             "per_class_mean": float(of_classes.mean()),
             "per_class_std": float(of_classes.std(correction=0)),
             "per_class": {c: [int(r), int(n)] for c, r, n in zip(classes, right, count, strict=True)},
+            "ece": calibration_error(self.confidences, self.right),
+            "aurc": risk_coverage(self.confidences, self.right).area,
             "second_pass_share": float(self.second_pass.float().mean()) if self.second_pass is not None else None,
             "images_per_second": round(total / self.seconds, 2),
         }
@@ -74,6 +87,7 @@ def evaluate(
     accelerator: Accelerator,
     flip: bool = False,
     temperature: float = 1.0,
+    taxonomy: Taxonomy | None = None,
 ) -> Evaluation:
     """Run `model` over batches (images (B, 3, H, W), labels (B,)); every image of a sharded loader counts once.
 
@@ -81,6 +95,7 @@ def evaluate(
     logits divided by `temperature`.
     """
     model.eval()
+    taxonomy = taxonomy or flat(range(num_classes))
     start = time.perf_counter()
     truth: deque[Tensor] = deque()
     columns: list[list[Tensor]] = []
@@ -98,18 +113,21 @@ def evaluate(
             best = probabilities.max(dim=1)
             true = probabilities.gather(1, labels[:, None])[:, 0]
             in_top5 = (logits.topk(min(5, num_classes)).indices == labels[:, None]).any(dim=1)
-            columns.append([best.indices, best.values, true, labels, in_top5, *again])
+            columns.append([best.indices, best.values, true, labels, in_top5, *taxonomy.best(probabilities), *again])
     count = len(getattr(loader, "dataset", ())) or None  # processes fill up their last batches with the first images
-    predictions, confidences, true_confidences, labels, in_top5, *again = (
+    predictions, confidences, true_confidences, labels, in_top5, groups, group_confidences, *again = (
         torch.cat(column)[:count] for column in zip(*columns, strict=True)
     )
     return Evaluation(
         multiclass_confusion_matrix(predictions, labels, num_classes),
         int(in_top5.sum()),
+        labels,
         predictions,
         confidences,
         true_confidences,
         time.perf_counter() - start,
+        groups,
+        group_confidences,
         *again,
     )
 
@@ -175,16 +193,20 @@ def run(s: Eval) -> dict[str, Any]:
     for made in filter(None, (s.out, s.errors)):
         Path(made).mkdir(parents=True, exist_ok=True)  # first, for a folder that cannot be made must not come late
     model = load(s.source, **s.options)
+    threshold = threshold_of(model) if s.reject else None
     data = prepared(s.data, s.dataset)
     images, splits = read_split(model, data, s.split)
     labels = list(images.classes)  # an unnamed model's classes are taken to be in the order of the data's
+    taxonomy = read_taxonomy(s.taxonomy, labels) if s.taxonomy is not None else flat(labels)
     bad = find_bad(images.paths) if s.skip_bad else []
     if bad:
         images = drop_bad(images, bad)
     accelerator = make_accelerator(s.device)
     loader: Any = make_loader(images, eval_transform(preprocessing_of(model)), s.batch_size, s.workers)
     loader = accelerator.prepare(loader)
-    result = evaluate(model.to(accelerator.device), loader, len(labels), accelerator, s.flip, temperature_of(model))
+    model, temperature = model.to(accelerator.device), temperature_of(model)
+    result = evaluate(model, loader, len(labels), accelerator, s.flip, temperature, taxonomy)
+    curve = risk_coverage(result.confidences, result.right)
     summary = {
         "source": str(s.source),
         "data": str(s.data),
@@ -193,6 +215,10 @@ def run(s: Eval) -> dict[str, Any]:
         "split_drawn": s.split != "all" and not is_split(data),
         "split_hash": split_hash({s.split: images}, data),
         **result.summary(labels),
+        "temperature": temperature,
+        "risk_coverage": curve.points(),
+        "answered": sure_answers(result, taxonomy, threshold) if threshold is not None else None,
+        "levels": by_level(result, taxonomy) if s.taxonomy is not None else None,
         "skipped": [str(b) for b in bad],
         "errors": None,
     }
@@ -205,9 +231,34 @@ def run(s: Eval) -> dict[str, Any]:
         folder = Path(s.out)
         write_text(folder / "evaluation.json", json.dumps(summary, indent=2) + "\n")
         write_text(folder / "predictions.csv", predictions_table(images, result))
+        bins = reliability(result.confidences, result.right)
+        draw_confidence(bins, curve, summary["ece"], threshold, folder / "confidence.png")
         if len(labels) <= MOST_CLASSES_DRAWN:
             draw_confusion(result.confusion, labels, folder / "confusion.png")
     return summary
+
+
+def by_level(result: Evaluation, taxonomy: Taxonomy) -> list[dict[str, Any]]:
+    """How often the likeliest group of each level is the right one, from fine to coarse."""
+    right = (result.groups == taxonomy.truth(result.labels)).sum(dim=0).tolist()
+    rows = zip(taxonomy.levels, taxonomy.groups, right, strict=True)
+    total = len(result.labels)
+    return [{"level": level, "groups": len(names), "correct": n, "top1": n / total} for level, names, n in rows]
+
+
+def sure_answers(result: Evaluation, taxonomy: Taxonomy, threshold: float) -> dict[str, Any]:
+    """What is answered at or above `threshold`, and how much of it is wrong, in all and by the level that answers."""
+    levels = decide(result.group_confidences, threshold)
+    right = result.groups == taxonomy.truth(result.labels)
+
+    def counted(given: Tensor, correct: Tensor) -> dict[str, Any]:
+        count, good = int(given.sum()), int(correct[given].sum())
+        error = (count - good) / count if count else None
+        return {"count": count, "coverage": count / len(levels), "correct": good, "error": error}
+
+    by_level = [{"level": name, **counted(levels == i, right[:, i])} for i, name in enumerate(taxonomy.levels)]
+    chosen = right.gather(1, levels.clamp(min=0)[:, None])[:, 0]
+    return {"threshold": threshold, **counted(levels >= 0, chosen), "levels": by_level}
 
 
 def predictions_table(images: ImageList, result: Evaluation, root: str | Path | None = None) -> str:

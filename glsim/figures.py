@@ -6,9 +6,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from glsim.confidence import BINS, Reliability, RiskCoverage
 
 
 def save_figure(figure: Figure, path: str | Path, dpi: int = 120) -> None:
@@ -53,4 +56,40 @@ def draw_confusion(confusion: Tensor, labels: list[str], path: Path) -> None:
     for row, col in confusion.nonzero().tolist():
         colour = "white" if share[row, col] > 0.5 else "black"
         axes.text(col, row, str(int(confusion[row, col])), ha="center", va="center", fontsize=7, color=colour)
+    save_figure(figure, path)
+
+
+def draw_confidence(bins: Reliability, curve: RiskCoverage, ece: float, threshold: float | None, path: Path) -> None:
+    """A PNG: accuracy in each bin of confidence, beside the error among the surest images; `threshold` is marked."""
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    filled = bins.images > 0
+    middle = ((torch.arange(BINS)[filled] + 0.5) / BINS * 100).numpy()
+    share = (bins.images[filled] / bins.images.sum() * 100).numpy()
+    left.bar(middle, share, 100 / BINS, color="#d1d1d6", label="share of the images")
+    left.plot((0, 100), (0, 100), color="#6e6e73", linestyle="--", linewidth=1, label="as accurate as confident")
+    left.scatter(
+        (bins.confidence[filled] * 100).numpy(),
+        (bins.accuracy[filled] * 100).numpy(),
+        20 + 18 * share**0.5,
+        color="#0a5fb4",
+        edgecolor="white",
+        label="accuracy (large: many images)",
+        zorder=3,
+    )
+    title = f"Reliability: calibration error {ece:.1%}"
+    left.set(xlabel="confidence, %", ylabel="%", title=title, xlim=(0, 100), ylim=(0, 103))
+    coverage, error = ((100 * values).numpy() for values in (curve.coverage, curve.error))
+    right.plot(coverage, error, color="#0a5fb4", drawstyle="steps-post", label="error among the surest")
+    if threshold is not None and (answered := curve.thresholds >= threshold).any():
+        row = int(answered.sum()) - 1
+        label = f"threshold {threshold:.2f}: {coverage[row]:.0f} % answered, {error[row]:.1f} % wrong"
+        right.plot(coverage[row], error[row], "o", color="#ff2d55", label=label, zorder=3)
+    title = f"Risk and coverage: area {curve.area:.4f}"
+    right.set(xlabel="images answered, %", ylabel="error among them, %", title=title, xlim=(0, 100))
+    right.set_ylim(0, max(1.0, 1.15 * float(error.max())))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.legend(loc="upper left", fontsize=8)
     save_figure(figure, path)

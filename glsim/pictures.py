@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -255,37 +256,26 @@ def check_colormap(name: str) -> None:
 
 
 def run(s: Explain) -> dict[str, Any]:
-    """The verb: one PNG an image, and `sheet.png` with up to 24 of them when there are several."""
+    """The verb: one PNG an image, and `sheet.png` with up to 24 of them when there are several; or contrasts."""
+    if s.contrast is not None:
+        return import_module("glsim.contrasts").run(s)  # which draws with what is here
     check_colormap(s.colormap)
     paths = find_images(s.images)[: s.limit]
     model = load(s.source, **s.options).to(pick_device(s.device))
     metrics = _metrics(s.metrics, model)
     if s.top_only:
         check_top(s.top_only, model.backbone.grid, "top_only")
-    folder = Path(s.out)
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"out={folder} is a file; name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    targets = [folder / f"{name}.png" for name in _unique_names(paths)]
-    taken = {path.resolve() for path in paths} & {target.resolve() for target in [*targets, folder / SHEET]}
-    if taken:
-        raise ConfigError(f"out={folder} would overwrite the image {min(taken)}; name another folder")
+    folder, targets = Path(s.out), targets_of(s.out, paths)
     p = preprocessing_of(model)
     transform = eval_transform(p)
     names: list[str] = []
     rows: list[Row] = []
-    pictures, skipped = [], []
-    for path, target in zip(paths, targets, strict=True):
-        try:
-            image = open_image(path)
-        except BadImage as error:
-            if not s.skip_bad:
-                raise
-            skipped.append(str(error))
-            continue
+    pictures: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    for path, image, target in photographs(paths, targets, s.skip_bad, skipped):
         batch = transform(image)[None]
         found = [e for (e,) in _explanations(model, batch, metrics, s.top_only or None, s.power)]
-        row = Row(_view(image, p), found, "/".join(path.parts[-2:]))  # with the folder, which is often the class
+        row = Row(view_of(image, p), found, "/".join(path.parts[-2:]))  # with the folder, which is often the class
         if len(found) == 1:
             draw_sheet([row], target, s.alpha, s.colormap)
         else:
@@ -302,6 +292,34 @@ def run(s: Explain) -> dict[str, Any]:
         draw_sheet(rows, sheet, s.alpha, s.colormap)
     result = {"source": str(s.source), "out": str(folder), "metrics": names, "sheet": sheet}
     return {**result, "pictures": pictures, "skipped": skipped}
+
+
+def targets_of(out: str | Path, paths: Sequence[Path]) -> list[Path]:
+    """A PNG in the folder `out`, which is made, for each image; ConfigError rather than overwrite one of these."""
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"out={folder} is a file; name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    targets = [folder / f"{name}.png" for name in _unique_names(paths)]
+    taken = {path.resolve() for path in paths} & {target.resolve() for target in [*targets, folder / SHEET]}
+    if taken:
+        raise ConfigError(f"out={folder} would overwrite the image {min(taken)}; name another folder")
+    return targets
+
+
+def photographs(
+    paths: Sequence[Path], targets: Sequence[Path], skip_bad: bool, skipped: list[str]
+) -> Iterator[tuple[Path, Image.Image, Path]]:
+    """Path, image and target of each that can be read; the others are raised, or with `skip_bad` told in `skipped`."""
+    for path, target in zip(paths, targets, strict=True):
+        try:
+            image = open_image(path)
+        except BadImage as error:
+            if not skip_bad:
+                raise
+            skipped.append(str(error))
+            continue
+        yield path, image, target
 
 
 def _metrics(names: list[str] | None, model: Model) -> list[str | None]:
@@ -334,7 +352,8 @@ class Row(NamedTuple):
         return np.asarray(cut.resize(size, Image.Resampling.BICUBIC))
 
 
-def _view(image: Image.Image, p: Preprocessing) -> np.ndarray:
+def view_of(image: Image.Image, p: Preprocessing) -> np.ndarray:
+    """What the network is shown of `image`, uint8, in a whole multiple of its pixels."""
     height, width = p.image_size
     scale = math.ceil(FINE / max(height, width))
     fine = replace(p, image_size=(height * scale, width * scale))
@@ -411,7 +430,7 @@ def draw_sheet(rows: Sequence[Row], path: str | Path, alpha: float = 0.7, colorm
     single = len(metrics) == 1
     columns = 3 if single else 1 + len(metrics)
     side = min(1.4 * SIDE if single else SIDE, WIDEST / (columns * 1.03), math.sqrt(LARGEST / (columns * len(rows))))
-    width, height = _cell(rows[0].view, side)
+    width, height = cell(rows[0].view, side)
     gap, font = round(0.03 * side), 0.07 * side if single else 0.11 * side
     head, caption = 1.7 * font, 2.0 * font
     page = Page(columns * (width + gap) + gap, head + len(rows) * (height + caption) + gap)
@@ -439,7 +458,7 @@ def draw_sheet(rows: Sequence[Row], path: str | Path, alpha: float = 0.7, colorm
 def draw_mechanisms(row: Row, path: str | Path, alpha: float = 0.7, colormap: str = "turbo") -> None:
     """Write one PNG of an image: large at the left, then a column for each metric with heat-map, box and crop."""
     side = min(SIDE, WIDEST / (len(row.found) + 3.5))
-    width, height = _cell(row.view, side)
+    width, height = cell(row.view, side)
     gap, font = round(0.03 * side), 0.11 * side
     head = 2.0 * font
     large_width, large_height = 3 * width + 2 * gap, 3 * height + 2 * gap
@@ -463,7 +482,7 @@ def draw_mechanisms(row: Row, path: str | Path, alpha: float = 0.7, colormap: st
     page.write(path)
 
 
-def _cell(view: np.ndarray, side: float) -> tuple[int, int]:
+def cell(view: np.ndarray, side: float) -> tuple[int, int]:
     """Width and height of a picture of `view` whose longer side has `side` pixels."""
     scale = side / max(view.shape[:2])
     return round(view.shape[1] * scale), round(view.shape[0] * scale)

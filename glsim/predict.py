@@ -18,13 +18,22 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from glsim.backbone import Model, StagedModel
-from glsim.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of, write_text
+from glsim.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of, threshold_of, write_text
 from glsim.config import Predict
 from glsim.data import ImageDataset, find_images
 from glsim.heads import lead
 from glsim.images import BadImage
+from glsim.taxonomy import decide, flat, read_taxonomy
 from glsim.transforms import Preprocessing, eval_transform
 from glsim.types import ConfigError, Output, choose
+
+
+class Verdict(NamedTuple):
+    """What is said where only sure answers are wanted."""
+
+    label: str  # of the level; "unknown" where no level is sure
+    level: str | None  # "label", or a coarser one of the taxonomy; None: unknown
+    probability: float  # of that answer; of the best label where it is unknown
 
 
 class Prediction(NamedTuple):
@@ -36,12 +45,14 @@ class Prediction(NamedTuple):
     box: tuple[int, int, int, int] | None  # the crop: left, top, right, bottom in pixels of the upright image
     second_pass: bool | None = None  # whether the crop was looked into; None: the method does not choose
     embedding: tuple[float, ...] | None = None  # the vector asked for, as the model gives it (not of unit length)
+    verdict: Verdict | None = None  # where unsure answers are rejected
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         answers = [{"label": n, "probability": p} for n, p in zip(self.labels, self.probabilities, strict=True)]
         box = list(self.box) if self.box else None
-        told = {"path": self.path, "answers": answers, "box": box, "second_pass": self.second_pass}
+        told: dict[str, Any] = {"path": self.path, "answers": answers, "box": box, "second_pass": self.second_pass}
+        told |= {"verdict": self.verdict._asdict()} if self.verdict is not None else {}
         return told | ({"embedding": list(self.embedding)} if self.embedding is not None else {})
 
 
@@ -51,7 +62,8 @@ class Predictor:
     `source` is anything `glsim.load` takes, or a model from it. Images are decoded ahead of the model by `workers`
     processes (0: in this one) and run in batches. With `flip` the logits of each image and of its mirror image are
     averaged; box and embedding are those of the image itself. `embedding` names one of the model's vectors
-    (`glsim.types:EMBEDDINGS`) to hand out too.
+    (`glsim.types:EMBEDDINGS`) to hand out too. With `reject` every answer has a verdict: "unknown" below the threshold
+    of the bundle; with the CSV file `taxonomy` (`glsim.taxonomy:read_taxonomy`) a coarser level may reach it instead.
     """
 
     def __init__(
@@ -63,6 +75,8 @@ class Predictor:
         device: str | None = None,
         flip: bool = False,
         embedding: str | None = None,
+        reject: bool = False,
+        taxonomy: str | Path | None = None,
     ) -> None:
         if top_k < 1 or batch_size < 1:
             raise ConfigError(f"top_k={top_k}, batch_size={batch_size}: both have to be at least 1")
@@ -73,6 +87,8 @@ class Predictor:
         self.temperature = temperature_of(model)
         self.top_k, self.batch_size, self.workers = min(top_k, len(self.labels)), batch_size, workers
         self.flip, self.embedding = flip, embedding
+        self.threshold = threshold_of(model) if reject else None
+        self.taxonomy = read_taxonomy(taxonomy, self.labels) if taxonomy is not None else flat(self.labels)
 
     def __call__(self, images: str | Path | Image.Image | Sequence[str | Path | Image.Image]) -> list[Prediction]:
         """One `Prediction` an image, in order. Raises BadImage, naming the file, for one that cannot be read."""
@@ -128,8 +144,10 @@ class Predictor:
 
     def predictions(self, output: Output, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
         """The answers that the model's `output` for a batch stands for; `sizes` (width, height) are of its images."""
-        top = (output.logits.float() / self.temperature).softmax(dim=1).topk(self.top_k)
+        probabilities = (output.logits.float() / self.temperature).softmax(dim=1)
+        top = probabilities.topk(self.top_k)
         nothing = [None] * len(sizes)
+        verdicts = self.verdicts(probabilities, self.threshold) if self.threshold is not None else nothing
         boxes = output.selection.boxes.tolist() if output.selection is not None else nothing
         unsure = output.aux["unsure"].tolist() if "unsure" in output.aux else nothing
         vectors = map(tuple, embedding_of(output, self.embedding).tolist()) if self.embedding else nothing
@@ -141,10 +159,21 @@ class Predictor:
                 to_original(box, size, self.preprocessing) if box else None,
                 again,
                 vector,
+                verdict,
             )
-            for indices, values, box, size, again, vector in zip(
-                top.indices.tolist(), top.values.tolist(), boxes, sizes, unsure, vectors, strict=True
+            for indices, values, box, size, again, vector, verdict in zip(
+                top.indices.tolist(), top.values.tolist(), boxes, sizes, unsure, vectors, verdicts, strict=True
             )
+        ]
+
+    def verdicts(self, probabilities: Tensor, threshold: float) -> list[Verdict]:
+        """The finest sure answers, of (B, C)."""
+        groups, sums = self.taxonomy.best(probabilities)
+        rows = zip(decide(sums, threshold).tolist(), groups.tolist(), sums.tolist(), strict=True)
+        levels, names = self.taxonomy.levels, self.taxonomy.groups
+        return [
+            Verdict(names[level][row[level]], levels[level], p[level]) if level >= 0 else Verdict("unknown", None, p[0])
+            for level, row, p in rows
         ]
 
 
@@ -220,7 +249,7 @@ def run_here(s: Predict, progress: bool = True) -> dict[str, Any]:
     """Predictions and skipped files, as plain values; BadImage is raised unless `s.skip_bad`."""
     paths = find_images(s.images)
     model = load(s.source, **s.options)
-    predictor = Predictor(model, s.top_k, s.batch_size, s.workers, s.device, s.flip, s.embedding)
+    predictor = Predictor(model, s.top_k, s.batch_size, s.workers, s.device, s.flip, s.embedding, s.reject, s.taxonomy)
     predictions, skipped = [], []
     for answer in tqdm(predictor.stream(paths), total=len(paths), unit="image", disable=not progress):
         if not isinstance(answer, BadImage):
@@ -241,10 +270,13 @@ def run_here(s: Predict, progress: bool = True) -> dict[str, Any]:
 
 
 def as_text(predictions: Sequence[Prediction]) -> str:
-    """A line an image: path, then classes with probabilities, then the box."""
+    """A line an image: path, then classes with probabilities, then the box; a verdict before them, if there is one."""
     lines = []
     for a in predictions:
         answers = ", ".join(f"{name} {p:.1%}" for name, p in zip(a.labels, a.probabilities, strict=True))
+        if a.verdict is not None:
+            sure = f"{a.verdict.level} {a.verdict.label} {a.verdict.probability:.1%}"
+            answers = f"{sure if a.verdict.level else a.verdict.label} ({answers})"
         lines.append(f"{a.path}: {answers}" + (f"  crop {','.join(map(str, a.box))}" if a.box else ""))
     return "".join(line + "\n" for line in lines)
 
@@ -255,13 +287,18 @@ def as_jsonl(predictions: Sequence[Prediction]) -> str:
 
 
 def as_csv(predictions: Sequence[Prediction]) -> str:
-    """One row an image and rank: path, rank, label, probability, left, top, right, bottom."""
+    """One row an image and rank: path, rank, label, probability, left, top, right, bottom.
+
+    Where there are verdicts, also verdict, level and verdict_probability.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "rank", "label", "probability", "left", "top", "right", "bottom"])
+    more = ["verdict", "level", "verdict_probability"] * any(a.verdict is not None for a in predictions)
+    writer.writerow(["path", "rank", "label", "probability", "left", "top", "right", "bottom", *more])
     for a in predictions:
+        said = (a.verdict.label, a.verdict.level, f"{a.verdict.probability:.6f}") if a.verdict is not None else ()
         for rank, (name, p) in enumerate(zip(a.labels, a.probabilities, strict=True), start=1):
-            writer.writerow([a.path, rank, name, f"{p:.6f}", *(a.box or ("",) * 4)])
+            writer.writerow([a.path, rank, name, f"{p:.6f}", *(a.box or ("",) * 4), *said])
     return text.getvalue()
 
 

@@ -106,6 +106,9 @@ def test_every_image_counts_once_in_one_two_and_three_processes(one, two, data, 
     for result in (during, together):
         for key in ("count", "correct", "correct_top5", "per_class"):
             assert result[key] == alone[key]
+        for key in ("ece", "aurc"):
+            assert result[key] == pytest.approx(alone[key], abs=1e-5)
+    assert together["risk_coverage"][-1] == pytest.approx(alone["risk_coverage"][-1], abs=1e-5)
     assert alone["count"] == 21
     lines = (tmp_path / "e" / "predictions.csv").read_text().splitlines()[1:]
     assert len(lines) == 21 and len({line.split(",")[0] for line in lines}) == 21

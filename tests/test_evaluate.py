@@ -115,6 +115,8 @@ def test_flip_of_the_verbs(run_folder, birds, tmp_path):
 def test_mean_and_deviation_over_classes():
     confusion = torch.tensor([[3, 1, 0, 0], [0, 2, 2, 0], [0, 0, 4, 0], [0, 0, 0, 0]])
     nothing = torch.zeros(12)
-    summary = evaluate.Evaluation(confusion, 12, nothing, nothing, nothing, 1.0).summary("abcd")
+    summary = evaluate.Evaluation(confusion, 12, nothing, nothing, nothing, nothing, 1.0, nothing, nothing).summary(
+        "abcd"
+    )
     assert summary["per_class_mean"] == pytest.approx((0.75 + 0.5 + 1) / 3)  # d has no images
     assert summary["per_class_std"] == pytest.approx((((0 + 0.25**2 + 0.25**2) / 3) ** 0.5), abs=1e-6)

@@ -9,13 +9,16 @@ from conftest import ROOT
 FLOORS = [
     {"types"},
     {
-        *("attention", "backbone", "selection", "crop", "heads", "losses"),
+        *("attention", "backbone", "selection", "crop", "heads", "losses", "confidence"),
         *("transforms", "images", "stores", "figures", "synthetic", "catalog", "environment", "hub"),
     },
     {"models"},
-    {"config", "adapt", "data", "sources", "copies", "bundle", "official", "graphs", "batches", "checkpoint", "cost"},
     {
-        *("train", "evaluate", "predict", "pictures", "mistakes", "convert", "datasets", "calibrate"),
+        *("config", "adapt", "data", "taxonomy", "sources", "copies", "bundle", "official", "graphs"),
+        *("batches", "checkpoint", "cost"),
+    },
+    {
+        *("train", "evaluate", "predict", "pictures", "contrasts", "mistakes", "convert", "datasets", "calibrate"),
         *("reproduce", "report", "benchmark", "loading", "doctor", "doctor_page", "memory"),
         *("service", "serve", "index", "bulk", "export", "push"),
     },
@@ -36,6 +39,8 @@ SIDEWAYS = {
     ("calibrate", "evaluate"),  # the same split of the same images
     ("evaluate", "mistakes"),  # the page of what it counted
     ("mistakes", "pictures"),
+    ("contrasts", "pictures"),  # drawn on the same pages
+    ("figures", "confidence"),
     ("mistakes", "predict"),
     ("service", "predict"),  # the same answer, asked by many
     ("service", "pictures"),

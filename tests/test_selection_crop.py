@@ -567,8 +567,18 @@ def test_crops_agree_with_interpolate_image_by_image(size):
         torch.testing.assert_close(crop, expected, atol=2e-6, rtol=1e-5)
 
 
-def test_crop_passes_no_gradient_and_keeps_dtype():
-    images = torch.randn(1, 3, 32, 32, requires_grad=True)
-    box = torch.tensor([[0, 0, 16, 16]])
-    assert not crop_and_resize(images, box).requires_grad
+def test_the_gradient_of_a_crop_is_that_of_interpolation():
+    images = torch.randn(2, 3, 32, 24, requires_grad=True)
+    boxes, weights = torch.tensor([[3, 1, 17, 30], [0, 8, 5, 9]]), torch.randn(2, 3, 20, 28)
+    (found,) = torch.autograd.grad((crop_and_resize(images, boxes, (20, 28)) * weights).sum(), images)
+    crops = [
+        F.interpolate(image[None, :, top:bottom, left:right], (20, 28), mode="bilinear", align_corners=True)
+        for image, (left, top, right, bottom) in zip(images, boxes.tolist(), strict=True)
+    ]
+    (expected,) = torch.autograd.grad((torch.cat(crops) * weights).sum(), images)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_crop_keeps_dtype():
+    images, box = torch.randn(1, 3, 32, 32), torch.tensor([[0, 0, 16, 16]])
     assert crop_and_resize(images.half(), box).dtype == torch.float16
