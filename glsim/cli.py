@@ -187,6 +187,13 @@ def show_explain(r: dict[str, Any], _: Any) -> str:
     return "\n".join([*lines, f"pictures: {r['out']}"])
 
 
+def show_localize(r: dict[str, Any], s: config.Localize) -> str:
+    """The tables."""
+    from glsim.localize import as_text
+
+    return as_text(r) + (f"\nwritten: {s.out}" if s.out else "")
+
+
 def show_convert(r: dict[str, Any], _: Any) -> str:
     """What became of every key."""
     lines = [f"{len(r['used'])} keys used, {len(r['ignored'])} ignored, {len(r['missing'])} missing"]
@@ -309,6 +316,7 @@ VERBS = {
     "index query": Verb(config.IndexQuery, "glsim.index:query", show_query, progress=True),
     "index eval": Verb(config.IndexEval, "glsim.index:evaluate", show_index_eval, progress=True),
     "explain": Verb(config.Explain, "glsim.pictures:run", show_explain),
+    "localize": Verb(config.Localize, "glsim.localize:run", show_localize, progress=True),
     "serve": Verb(config.Serve, "glsim.serve:run", show_serve),
     "bench": Verb(config.Bench, "glsim.benchmark:run", show_bench, progress=True),
     "flops": Verb(config.Flops, "glsim.cost:run", show_flops),

@@ -259,7 +259,7 @@ def run(s: Explain) -> dict[str, Any]:
     check_colormap(s.colormap)
     paths = find_images(s.images)[: s.limit]
     model = load(s.source, **s.options).to(pick_device(s.device))
-    metrics = _metrics(s.metrics, model)
+    metrics = spell_out(s.metrics, model)
     if s.top_only:
         check_top(s.top_only, model.backbone.grid, "top_only")
     folder = Path(s.out)
@@ -304,7 +304,7 @@ def run(s: Explain) -> dict[str, Any]:
     return {**result, "pictures": pictures, "skipped": skipped}
 
 
-def _metrics(names: list[str] | None, model: Model) -> list[str | None]:
+def spell_out(names: list[str] | None, model: Model) -> list[str | None]:
     """Spell out "all": the model's own (None), and every other that it can take; ConfigError for what it cannot."""
     every = [name for name in METRICS if model.backbone.has_attention or not needs_attention(name)]
     metrics: list[str | None] = []

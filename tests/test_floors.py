@@ -11,19 +11,22 @@ FLOORS = [
     {
         *("attention", "backbone", "selection", "crop", "heads", "losses"),
         *("transforms", "images", "stores", "figures", "synthetic", "catalog", "environment", "hub"),
+        *("where", "road"),
     },
     {"models"},
     {"config", "adapt", "data", "sources", "copies", "bundle", "official", "graphs", "batches", "checkpoint", "cost"},
     {
         *("train", "evaluate", "predict", "pictures", "mistakes", "convert", "datasets", "calibrate"),
         *("reproduce", "report", "benchmark", "loading", "doctor", "doctor_page", "memory"),
-        *("service", "serve", "index", "bulk", "export", "push"),
+        *("service", "serve", "index", "bulk", "export", "push", "localize", "layers"),
     },
     {"quickstart", "cli", "__init__"},
 ]
 SIDEWAYS = {
     ("backbone", "attention"),  # an adapter hands out the logits that were collected
     ("crop", "selection"),  # a box is drawn around picked patches
+    ("where", "crop"),  # boxes around masks
+    ("road", "where"),  # the pixels of a patch
     ("bundle", "official"),  # `load` reads all three formats
     ("bundle", "graphs"),
     ("data", "sources"),  # what is no folder of images
@@ -34,6 +37,8 @@ SIDEWAYS = {
     ("benchmark", "predict"),  # it times the same answers
     ("evaluate", "predict"),  # the same answer to an image, mirrored or not
     ("calibrate", "evaluate"),  # the same split of the same images
+    ("localize", "pictures"),  # the same scores and boxes as are drawn
+    ("pictures", "layers"),  # the same verb
     ("evaluate", "mistakes"),  # the page of what it counted
     ("mistakes", "pictures"),
     ("mistakes", "predict"),
