@@ -412,6 +412,7 @@ class Localize:
     masks: str = required("folder of masks, one an image: PNG, trimap or PASCAL VOC XML; or with body/ and part/")
     metrics: list[str] | None = setting(None, "mechanisms, or all; default: the model's own, gls_cos for plain")
     controls: bool = setting(False, "boxes of the same size too: centre, random place; random patches; whole image")
+    faithfulness: bool = setting(False, "deletion and insertion curves too (18 more passes a mechanism)")
     options: dict[str, Any] = setting({}, "options of the method to change, as --options.top_o 16")
     limit: int | None = setting(None, "measure at most this many images, evenly spaced")
     resamples: int = setting(1000, "bootstrap draws of the images, for the intervals")

@@ -59,7 +59,7 @@ def anywhere(indices: Tensor, grid: tuple[int, int], size: Sequence[int], rule: 
     """
     boxes = boxes_from_indices(indices, grid, size, rule)
     if training:
-        return placed(boxes, size, torch.rand(len(boxes), 2, device=boxes.device))
+        return placed(boxes, size, torch.rand(boxes.shape[0], 2, device=boxes.device))
     code = scramble(indices + 1_000_003).sum(dim=1, keepdim=True) & MASK
     axis = torch.arange(2, device=boxes.device)
     return placed(boxes, size, scramble(code + scramble(axis) & MASK).double() / 2**32)
@@ -68,12 +68,12 @@ def anywhere(indices: Tensor, grid: tuple[int, int], size: Sequence[int], rule: 
 def centre(indices: Tensor, grid: tuple[int, int], size: Sequence[int], rule: str, training: bool) -> Tensor:
     """The box's width and height in the middle of the image."""
     boxes = boxes_from_indices(indices, grid, size, rule)
-    return placed(boxes, size, boxes.new_full((len(boxes), 2), 0.5, dtype=torch.double))
+    return placed(boxes, size, boxes.new_full((boxes.shape[0], 2), 0.5, dtype=torch.double))
 
 
 def whole(indices: Tensor, grid: tuple[int, int], size: Sequence[int], rule: str, training: bool) -> Tensor:
     """The image itself: it is encoded twice."""
-    sides = [indices.new_full((len(indices),), side) for side in (0, 0, size[1], size[0])]
+    sides = [indices.new_full((indices.shape[0],), side) for side in (0, 0, size[1], size[0])]
     return torch.stack(sides, dim=1)
 
 

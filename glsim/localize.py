@@ -21,6 +21,7 @@ from glsim.crop import placed
 from glsim.data import find_images
 from glsim.images import open_image
 from glsim.pictures import selections_of, spell_out, title_of
+from glsim.road import NOISE, SHARES, faithfulness, under
 from glsim.selection import check_metric
 from glsim.transforms import Preprocessing, eval_transform, mask_transform
 from glsim.types import DataError
@@ -54,7 +55,7 @@ def run(s: Localize, progress: bool = True) -> dict[str, Any]:
         if name is not None:
             check_metric(name, model.backbone.has_attention)
     bar = tqdm(total=len(images), desc="images", unit="image", disable=not progress)
-    columns = measure(model, images, names, s.controls, s.batch_size, s.seed, bar.update)
+    found = measure(model, images, names, s.controls, s.faithfulness, s.batch_size, s.seed, bar.update)
     bar.close()
     result = {
         "source": str(s.source),
@@ -64,7 +65,8 @@ def run(s: Localize, progress: bool = True) -> dict[str, Any]:
         "interval": "95 %, bootstrap over images",
         "resamples": s.resamples,
         "seed": s.seed,
-        "targets": {target: summary(rows, s.resamples, s.seed) for target, rows in columns.items()},
+        "targets": {target: summary(rows, s.resamples, s.seed) for target, rows in found.targets.items()},
+        "curves": found.curves,
     }
     if s.out is not None:
         write_text(s.out, json.dumps(result, indent=2) + "\n")
@@ -175,35 +177,67 @@ def to_view(mask: Image.Image, p: Preprocessing) -> tuple[Tensor, Tensor]:
 Rows = dict[str, dict[str, Tensor]]  # row of the table -> measure -> (images,)
 
 
+class Measured(NamedTuple):
+    """What was measured of all images."""
+
+    targets: dict[str, Rows]
+    curves: dict[str, dict[str, list[float]]]  # of every mechanism: shares of the patches, and mean probabilities there
+
+
 def measure(
     model: Model,
     images: list[Masked],
     metrics: list[str | None],
     controls: bool = False,
+    faithful: bool = False,
     batch_size: int = 32,
     seed: int = 0,
     done: Callable[[int], Any] = lambda count: None,
-) -> dict[str, Rows]:
+) -> Measured:
     """All measures of every image, by target, row and name: tensors (images,), NaN where one says nothing.
 
     A row is a mechanism by its name (None in `metrics`: the model's own). With `controls` "NAME/centre" and
     "NAME/random" are boxes as large as its own, in the middle and at random places (mean of 16, drawn from `seed` and
-    the image), and "whole" is the whole image. `done` is told how many images were measured.
+    the image), and "whole" is the whole image. With `faithful` the areas under both curves of `glsim.road` stand beside
+    the measures of the scores. `done` is told how many images were measured.
     """
     parts: dict[str, dict[str, dict[str, list[Tensor]]]] = {}
+    curves: dict[str, dict[str, list[Tensor]]] = {}
+    device = next(model.parameters()).device
+
+    @torch.inference_mode()
+    def answer(pixels: Tensor) -> Tensor:
+        return model(pixels).logits.float().softmax(dim=1)
+
     for number, (pixels, masks) in enumerate(_batches(images, preprocessing_of(model), batch_size)):
         found = selections_of(model, pixels, metrics)[1]
-        shares = _shares(number * batch_size, len(pixels), seed)
+        draws = [np.random.default_rng([seed, number * batch_size + i]) for i in range(len(pixels))]
+        shares = torch.stack([torch.from_numpy(draw.random((DRAWS, 2))) for draw in draws])
+        areas: dict[str, dict[str, Tensor]] = {}
+        if faithful:
+            noise = torch.stack([torch.from_numpy(draw.standard_normal(pixels.shape[1:])) for draw in draws])
+            there, noise = pixels.to(device), NOISE * noise.float().to(device)
+            for name, selection, _ in found:
+                both = faithfulness(answer, there, selection.scores, selection.grid, noise)
+                areas[name] = {curve: under(values).cpu() for curve, values in both.items()}
+                for curve, values in both.items():
+                    curves.setdefault(name, {}).setdefault(curve, []).append(values.cpu())
         for target, (inside, counted) in masks.items():
             for row, values in _rows(found, inside, counted, shares if controls else None):
                 columns = parts.setdefault(target, {}).setdefault(row, {})
-                for name, value in values.items():
+                for name, value in (values | areas.get(row, {})).items():
                     columns.setdefault(name, []).append(value)
         done(len(pixels))
-    return {
+    targets = {
         target: {row: {name: torch.cat(v) for name, v in columns.items()} for row, columns in rows.items()}
         for target, rows in parts.items()
     }
+    means = {
+        row: {"removed": [0.0, *SHARES], "kept": [*(1 - share for share in reversed(SHARES)), 1.0]}
+        | {name: torch.cat(values).mean(dim=0).tolist() for name, values in both.items()}
+        for row, both in curves.items()
+    }
+    return Measured(targets, means)
 
 
 def _batches(
@@ -224,13 +258,6 @@ def _batches(
 def _stack(views: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     inside, counted = (torch.stack(maps) for maps in zip(*views, strict=True))
     return inside, counted
-
-
-def _shares(first: int, count: int, seed: int) -> Tensor:
-    """Where each image's random boxes stand (B, DRAWS, 2), the same in batches of any size."""
-    return torch.stack(
-        [torch.from_numpy(np.random.default_rng([seed, first + i]).random((DRAWS, 2))) for i in range(count)]
-    )
 
 
 def _rows(

@@ -19,11 +19,11 @@ RESAMPLES, LEVEL = 1000, 0.95  # of an interval
 
 def per_patch(mask: Tensor, grid: tuple[int, int]) -> Tensor:
     """How many pixels of `mask` (B, H, W) lie in each patch of a `grid` (rows, cols): (B, N)."""
-    rows, cols = (_lines(side, count, mask.device) for side, count in zip(mask.shape[1:], grid, strict=True))
+    rows, cols = (patch_lines(side, count, mask.device) for side, count in zip(mask.shape[1:], grid, strict=True))
     return torch.einsum("rh,bhw,cw->brc", rows, mask.float(), cols).flatten(1)
 
 
-def _lines(side: int, count: int, device: torch.device) -> Tensor:
+def patch_lines(side: int, count: int, device: torch.device) -> Tensor:
     """Which pixels (side,) belong to each of `count` grid lines: (count, side), 0 or 1."""
     start = cut(torch.arange(count + 1, device=device), count, side)
     pixel = torch.arange(side, device=device)
