@@ -183,6 +183,8 @@ def _percent(row: dict[str, Any], which: str) -> str:
 def show_explain(r: dict[str, Any], _: Any) -> str:
     """A line a picture."""
     lines = [f"{p['path']}: {p['label']} {p['probability']:.1%}, {p['picture']}" for p in r["pictures"]]
+    if layers := r.get("layers"):
+        lines.append(f"layers, over {layers['images']} images: {layers['picture']}, {layers['table']}")
     lines += show_skipped(r)
     return "\n".join([*lines, f"pictures: {r['out']}"])
 

@@ -390,6 +390,7 @@ class Explain:
     colormap: str = setting("turbo", "of the heat-map, as matplotlib names them")
     top_only: int = setting(0, "show the scores of only so many best patches (0: all)")
     power: float = setting(1.0, "exponent on the heat-map in [0, 1]; above 1 leaves the peaks")
+    layers: bool = setting(False, "instead, what becomes of the tokens from block to block: layers.png, layers.json")
     limit: int = setting(100, "draw at most this many images")
     skip_bad: bool = setting(False, "leave unreadable images out and list them")
     device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -22,6 +22,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
+from glsim import layers
 from glsim.backbone import Model
 from glsim.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of
 from glsim.config import Explain
@@ -260,6 +261,8 @@ def run(s: Explain) -> dict[str, Any]:
     paths = find_images(s.images)[: s.limit]
     model = load(s.source, **s.options).to(pick_device(s.device))
     metrics = spell_out(s.metrics, model)
+    if s.layers:
+        layers.check_layers(model)
     if s.top_only:
         check_top(s.top_only, model.backbone.grid, "top_only")
     folder = Path(s.out)
@@ -267,11 +270,16 @@ def run(s: Explain) -> dict[str, Any]:
         raise DataError(f"out={folder} is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     targets = [folder / f"{name}.png" for name in _unique_names(paths)]
-    taken = {path.resolve() for path in paths} & {target.resolve() for target in [*targets, folder / SHEET]}
+    written = [folder / layers.PICTURE] if s.layers else [*targets, folder / SHEET]
+    taken = {path.resolve() for path in paths} & {target.resolve() for target in written}
     if taken:
         raise ConfigError(f"out={folder} would overwrite the image {min(taken)}; name another folder")
     p = preprocessing_of(model)
     transform = eval_transform(p)
+    if s.layers:
+        bad: list[str] = []
+        written_down = layers.write(model, _views(paths, transform, bad, s.skip_bad), folder)
+        return {"source": str(s.source), "out": str(folder), "layers": written_down, "pictures": [], "skipped": bad}
     names: list[str] = []
     rows: list[Row] = []
     pictures, skipped = [], []
@@ -302,6 +310,21 @@ def run(s: Explain) -> dict[str, Any]:
         draw_sheet(rows, sheet, s.alpha, s.colormap)
     result = {"source": str(s.source), "out": str(folder), "metrics": names, "sheet": sheet}
     return {**result, "pictures": pictures, "skipped": skipped}
+
+
+def _views(
+    paths: Sequence[Path], transform: Callable[[Image.Image], Tensor], bad: list[str], skip_bad: bool
+) -> Iterator[Tensor]:
+    """Images (1, 3, H, W), one after the other; what cannot be read is raised, or with `skip_bad` told to `bad`."""
+    for path in paths:
+        try:
+            image = open_image(path)
+        except BadImage as error:
+            if not skip_bad:
+                raise
+            bad.append(str(error))
+            continue
+        yield transform(image)[None]
 
 
 def spell_out(names: list[str] | None, model: Model) -> list[str | None]:
