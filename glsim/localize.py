@@ -130,14 +130,12 @@ def read_mask(file: Path, size: tuple[int, int]) -> Image.Image:
 
 def _read_png(file: Path, size: tuple[int, int]) -> Image.Image:
     try:
-        with Image.open(file, formats=["PNG"]) as image:
-            image.load()
+        with Image.open(file, formats=["PNG"]) as opened:
+            opened.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{file}: no readable PNG ({error})") from error
-    _check_size(file, image.size, size)
-    if image.mode in ("LA", "RGBA"):
-        image = image.convert(image.mode[:-1])
-    values = np.asarray(image)
+    _check_size(file, opened.size, size)
+    values = np.asarray(opened.convert(opened.mode[:-1]) if opened.mode in ("LA", "RGBA") else opened)
     values = values.max(axis=2) if values.ndim == 3 else values
     if values.min() >= 1 and values.max() <= BORDER and (values == 2).any():
         levels = np.array([0, 255, 0, 128], np.uint8)[values]
@@ -219,9 +217,9 @@ def measure(
             there, noise = pixels.to(device), NOISE * noise.float().to(device)
             for name, selection, _ in found:
                 both = faithfulness(answer, there, selection.scores, selection.grid, noise)
-                areas[name] = {curve: under(values).cpu() for curve, values in both.items()}
-                for curve, values in both.items():
-                    curves.setdefault(name, {}).setdefault(curve, []).append(values.cpu())
+                areas[name] = {curve: under(heights).cpu() for curve, heights in both.items()}
+                for curve, heights in both.items():
+                    curves.setdefault(name, {}).setdefault(curve, []).append(heights.cpu())
         for target, (inside, counted) in masks.items():
             for row, values in _rows(found, inside, counted, shares if controls else None):
                 columns = parts.setdefault(target, {}).setdefault(row, {})

@@ -26,7 +26,7 @@ def impute(images: Tensor, removed: Tensor, noise: Tensor | None = None, toleran
     `images` (B, 3, H, W), `removed` (B, H, W) bool, not all of an image; `noise` of the shape of the images is added to
     what was imputed. At the border the weights of the neighbours there are count in full. That is one linear system
     an image, symmetric and positive: solved by conjugate gradients for all at once, until no residual exceeds
-    `tolerance` times its start.
+    `tolerance` times the right side. Blocks of 2, 4, 8 .. pixels precondition it, else the way across a hole is long.
     """
     hole = removed[:, None].to(images.dtype)
     kernel = torch.tensor(WEIGHTS, dtype=images.dtype, device=images.device).expand(images.shape[1], 1, 3, 3)
@@ -43,23 +43,35 @@ def impute(images: Tensor, removed: Tensor, noise: Tensor | None = None, toleran
     start = _spread(known, 1 - hole) * hole
     found = start
     residual = hole * around(known) - apply(start)
-    direction, size = residual, _dot(residual, residual)
+    better = hole * _blocks(residual)
+    direction, size = better, _dot(residual, better)
     target = tolerance**2 * _dot(hole * around(known), hole * around(known)).clamp(min=1e-12)
     for step in range(4 * sum(images.shape[-2:])):
-        if step % 10 == 0 and bool((size <= target).all()):
+        if step % 5 == 0 and bool((_dot(residual, residual) <= target).all()):
             break
         turned = apply(direction)
         stride = size / _dot(direction, turned).clamp(min=1e-30)
         found = found + stride * direction
         residual = residual - stride * turned
-        again = _dot(residual, residual)
-        direction, size = residual + again / size.clamp(min=1e-30) * direction, again
+        better = hole * _blocks(residual)
+        again = _dot(residual, better)
+        direction, size = better + again / size.clamp(min=1e-30) * direction, again
     filled = known + hole * found
     return filled if noise is None else filled + hole * noise
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(dim=(2, 3), keepdim=True)
+
+
+def _blocks(residual: Tensor) -> Tensor:
+    """The residual, plus its sum over blocks of 2 x 2, 4 x 4, .. pixels, each over the block's side: symmetric."""
+    height, width = residual.shape[-2:]
+    if max(height, width) == 1:
+        return residual
+    sums = 4 * F.avg_pool2d(F.pad(residual, (0, width % 2, 0, height % 2)), 2)
+    far = F.interpolate(_blocks(sums), scale_factor=2.0, mode="nearest")
+    return residual + far[..., :height, :width] / 2
 
 
 def _spread(known: Tensor, there: Tensor) -> Tensor:

@@ -365,7 +365,7 @@ def test_every_key_that_parity_names_is_there():
     arguments = set(inspect.signature(VisionTransformer).parameters)
     for name in re.findall(r"`backbone_args\.(\w+)`", here):
         assert name in arguments, f"parity.md names backbone_args.{name}"
-    known = fields | set(glsim.METHODS) | set(glsim.METRICS) | WORDS
+    known = fields | set(glsim.METHODS) | set(glsim.METRICS) | set(CONTROLS) | {"none"} | WORDS
     for name in re.findall(r"`(\w+)`", here):
         assert name in known, f"parity.md names {name}"
 
