@@ -118,6 +118,14 @@ class Backbone(nn.Module):
             stages.append(Stage(torch.cat((prefix, patches), dim=1), f))
         return stages
 
+    def layers(self, images: Tensor) -> list[Tensor]:
+        """All tokens (B, n, D) after every block, and at last after the final norm."""
+        between = self.net.forward_intermediates(
+            images, indices=None, return_prefix_tokens=self.skip > 0, output_fmt="NLC", intermediates_only=True
+        )
+        raw = [torch.cat((prefix, patches), dim=1) for patches, prefix in between] if self.skip else list(between)
+        return [*raw, self.norm(self.net.norm(raw[-1]))]
+
     def last_block(self, tokens: Tensor, chosen: Tensor, index: Tensor, grid: tuple[int, int]) -> Tensor:
         """Block L over the prefix of `tokens` (B, n, D) and `chosen` tokens (B, K, D); normalised, (B, prefix + K, D).
 

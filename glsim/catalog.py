@@ -281,17 +281,30 @@ def _mat(file: Path) -> dict[str, Any]:
 
 def _xml_box(file: Path) -> Box | None:
     """The box around all objects of a file in the format of PASCAL VOC; None where there is no file."""
-    if not file.is_file():
-        return None
-    try:
-        found = ElementTree.fromstring(_text(file)).iter("bndbox")
-        sides = [[int(float(box.findtext(name) or "")) for name in ("xmin", "ymin", "xmax", "ymax")] for box in found]
-    except (ElementTree.ParseError, ValueError) as error:
-        raise DataError(f"{file}: no boxes in the format of PASCAL VOC ({error})") from error
+    sides = xml_boxes(file)[1] if file.is_file() else []
     if not sides:
         return None
     lefts, tops, rights, bottoms = zip(*sides, strict=True)
     return min(lefts), min(tops), max(rights), max(bottoms)
+
+
+def xml_boxes(file: Path) -> tuple[tuple[int, int] | None, list[Box]]:
+    """The size (width, height) of the image, where it is told, and the boxes of a file in the format of PASCAL VOC.
+
+    The numbers are the publisher's. Raises DataError for a file that cannot be read.
+    """
+    try:
+        top = ElementTree.fromstring(_text(file))
+        boxes = [_numbers(box, "xmin", "ymin", "xmax", "ymax") for box in top.iter("bndbox")]
+        told = top.find("size")
+        size = _numbers(told, "width", "height") if told is not None else (0, 0)
+    except (ElementTree.ParseError, ValueError) as error:
+        raise DataError(f"{file}: no boxes in the format of PASCAL VOC ({error})") from error
+    return ((size[0], size[1]) if all(size) else None), [(box[0], box[1], box[2], box[3]) for box in boxes]
+
+
+def _numbers(element: ElementTree.Element, *names: str) -> tuple[int, ...]:
+    return tuple(int(float(element.findtext(name) or "")) for name in names)
 
 
 def _car_box(car: Any) -> Box:

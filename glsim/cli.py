@@ -219,8 +219,17 @@ def show_explain(r: dict[str, Any], _: Any) -> str:
         ]
         return "\n".join([*lines, *show_skipped(r), f"pictures: {r['out']}"])
     lines = [f"{p['path']}: {p['label']} {p['probability']:.1%}, {p['picture']}" for p in r["pictures"]]
+    if layers := r.get("layers"):
+        lines.append(f"layers, over {layers['images']} images: {layers['picture']}, {layers['table']}")
     lines += show_skipped(r)
     return "\n".join([*lines, f"pictures: {r['out']}"])
+
+
+def show_localize(r: dict[str, Any], s: config.Localize) -> str:
+    """The tables."""
+    from glsim.localize import as_text
+
+    return as_text(r) + (f"\nwritten: {s.out}" if s.out else "")
 
 
 def show_convert(r: dict[str, Any], _: Any) -> str:
@@ -345,6 +354,7 @@ VERBS = {
     "index query": Verb(config.IndexQuery, "glsim.index:query", show_query, progress=True),
     "index eval": Verb(config.IndexEval, "glsim.index:evaluate", show_index_eval, progress=True),
     "explain": Verb(config.Explain, "glsim.pictures:run", show_explain),
+    "localize": Verb(config.Localize, "glsim.localize:run", show_localize, progress=True),
     "serve": Verb(config.Serve, "glsim.serve:run", show_serve),
     "bench": Verb(config.Bench, "glsim.benchmark:run", show_bench, progress=True),
     "flops": Verb(config.Flops, "glsim.cost:run", show_flops),

@@ -406,6 +406,7 @@ class Explain:
     colormap: str = setting("turbo", "of the heat-map, as matplotlib names them")
     top_only: int = setting(0, "show the scores of only so many best patches (0: all)")
     power: float = setting(1.0, "exponent on the heat-map in [0, 1]; above 1 leaves the peaks")
+    layers: bool = setting(False, "instead, what becomes of the tokens from block to block: layers.png, layers.json")
     limit: int = setting(100, "draw at most this many images")
     skip_bad: bool = setting(False, "leave unreadable images out and list them")
     device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
@@ -422,6 +423,32 @@ class Explain:
             raise ConfigError(f"alpha={self.alpha}: from 0 to 1")
         if not self.power > 0:
             raise ConfigError(f"power={self.power}: above 0 is needed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Localize:
+    """Measure where the model looks against masks: scores and boxes of every mechanism, beside controls."""
+
+    source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth")
+    images: str = required("folder (or file, or glob) of images")
+    masks: str = required("folder of masks, one an image: PNG, trimap or PASCAL VOC XML; or with body/ and part/")
+    metrics: list[str] | None = setting(None, "mechanisms, or all; default: the model's own, gls_cos for plain")
+    controls: bool = setting(False, "boxes of the same size too: centre, random place; random patches; whole image")
+    faithfulness: bool = setting(False, "deletion and insertion curves too (18 more passes a mechanism)")
+    options: dict[str, Any] = setting({}, "options of the method to change, as --options.top_o 16")
+    limit: int | None = setting(None, "measure at most this many images, evenly spaced")
+    resamples: int = setting(1000, "bootstrap draws of the images, for the intervals")
+    seed: int = setting(0, "of these draws and of the random boxes")
+    batch_size: int = setting(32, "images at a time")
+    out: str | None = setting(None, "file for the result as JSON")
+    device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "batch_size")
+        _at_least(self, 100, "resamples")
+        if self.limit is not None:
+            _at_least(self, 1, "limit")
+        _seeds(self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)

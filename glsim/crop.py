@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from glsim.selection import largest_component, pick, stand_out
+from glsim.selection import MASK, largest_component, pick, scramble, stand_out
 from glsim.types import Selection, choose
 
 
@@ -51,6 +51,73 @@ def boxes_from_indices(
     return torch.stack((left, top, right, bottom), dim=1)
 
 
+def anywhere(indices: Tensor, grid: tuple[int, int], size: Sequence[int], rule: str, training: bool) -> Tensor:
+    """The box's width and height at a uniformly random place.
+
+    In training torch's generator draws it anew; else it follows from which patches were selected, so that an image
+    keeps its place in any batch.
+    """
+    boxes = boxes_from_indices(indices, grid, size, rule)
+    if training:
+        return placed(boxes, size, torch.rand(boxes.shape[0], 2, device=boxes.device))
+    code = scramble(indices + 1_000_003).sum(dim=1, keepdim=True) & MASK
+    axis = torch.arange(2, device=boxes.device)
+    return placed(boxes, size, scramble(code + scramble(axis) & MASK).double() / 2**32)
+
+
+def centre(indices: Tensor, grid: tuple[int, int], size: Sequence[int], rule: str, training: bool) -> Tensor:
+    """The box's width and height in the middle of the image."""
+    boxes = boxes_from_indices(indices, grid, size, rule)
+    return placed(boxes, size, boxes.new_full((boxes.shape[0], 2), 0.5, dtype=torch.double))
+
+
+def whole(indices: Tensor, grid: tuple[int, int], size: Sequence[int], rule: str, training: bool) -> Tensor:
+    """The image itself: it is encoded twice."""
+    sides = [indices.new_full((indices.shape[0],), side) for side in (0, 0, size[1], size[0])]
+    return torch.stack(sides, dim=1)
+
+
+def corner(indices: Tensor, grid: tuple[int, int], size: Sequence[int], rule: str, training: bool) -> Tensor:
+    """The box of the first K patches, a strip in the corner: what the published code crops by its metric `random`."""
+    first = torch.arange(indices.shape[1], device=indices.device).expand_as(indices)
+    return boxes_from_indices(first, grid, size, rule)
+
+
+# What stands in the place of the box, to tell what choosing it was worth: (selected patches (B, K), grid, (H, W), box
+# rule, whether in training) -> boxes (B, 4).
+CONTROLS: dict[str, Callable[[Tensor, tuple[int, int], Sequence[int], str, bool], Tensor]] = {
+    "random": anywhere,
+    "centre": centre,
+    "whole": whole,
+    "corner": corner,
+}
+
+
+def check_box(box: str) -> tuple[str | None, str]:
+    """Take "inclusive", "random" or "random:inclusive" apart: the control, None for none, and the rule of its box.
+
+    Raises ConfigError listing the choices.
+    """
+    name, colon, rule = box.partition(":")
+    if colon:
+        choose(name, CONTROLS, "control")
+        choose(rule, BOX_RULES, "box rule")
+        return name, rule
+    choose(name, BOX_RULES | CONTROLS, "box rule")
+    return (name, "exclusive") if name in CONTROLS else (None, name)
+
+
+def placed(boxes: Tensor, size: Sequence[int], share: Tensor) -> Tensor:
+    """Boxes as large as `boxes` (.., 4), at `share` (.., 2) from 0 to below 1 of the ways they can go, x before y.
+
+    An image of `size` (H, W) has W - width + 1 and H - height + 1 places for a box; 0.5 is the middle.
+    """
+    lengths = boxes[..., 2:] - boxes[..., :2]
+    places = torch.stack((size[1] - lengths[..., 0], size[0] - lengths[..., 1]), dim=-1) + 1
+    start = torch.minimum((share * places).ceil().long() - 1, places - 1).clamp(min=0)
+    return torch.cat((start, start + lengths), dim=-1)
+
+
 def boxes_from_mask(mask: Tensor, image_size: Sequence[int], padding: float = 0.0) -> Tensor:
     """Draw the tightest box around what is True in `mask` (B, rows, cols), laid over an image (H, W); (B, 4) as above.
 
@@ -70,11 +137,23 @@ def boxes_from_mask(mask: Tensor, image_size: Sequence[int], padding: float = 0.
 
 
 def select(
-    scores: Tensor, top_o: int, grid: tuple[int, int], image_size: Sequence[int], rule: str = "exclusive"
+    scores: Tensor,
+    top_o: int,
+    grid: tuple[int, int],
+    image_size: Sequence[int],
+    box: str = "exclusive",
+    training: bool = False,
 ) -> Selection:
-    """Take the `top_o` best patches of a metric's `scores` (B, g, N) and put a box around them."""
+    """Take the `top_o` best patches of a metric's `scores` (B, g, N) and put a box around them.
+
+    `box` names a rule of `BOX_RULES`, or one of `CONTROLS` that puts another box in its place: "random",
+    "random:inclusive". Chance draws anew in `training` only.
+    """
     scores, indices = pick(scores, top_o)
-    return Selection(scores, indices, boxes_from_indices(indices, grid, image_size, rule), grid)
+    control, rule = check_box(box)
+    if control is None:
+        return Selection(scores, indices, boxes_from_indices(indices, grid, image_size, rule), grid)
+    return Selection(scores, indices, CONTROLS[control](indices, grid, image_size, rule, training), grid)
 
 
 def select_component(

@@ -14,7 +14,8 @@ from glsim.types import choose
 class Aggregator(nn.Module):
     """Transformer blocks and a LayerNorm over the class tokens of image and crop (arXiv 2407.12891): (B, 2, D) -> same.
 
-    Pre-norm, D/64 heads, MLP ratio 4, no position embedding: the two tokens are told apart by what they hold.
+    Pre-norm, D/64 heads, MLP ratio 4, no position embedding: the two tokens are told apart by what they hold. Without
+    any block, a control, both tokens become their mean.
     """
 
     def __init__(
@@ -31,7 +32,8 @@ class Aggregator(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, 2, D) -> (B, 2, D)."""
-        return self.norm(self.blocks(tokens))
+        mixed = self.blocks(tokens) if self.blocks else tokens.mean(dim=1, keepdim=True).expand_as(tokens)
+        return self.norm(mixed)
 
 
 def read_first(tokens: Tensor, head: nn.Module) -> Tensor:

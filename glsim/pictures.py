@@ -23,6 +23,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
+from glsim import layers
 from glsim.backbone import Model
 from glsim.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of
 from glsim.config import Explain
@@ -262,12 +263,19 @@ def run(s: Explain) -> dict[str, Any]:
     check_colormap(s.colormap)
     paths = find_images(s.images)[: s.limit]
     model = load(s.source, **s.options).to(pick_device(s.device))
-    metrics = _metrics(s.metrics, model)
+    metrics = spell_out(s.metrics, model)
+    if s.layers:
+        layers.check_layers(model)
     if s.top_only:
         check_top(s.top_only, model.backbone.grid, "top_only")
     folder, targets = Path(s.out), targets_of(s.out, paths)
     p = preprocessing_of(model)
     transform = eval_transform(p)
+    if s.layers:
+        bad: list[str] = []
+        views = (transform(image)[None] for _, image, _ in photographs(paths, targets, s.skip_bad, bad))
+        written_down = layers.write(model, views, folder)
+        return {"source": str(s.source), "out": str(folder), "layers": written_down, "pictures": [], "skipped": bad}
     names: list[str] = []
     rows: list[Row] = []
     pictures: list[dict[str, Any]] = []
@@ -301,7 +309,9 @@ def targets_of(out: str | Path, paths: Sequence[Path]) -> list[Path]:
         raise DataError(f"out={folder} is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     targets = [folder / f"{name}.png" for name in _unique_names(paths)]
-    taken = {path.resolve() for path in paths} & {target.resolve() for target in [*targets, folder / SHEET]}
+    taken = {path.resolve() for path in paths} & {
+        target.resolve() for target in [*targets, folder / SHEET, folder / layers.PICTURE]
+    }
     if taken:
         raise ConfigError(f"out={folder} would overwrite the image {min(taken)}; name another folder")
     return targets
@@ -322,7 +332,7 @@ def photographs(
         yield path, image, target
 
 
-def _metrics(names: list[str] | None, model: Model) -> list[str | None]:
+def spell_out(names: list[str] | None, model: Model) -> list[str | None]:
     """Spell out "all": the model's own (None), and every other that it can take; ConfigError for what it cannot."""
     every = [name for name in METRICS if model.backbone.has_attention or not needs_attention(name)]
     metrics: list[str | None] = []

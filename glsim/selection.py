@@ -144,16 +144,16 @@ def random(f: Features, seed: int = 0) -> Tensor:
     """
     patch_mean = f.patches.mean(dim=1)
     signs = (patch_mean > patch_mean.mean(dim=1, keepdim=True)).long()
-    code = _scramble(torch.arange(signs.shape[1], device=signs.device) + (seed + 1) * 1_000_003)
-    key = _scramble((signs * code).sum(dim=1, keepdim=True) & MASK)
+    code = scramble(torch.arange(signs.shape[1], device=signs.device) + (seed + 1) * 1_000_003)
+    key = scramble((signs * code).sum(dim=1, keepdim=True) & MASK)
     patch = torch.arange(f.patches.shape[1], device=signs.device)
-    return (_scramble(key + _scramble(patch + 7_919 * (seed + 1)) & MASK).float() / 2**32).clamp(max=1 - 1e-7)[:, None]
+    return (scramble(key + scramble(patch + 7_919 * (seed + 1)) & MASK).float() / 2**32).clamp(max=1 - 1e-7)[:, None]
 
 
 MASK = 0xFFFFFFFF
 
 
-def _scramble(x: Tensor) -> Tensor:
+def scramble(x: Tensor) -> Tensor:
     """A bijective hash of 32-bit numbers held in int64 (the multiply-xorshift mixing of MurmurHash's finaliser)."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x6C078965)):
         x = ((x ^ (x >> shift)) * factor) & MASK

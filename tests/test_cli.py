@@ -109,6 +109,7 @@ def test_every_verb_prints_one_json_document(capsys, run_folder, birds, tmp_path
         "eval": [run_folder, "--data", birds, "--workers", "0"],
         "predict": [run_folder, image, "--workers", "0"],
         "explain": [run_folder, image, "--out", tmp_path / "p"],
+        "localize": [run_folder, "--images", birds / "test", "--masks", birds / "masks"],
         "datasets": [
             "prepare",
             "synthetic",

@@ -23,7 +23,7 @@ import glsim
 from glsim import cli
 from glsim.backbone import build_backbone
 from glsim.config import Train
-from glsim.crop import BOX_RULES
+from glsim.crop import BOX_RULES, CONTROLS
 from glsim.losses import TERMS
 from glsim.selection import NEEDS_ATTENTION
 from glsim.synthetic import species
@@ -230,8 +230,14 @@ def rows(text):
 
 @pytest.mark.parametrize(
     ("registry", "heading"),
-    [(glsim.METRICS, "Metrics"), (BOX_RULES, "Box rules"), (glsim.METHODS, "Methods"), (TERMS, "Loss terms")],
-    ids=["metrics", "box rules", "methods", "loss terms"],
+    [
+        (glsim.METRICS, "Metrics"),
+        (BOX_RULES, "Box rules"),
+        (CONTROLS, "Controls"),
+        (glsim.METHODS, "Methods"),
+        (TERMS, "Loss terms"),
+    ],
+    ids=["metrics", "box rules", "controls", "methods", "loss terms"],
 )
 def test_method_lists_everything_there_is(registry, heading):
     assert sorted(rows(section(heading))) == sorted(registry)
@@ -359,7 +365,7 @@ def test_every_key_that_parity_names_is_there():
     arguments = set(inspect.signature(VisionTransformer).parameters)
     for name in re.findall(r"`backbone_args\.(\w+)`", here):
         assert name in arguments, f"parity.md names backbone_args.{name}"
-    known = fields | set(glsim.METHODS) | set(glsim.METRICS) | WORDS
+    known = fields | set(glsim.METHODS) | set(glsim.METRICS) | set(CONTROLS) | {"none"} | WORDS
     for name in re.findall(r"`(\w+)`", here):
         assert name in known, f"parity.md names {name}"
 

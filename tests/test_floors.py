@@ -11,6 +11,7 @@ FLOORS = [
     {
         *("attention", "backbone", "selection", "crop", "heads", "losses", "confidence"),
         *("transforms", "images", "stores", "figures", "synthetic", "catalog", "environment", "hub"),
+        *("where", "road"),
     },
     {"models"},
     {
@@ -20,13 +21,15 @@ FLOORS = [
     {
         *("train", "evaluate", "predict", "pictures", "contrasts", "mistakes", "convert", "datasets", "calibrate"),
         *("reproduce", "report", "benchmark", "loading", "doctor", "doctor_page", "memory"),
-        *("service", "serve", "index", "bulk", "export", "push"),
+        *("service", "serve", "index", "bulk", "export", "push", "localize", "layers"),
     },
     {"quickstart", "cli", "__init__"},
 ]
 SIDEWAYS = {
     ("backbone", "attention"),  # an adapter hands out the logits that were collected
     ("crop", "selection"),  # a box is drawn around picked patches
+    ("where", "crop"),  # boxes around masks
+    ("road", "where"),  # the pixels of a patch
     ("bundle", "official"),  # `load` reads all three formats
     ("bundle", "graphs"),
     ("data", "sources"),  # what is no folder of images
@@ -37,6 +40,8 @@ SIDEWAYS = {
     ("benchmark", "predict"),  # it times the same answers
     ("evaluate", "predict"),  # the same answer to an image, mirrored or not
     ("calibrate", "evaluate"),  # the same split of the same images
+    ("localize", "pictures"),  # the same scores and boxes as are drawn
+    ("pictures", "layers"),  # the same verb
     ("evaluate", "mistakes"),  # the page of what it counted
     ("mistakes", "pictures"),
     ("contrasts", "pictures"),  # drawn on the same pages

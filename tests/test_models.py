@@ -15,7 +15,7 @@ from glsim import METHODS, METRICS, ConfigError
 from glsim.attention import explicit_attention, paired_attention
 from glsim.backbone import OverlappingPatches, build_backbone
 from glsim.bundle import init_from
-from glsim.crop import select_component
+from glsim.crop import CONTROLS, select_component
 from glsim.heads import CLASSIFIERS, Aggregator, Classifier
 from glsim.losses import objective
 from glsim.models import cal
@@ -400,6 +400,43 @@ def test_the_forward_reads_like_the_paper():
 
     code = [ln for ln in inspect.getsource(GLSim.forward).splitlines() if ln.strip() and '"""' not in ln]
     assert len(code) <= 6
+
+
+CONTROLLED = [{"box": box} for box in (*CONTROLS, "random:inclusive", "none")] + [{"aggregator_depth": 0}]
+
+
+@pytest.mark.parametrize("change", CONTROLLED, ids=lambda c: "-".join(map(str, c.values())))
+def test_a_control_is_one_option_away(change, tmp_path):
+    model, images = small_model(**change), pictures(3, 3, 64, 64)
+    with torch.no_grad():
+        output, turned = model(images), model(images[[2, 0, 1]])
+    torch.testing.assert_close(turned.logits, output.logits[[2, 0, 1]], atol=1e-4, rtol=1e-4)
+    if change == {"box": "whole"}:
+        torch.testing.assert_close(output.crops, images)
+    if change == {"box": "none"}:
+        assert output.selection is None and output.crops is None
+        torch.testing.assert_close(output.logits, model.head(model.aggregator(model.features(images).cls[:, None])))
+    if "aggregator_depth" in change:
+        tokens = torch.stack((model.features(images).cls, model.features(output.crops).cls))
+        wanted = model.head.linear(model.aggregator.norm(tokens.mean(dim=0)))
+        torch.testing.assert_close(output.logits, wanted, atol=1e-4, rtol=1e-4)
+    glsim.save(model, tmp_path / "bundle")
+    with torch.no_grad():
+        assert torch.equal(glsim.load(tmp_path / "bundle")(images).logits, output.logits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch's own making, inside export
+        sizes = {"images": {0: torch.export.Dim("batch", min=1, max=16)}}
+        exported = torch.export.export(model, (images,), dynamic_shapes=sizes).module()
+    five = pictures(5, 3, 64, 64, seed=2)
+    with torch.no_grad():
+        torch.testing.assert_close(exported(five).logits, model(five).logits, atol=1e-4, rtol=1e-4)
+    objective(model.train()(images), torch.tensor([0, 1, 2])).backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+def test_no_crop_answers_once():
+    with pytest.raises(glsim.ConfigError, match="early_loss=0.5: box=none answers after the first pass anyway"):
+        small_model(box="none", early_loss=0.5)
 
 
 def test_no_class_token_means_the_pooled_vector():

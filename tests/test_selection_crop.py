@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from glsim import METRICS, ConfigError, Features
 from glsim.crop import (
     BOX_RULES,
+    CONTROLS,
     boxes_from_indices,
     boxes_from_mask,
+    check_box,
     crop_and_resize,
     select,
     select_component,
@@ -582,3 +584,86 @@ def test_the_gradient_of_a_crop_is_that_of_interpolation():
 def test_crop_keeps_dtype():
     images, box = torch.randn(1, 3, 32, 32), torch.tensor([[0, 0, 16, 16]])
     assert crop_and_resize(images.half(), box).dtype == torch.float16
+
+
+# --- Controls ---------------------------------------------------------------------------------------------------------
+
+
+def patches(count=40, k=4, grid=(5, 6), seed=0):
+    g = generator(seed)
+    return torch.stack([torch.randperm(grid[0] * grid[1], generator=g)[:k] for _ in range(count)])
+
+
+@pytest.mark.parametrize("rule", sorted(BOX_RULES))
+@pytest.mark.parametrize("training", [False, True])
+def test_controls_have_the_boxes_area(rule, training):
+    grid, size, indices = (5, 6), (80, 96), patches()
+    own = boxes_from_indices(indices, grid, size, rule)
+    for name in ("random", "centre"):
+        boxes = CONTROLS[name](indices, grid, size, rule, training)
+        assert boxes.dtype == torch.int64 and torch.equal(boxes[:, 2:] - boxes[:, :2], own[:, 2:] - own[:, :2])
+        assert (boxes >= 0).all() and (boxes[:, 2] <= 96).all() and (boxes[:, 3] <= 80).all()
+    for (left, top, right, bottom), box in zip(own.tolist(), boxes.tolist(), strict=True):
+        assert box[:2] == [(96 - (right - left)) // 2, (80 - (bottom - top)) // 2]
+    assert CONTROLS["whole"](indices, grid, size, rule, training).tolist() == [[0, 0, 96, 80]] * 40
+    strip = boxes_from_indices(torch.arange(4)[None], grid, size, rule)
+    assert torch.equal(CONTROLS["corner"](indices, grid, size, rule, training), strip.expand(40, -1))
+
+
+def test_the_random_box_is_an_images_own_and_uniform():
+    grid, size, indices = (5, 6), (80, 96), patches(4000)
+    before = torch.get_rng_state()
+    boxes = CONTROLS["random"](indices, grid, size, "exclusive", False)
+    assert torch.equal(torch.get_rng_state(), before)
+    order = torch.randperm(4000, generator=generator())
+    assert torch.equal(CONTROLS["random"](indices[order], grid, size, "exclusive", False), boxes[order])
+    assert torch.equal(CONTROLS["random"](indices.flip(1), grid, size, "exclusive", False), boxes)  # a set
+    for axis, side in ((0, 96), (1, 80)):
+        room = side - (boxes[:, axis + 2] - boxes[:, axis])
+        share = (boxes[:, axis] / room)[room >= 16].double()
+        assert abs(share.mean() - 0.5) < 0.02 and abs(share.std() - 12**-0.5) < 0.03
+        own = boxes_from_indices(indices, grid, size)[:, axis] / room
+        pair = torch.stack((share, own[room >= 16].double()))
+        assert abs(torch.corrcoef(pair)[0, 1]) < 0.06  # it tells nothing of where the patches were
+
+
+def test_the_random_box_follows_torchs_generator_in_training():
+    def draw(seed, training):
+        torch.manual_seed(seed)
+        return CONTROLS["random"](patches(), (5, 6), (80, 96), "inclusive", training)
+
+    assert torch.equal(draw(0, True), draw(0, True)) and not torch.equal(draw(0, True), draw(1, True))
+    assert torch.equal(draw(0, False), draw(1, False))
+
+
+@pytest.mark.parametrize(
+    ("box", "taken"),
+    [
+        ("exclusive", (None, "exclusive")),
+        ("inclusive", (None, "inclusive")),
+        ("random", ("random", "exclusive")),
+        ("centre:inclusive", ("centre", "inclusive")),
+    ],
+)
+def test_a_box_names_a_rule_or_a_control(box, taken):
+    assert check_box(box) == taken
+    f = features()
+    selection = select(METRICS["gls_cos"](f), 4, f.grid, (64, 80), box)
+    control, rule = taken
+    own = boxes_from_indices(selection.indices, f.grid, (64, 80), rule)
+    expected = CONTROLS[control](selection.indices, f.grid, (64, 80), rule, False) if control else own
+    assert torch.equal(selection.boxes, expected)
+
+
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        ("round", "unknown box rule 'round'; choose from: centre, corner, exclusive, inclusive, random, whole"),
+        ("random:round", "unknown box rule 'round'; choose from: exclusive, inclusive"),
+        ("inclusive:random", "unknown control 'inclusive'; choose from: centre, corner, random, whole"),
+        ("random:", "unknown box rule ''; choose from: exclusive, inclusive"),
+    ],
+)
+def test_unknown_boxes_list_the_choices(box, message):
+    with pytest.raises(ConfigError, match=message):
+        check_box(box)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from glsim.backbone import Backbone, Model, StagedModel, to_pair
-from glsim.crop import BOX_RULES, crop_and_resize, select
+from glsim.crop import check_box, crop_and_resize, select
 from glsim.heads import Aggregator, Classifier, lead
 from glsim.selection import check_metric, check_top, needs_attention, score
-from glsim.types import ConfigError, Output, Selection, choose
+from glsim.types import ConfigError, Output, Selection
 
 
 class GLSim(Model):
@@ -35,7 +35,7 @@ class GLSim(Model):
     def forward(self, images: Tensor) -> Output:
         """`images` (B, 3, H, W), normalised. The crop is taken from these very pixels, augmentation included."""
         f = self.features(images, attention=needs_attention(self.metric))
-        selection = select(score(self.metric, f), self.top_o, f.grid, images.shape[-2:], self.box)
+        selection = select(score(self.metric, f), self.top_o, f.grid, images.shape[-2:], self.box, self.training)
         crops = crop_and_resize(images, selection.boxes, self.crop_size)
         tokens = torch.stack((f.cls, self.backbone.class_token(crops)), dim=1)  # B 2 D
         fused = self.aggregator(tokens)
@@ -44,6 +44,21 @@ class GLSim(Model):
     def name(self, tokens: Tensor, fused: Tensor) -> dict[str, Any]:
         """The embeddings (B, D) by name, of the tokens before and after the aggregator (B, 2, D)."""
         return {"embeddings": {"global": tokens[:, 0], "crop": tokens[:, 1], "fused": fused[:, 0]}}
+
+
+class SinglePass(Model):
+    """GLSim without its crop (`box="none"`), a control: the aggregator refines the image's token alone."""
+
+    def __init__(self, backbone: Backbone, aggregator: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.aggregator, self.head = backbone, aggregator, head
+
+    def forward(self, images: Tensor) -> Output:
+        """`images` (B, 3, H, W), normalised."""
+        token = self.backbone.class_token(images)
+        fused = self.aggregator(token[:, None])  # B 1 D
+        vectors = {"global": token, "fused": fused[:, 0]}
+        return Output(self.head(fused), aux={} if self.training else {"embeddings": vectors})
 
 
 class AdaptiveGLSim(GLSim, StagedModel):
@@ -74,7 +89,7 @@ class AdaptiveGLSim(GLSim, StagedModel):
     def first(self, images: Tensor) -> tuple[Tensor, Tensor, Selection]:
         """One pass over `images` (B, 3, H, W): its tokens (B, D), the logits they give (B, C), and what to crop."""
         f = self.features(images, attention=needs_attention(self.metric))
-        selection = select(score(self.metric, f), self.top_o, f.grid, images.shape[-2:], self.box)
+        selection = select(score(self.metric, f), self.top_o, f.grid, images.shape[-2:], self.box, self.training)
         return f.cls, self.head(self.aggregator(f.cls[:, None])), selection
 
     def second(self, images: Tensor, given: Tensor, boxes: Tensor) -> Output:
@@ -100,17 +115,22 @@ def build(
     norm_eps: float | None = None,
     early_loss: float = 0.0,
     margin: float | None = None,
-) -> GLSim:
+) -> Model:
     """`top_o` patches span the crop (the paper: 8, Stanford Dogs 16, at every image size); `crop_size` in pixels.
 
-    With an `early_loss` above 0 the first pass can answer alone; `margin` says when it may (`AdaptiveGLSim`).
+    `box` is a rule, a control in its place (`glsim.crop:CONTROLS`), or "none" (`SinglePass`); `aggregator_depth=0`
+    takes the mean of both tokens. With an `early_loss` above 0 the first pass can answer alone; `margin` says when it
+    may (`AdaptiveGLSim`).
     """
     check_metric(metric, encoder.has_attention, encoder.depth)
-    choose(box, BOX_RULES, "box rule")
+    if box != "none":
+        check_box(box)
     check_top(top_o, encoder.grid, "top_o")
     if crop_size is not None:
         crop_size = to_pair(crop_size)
         encoder.check_size(crop_size)
+    if box == "none" and early_loss:
+        raise ConfigError(f"early_loss={early_loss}: box=none answers after the first pass anyway")
     if early_loss < 0:
         raise ConfigError(f"early_loss={early_loss}: at least 0 is needed")
     if margin is not None and (not isinstance(margin, int | float) or margin < 0):
@@ -118,5 +138,8 @@ def build(
     if margin is not None and not early_loss:
         raise ConfigError(f"margin={margin}: the first pass answers only where it was trained to, with early_loss")
     aggregator = Aggregator(encoder.dim, aggregator_depth, dropout, drop_path, norm_eps or 1e-6)
-    parts = (encoder, aggregator, Classifier(encoder.dim, num_classes, classifier), metric, top_o, box, crop_size)
+    head = Classifier(encoder.dim, num_classes, classifier)
+    if box == "none":
+        return SinglePass(encoder, aggregator, head)
+    parts = (encoder, aggregator, head, metric, top_o, box, crop_size)
     return AdaptiveGLSim(*parts, early_loss=early_loss, margin=margin) if early_loss else GLSim(*parts)

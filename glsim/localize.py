@@ -1,0 +1,352 @@
+"""Floor 4: does the model look at the object? Scores and boxes of every mechanism against masks, beside controls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from tqdm import tqdm
+
+from glsim.backbone import Model
+from glsim.bundle import load, pick_device, preprocessing_of, write_text
+from glsim.catalog import xml_boxes
+from glsim.config import Localize
+from glsim.crop import placed
+from glsim.data import find_images
+from glsim.images import open_image
+from glsim.pictures import selections_of, spell_out, title_of
+from glsim.road import NOISE, SHARES, faithfulness, under
+from glsim.selection import check_metric
+from glsim.transforms import Preprocessing, eval_transform, mask_transform
+from glsim.types import DataError
+from glsim.where import BOX_MEASURES, as_numbers, measure_boxes, measure_scores
+
+OBJECT = "object"
+SYNTHETIC = {OBJECT: "body", "part": "part"}  # folders of masks that `glsim.synthetic` writes
+ENDINGS = (".png", ".xml", "")  # Stanford Dogs' boxes have none
+DRAWS = 16  # random places of a box, of which the mean counts
+BORDER = 3  # of a trimap: neither object (1) nor background (2)
+
+
+class Masked(NamedTuple):
+    """An image and the files that say where things are in it, by target."""
+
+    path: Path
+    masks: dict[str, Path]
+
+
+def run(s: Localize, progress: bool = True) -> dict[str, Any]:
+    """The verb: measures of every mechanism, with 95 % intervals; written as JSON to `s.out` where that is given.
+
+    Raises DataError naming the image without mask, before the model is loaded, or the mask that is damaged, empty or of
+    another size.
+    """
+    images = find_masks(s.images, s.masks)
+    images = images[:: -(-len(images) // (s.limit or len(images)))]  # of every class some
+    model = load(s.source, **s.options).to(pick_device(s.device))
+    names: list[str | None] = [*spell_out(s.metrics, model), *(["random"] if s.controls else [])]
+    for name in names:
+        if name is not None:
+            check_metric(name, model.backbone.has_attention)
+    bar = tqdm(total=len(images), desc="images", unit="image", disable=not progress)
+    found = measure(model, images, names, s.controls, s.faithfulness, s.batch_size, s.seed, bar.update)
+    bar.close()
+    result = {
+        "source": str(s.source),
+        "images": str(s.images),
+        "masks": str(s.masks),
+        "count": len(images),
+        "interval": "95 %, bootstrap over images",
+        "resamples": s.resamples,
+        "seed": s.seed,
+        "targets": {target: summary(rows, s.resamples, s.seed) for target, rows in found.targets.items()},
+        "curves": found.curves,
+    }
+    if s.out is not None:
+        write_text(s.out, json.dumps(result, indent=2) + "\n")
+    return result
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def find_masks(images: str | Path, masks: str | Path) -> list[Masked]:
+    """Every image of a folder (or file, or glob) with its mask in the folder `masks`.
+
+    A mask stands where its image does, below `images` or the folder that holds it, or has its name alone; it ends in
+    .png or .xml (or in nothing: Stanford Dogs). In a folder with `body` and `part`, as `glsim.synthetic` writes them,
+    they are two targets. Raises DataError naming the first image without one.
+    """
+    top, folder = Path(images), Path(masks)
+    if not folder.is_dir():
+        raise DataError(f"masks={masks} is no folder; wanted one with a PNG or a PASCAL VOC XML file for every image")
+    both = all((folder / name).is_dir() for name in SYNTHETIC.values())
+    folders = {target: folder / name for target, name in SYNTHETIC.items()} if both else {OBJECT: folder}
+    found, taken = [], dict[Path, Path]()
+    for path in find_images(images):
+        if path.resolve().is_relative_to(folder.resolve()):
+            continue
+        chosen = {target: _mask_of(path, top, place) for target, place in folders.items()}
+        found.append(Masked(path, chosen))
+        for file in chosen.values():
+            if file in taken:
+                raise DataError(
+                    f"{file} is the mask of {taken[file]} and of {path}; put masks in folders as the images"
+                )
+            taken[file] = path
+    if not found:
+        raise DataError(f"{images}: no image outside of the masks in {masks}")
+    return found
+
+
+def _mask_of(path: Path, top: Path, folder: Path) -> Path:
+    below = path.relative_to(top) if path.is_relative_to(top) and top.is_dir() else Path(path.name)
+    wanted = [below, Path(top.resolve().name) / below, Path(path.parent.name) / path.name, Path(path.name)]
+    tried = [folder / name.with_suffix(ending) for name in wanted for ending in ENDINGS]
+    for file in tried:
+        if file.is_file():
+            return file
+    raise DataError(f"{path} has no mask in {folder}; wanted {tried[0]} or {tried[1]}")
+
+
+def read_mask(file: Path, size: tuple[int, int]) -> Image.Image:
+    """A mask for an upright image of `size` (width, height), mode "L": 255 object, 128 neither, 0 background.
+
+    A PNG: what is not zero is object; one with no values but 1, 2 and 3 is a trimap (Oxford-IIIT Pets): object,
+    background, border, which is neither. An XML file: all boxes of it, first pixel (1, 1), last pixel included.
+    Raises DataError for anything else, for another size than the image's, and for a mask without any object.
+    """
+    mask = _read_png(file, size) if file.suffix.lower() == ".png" else _read_xml(file, size)
+    if not (np.asarray(mask) == 255).any():
+        raise DataError(f"{file}: an empty mask, no pixel of it is object")
+    return mask
+
+
+def _read_png(file: Path, size: tuple[int, int]) -> Image.Image:
+    try:
+        with Image.open(file, formats=["PNG"]) as opened:
+            opened.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{file}: no readable PNG ({error})") from error
+    _check_size(file, opened.size, size)
+    values = np.asarray(opened.convert(opened.mode[:-1]) if opened.mode in ("LA", "RGBA") else opened)
+    values = values.max(axis=2) if values.ndim == 3 else values
+    if values.min() >= 1 and values.max() <= BORDER and (values == 2).any():
+        levels = np.array([0, 255, 0, 128], np.uint8)[values]
+    else:
+        levels = np.where(values != 0, 255, 0).astype(np.uint8)
+    return Image.fromarray(levels)
+
+
+def _read_xml(file: Path, size: tuple[int, int]) -> Image.Image:
+    told, boxes = xml_boxes(file)
+    if told is not None:
+        _check_size(file, told, size)
+    mask = Image.new("L", size)
+    draw = ImageDraw.Draw(mask)
+    for left, top, right, bottom in boxes:
+        if not (left <= right and top <= bottom and left <= size[0] and top <= size[1] and right >= 1 and bottom >= 1):
+            raise DataError(f"{file}: box {left},{top},{right},{bottom} lies outside of {size[0]} x {size[1]} pixels")
+        draw.rectangle((max(left - 1, 0), max(top - 1, 0), right - 1, bottom - 1), fill=255)
+    return mask
+
+
+def _check_size(file: Path, found: tuple[int, int], size: tuple[int, int]) -> None:
+    if found != size:
+        (width, height), (w, h) = found, size
+        raise DataError(f"{file} is of {width} x {height} pixels, its image of {w} x {h} (upright)")
+
+
+def to_view(mask: Image.Image, p: Preprocessing) -> tuple[Tensor, Tensor]:
+    """What `read_mask` gave, as the network sees its image: object, and object or background, both bool (H, W)."""
+    transform, levels = mask_transform(p), np.asarray(mask)
+    inside, neither = (transform(Image.fromarray((levels == level).astype(np.uint8) * 255)) for level in (255, 128))
+    return inside, ~neither
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+Rows = dict[str, dict[str, Tensor]]  # row of the table -> measure -> (images,)
+
+
+class Measured(NamedTuple):
+    """What was measured of all images."""
+
+    targets: dict[str, Rows]
+    curves: dict[str, dict[str, list[float]]]  # of every mechanism: shares of the patches, and mean probabilities there
+
+
+def measure(
+    model: Model,
+    images: list[Masked],
+    metrics: list[str | None],
+    controls: bool = False,
+    faithful: bool = False,
+    batch_size: int = 32,
+    seed: int = 0,
+    done: Callable[[int], Any] = lambda count: None,
+) -> Measured:
+    """All measures of every image, by target, row and name: tensors (images,), NaN where one says nothing.
+
+    A row is a mechanism by its name (None in `metrics`: the model's own). With `controls` "NAME/centre" and
+    "NAME/random" are boxes as large as its own, in the middle and at random places (mean of 16, drawn from `seed` and
+    the image), and "whole" is the whole image. With `faithful` the areas under both curves of `glsim.road` stand beside
+    the measures of the scores. `done` is told how many images were measured.
+    """
+    parts: dict[str, dict[str, dict[str, list[Tensor]]]] = {}
+    curves: dict[str, dict[str, list[Tensor]]] = {}
+    device = next(model.parameters()).device
+
+    @torch.inference_mode()
+    def answer(pixels: Tensor) -> Tensor:
+        return model(pixels).logits.float().softmax(dim=1)
+
+    for number, (pixels, masks) in enumerate(_batches(images, preprocessing_of(model), batch_size)):
+        found = selections_of(model, pixels, metrics)[1]
+        draws = [np.random.default_rng([seed, number * batch_size + i]) for i in range(len(pixels))]
+        shares = torch.stack([torch.from_numpy(draw.random((DRAWS, 2))) for draw in draws])
+        areas: dict[str, dict[str, Tensor]] = {}
+        if faithful:
+            noise = torch.stack([torch.from_numpy(draw.standard_normal(pixels.shape[1:])) for draw in draws])
+            there, noise = pixels.to(device), NOISE * noise.float().to(device)
+            for name, selection, _ in found:
+                both = faithfulness(answer, there, selection.scores, selection.grid, noise)
+                areas[name] = {curve: under(heights).cpu() for curve, heights in both.items()}
+                for curve, heights in both.items():
+                    curves.setdefault(name, {}).setdefault(curve, []).append(heights.cpu())
+        for target, (inside, counted) in masks.items():
+            for row, values in _rows(found, inside, counted, shares if controls else None):
+                columns = parts.setdefault(target, {}).setdefault(row, {})
+                for name, value in (values | areas.get(row, {})).items():
+                    columns.setdefault(name, []).append(value)
+        done(len(pixels))
+    targets = {
+        target: {row: {name: torch.cat(v) for name, v in columns.items()} for row, columns in rows.items()}
+        for target, rows in parts.items()
+    }
+    means = {
+        row: {"removed": [0.0, *SHARES], "kept": [*(1 - share for share in reversed(SHARES)), 1.0]}
+        | {name: torch.cat(values).mean(dim=0).tolist() for name, values in both.items()}
+        for row, both in curves.items()
+    }
+    return Measured(targets, means)
+
+
+def _batches(
+    images: list[Masked], p: Preprocessing, size: int
+) -> Iterator[tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]]:
+    """Images (B, 3, H, W), and for each target both maps of its masks (B, H, W)."""
+    transform = eval_transform(p)
+    for start in range(0, len(images), size):
+        pixels, masks = [], dict[str, list[tuple[Tensor, Tensor]]]()
+        for image in images[start : start + size]:
+            photograph = open_image(image.path)
+            pixels.append(transform(photograph))
+            for target, file in image.masks.items():
+                masks.setdefault(target, []).append(to_view(read_mask(file, photograph.size), p))
+        yield torch.stack(pixels), {target: _stack(views) for target, views in masks.items()}
+
+
+def _stack(views: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    inside, counted = (torch.stack(maps) for maps in zip(*views, strict=True))
+    return inside, counted
+
+
+def _rows(
+    found: Iterable[tuple[str, Any, Tensor]], inside: Tensor, counted: Tensor, shares: Tensor | None
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The rows of one batch, each measure (B,)."""
+    size = inside.shape[-2:]
+    for name, selection, _ in found:
+        boxes = selection.boxes.cpu()[:, None]
+        values = measure_scores(selection.scores.float().cpu(), selection.grid, inside, counted)
+        yield name, values | _mean(measure_boxes(boxes, inside, counted))
+        if shares is not None:
+            middle = placed(boxes, size, torch.full((len(boxes), 1, 2), 0.5))
+            yield f"{name}/centre", _mean(measure_boxes(middle, inside, counted))
+            moved = placed(boxes.expand(-1, DRAWS, -1), size, shares)
+            yield f"{name}/random", _mean(measure_boxes(moved, inside, counted))
+    if shares is not None:
+        image = torch.tensor([[0, 0, size[1], size[0]]]).expand(len(inside), 1, 4)
+        yield "whole", _mean(measure_boxes(image, inside, counted))
+
+
+def _mean(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.mean(dim=1) for name, value in values.items()}
+
+
+def summary(rows: Rows, resamples: int, seed: int) -> dict[str, Any]:
+    """Means with intervals: of every row, and of how much more a mechanism's box holds than its controls (paired).
+
+    `left_out` counts the images of which the crop to the network's view left no object.
+    """
+    some = next(iter(rows.values()))["coverage"]
+    gains = {
+        row: {
+            f"{measure} - {control}": columns[measure] - rows[f"{row}/{control}"][measure]
+            for control in ("centre", "random")
+            for measure in BOX_MEASURES[1:]
+        }
+        for row, columns in rows.items()
+        if f"{row}/random" in rows
+    }
+    return {
+        "left_out": int(some.isnan().sum()),
+        "rows": {row: as_numbers(columns, resamples, seed) for row, columns in rows.items()},
+        "gains": {row: as_numbers(columns, resamples, seed) for row, columns in gains.items()},
+    }
+
+
+# --- for people -------------------------------------------------------------------------------------------------------
+
+HEADS = {
+    "pointing": "pointing",
+    "energy": "energy",
+    "auc": "ROC-AUC",
+    "area": "area",
+    "coverage": "coverage",
+    "holds": "holds",
+    "purity": "purity",
+    "iou": "IoU",
+    "deletion": "deletion",
+    "insertion": "insertion",
+}
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """A table for each target: a line a row, means in percent with half the width of the interval."""
+    lines = [f"{result['count']} images; percent, +- half of the 95 % interval"]
+    for target, found in result["targets"].items():
+        rows = found["rows"]
+        heads = [name for name in HEADS if any(name in row for row in rows.values())]
+        titles = {row: _title(row) for row in rows}
+        width = max(map(len, titles.values()))
+        left_out = f" ({found['left_out']} images left out: it is outside of the crop)" * bool(found["left_out"])
+        lines += ["", f"{target}{left_out}", " " * width + "".join(f"{HEADS[name]:>14}" for name in heads)]
+        for row, values in rows.items():
+            cells = "".join(f"{_cell(values[name]) if name in values else '':>14}" for name in heads)
+            lines.append(f"{titles[row]:{width}}{cells}".rstrip())
+        for row, values in found["gains"].items():
+            more = values["coverage - random"]
+            if more is not None:
+                mean, low, high = (100 * value for value in more)
+                lines.append(f"coverage of {title_of(row)} - random box: {mean:+.1f} ({low:+.1f} to {high:+.1f})")
+    return "\n".join(lines)
+
+
+def _title(row: str) -> str:
+    name, _, control = row.rpartition("/")
+    return f"  {control}, same size" if name else {"whole": "whole image"}.get(row, title_of(row))
+
+
+def _cell(value: list[float] | None) -> str:
+    if value is None:
+        return "-"
+    mean, low, high = (100 * v for v in value)
+    return f"{mean:.1f} +-{(high - low) / 2:.1f}"

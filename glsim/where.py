@@ -1,0 +1,152 @@
+"""Floor 1: is it the right place? Patch scores and boxes held against the mask of the object.
+
+A mask is two bool maps (B, H, W): `inside`, the pixels of the object, and `counted`, those that are object or
+background (the border of a trimap is neither). Every measure is one number an image (B,) or a box (B, R), NaN where it
+says nothing: no pixel of the object, or for the ROC-AUC none of the background.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from glsim.crop import boxes_from_mask, cut
+
+RESAMPLES, LEVEL = 1000, 0.95  # of an interval
+
+
+def per_patch(mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """How many pixels of `mask` (B, H, W) lie in each patch of a `grid` (rows, cols): (B, N)."""
+    rows, cols = (patch_lines(side, count, mask.device) for side, count in zip(mask.shape[1:], grid, strict=True))
+    return torch.einsum("rh,bhw,cw->brc", rows, mask.float(), cols).flatten(1)
+
+
+def patch_lines(side: int, count: int, device: torch.device) -> Tensor:
+    """Which pixels (side,) belong to each of `count` grid lines: (count, side), 0 or 1."""
+    start = cut(torch.arange(count + 1, device=device), count, side)
+    pixel = torch.arange(side, device=device)
+    return ((pixel >= start[:-1, None]) & (pixel < start[1:, None])).float()
+
+
+# --- patch scores -----------------------------------------------------------------------------------------------------
+
+
+def pointing_game(scores: Tensor, inside: Tensor, counted: Tensor) -> Tensor:
+    """1 where the best patch holds a pixel of the object, else 0 (arXiv 1608.00507); of equally good ones the mean.
+
+    `scores` (B, N); `inside`, `counted` (B, N) pixels of a patch. A patch is the tolerance: there 15 pixels.
+    """
+    best = (scores == scores.amax(dim=1, keepdim=True)).float()
+    return _known((best * (inside > 0)).sum(dim=1) / best.sum(dim=1), inside)
+
+
+def energy_inside(scores: Tensor, inside: Tensor, counted: Tensor) -> Tensor:
+    """The share of the map, stretched to [0, 1], that lies on the object (arXiv 1910.01279); a constant map is 1."""
+    low, high = scores.amin(dim=1, keepdim=True), scores.amax(dim=1, keepdim=True)
+    maps = torch.where(high > low, (scores - low) / (high - low), 1.0)
+    return _known((maps * inside).sum(dim=1) / (maps * counted).sum(dim=1), inside)
+
+
+def roc_auc(scores: Tensor, inside: Tensor, counted: Tensor) -> Tensor:
+    """How often a pixel of the object has a better patch than a pixel of the background; a tie is half.
+
+    So every patch counts as object and as background by its pixels, and no threshold says which it is.
+    """
+    outside = counted - inside
+    ranks = scores[:, :, None] - scores[:, None]
+    wins = (ranks > 0).float() + (ranks == 0).float() / 2
+    pairs = inside.sum(dim=1) * outside.sum(dim=1)
+    return torch.einsum("bi,bij,bj->b", inside.double(), wins.double(), outside.double()).float() / pairs
+
+
+def _known(values: Tensor, inside: Tensor) -> Tensor:
+    return values.masked_fill(inside.sum(dim=1) == 0, torch.nan)
+
+
+SCORE_MEASURES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "pointing": pointing_game,
+    "energy": energy_inside,
+    "auc": roc_auc,
+}
+
+
+def measure_scores(scores: Tensor, grid: tuple[int, int], inside: Tensor, counted: Tensor) -> dict[str, Tensor]:
+    """All of `SCORE_MEASURES` (B,) of `scores` (B, N) against a mask (B, H, W)."""
+    parts = per_patch(inside, grid), per_patch(counted, grid)
+    return {name: measure(scores.float(), *parts) for name, measure in SCORE_MEASURES.items()}
+
+
+# --- boxes ------------------------------------------------------------------------------------------------------------
+
+HOLDS = 0.9  # a box holds an object when at least this share of its pixels lies inside
+BOX_MEASURES = ("area", "coverage", "holds", "purity", "iou")
+
+
+def measure_boxes(boxes: Tensor, inside: Tensor, counted: Tensor) -> dict[str, Tensor]:
+    """`boxes` (B, R, 4) against a mask (B, H, W); every value (B, R).
+
+    `area`: share of the image; `coverage`: share of the object inside; `holds`: 1 where that is `HOLDS` or more;
+    `purity`: share of the box that is object; `iou`: with the tightest box around the object.
+    """
+    size = inside.shape[1:]
+    areas = _area(boxes).float()
+    held, total = _count(inside, boxes), inside.flatten(1).sum(dim=1)[:, None].float()
+    coverage = held / total  # 0 / 0 is NaN
+    tight = boxes_from_mask(inside, size)[:, None]
+    low, high = torch.maximum(boxes, tight)[..., :2], torch.minimum(boxes, tight)[..., 2:]
+    shared = (high - low).clamp(min=0).prod(dim=-1)
+    empty = total == 0
+    return {
+        "area": areas / (size[0] * size[1]),
+        "coverage": coverage,
+        "holds": (coverage >= HOLDS).float().masked_fill(empty, torch.nan),
+        "purity": (held / _count(counted, boxes).clamp(min=1)).masked_fill(empty, torch.nan),
+        "iou": (shared / (areas + _area(tight) - shared)).masked_fill(empty, torch.nan),
+    }
+
+
+def _area(boxes: Tensor) -> Tensor:
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def _count(mask: Tensor, boxes: Tensor) -> Tensor:
+    """Pixels of `mask` (B, H, W) inside `boxes` (B, R, 4): (B, R), from a table of sums."""
+    batch, height, width = mask.shape
+    sums = mask.new_zeros(batch, height + 1, width + 1, dtype=torch.int64)
+    sums[:, 1:, 1:] = mask.long().cumsum(dim=1).cumsum(dim=2)
+    left, top, right, bottom = boxes.unbind(dim=-1)
+
+    def at(row: Tensor, col: Tensor) -> Tensor:
+        return sums.flatten(1).gather(1, row * (width + 1) + col)
+
+    return (at(bottom, right) - at(top, right) - at(bottom, left) + at(top, left)).float()
+
+
+# --- over images ------------------------------------------------------------------------------------------------------
+
+
+def interval(values: Tensor, resamples: int = RESAMPLES, seed: int = 0) -> Tensor:
+    """Mean over images and its 95 % interval by the bootstrap, of `values` (images, M), NaN left out: (3, M).
+
+    Images are drawn with replacement `resamples` times, the same ones for all M columns: the rows are mean, low, high.
+    NaN for a column without a number.
+    """
+    values = values.double().cpu()
+    there = values.isfinite().double()
+    images = len(values)
+    draws = torch.randint(images, (resamples, images), generator=torch.Generator().manual_seed(seed))
+    counts = torch.zeros(resamples, images, dtype=torch.double).scatter_add_(1, draws, torch.ones_like(draws).double())
+    means = (counts @ values.nan_to_num()) / (counts @ there)  # resamples M
+    tail = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.double)
+    return torch.cat((values.nanmean(dim=0)[None], means.nanquantile(tail, dim=0)))
+
+
+def as_numbers(columns: dict[str, Tensor], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, list[float] | None]:
+    """Mean, low and high of every column (images,) by `interval`; None where no image has a number."""
+    if not columns:
+        return {}
+    found = interval(torch.stack(tuple(columns.values()), dim=1), resamples, seed)
+    rows = zip(columns, found.T.tolist(), strict=True)
+    return {name: row if row[0] == row[0] else None for name, row in rows}

@@ -1,0 +1,207 @@
+"""The verb: masks of every kind found and read, measured in the network's view, beside controls."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_model, write
+from PIL import Image
+
+import glsim
+from glsim import cli
+from glsim.bundle import preprocessing_of
+from glsim.config import Localize
+from glsim.localize import as_text, find_masks, measure, read_mask, run, to_view
+from glsim.pictures import selections_of
+from glsim.transforms import Preprocessing
+from glsim.where import BOX_MEASURES, measure_boxes
+
+VOC = "<object><name>dog</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("localize") / "bundle"
+    glsim.save(small_model(classes=3), folder, labels=["a", "b", "c"])
+    return str(folder)
+
+
+def png(path, values, mode="L"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(values, np.uint8)).convert(mode).save(path)
+    return path
+
+
+def voc(path, *boxes, size=(40, 30)):
+    told = f"<size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>"
+    return write(path, "<annotation>", told, *(VOC.format(*box) for box in boxes), "</annotation>")
+
+
+def test_masks_are_read_by_what_they_hold(tmp_path):
+    values = np.zeros((30, 40))
+    values[5:10, 8:20] = 7
+    for mode in ("L", "RGB", "RGBA", "P"):
+        levels = np.asarray(read_mask(png(tmp_path / f"{mode}.png", values, mode), (40, 30)))
+        assert np.array_equal(levels == 255, values > 0) and set(np.unique(levels)) == {0, 255}
+    trimap = np.full((30, 40), 2)
+    trimap[4:11, 7:21], trimap[5:10, 8:20] = 3, 1
+    levels = np.asarray(read_mask(png(tmp_path / "t.png", trimap), (40, 30)))
+    for value, level in ((1, 255), (2, 0), (3, 128)):
+        assert np.array_equal(levels == level, trimap == value)
+    labels = trimap.copy()
+    labels[0, 0] = 0  # no trimap: it has a background of its own
+    assert (np.asarray(read_mask(png(tmp_path / "l.png", labels), (40, 30))) == 255).sum() == 30 * 40 - 1
+    boxes = np.asarray(read_mask(voc(tmp_path / "v.xml", (9, 6, 20, 10), (40, 30, 40, 30)), (40, 30)))
+    expected = values > 0
+    expected[29, 39] = True
+    assert np.array_equal(boxes == 255, expected)
+
+
+def test_bad_masks_are_named(tmp_path):
+    size = (40, 30)
+    cases = [
+        (png(tmp_path / "empty.png", np.zeros((30, 40))), "empty.png: an empty mask"),
+        (png(tmp_path / "small.png", np.ones((30, 41))), "small.png is of 41 x 30 pixels, its image of 40 x 30"),
+        (write(tmp_path / "text.png", "no picture"), "text.png: no readable PNG"),
+        (write(tmp_path / "cut.xml", "<annotation>"), "cut.xml: no boxes in the format of PASCAL VOC"),
+        (voc(tmp_path / "none.xml"), "none.xml: an empty mask"),
+        (voc(tmp_path / "off.xml", (50, 5, 60, 9)), "off.xml: box 50,5,60,9 lies outside of 40 x 30"),
+        (voc(tmp_path / "turned.xml", (1, 1, 5, 5), size=(30, 40)), "turned.xml is of 30 x 40 pixels"),
+    ]
+    whole = png(tmp_path / "whole.png", np.random.default_rng(0).integers(0, 255, (30, 40))).read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    for file, said in [*cases, (tmp_path / "half.png", "half.png: no readable PNG")]:
+        with pytest.raises(glsim.DataError, match=said):
+            read_mask(file, size)
+
+
+def test_masks_are_found_where_the_images_are(tmp_path, birds):
+    found = find_masks(birds / "test", birds / "masks")
+    assert len(found) == 9 and all(set(image.masks) == {"object", "part"} for image in found)
+    for image in found:
+        below = image.path.relative_to(birds).with_suffix(".png")
+        assert image.masks == {"object": birds / "masks" / "body" / below, "part": birds / "masks" / "part" / below}
+    assert len(find_masks(birds, birds / "masks")) == 27  # the masks are no images
+    assert find_masks(birds / "test", birds / "masks" / "part")[0].masks["object"] == found[0].masks["part"]
+    flat = tmp_path / "flat"
+    png(tmp_path / "images" / "x_1.png", np.ones((3, 4)))
+    with pytest.raises(glsim.DataError, match=r"masks=.*flat is no folder"):
+        find_masks(tmp_path / "images", flat)
+    flat.mkdir()
+    with pytest.raises(glsim.DataError, match=r"x_1.png has no mask in .*flat; wanted .*x_1.png or .*x_1.xml"):
+        find_masks(tmp_path / "images", flat)
+    mask = png(flat / "x_1.png", np.ones((3, 4)))
+    assert [image.masks for image in find_masks(tmp_path / "images", flat)] == [{"object": mask}]
+    png(tmp_path / "images" / "a" / "x_1.png", np.ones((3, 4)))
+    with pytest.raises(glsim.DataError, match="put masks in folders as the images"):
+        find_masks(tmp_path / "images", flat)
+
+
+@pytest.mark.parametrize("rule", ["square", "short"])
+def test_a_mask_goes_the_way_of_its_image(rule):
+    p = Preprocessing((64, 96), 1.25, (0.5,) * 3, (0.5,) * 3, rule)
+    levels = np.zeros((150, 260), np.uint8)
+    levels[40:90, 100:180], levels[90:100, 100:180] = 255, 128
+    inside, counted = to_view(Image.fromarray(levels), p)
+    assert inside.shape == counted.shape == (64, 96) and not (inside & ~counted).any()
+    height, width = p.resized((260, 150))
+    for shown, (top, bottom) in ((inside, (40, 90)), (~counted, (90, 100))):
+        rows, cols = shown.nonzero(as_tuple=True)
+        scale, shift = (height / 150, width / 260), ((height - 64) / 2, (width - 96) / 2)
+        assert abs(rows.min() - (top * scale[0] - shift[0])) <= 1.5
+        assert abs(rows.max() + 1 - (bottom * scale[0] - shift[0])) <= 1.5
+        assert abs(cols.min() - (100 * scale[1] - shift[1])) <= 1.5
+        assert abs(cols.max() + 1 - (180 * scale[1] - shift[1])) <= 1.5
+
+
+def test_rows_are_the_models_own_selections(source, birds):
+    model = glsim.load(source)
+    images = find_masks(birds / "test", birds / "masks")
+    one, all_at_once = (
+        measure(model, images, [None, "random"], True, size == 9, size, seed=3).targets for size in (2, 9)
+    )
+    names = ["gls_cos", "gls_cos/centre", "gls_cos/random", "whole", "random", "random/centre", "random/random"]
+    for target in ("object", "part"):
+        assert sorted(one[target]) == sorted(names)
+        for row, columns in one[target].items():
+            for name, value in columns.items():
+                torch.testing.assert_close(value, all_at_once[target][row][name], equal_nan=True, atol=1e-5, rtol=1e-5)
+    p = preprocessing_of(model)
+    for i, image in enumerate(images[:3]):
+        photograph = glsim.pictures.open_image(image.path)
+        pixels = glsim.pictures.eval_transform(p)(photograph)[None]
+        ((_, selection, _),) = selections_of(model, pixels, [None])[1]
+        views = to_view(read_mask(image.masks["part"], photograph.size), p)
+        found = measure_boxes(selection.boxes[:, None], *(v[None] for v in views))
+        for name in BOX_MEASURES:
+            value = one["part"]["gls_cos"][name][i]
+            torch.testing.assert_close(value, found[name][0, 0], equal_nan=True)
+    rows = one["object"]
+    for control in ("centre", "random"):
+        torch.testing.assert_close(rows[f"gls_cos/{control}"]["area"], rows["gls_cos"]["area"])
+    assert (rows["whole"]["area"] == 1).all() and (rows["whole"]["coverage"] == 1).all()
+
+
+def test_the_verb(source, birds, tmp_path, capsys):
+    words = ["localize", source, "--images", str(birds / "test"), "--masks", str(birds / "masks"), "--resamples", "200"]
+    assert cli.main([*words, "--metrics", "all", "--controls", "--json", "--out", str(tmp_path / "r.json")]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads((tmp_path / "r.json").read_text()) and result["count"] == 9
+    assert list(result["targets"]) == ["object", "part"]
+    for found in result["targets"].values():
+        assert set(glsim.METRICS) <= set(found["rows"]) and "whole" in found["rows"]
+        for row in found["rows"].values():
+            for mean, low, high in filter(None, row.values()):
+                assert low - 1e-9 <= mean <= high + 1e-9 and 0 <= mean <= 1
+        gain = found["gains"]["psm"]["coverage - random"]
+        own, control = (found["rows"][name]["coverage"][0] for name in ("psm", "psm/random"))
+        assert gain[0] == pytest.approx(own - control)
+    text = as_text(result)
+    assert "centre, same size" in text and "whole image" in text and "coverage of GLS cos - random box" in text
+    few = run(Localize(source=source, images=str(birds / "test"), masks=str(birds / "masks" / "part"), limit=3), False)
+    assert few["count"] == 3 and list(few["targets"]) == ["object"] and list(few["targets"]["object"]["gains"]) == []
+    assert cli.main([*words[:4], "--masks", str(tmp_path)]) == 3
+    assert "has no mask in" in capsys.readouterr().err
+
+
+def test_curves_stand_beside_the_measures(source, birds):
+    """Written down for every mechanism, the same in batches of any size, and the model's own answers."""
+    model, images = glsim.load(source), find_masks(birds / "test", birds / "masks" / "part")[:3]
+    one, together = (measure(model, images, ["gls_cos", "random"], False, True, size) for size in (1, 3))
+    assert sorted(one.curves) == ["gls_cos", "random"]
+    for row, curves in one.curves.items():
+        assert curves["removed"][0] == 0 and curves["kept"][-1] == 1 and len(curves["kept"]) == len(curves["insertion"])
+        for name in ("deletion", "insertion"):
+            assert curves[name] == pytest.approx(together.curves[row][name], abs=1e-4)
+            areas = one.targets["object"][row][name]
+            assert areas.shape == (3,) and areas.mean().item() == pytest.approx(
+                (sum(curves[name]) - (curves[name][0] + curves[name][-1]) / 2) / 9, abs=1e-5
+            )
+    best = [glsim.Predictor(model)(image.path)[0].probabilities[0] for image in images]
+    whole = sum(best) / 3
+    assert one.curves["gls_cos"]["deletion"][0] == pytest.approx(whole, abs=1e-5)
+    assert one.curves["random"]["insertion"][-1] == pytest.approx(whole, abs=1e-5)
+
+
+def test_objects_outside_of_the_crop_are_left_out(source, tmp_path):
+    for i, place in enumerate([(slice(40, 60), slice(40, 60)), (slice(0, 2), slice(0, 2))]):
+        values = np.zeros((100, 100))
+        values[place] = 255
+        png(tmp_path / "masks" / f"{i}.png", values)
+        Image.effect_noise((100, 100), 80).convert("RGB").save(tmp_path / f"{i}.png")
+    found = run(Localize(source=source, images=str(tmp_path / "*.png"), masks=str(tmp_path / "masks")), False)
+    target = found["targets"]["object"]
+    assert found["count"] == 2 and target["left_out"] == 1
+    mean, low, high = target["rows"]["gls_cos"]["coverage"]
+    assert mean == low == high
+    assert "1 images left out" in as_text(found)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [({"limit": 0}, "limit=0"), ({"resamples": 10}, "resamples=10: at least 100"), ({"metrics": ["x"]}, "metric 'x'")],
+)
+def test_settings_are_checked(words, message, source, birds):
+    with pytest.raises(glsim.ConfigError, match=message):
+        run(Localize(source=source, images=str(birds / "test"), masks=str(birds / "masks"), **words), False)
