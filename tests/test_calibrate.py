@@ -5,11 +5,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, small_model
+from conftest import ROOT, TINY, small_model
 from PIL import Image
 
 import glsim
 from glsim import ConfigError, calibrate, cli, evaluate, train
+from glsim.bundle import amend, read_config
 from glsim.config import Calibrate, Eval, Predict, Train
 from glsim.heads import lead
 from glsim.images import BadImage
@@ -242,3 +243,10 @@ def test_bad_files_keep_their_place_among_answers_that_come_late(early, birds, t
     good = [a for a in said if not isinstance(a, BadImage)]
     assert [(a.labels, a.box, a.second_pass) for a in good] == [(a.labels, a.box, a.second_pass) for a in one_by_one]
     assert {a.second_pass for a in good} == {True, False}
+
+
+def test_a_bundle_of_the_first_format_gets_a_card_too(tmp_path):
+    folder = shutil.copytree(ROOT / "tests" / "old_bundle", tmp_path / "old")
+    assert "licence" not in read_config(folder)
+    amend(folder, {}, calibration={"temperature": 2.0, "count": 7, "data": "birds", "threshold": 0.5, "coverage": 0.25})
+    assert "Calibrated on 7 images of `birds`; `--reject` answers 25% of them" in (folder / "README.md").read_text()
