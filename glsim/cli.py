@@ -40,7 +40,10 @@ def show_train(r: dict[str, Any], s: config.Train) -> str:
             lines.append(f"{name}: top-1 {r[name]['top1']:.2%} ({r[name]['correct']} of {r[name]['count']})")
     lines += show_skipped(r)
     lines.append(f"bundle: {r['out']} (curve.png, log.jsonl, metrics.json beside it)")
-    return "\n".join(lines + [f"next: glsim eval {r['out']} --data {s.data}"] * ("test" not in r))
+    named = f" --dataset {s.dataset}" if s.dataset is not None else ""
+    return "\n".join(
+        lines + [f"next: glsim eval {r['out']} --data {s.data}{named}"] * ("test" in r["splits"] and "test" not in r)
+    )
 
 
 def show_reproduce(r: dict[str, Any], _: Any) -> str:

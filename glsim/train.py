@@ -199,7 +199,8 @@ def _fit(s: Train, out: Path, accelerator: Accelerator, progress: bool) -> dict[
                 raise Interrupted(_stopped(out, step, total))
     for tracker in accelerator.trackers:  # accelerator.end_training() would part the processes too
         tracker.finish()
-    return {"out": str(out), **json.loads((out / METRICS_FILE).read_text()), "skipped": [str(b) for b in bad]}
+    result = json.loads((out / METRICS_FILE).read_text())
+    return {"out": str(out), **result, "splits": list(splits), "skipped": [str(b) for b in bad]}
 
 
 class Diverged(GlsimError):

@@ -8,7 +8,7 @@ import time
 import pytest
 from conftest import TINY
 
-from glsim import cli
+from glsim import cli, config
 
 
 def run(*words):
@@ -187,3 +187,19 @@ def test_quickstart_end_to_end(capsys, tmp_path):
     pictures = [part.split('"')[0] for part in page.split('src="')[1:]]
     assert len(pictures) == 5 and all((out / "report" / p).is_file() for p in pictures)
     assert call(capsys, "quickstart", "--out", out, *words)[0] == 2  # never into a folder that holds something
+
+
+@pytest.mark.parametrize(
+    ("splits", "dataset", "hint"),
+    [
+        (["train", "test"], None, "next: glsim eval r --data d"),
+        (["train", "test"], "cars", "next: glsim eval r --data d --dataset cars"),
+        (["train", "val"], None, None),  # nothing to measure on
+    ],
+)
+def test_train_says_how_to_measure_test(splits, dataset, hint):
+    done = {"epoch": 1, "train_loss": 1.0, "images_per_second": 1.0, "skipped": [], "out": "r", "splits": splits}
+    s = config.Train(data="d", out="r", dataset=dataset)
+    last = cli.show_train(done, s).splitlines()[-1]
+    assert last == hint if hint else last.startswith("bundle: r")
+    assert "next:" not in cli.show_train({**done, "test": {"top1": 0.5, "correct": 1, "count": 2}}, s)

@@ -152,7 +152,7 @@ def test_contract(method, metric, backbone, tmp_path):
     assert isinstance(output, glsim.Output)
     assert output.logits.shape == (3, 5) and output.logits.isfinite().all()
     assert output.logits.std(dim=0).min() > 0  # the images are told apart
-    assert not output.aux
+    assert set(output.aux) <= {"embeddings"} and set(output.aux.get("embeddings", ())) <= set(EMBEDDINGS)
     chosen = output.selection
     assert (chosen is None) == (method == "plain")
     if chosen is not None:

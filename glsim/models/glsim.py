@@ -38,12 +38,13 @@ class GLSim(Model):
         selection = select(score(self.metric, f), self.top_o, f.grid, images.shape[-2:], self.box, self.training)
         crops = crop_and_resize(images, selection.boxes, self.crop_size)
         tokens = torch.stack((f.cls, self.backbone.class_token(crops)), dim=1)  # B 2 D
-        fused = self.aggregator(tokens)
-        return Output(self.head(fused), selection, crops, {} if self.training else self.name(tokens, fused))
+        return self.refine(tokens, selection, crops)
 
-    def name(self, tokens: Tensor, fused: Tensor) -> dict[str, Any]:
-        """The embeddings (B, D) by name, of the tokens before and after the aggregator (B, 2, D)."""
-        return {"embeddings": {"global": tokens[:, 0], "crop": tokens[:, 1], "fused": fused[:, 0]}}
+    def refine(self, tokens: Tensor, selection: Selection | None, crops: Tensor) -> Output:
+        """The answer to the tokens of image and crop (B, 2, D), and what led to it."""
+        fused = self.aggregator(tokens)
+        embeddings = {"global": tokens[:, 0], "crop": tokens[:, 1], "fused": fused[:, 0]}
+        return Output(self.head(fused), selection, crops, {} if self.training else {"embeddings": embeddings})
 
 
 class SinglePass(Model):
@@ -95,9 +96,7 @@ class AdaptiveGLSim(GLSim, StagedModel):
     def second(self, images: Tensor, given: Tensor, boxes: Tensor) -> Output:
         """The refined answer, from `given` (B, D) and the crops `boxes` (B, 4) of `images`; and those crops."""
         crops = crop_and_resize(images, boxes, self.crop_size)
-        tokens = torch.stack((given, self.backbone.class_token(crops)), dim=1)  # B 2 D
-        fused = self.aggregator(tokens)
-        return Output(self.head(fused), None, crops, self.name(tokens, fused))
+        return self.refine(torch.stack((given, self.backbone.class_token(crops)), dim=1), None, crops)
 
 
 def build(
