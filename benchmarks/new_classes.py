@@ -30,11 +30,11 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 from glsim import Predictor, index, train
 from glsim.backbone import Model
 from glsim.bundle import labels_of, load, write_text
+from glsim.calibrate import calibration_error, fit_temperature
 from glsim.config import IndexBuild, IndexEval, Train, read_recipe
 from glsim.data import ImageList, hold_out, read_data
 from glsim.evaluate import join
@@ -154,8 +154,8 @@ def calibrate(model: Model, data: Path, workers: int) -> dict[str, Any]:
         "test": len(splits["test"]),
         "top1": float((logits[test].argmax(1) == labels[test]).float().mean()),
         "temperature": temperature,
-        "ece_before": ece(logits[test], labels[test]),
-        "ece_after": ece(scaled, labels[test]),
+        "ece_before": calibration_error(logits[test], labels[test]),
+        "ece_after": calibration_error(scaled, labels[test]),
         "nll_before": float(torch.nn.functional.cross_entropy(logits[test], labels[test])),
         "nll_after": float(torch.nn.functional.cross_entropy(scaled, labels[test])),
     }
@@ -165,26 +165,6 @@ def answers(model: Model, images: ImageList, workers: int) -> Tensor:
     """Logits (n, C) of all images."""
     outputs = [output for output, _ in Predictor(model, workers=workers).outputs(images.paths)]
     return torch.cat([output.logits.float().cpu() for output in outputs if output is not None]).clone()
-
-
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """What to divide logits (n, C) by for the least cross-entropy (Guo et al., arXiv 1706.04599)."""
-    log_t = torch.zeros(1, requires_grad=True)
-    optimizer = torch.optim.LBFGS([log_t], max_iter=100, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = torch.nn.functional.cross_entropy(logits / log_t.exp(), labels)
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return float(log_t.exp().detach())
-
-
-def ece(logits: Tensor, labels: Tensor) -> float:
-    """Expected calibration error, 15 bins of equal width."""
-    return float(multiclass_calibration_error(logits.softmax(1), labels, logits.shape[1], n_bins=15))
 
 
 def as_markdown(r: dict[str, Any]) -> str:

@@ -312,7 +312,7 @@ def test_wrong_names_list_the_choices(arguments, message):
     [
         ({"topo": 8}, "'glsim' has no option topo; its options: .*top_o"),
         ({"metric": "gls"}, "unknown metric 'gls'; choose from: attention, gls_cos"),
-        ({"box": "x"}, "unknown box rule 'x'; choose from: exclusive, inclusive"),
+        ({"box": "x"}, "unknown box rule 'x'; choose from: centre, corner, exclusive, inclusive, random, whole"),
         ({"classifier": "x"}, "unknown classifier 'x'; choose from: avg_cls, cls, max_cls"),
         ({"top_o": 17}, "top_o=17, but the grid of the backbone has 16 patches; choose 1 to 16"),
         ({"top_o": 0}, "top_o=0"),
@@ -772,7 +772,7 @@ def test_dcal_is_distracted_by_another_image_in_training_only():
     model = spread(build("dcal"))
     one, two, three = pictures(3, 1, 3, 64, 64)
     with torch.no_grad():
-        assert not model(torch.cat((one, two))).aux
+        assert set(model(torch.cat((one, two))).aux) == {"embeddings"}
         model.train()
         beside_two, beside_three = model(torch.cat((two, one))), model(torch.cat((three, one)))
         (a, w), (b, _) = beside_two.aux["uncertainty"], beside_three.aux["uncertainty"]

@@ -5,7 +5,6 @@ import importlib.util
 import json
 
 import pytest
-import torch
 from conftest import ROOT, TINY
 
 from glsim.bundle import labels_of, load
@@ -19,17 +18,6 @@ def script():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def test_the_temperature_is_the_one_that_was_put_in(script):
-    torch.manual_seed(0)
-    logits = 2 * torch.randn(20000, 6)
-    labels = torch.distributions.Categorical(logits=logits).sample()
-    for factor in (0.5, 3.0):
-        assert script.fit_temperature(factor * logits, labels) == pytest.approx(factor, rel=0.03)
-    assert script.ece(logits, labels) < 0.02 < script.ece(3 * logits, labels)
-    sure = torch.tensor([[9.0, 0.0], [9.0, 0.0], [9.0, 0.0], [9.0, 0.0]])  # always sure, right three times of four
-    assert script.ece(sure, torch.tensor([0, 0, 0, 1])) == pytest.approx(float(sure[0].softmax(0)[0]) - 0.75, abs=1e-5)
 
 
 def test_classes_held_out_are_met_afterwards(script, birds, tmp_path, monkeypatch, capsys):

@@ -71,7 +71,8 @@ def test_eval_prints_what_training_measured(run_folder, birds, tmp_path):
     assert len(rows) == 10
     right = sum(row.split(",")[1] == row.split(",")[2] for row in rows[1:])
     assert right == result["correct"]
-    assert {p.name for p in (tmp_path / "e").iterdir()} == {"evaluation.json", "predictions.csv", "confusion.png"}
+    names = {"evaluation.json", "predictions.csv", "confusion.png", "confidence.png"}
+    assert {p.name for p in (tmp_path / "e").iterdir()} == names
 
 
 def test_metrics_by_hand():
@@ -386,7 +387,7 @@ def test_the_contrast_is_of_the_first_pass():
         (0.5, cls), labels, 0.1
     )
     torch.testing.assert_close(objective(model(images), labels), expected)
-    assert not model.eval()(images).aux
+    assert set(model.eval()(images).aux) == {"embeddings"}
 
 
 @pytest.mark.slow
