@@ -46,10 +46,10 @@ def test_two_digits(number, printed):
 
 
 def test_the_docs_show_what_the_commands_print(capsys):
-    page = list(blocks(ROOT / "docs" / "cost.md"))
+    pages = [block for name in ("cost.md", "results.md") for block in blocks(ROOT / "docs" / name)]
     shown = 0
-    for command, answer in pairwise(page):
-        if command.language == "bash" and command.text.startswith("glsim flops"):
+    for command, answer in pairwise(pages):
+        if command.text.startswith("glsim flops") and answer.language == "text":
             assert answer.text == call(capsys, *command.text.split()[2:])
             shown += 1
     assert shown == 3
