@@ -20,10 +20,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
+from PIL import Image
 from tqdm import tqdm
 
 from glsim.backbone import Model
-from glsim.bundle import digest, load
+from glsim.bundle import MODEL_KEYS, digest, labels_of, load, preprocessing_of, temperature_of
 from glsim.config import Predict
 from glsim.data import find_images
 from glsim.images import EXTENSIONS, BadImage
@@ -31,9 +33,10 @@ from glsim.predict import Prediction, Predictor
 from glsim.stores import is_uri, locate, open_uri
 from glsim.types import ConfigError, DataError, GlsimError
 
-JOB = "job.json"  # what the parts in a folder belong to
+JOB, LOCK = "job.json", ".lock"  # what the parts in a folder belong to; there while they are made
 FORMAT = 1
 TRIES = 5  # times a part goes to another worker because one died over it, before the job gives up
+STALE = 3600  # seconds after which a file that a worker began in a store is taken to be of a dead one
 TABLES = (".csv", ".parquet")  # lists of images, by their column `path`
 
 
@@ -43,16 +46,16 @@ def run(s: Predict, progress: bool = True) -> dict[str, Any]:
     ray = need_ray()
     paths = find_paths(s.images)
     model = load(s.source, **s.options)
-    Predictor(model, s.top_k, s.batch_size, device="cpu")  # says what is wrong with the settings, before any worker
+    predictor = Predictor(model, s.top_k, s.batch_size, device="cpu", embedding=s.embedding)
+    predictor(Image.new("RGB", (64, 64)))  # says what is wrong with the settings, before any worker
     out = folder_uri(str(s.out))
     parts = [paths[i : i + s.part_size] for i in range(0, len(paths), s.part_size)]
-    claim(out, job_of(s, model, paths))
-    done = finished(out) & set(range(len(parts)))
-    todo = [{"part": i, "paths": part} for i, part in enumerate(parts) if i not in done]
     start, answered, errors = time.perf_counter(), 0, 0
     first = (0, 0.0)  # images, and seconds, when the first part was done
     last = 0.0
-    with cluster(ray, s):
+    with held(out, job_of(s, model, paths)), cluster(ray, s):
+        done = finished(out) & set(range(len(parts)))
+        todo = [{"part": i, "paths": part} for i, part in enumerate(parts) if i not in done]
         batches = answer_parts(ray, s, model, out, todo) if todo else iter(())
         before = sum(len(parts[i]) for i in done)
         with tqdm(total=len(paths), initial=before, unit="image", disable=not progress) as bar:
@@ -214,7 +217,39 @@ def job_of(s: Predict, model: Model, paths: Sequence[str]) -> dict[str, Any]:
     """What has to be the same for a job to go on."""
     listed = hashlib.sha256("\n".join(paths).encode("utf-8", "surrogateescape")).hexdigest()
     kept = {name: getattr(s, name) for name in ("options", "top_k", "flip", "embedding", "part_size")}
-    return {"format": FORMAT, "model": digest(model.state_dict()), "images": len(paths), "list": listed, **kept}
+    config = {key: model.config[key] for key in MODEL_KEYS} | {"preprocessing": preprocessing_of(model).as_dict()}
+    config |= {"labels": labels_of(model), "temperature": temperature_of(model)}
+    hashed = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    told = {"model": digest(model.state_dict()), "config": hashed, "images": len(paths), "list": listed}
+    return {"format": FORMAT, **told, **kept}
+
+
+@contextmanager
+def held(out: str, job: dict[str, Any]) -> Iterator[None]:
+    """Inside, `out` is the folder of `job` (`claim`), and of this process alone; not so in a store, which has no locks.
+
+    The kernel's lock ends with the process, however it ends. Raises ConfigError where another one has it.
+    """
+    system, path = locate(out)
+    if system.type_name != "local":
+        claim(out, job)
+        yield
+        return
+    file = Path(path) / LOCK
+    lock = FileLock(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(f"{out} is in use by another job; wait for it, end it, or name another --out") from None
+    except OSError as error:
+        raise DataError(f"{out}: {error}") from error
+    try:
+        claim(out, job)
+        yield
+    finally:
+        file.unlink(missing_ok=True)  # first, for then somebody else may hold it
+        lock.release()
 
 
 def claim(out: str, job: dict[str, Any]) -> None:
@@ -227,8 +262,9 @@ def claim(out: str, job: dict[str, Any]) -> None:
         left = [
             info for info in system.get_file_info(FileSelector(path)) if info.base_name.startswith((".part-", ".job"))
         ]
-        for info in left:  # of a worker that was killed while it wrote
-            system.delete_file(info.path)
+        for info in left:  # of a worker that was killed while it wrote; in a store perhaps of one that writes now
+            if system.type_name == "local" or time.time() - (info.mtime_ns or 0) / 1e9 > STALE:
+                system.delete_file(info.path)
         if system.get_file_info(f"{path}/{JOB}").type == FileType.NotFound:
             if finished(out):
                 raise ConfigError(f"{out} holds parts, but no {JOB} that says of what; name another --out")

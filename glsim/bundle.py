@@ -39,6 +39,7 @@ WHERE_FROM = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg
 MODEL_KEYS = ("method", "backbone", "num_classes", "image_size", "backbone_args", "options")
 UNKNOWN = "unknown"  # a licence that nobody told
 LARGEST_SIDE = 4096  # pixels of an image that a bundle may ask for
+HOTTEST = 1e6  # a temperature, and one over it the coldest: the softmax stays finite
 # The largest numbers in a config; timm makes a list of the layers before it makes the first.
 LARGEST = {"backbone_args": 65536, "options": LARGEST_SIDE}
 
@@ -178,12 +179,16 @@ def check_config(config: Any, path: Path) -> dict[str, Any]:
         raise DataError(f"{path} is no glsim config: it lacks {', '.join(missing)}")
     kinds = {"method": str, "backbone": str, "num_classes": int, "image_size": list, "backbone_args": dict}
     kinds |= {"options": dict, "preprocessing": dict, "format": int, "licence": dict, "data": dict}
+    kinds |= {"calibration": dict, "training": dict, "pretrained_cfg": dict}
     wrong = [k for k, kind in kinds.items() if k in config and not isinstance(config[k], kind)]
     size, names = config["image_size"], config.get("label_names")
     if "image_size" not in wrong and not _is_size(size):
         wrong.append("image_size")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         wrong.append("label_names")
+    temperature = config.get("calibration", {}).get("temperature", 1.0) if "calibration" not in wrong else 1.0
+    if not isinstance(temperature, int | float) or not 1 / HOTTEST <= temperature <= HOTTEST:
+        wrong.append("calibration")
     if wrong:
         raise DataError(f"{path} is damaged: {', '.join(f'{k}={config[k]!r}' for k in wrong)}")
     if config.get("format", 0) > FORMAT:
@@ -422,8 +427,6 @@ def card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
     if {"source", "counts", "split_hash"} <= set(data):
         counts = ", ".join(f"{count} {split}" for split, count in data["counts"].items())
         lines.append(f"- Data: `{data['source']}`, {counts} images, split hash `{data['split_hash'][:16]}`")
-    if calibration := config.get("calibration"):
-        lines.append(f"- Calibrated on {calibration['count']} images of `{calibration['data']}`")
     if training:
         lines.append(
             f"- Training: from {start}; {training['epochs']} epochs of {training['optimizer']}, learning rate "

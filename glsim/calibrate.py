@@ -50,6 +50,8 @@ def run(s: Calibrate, progress: bool = True) -> dict[str, Any]:
     staged = isinstance(model, StagedModel)
     if isinstance(model, StagedModel):
         model.margin = None
+    elif s.max_loss != Calibrate.max_loss:
+        raise ConfigError(f"max_loss={s.max_loss}: {s.source} spares no second pass; train with --options.early_loss 1")
     data = prepared(s.data, s.dataset)
     images, _ = read_split(model, data, s.split)
     loader = make_loader(images, eval_transform(preprocessing_of(model)), s.batch_size, s.workers)

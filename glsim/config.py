@@ -284,6 +284,10 @@ class Predict:
         if self.taxonomy is not None and not self.reject:
             raise ConfigError(f"taxonomy={self.taxonomy}: it is for what is unsure; add --reject")
         if self.engine == "ray":
+            if self.skip_bad:
+                raise ConfigError(
+                    "skip_bad: --engine ray always goes on, and says in a row what is wrong; leave it out"
+                )
             if self.reject:
                 raise ConfigError("reject: not with --engine ray; its files hold the confidence of each answer")
             if self.out is None:
@@ -292,6 +296,8 @@ class Predict:
                 raise ConfigError(f"format={self.format}: --engine ray writes Parquet; leave it out")
         elif self.address is not None:
             raise ConfigError(f"address={self.address}: only with --engine ray")
+        elif self.part_size != Predict.part_size:
+            raise ConfigError(f"part_size={self.part_size}: only with --engine ray")
         if self.format is None:
             ending = Path(self.out).suffix.lstrip(".").lower() if self.out else ""
             object.__setattr__(self, "format", ending if ending in ("jsonl", "csv") else "text")

@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,16 +167,22 @@ def make_accelerator(device: str | None = None, precision: str = "no", accumulat
         raise ConfigError(f"precision={precision}: {error}") from error
 
 
+def read_splits(model: Model, data: str | Path, classes: Sequence[str] | None = None) -> dict[str, ImageList]:
+    """All splits, as the run that trained `model` saw them, val held out of train; `classes` goes to `read_data`."""
+    seen = {"split_seed": 0, "test_fraction": 0.2, "val_fraction": 0.0} | (model.config.get("data") or {})
+    splits = read_data(data, classes=classes, seed=seen["split_seed"], test_fraction=seen["test_fraction"])
+    if seen["val_fraction"] and "train" in splits and "val" not in splits:
+        splits["train"], splits["val"] = hold_out(splits["train"], seen["val_fraction"], seen["split_seed"])
+    return splits
+
+
 def read_split(model: Model, data: str | Path, split: str) -> tuple[ImageList, dict[str, ImageList]]:
     """The images of `split`, or all, and all splits, as the run that trained `model` saw them, val held out of train.
 
     Raises DataError when there is no such split, or when the classes are not those of `model`.
     """
     named, labels = model.config.get("label_names"), labels_of(model)
-    seen = {"split_seed": 0, "test_fraction": 0.2, "val_fraction": 0.0} | (model.config.get("data") or {})
-    splits = read_data(data, classes=named, seed=seen["split_seed"], test_fraction=seen["test_fraction"])
-    if seen["val_fraction"] and "train" in splits and "val" not in splits:
-        splits["train"], splits["val"] = hold_out(splits["train"], seen["val_fraction"], seen["split_seed"])
+    splits = read_splits(model, data, named)
     if split != "all" and split not in splits:
         raise DataError(f"{data} has no split {split!r}; it has: {', '.join(splits)} (and all)")
     images = join(splits.values()) if split == "all" else splits[split]

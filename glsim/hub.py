@@ -27,8 +27,9 @@ class HubFiles(ModelHubMixin):
 
     @classmethod
     def _from_pretrained(  # type: ignore[override]
-        cls, *, model_id: str, names: Sequence[str], **how: Any
+        cls, *, model_id: str, names: Sequence[str], files: Any = None, **how: Any
     ) -> HubFiles:
+        # `files` is what the mixin found by the name of our argument in somebody's config: nothing to heed.
         folder = Path(snapshot_download(model_id, allow_patterns=list(names), **how))
         return cls({name: folder / name for name in names})
 
@@ -41,7 +42,7 @@ def fetch(name: str, names: Sequence[str]) -> Path:
     repository, _, revision = name.partition("@")
     try:
         found = HubFiles.from_pretrained(repository, revision=revision or None, names=names)
-    except (OSError, ValueError, AttributeError) as error:  # the last: the mixin met a config that is no dict
+    except Exception as error:  # of the HTTP library's own classes too, and whatever the mixin meets in a config
         raise DataError(f"hf-hub:{name} cannot be had: {_first_line(error)}") from error
     return Path(found.files[names[0]]).parent
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors.numpy
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torchmetrics.functional.classification import binary_auroc
@@ -28,13 +29,14 @@ from glsim.backbone import Model
 from glsim.bundle import digest, load, write_text
 from glsim.catalog import prepared
 from glsim.config import IndexAdd, IndexBuild, IndexEval, IndexQuery
-from glsim.data import find_images, read_data
+from glsim.data import ImageList, find_images
+from glsim.evaluate import read_splits
 from glsim.images import BadImage
-from glsim.predict import Predictor, embedding_of
+from glsim.predict import Predictor, embedding_of, giving
 from glsim.types import ConfigError, DataError, GlsimError
 
 FORMAT = 1
-TABLE, VECTORS = "index.json", "vectors"
+TABLE, VECTORS, LOCK = "index.json", "vectors", ".lock"
 RECALLS = (1, 5, 10)
 TEMPERATURE = 0.07  # of the neighbours' votes (Wu et al., arXiv 1805.01978, section 3.4)
 DRAWS = 5  # times the images of a new class are drawn anew, for the mean and the deviation of an accuracy
@@ -96,15 +98,16 @@ class Index:
             "classes": list(self.classes),
             "images": [[path, int(label)] for path, label in zip(self.paths, self.labels, strict=True)],
         }
-        temporary = folder / f"{VECTORS}.tmp"
-        temporary.write_bytes(data)
-        temporary.replace(folder / name)
-        if (json.loads((folder / TABLE).read_text())["vectors"] if (folder / TABLE).exists() else None) != self.stored:
-            raise GlsimError(f"{folder} was changed by somebody else in the meantime; nothing was written, try again")
-        write_text(folder / TABLE, json.dumps(table, ensure_ascii=False) + "\n")
-        for old in folder.glob(f"{VECTORS}-*.safetensors"):
-            if old.name != name:
-                old.unlink()
+        temporary, file = folder / f"{VECTORS}.tmp", folder / TABLE
+        with FileLock(folder / LOCK):
+            if (json.loads(file.read_text(encoding="utf-8"))["vectors"] if file.exists() else None) != self.stored:
+                raise GlsimError(f"{folder} was changed by somebody else meanwhile; nothing was written, try again")
+            temporary.write_bytes(data)
+            temporary.replace(folder / name)
+            write_text(file, json.dumps(table, ensure_ascii=False) + "\n")
+            for old in folder.glob(f"{VECTORS}-*.safetensors"):
+                if old.name != name:
+                    old.unlink()
 
 
 def read_index(folder: str | Path) -> Index:
@@ -256,22 +259,22 @@ def open_index(
             f"{folder} was made with another model than {source}: vectors of two models cannot be compared; name its "
             "own model with --source, or make an index of this one with glsim index build"
         )
-    return index, Predictor(model, batch_size=batch_size, workers=workers, device=device)
+    return index, Predictor(model, 1, batch_size, workers, device, embedding=index.embedding)
 
 
 def start_index(model: Model, source: str, folder: str | Path, embedding: str | None) -> Index:
     """An empty index for `model`, by default of what its head reads. `source` is remembered relative to `folder`."""
     if Path(source).exists():
         source = Path(os.path.relpath(source, folder)).as_posix()
+    weights = digest(model.state_dict())
     with torch.inference_mode():
         height, width = model.config["image_size"]
         blank = torch.zeros(1, 3, height, width, device=next(model.parameters()).device)
-        told = model(blank).aux["embeddings"]
+        told = giving(model, embedding or "fused")(blank).aux.get("embeddings", {})
     name = embedding or ("fused" if "fused" in told else "global")
     if name not in told:
-        raise ConfigError(f"{model.config['method']} has no embedding {name!r}; it has: {', '.join(told)}")
-    empty = np.empty((0, told[name].shape[1]), np.float32)
-    return Index(name, digest(model.state_dict()), source, (), np.empty(0, np.int64), (), empty)
+        raise ConfigError(f"{model.config['method']} has no embedding {name!r}; it has: {', '.join(told) or 'none'}")
+    return Index(name, weights, source, (), np.empty(0, np.int64), (), np.empty((0, told[name].shape[1]), np.float32))
 
 
 # --- verbs ------------------------------------------------------------------------------------------------------------
@@ -282,12 +285,10 @@ def build(s: IndexBuild, progress: bool = True) -> dict[str, Any]:
     need_faiss()
     if (Path(s.out) / TABLE).exists():
         raise ConfigError(f"{s.out} already holds an index; add to it with glsim index add, or name another --out")
-    splits = read_data(prepared(s.data, s.dataset))
-    if s.split not in splits:
-        raise DataError(f"{s.data} has no split {s.split!r}; it has: {', '.join(splits)}")
-    images = splits[s.split]
-    predictor = Predictor(s.source, batch_size=s.batch_size, workers=s.workers, device=s.device)
-    index = start_index(predictor.model, s.source, s.out, s.embedding)
+    model = load(s.source)
+    images = find_split(model, s)
+    index = start_index(model, s.source, s.out, s.embedding)
+    predictor = Predictor(model, 1, s.batch_size, s.workers, s.device, embedding=index.embedding)
     encoded = encode(predictor, images.paths, index.embedding, s.skip_bad, progress)
     names = [images.classes[images.labels[i]] for i in encoded.places]
     index = index.add(names, [str(images.paths[i].absolute()) for i in encoded.places], encoded.vectors)
@@ -357,10 +358,7 @@ def evaluate(s: IndexEval, progress: bool = True) -> dict[str, Any]:
     added ones.
     """
     index, predictor = open_index(s.index, s.source, s.batch_size, s.workers, s.device)
-    splits = read_data(prepared(s.data, s.dataset))
-    if s.split not in splits:
-        raise DataError(f"{s.data} has no split {s.split!r}; it has: {', '.join(splits)}")
-    images = splits[s.split]
+    images = find_split(predictor.model, s)
     inside = {str(path.absolute()) for path in images.paths} & set(index.paths)
     if inside:
         raise DataError(f"{len(inside)} of the {len(images)} images are in the index themselves, as {min(inside)}")
@@ -389,6 +387,14 @@ def evaluate(s: IndexEval, progress: bool = True) -> dict[str, Any]:
         "added": add_in_steps(index, queries, y, guesses, rest, s),
         "skipped": encoded.skipped,
     }
+
+
+def find_split(model: Model, s: IndexBuild | IndexEval) -> ImageList:
+    """The images asked for, of any classes; DataError when there is no such split."""
+    splits = read_splits(model, prepared(s.data, s.dataset))
+    if s.split not in splits:
+        raise DataError(f"{s.data} has no split {s.split!r}; it has: {', '.join(splits)}")
+    return splits[s.split]
 
 
 def describe(index: Index) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import io
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,8 +63,9 @@ class Predictor:
     `source` is anything `glsim.load` takes, or a model from it. Images are decoded ahead of the model by `workers`
     processes (0: in this one) and run in batches. With `flip` the logits of each image and of its mirror image are
     averaged; box and embedding are those of the image itself. `embedding` names one of the model's vectors
-    (`glsim.types:EMBEDDINGS`) to hand out too. With `reject` every answer has a verdict: "unknown" below the threshold
-    of the bundle; with the CSV file `taxonomy` (`glsim.taxonomy:read_taxonomy`) a coarser level may reach it instead.
+    (`glsim.types:EMBEDDINGS`) to hand out too; for any but "global", no image is spared its second pass. With `reject`
+    every answer has a verdict: "unknown" below the threshold of the bundle; with the CSV file `taxonomy`
+    (`glsim.taxonomy:read_taxonomy`) a coarser level may reach it instead.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class Predictor:
             raise ConfigError(f"top_k={top_k}, batch_size={batch_size}: both have to be at least 1")
         model = source if isinstance(source, Model) else load(source)
         self.device = pick_device(device)
-        self.model = model.to(self.device).eval()
+        self.model = giving(model.to(self.device).eval(), embedding)
         self.labels, self.preprocessing = labels_of(model), preprocessing_of(model)
         self.temperature = temperature_of(model)
         self.top_k, self.batch_size, self.workers = min(top_k, len(self.labels)), batch_size, workers
@@ -224,7 +226,18 @@ def _regrouped(model: StagedModel, margin: float, batches: Iterable[Tensor]) -> 
 
 def embedding_of(output: Output, name: str) -> Tensor:
     """The embedding `name` of a batch (B, D) in float32; ConfigError lists those the model gives."""
-    return choose(name, output.aux.get("embeddings", {}), "embedding of this model").float()
+    if not (found := output.aux.get("embeddings")):
+        raise ConfigError(f"embedding={name}: this model gives none; of an exported graph, ask the bundle")
+    return choose(name, found, "embedding of this model").float()
+
+
+def giving(model: Model, embedding: str | None) -> Model:
+    """`model`, or where it may spare the second pass that an embedding needs, one of the same weights that does not."""
+    if embedding in (None, "global") or not isinstance(model, StagedModel) or model.margin is None:
+        return model
+    model = copy(model)
+    model.margin = None
+    return model
 
 
 def to_original(box: Sequence[int], size: tuple[int, int], p: Preprocessing) -> tuple[int, int, int, int]:

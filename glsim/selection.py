@@ -174,6 +174,7 @@ METRICS: dict[str, Callable[..., Tensor]] = {
     "random": random,
 }
 NEEDS_ATTENTION = {"attention", "rollout", "psm", "maws", "sacm", "rams", "mhv"}
+LARGEST = 2**31  # of the numbers in a metric's name, so that `random` computes with its seed in 64 bits
 NEEDS_MAPS = {"attention", "rollout", "psm", "sacm", "rams", "mhv"}  # of these: a network hands them `attention_maps`
 
 
@@ -195,6 +196,8 @@ def find_metric(spec: str) -> partial[Tensor]:
     wrong = sorted(set(values) - set(known))
     if wrong:
         raise ConfigError(f"metric {name!r} has no {', '.join(wrong)}; it has: {', '.join(known) or 'no parameters'}")
+    if max(map(abs, values.values()), default=0) >= LARGEST:
+        raise ConfigError(f"metric {spec!r}: numbers below {LARGEST} are needed")
     return partial(metric, **values)
 
 

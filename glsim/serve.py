@@ -32,6 +32,7 @@ from glsim import synthetic
 from glsim.bundle import load
 from glsim.config import Serve
 from glsim.data import find_images
+from glsim.graphs import GraphModel
 from glsim.images import BadImage, open_image
 from glsim.pictures import title_of
 from glsim.selection import METRICS
@@ -308,7 +309,11 @@ class Guard:
             name = ""
         if name not in self.names and not is_address(name):
             return f"called by the name {name!r}; allow it with --allowed-hosts, or call by address or localhost"
-        if origin is not None and urlsplit(origin).netloc != host:
+        try:
+            same = origin is None or urlsplit(origin).netloc == host
+        except ValueError:
+            same = False
+        if not same:
             return f"sent by a page of {origin}; only the page of this server may"
         return None
 
@@ -425,9 +430,10 @@ def running(s: Serve) -> Iterator[str]:
 def prepared(s: Serve) -> Iterator[tuple[Site, uvicorn.Server, socket.socket, str]]:
     """Model loaded, port taken: the site, a server for it, the socket it is to listen on, and its address."""
     with listen(s.host, s.port) as listener:
-        service = Service(
-            load(s.source), s.device, s.batch_size, s.max_wait_ms / 1000, s.workers, int(s.max_megapixels * 1e6)
-        )
+        model = load(s.source)
+        if isinstance(model, GraphModel):
+            raise ConfigError(f"{s.source} only answers, the page shows why too; serve the bundle it was exported from")
+        service = Service(model, s.device, s.batch_size, s.max_wait_ms / 1000, s.workers, int(s.max_megapixels * 1e6))
         try:
             site = Site(service, s, find_examples(s.examples, int(s.max_megapixels * 1e6)))
             config = uvicorn.Config(

@@ -246,8 +246,10 @@ class Service:
             answers = self._ask([job.decoded for job in jobs], jobs[0].wish)
         except Exception as error:  # the thread has to outlive whatever one batch does to it
             self._count(**{"refused" if isinstance(error, ConfigError) else "failed": len(jobs)})
+            # asyncio hands on no StopIteration: who awaits it would wait for ever.
+            told = RuntimeError("StopIteration") if isinstance(error, StopIteration) else error
             for job in jobs:
-                job.future.set_exception(error)
+                job.future.set_exception(told)
             return
         self._count(answered=len(jobs), batches=1)
         for job, answer in zip(jobs, answers, strict=True):
@@ -265,11 +267,12 @@ class Service:
                 return [Answer(p, None) for p in self.predictor.predictions(self.model(images), sizes)]
             output, ((metric, selection, _),) = selections_of(self.model, images, [wish.metric])
         heatmaps = to_heatmap(selection.scores, selection.grid, (images.shape[-2], images.shape[-1])).cpu().numpy()
+        predictions = self.predictor.predictions(output, sizes)
+        used = [self.decides(wish.metric) and p.second_pass is not False for p in predictions]
+        boxes = selection.boxes.tolist()
         return [
-            Answer(p, Why(metric, heatmap, to_original(box, size, self.preprocessing), self.decides(wish.metric)))
-            for p, heatmap, box, size in zip(
-                self.predictor.predictions(output, sizes), heatmaps, selection.boxes.tolist(), sizes, strict=True
-            )
+            Answer(p, Why(metric, heatmap, to_original(box, size, self.preprocessing), looked))
+            for p, heatmap, box, size, looked in zip(predictions, heatmaps, boxes, sizes, used, strict=True)
         ]
 
     def _count(self, **more: int) -> None:

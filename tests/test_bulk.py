@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import scene
+from conftest import scene, small_model
+from filelock import FileLock
 
 import glsim
 from glsim import bulk, cli
-from glsim.bundle import load
+from glsim.bundle import amend, load
 from glsim.config import Predict
 from glsim.predict import run
 from glsim.types import ConfigError, DataError
@@ -26,6 +27,7 @@ from glsim.types import ConfigError, DataError
 pytest.importorskip("pyarrow", reason="the extra `scale` is not installed", exc_type=ImportError)
 import pyarrow as pa
 from pyarrow import parquet
+from pyarrow.fs import FileSelector
 
 
 @pytest.fixture
@@ -130,12 +132,54 @@ def test_a_folder_holds_one_job(run_folder, photos, tmp_path, here):
         job(run_folder, [photos], out, top_k=2)
     with pytest.raises(ConfigError, match=r"another job: images \(was 7, is 3\), list"):
         job(run_folder, [photos / "sub"], out)
+    warmer = shutil.copytree(run_folder, tmp_path / "warmer")
+    amend(warmer, {}, calibration={"temperature": 2.0, "count": 9, "data": "birds"})  # the same weights
+    with pytest.raises(ConfigError, match=r"another job: config \(was "):
+        job(warmer, [photos], out)
     (out / "job.json").unlink()
     with pytest.raises(ConfigError, match="holds parts, but no job.json"):
         job(run_folder, [photos], out)
     with pytest.raises(DataError, match="file: "):
         (tmp_path / "file").write_text("")
         job(run_folder, [photos], tmp_path / "file")
+
+
+def test_a_job_has_its_folder_alone(run_folder, photos, tmp_path, here):
+    """What a running job is writing is not taken for what a killed one left."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".part-000000.parquet.0123").write_bytes(b"half a fil")
+    with FileLock(out / ".lock"), pytest.raises(ConfigError, match="out is in use by another job; wait for it"):
+        job(run_folder, [photos], out)
+    assert (out / ".part-000000.parquet.0123").exists() and not here
+    job(run_folder, [photos], out)
+    assert not (out / ".part-000000.parquet.0123").exists() and not (out / ".lock").exists()
+
+
+def test_in_a_store_only_old_leftovers_are_removed(monkeypatch):
+    """A store that is in memory; it has no locks either."""
+    system, _ = bulk.locate("mock:///")
+    bulk.claim("mock:///out", {"format": 1})
+    for name in (".part-000000.parquet.0123", "part-000001.parquet"):
+        with system.open_output_stream(f"out/{name}") as stream:
+            stream.write(b"half a fil")
+
+    def names():
+        return sorted(info.base_name for info in system.get_file_info(FileSelector("out")))
+
+    with bulk.held("mock:///out", {"format": 1}), bulk.held("mock:///out", {"format": 1}):
+        assert names() == [".part-000000.parquet.0123", "job.json", "part-000001.parquet"]
+    now = time.time()
+    monkeypatch.setattr(bulk.time, "time", lambda: now + bulk.STALE + 60)
+    bulk.claim("mock:///out", {"format": 1})
+    assert names() == ["job.json", "part-000001.parquet"]
+
+
+def test_a_wish_the_model_cannot_grant_ends_it_before_any_worker_starts(photos, tmp_path, here):
+    plain = glsim.save(small_model("plain"), tmp_path / "plain")
+    with pytest.raises(ConfigError, match="unknown embedding of this model 'crop'; choose from: global"):
+        job(plain, [photos], tmp_path / "out", embedding="crop")
+    assert not here and not (tmp_path / "out").exists()
 
 
 def test_a_part_is_written_whole_or_not_at_all(run_folder, photos, tmp_path, here, monkeypatch):
@@ -214,7 +258,9 @@ def test_every_worker_finds_room_on_a_gpu(gpus, workers):
         (["--engine", "ray", "--out", "o", "--format", "csv"], "--engine ray writes Parquet"),
         (["--engine", "ray", "--out", "o", "--workers", "0"], "workers=0: at least 1"),
         (["--engine", "spark"], "engine"),
+        (["--engine", "ray", "--out", "o", "--skip-bad"], "skip_bad: --engine ray always goes on"),
         (["--address", "auto"], "only with --engine ray"),
+        (["--part-size", "10"], "part_size=10: only with --engine ray"),
         (["--embedding", "fused", "--out", "x.csv"], "take jsonl"),
     ],
 )

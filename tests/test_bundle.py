@@ -147,7 +147,12 @@ def test_a_bundle_cannot_make_timm_read_other_files(bundle, part, key):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("options", None), ("num_classes", "5"), ("format", "9"), ("image_size", 64)]
+    ("key", "value"),
+    [
+        *(("options", None), ("num_classes", "5"), ("format", "9"), ("image_size", 64)),
+        *(("training", 5), ("pretrained_cfg", [1]), ("calibration", "abc"), ("calibration", [1])),
+        *(("calibration", {"temperature": t}) for t in (0, -1.0, float("nan"), float("inf"), 1e-320, "2", None)),
+    ],
 )
 def test_a_config_of_the_wrong_types_is_named(bundle, key, value):
     config = json.loads((bundle / "config.json").read_text())

@@ -219,6 +219,8 @@ def test_no_loss_allowed_and_a_model_that_never_stops_early(early, run_folder, b
     usual = shutil.copytree(run_folder, tmp_path / "usual")
     found = calibrate.run(Calibrate(source=str(usual), data=str(birds), split="test", workers=0), False)
     assert "margin" not in found and glsim.load(usual).config["calibration"]["temperature"] == found["temperature"]
+    with pytest.raises(ConfigError, match=r"max_loss=1.0: .*usual spares no second pass; train with --options.early_l"):
+        calibrate.run(Calibrate(source=str(usual), data=str(birds), split="test", max_loss=1.0), False)
     with pytest.raises(ConfigError, match="writes into the bundle"):
         calibrate.run(Calibrate(source="hf-hub:me/model", data=str(birds)), False)
 
@@ -249,4 +251,6 @@ def test_a_bundle_of_the_first_format_gets_a_card_too(tmp_path):
     folder = shutil.copytree(ROOT / "tests" / "old_bundle", tmp_path / "old")
     assert "licence" not in read_config(folder)
     amend(folder, {}, calibration={"temperature": 2.0, "count": 7, "data": "birds", "threshold": 0.5, "coverage": 0.25})
-    assert "Calibrated on 7 images of `birds`; `--reject` answers 25% of them" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "Calibrated on 7 images of `birds`; `--reject` answers 25% of them" in card
+    assert card.count("Calibrated") == 1

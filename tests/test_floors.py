@@ -53,6 +53,7 @@ SIDEWAYS = {
     ("serve", "pictures"),
     ("images", "stores"),  # a file by its URI
     ("bulk", "predict"),
+    ("index", "evaluate"),  # the same split of the same images
     ("index", "predict"),  # images read and answered, batch by batch
     ("reproduce", "train"),
     ("reproduce", "evaluate"),

@@ -2,6 +2,7 @@
 
 import fnmatch
 import hashlib
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -54,7 +55,8 @@ class Folder:
             raise EntryNotFoundError(filename)
         return str(file)
 
-    def snapshot_download(self, repo_id, allow_patterns, revision, **_):
+    def snapshot_download(self, repo_id, allow_patterns, revision, **more):
+        inspect.signature(huggingface_hub.snapshot_download).bind(repo_id, **more)
         self.asked.append((repo_id, revision))
         names = [p.name for p in self.snapshot(repo_id).iterdir()]
         assert all(any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns) for name in names)
@@ -176,6 +178,18 @@ def test_what_is_no_bundle_over_there(the_hub, tmp_path):
         the_hub.upload_folder(f"owner/{name}", folder, "")
         with pytest.raises(DataError, match=message):
             glsim.load(f"hf-hub:owner/{name}")
+
+
+def test_an_error_of_the_http_library_is_one_sentence(monkeypatch):
+    class ProxyError(Exception):
+        pass
+
+    def refuse(**_):
+        raise ProxyError("503 from the proxy\nand more")
+
+    monkeypatch.setattr(huggingface_hub.hub_mixin, "hf_hub_download", refuse)
+    with pytest.raises(DataError, match="^hf-hub:owner/name cannot be had: 503 from the proxy$"):
+        glsim.load("hf-hub:owner/name")
 
 
 def test_what_a_run_says_of_its_origin(birds, tmp_path, run_folder):

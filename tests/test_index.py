@@ -1,18 +1,24 @@
 import json
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
+from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
+import torch
 from conftest import scene, small_model
 
 import glsim
 from glsim import cli, evaluate, index
 from glsim.bundle import digest
 from glsim.config import Eval, IndexAdd, IndexBuild, IndexEval, IndexQuery
+from glsim.graphs import GraphModel, as_output
 from glsim.images import BadImage, open_image
 from glsim.index import Encoded, Index, auroc, nearest, prototypes, read_index, tell_unknown, unit, vote
+from glsim.predict import embedding_of
 from glsim.types import ConfigError, DataError, GlsimError
 
 faiss = pytest.importorskip("faiss", reason="the extra `index` is not installed", exc_type=ImportError)
@@ -153,7 +159,10 @@ def test_an_interrupted_change_leaves_the_older_state(tmp_path, monkeypatch):
     assert read_index(tmp_path).paths == old.paths
     old.add(["c"], ["/n"], cloud(1)).save(tmp_path)
     assert read_index(tmp_path).classes == ("a", "b", "c")
-    assert len(list(tmp_path.iterdir())) == 2  # what the failed attempt left is gone
+    assert sorted(p.suffix for p in tmp_path.iterdir() if p.name != ".lock") == [
+        ".json",
+        ".safetensors",
+    ]  # no leftovers
 
 
 def test_two_changes_at_once_do_not_lose_one(tmp_path):
@@ -162,6 +171,30 @@ def test_two_changes_at_once_do_not_lose_one(tmp_path):
     theirs.add(["c"], ["/t"], cloud(1)).save(tmp_path)
     with pytest.raises(GlsimError, match="changed by somebody else"):
         mine.add(["d"], ["/m"], cloud(1)).save(tmp_path)
+    assert read_index(tmp_path).classes == ("a", "b", "c")
+
+
+def test_a_change_waits_until_another_one_is_written(tmp_path, monkeypatch):
+    make(cloud(3), [0, 1, 1], ["a", "b"]).save(tmp_path)
+    mine, theirs = read_index(tmp_path), read_index(tmp_path)
+    begun, going, real = Event(), Event(), index.write_text
+
+    def slow(*arguments):
+        begun.set()
+        assert going.wait(20)
+        real(*arguments)
+
+    monkeypatch.setattr(index, "write_text", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(theirs.add(["c"], ["/t"], cloud(1)).save, tmp_path)
+        assert begun.wait(20)
+        second = pool.submit(mine.add(["d"], ["/m"], cloud(1, seed=1)).save, tmp_path)
+        with pytest.raises(TimeoutError):
+            second.result(0.3)
+        going.set()
+        first.result(20)
+        with pytest.raises(GlsimError, match="changed by somebody else"):
+            second.result(20)
     assert read_index(tmp_path).classes == ("a", "b", "c")
 
 
@@ -353,6 +386,50 @@ def test_bad_files_and_wrong_wishes(here, birds, tmp_path):
     with pytest.raises(ConfigError, match="plain has no embedding 'crop'; it has: global"):
         index.build(IndexBuild(**build | {"source": str(plain)}, out=str(tmp_path / "i"), embedding="crop"), False)
     assert not (tmp_path / "i").exists()
+
+
+def test_the_split_is_that_of_the_run_that_trained_the_model(birds, tmp_path):
+    data = shutil.copytree(birds / "train", tmp_path / "birds")  # no split of its own
+    names = sorted(p.name for p in data.iterdir())
+    seen = {"split_seed": 5, "test_fraction": 0.34, "val_fraction": 0.3}
+    source = glsim.save(small_model(classes=3), tmp_path / "m", names, data=seen)
+    settings = dict(data=str(data), workers=0)
+    found = {}
+    for split in ("train", "val", "test"):
+        index.build(IndexBuild(source=str(source), out=str(tmp_path / split), split=split, **settings), False)
+        found[split] = set(read_index(tmp_path / split).paths)
+        wanted, _ = evaluate.read_split(glsim.load(source), data, split)
+        assert found[split] == {str(path) for path in wanted.paths}
+    assert [len(paths) for paths in found.values()] == [9, 3, 6] and len(set.union(*found.values())) == 18
+    tested = index.evaluate(IndexEval(index=str(tmp_path / "train"), split="val", **settings), False)
+    assert tested["count"] == 3
+
+
+def test_a_model_that_answers_early_is_indexed_by_both_passes(birds, tmp_path):
+    """Also when it was calibrated after the index was built: the weights are the same."""
+    names = sorted(p.name for p in (birds / "train").iterdir())
+    source, found = tmp_path / "m", []
+    for name, margin in (("before", None), ("after", 0.0)):
+        model = small_model(classes=3, early_loss=1.0, margin=margin)
+        glsim.save(model, source, names)
+        index.build(IndexBuild(source=str(source), data=str(birds), out=str(tmp_path / name), workers=0), False)
+        found.append(read_index(tmp_path / name))
+    assert found[0].embedding == found[1].embedding == "fused"
+    assert found[1].vectors == pytest.approx(found[0].vectors, abs=1e-5)
+    asked = IndexQuery(index=str(tmp_path / "before"), images=[str(birds / "test")], workers=0)
+    assert len(index.query(asked, progress=False)["answers"]) == 9
+    image = next((birds / "test").rglob("*.jpg"))
+    for name in ("crop", "fused", "global"):
+        (answer,) = glsim.Predictor(model, embedding=name)(image)
+        assert answer.second_pass is (False if name == "global" else None) and answer.embedding
+    assert model.margin == 0.0  # the caller's own stays as it was
+
+
+def test_an_exported_graph_has_no_vectors(tmp_path):
+    with pytest.raises(ConfigError, match=r"m.onnx is an exported graph.*use the bundle"):
+        index.start_index(GraphModel([], {}, Path("m.onnx")), "m.onnx", tmp_path, None)
+    with pytest.raises(ConfigError, match="embedding=fused: this model gives none"):
+        embedding_of(as_output(torch.zeros(1, 3)), "fused")
 
 
 def test_without_faiss_it_says_what_to_install(monkeypatch, capsys, here):

@@ -30,6 +30,7 @@ from test_docs import SERVED, blocks, run_block
 import glsim
 from glsim import cli
 from glsim.config import Serve
+from glsim.graphs import GraphModel
 from glsim.images import open_image
 from glsim.selection import METRICS, needs_attention
 
@@ -245,6 +246,18 @@ def test_every_method_serves_every_metric_it_lists_and_is_left_as_it_was(method)
     assert {k: v for k, v in vars(model).items() if not k.startswith("_")} == before
 
 
+@pytest.mark.parametrize("margin", [0.0, 2.0])
+def test_the_box_of_an_answer_after_one_pass_is_only_drawn(margin):
+    """No two classes are closer than 0 in probability, and none farther apart than 2."""
+    service = Service(small_model(early_loss=1.0, margin=margin), "cpu", max_wait=0)
+    try:
+        wish = Wish(explain=True)
+        answer = service.submit(service.decode("x", GOOD, wish), wish).result(30)
+        assert answer.prediction.second_pass is answer.why.used is bool(margin)
+    finally:
+        service.close()
+
+
 @pytest.mark.parametrize("method", ["glsim", "plain", "cal"])
 def test_what_can_be_asked_does_not_depend_on_what_is_being_answered(method):
     """Requests are checked in other threads than the one that changes the model for a while."""
@@ -318,6 +331,7 @@ def test_bad_requests_say_why(site, case):
         ("metric=psn", "unknown metric 'psn'; choose from: attention"),
         ("metric=rollout:from=2", "has no from; it has: first, last"),
         ("metric=attention:block=9", "there is no block 9"),
+        ("metric=random:seed=99999999999999999999", "numbers below 2147483648 are needed"),
         ("explain=maybe", "'maybe' is neither true nor false"),
     ],
 )
@@ -467,19 +481,23 @@ def test_wishes_of_different_kinds_in_one_batch_keep_apart(held, run_folder):
     assert len(short["predictions"][0]["answers"]) == 1
 
 
-def test_a_model_that_fails_once_answers_the_next(run_folder, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(torch.OutOfMemoryError("no room for it"), "OutOfMemoryError"), (StopIteration(), "RuntimeError")],
+)
+def test_a_model_that_fails_once_answers_the_next(run_folder, monkeypatch, caplog, error, said):
     real, failing = Service._ask, [True]
 
     def fails_once(self, decoded, wish):
         if failing.pop() if failing else False:
-            raise torch.OutOfMemoryError("no room for it")
+            raise error
         return real(self, decoded, wish)
 
     monkeypatch.setattr(Service, "_ask", fails_once)
     with serve.running(Serve(source=str(run_folder), port=0)) as url:
-        status, said, _ = ask(url, "/predict", GOOD, JPEG)
-        assert status == 500 and said["error"] == "the model failed: OutOfMemoryError"
-        assert "no room for it" in caplog.text
+        status, answer, _ = ask(url, "/predict", GOOD, JPEG)
+        assert status == 500 and answer["error"] == f"the model failed: {said}"
+        assert str(error) in caplog.text
         assert ask(url, "/predict", GOOD, JPEG)[0] == 200
         health = ask(url, "/health")[1]
         assert (health["failed"], health["answered"], health["room"]) == (1, 1, 64)
@@ -505,6 +523,7 @@ def test_a_model_that_fails_once_answers_the_next(run_folder, monkeypatch, caplo
         ({"Host": "localhost:5", "Origin": "http://localhost:6"}, 403),
         ({"Host": "localhost:5", "Origin": "https://evil.example"}, 403),
         ({"Host": "localhost:5", "Origin": "null"}, 403),
+        ({"Host": "localhost:5", "Origin": "http://["}, 403),
     ],
 )
 def test_only_pages_of_this_server_may_ask(site, headers, status):
@@ -652,6 +671,13 @@ def test_settings_that_cannot_be_are_one_sentence(run_folder, capsys, tmp_path):
     assert said(run_folder, "--port", 70000)[0] == 2
     assert said(tmp_path / "none", "--port", 0)[0] == 3
     assert said(run_folder, "--port", 0, "--examples", tmp_path)[0] == 3
+
+
+def test_an_exported_graph_is_not_served(capsys, monkeypatch):
+    """It would be loaded like a bundle; it has nothing to draw from."""
+    monkeypatch.setattr(serve, "load", lambda path: GraphModel([], {}, Path(path)))
+    assert cli.main(["serve", "model.onnx", "--port", "0"]) == 2
+    assert "model.onnx only answers" in capsys.readouterr().err
 
 
 def test_without_the_extra_it_says_what_to_install(run_folder, capsys, monkeypatch):
