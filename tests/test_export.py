@@ -216,11 +216,16 @@ def test_a_model_that_answers_early_is_two_graphs(tmp_path):
     torch.testing.assert_close(graph(sure).logits, model.first(sure)[1], atol=1e-4, rtol=0)  # no second pass at all
     with pytest.raises(ConfigError, match="is two graphs; export it as ONNX"):
         exported(model, tmp_path, ".pt2")
+    second = onnx.load(out.with_name("model.2.onnx"))
+    helper.set_model_props(second, {"weights": '"of another export"'})
+    onnx.save(second, out.with_name("model.2.onnx"))
+    with pytest.raises(DataError, match=r"model.2.onnx was exported from another model than .*model.onnx; export it"):
+        glsim.load(out)
     out.with_name("model.2.onnx").unlink()
     with pytest.raises(DataError, match=r"model.2.onnx cannot be read"):
         glsim.load(out)
     told = onnx.load(out)
-    for name in ("../model.2.onnx", "..", "/etc/model.onnx"):
+    for name in ("../model.2.onnx", "..", "", "/etc/model.onnx"):
         helper.set_model_props(told, {"graphs": json.dumps([name])})
         onnx.save(told, out)
         with pytest.raises(DataError, match="was refused: the graphs that follow it must lie beside it"):
