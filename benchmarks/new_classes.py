@@ -34,7 +34,8 @@ from torch import Tensor
 from glsim import Predictor, index, train
 from glsim.backbone import Model
 from glsim.bundle import labels_of, load, write_text
-from glsim.calibrate import calibration_error, fit_temperature
+from glsim.calibrate import fit_temperature
+from glsim.confidence import calibration_error, graded
 from glsim.config import IndexBuild, IndexEval, Train, read_recipe
 from glsim.data import ImageList, hold_out, read_data
 from glsim.evaluate import join
@@ -154,8 +155,8 @@ def calibrate(model: Model, data: Path, workers: int) -> dict[str, Any]:
         "test": len(splits["test"]),
         "top1": float((logits[test].argmax(1) == labels[test]).float().mean()),
         "temperature": temperature,
-        "ece_before": calibration_error(logits[test], labels[test]),
-        "ece_after": calibration_error(scaled, labels[test]),
+        "ece_before": calibration_error(*graded(logits[test], labels[test])),
+        "ece_after": calibration_error(*graded(scaled, labels[test])),
         "nll_before": float(torch.nn.functional.cross_entropy(logits[test], labels[test])),
         "nll_after": float(torch.nn.functional.cross_entropy(scaled, labels[test])),
     }

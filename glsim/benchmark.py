@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,18 +30,20 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from glsim import loading
-from glsim.backbone import Model
+from glsim.backbone import Model, StagedModel
 from glsim.bundle import METRICS_FILE, load, pick_device, preprocessing_of, write_text
 from glsim.config import Bench
 from glsim.data import ImageDataset, find_images, read_data
 from glsim.environment import environment
 from glsim.figures import save_figure
+from glsim.graphs import GraphModel
 from glsim.losses import objective
 from glsim.models import create_model
 from glsim.predict import answers
 from glsim.transforms import Preprocessing, eval_transform
-from glsim.types import DataError, GlsimError
+from glsim.types import ConfigError, DataError, GlsimError
 
+AS_EXPORTED = ("float32", False, "cpu")  # dtype of the images, compiled, device
 FAILURES = (GlsimError, RuntimeError, OSError)  # of one row: a combination that does not fit, too little memory, ..
 
 
@@ -113,7 +116,8 @@ def measure(jobs: list[Job], s: Bench, device: torch.device, tick: Callable[[], 
     for job, row in rows.items():
         with noted(row):
             models[job] = build(job, s)
-            row["parameters"] = sum(p.numel() for p in models[job].parameters())
+            if not isinstance(models[job], GraphModel):
+                row["parameters"] = sum(p.numel() for p in models[job].parameters())
             if s.sources:
                 row |= about_source(job.method, models[job])
                 if s.data is not None:
@@ -130,7 +134,7 @@ def measure(jobs: list[Job], s: Bench, device: torch.device, tick: Callable[[], 
     for kind, prepare in kinds.items():
         works: dict[Job, Work] = {}
         for job, row in rows.items():
-            if "error" not in row:
+            if "error" not in row and (kind != "training" or not isinstance(models[job], GraphModel)):
                 with noted(row):
                     works[job] = prepare(models[job], job, device)
         for job, times in in_turn(works, s.warmup, s.repeats, tick).items():
@@ -189,7 +193,7 @@ def ratios(rows: list[Row], against: str, alike: tuple[str, ...] = Job._fields[1
     found = []
     for row, base in product(fine, fine):
         if base["method"] == against != row["method"] and all(row[k] == base[k] for k in alike):
-            parts = {name: row[key] / base[key] for name, key in RATIOS.items() if key in row}
+            parts = {name: row[key] / base[key] for name, key in RATIOS.items() if key in row and key in base}
             found.append({**{k: row[k] for k in Job._fields}, "against": against, **parts})
     return found
 
@@ -198,9 +202,21 @@ def ratios(rows: list[Row], against: str, alike: tuple[str, ...] = Job._fields[1
 
 
 def build(job: Job, s: Bench) -> Model:
-    """The model of a row: a trained one out of a source, else one whose weights are random."""
-    if job.method in s.sources:
-        return load(job.method)
+    """The model of a row: a trained one out of a source, else one whose weights are random.
+
+    Raises ConfigError for an exported graph that is to be anything but what it is, and for a compiled model with a
+    margin, whose two passes `answers` calls one by one.
+    """
+    model = load(job.method) if job.method in s.sources else untrained(job, s)
+    if isinstance(model, GraphModel) and (job.dtype, job.compile, pick_device(s.device).type) != AS_EXPORTED:
+        raise ConfigError(f"{job.method} is exported and runs as it is: --device cpu --dtypes float32 --compile no")
+    if isinstance(model, StagedModel) and model.margin is not None and job.compile:
+        raise ConfigError(f"{job.method} answers early (margin {model.margin:g}), which is not compiled: --compile no")
+    return model
+
+
+def untrained(job: Job, s: Bench) -> Model:
+    """The method of a row with its options, random weights."""
     method, _, given = job.method.partition(":")
     options = {}
     for part in re.split(r",(?![^[]*\])", given) if given else []:  # not the comma of crop_size=[96,128]
@@ -211,11 +227,11 @@ def build(job: Job, s: Bench) -> Model:
 
 
 def about_source(source: str, model: Model) -> Row:
-    """What a trained bundle says of itself: backbone, side of its images (height and width, if they differ), accuracy.
+    """What a trained model says of itself: backbone, side of its images (height and width, if they differ), accuracy.
 
     Raises DataError for numbers that cannot be read.
     """
-    height, width = model.backbone.image_size
+    height, width = model.config["image_size"]
     row = {"backbone": model.config["backbone"], "image_size": height if height == width else [height, width]}
     path = Path(source.removeprefix("local-dir:")) / METRICS_FILE
     try:
@@ -253,7 +269,7 @@ def answering(model: Model, job: Job, device: torch.device, images: Tensor | Non
     dtype = getattr(torch, job.dtype)
     net = prepared(model.eval().to(device, dtype), job)
     if images is None:
-        images = torch.randn(job.batch_size, 3, *model.backbone.image_size)
+        images = torch.randn(job.batch_size, 3, *model.config["image_size"])
     batches = [batch for batch in images.to(device, dtype).split(job.batch_size) if len(batch) == job.batch_size]
 
     @torch.inference_mode()
@@ -270,7 +286,7 @@ def training(model: Model, job: Job, device: torch.device) -> Work:
     dtype = getattr(torch, job.dtype)
     net = prepared(model.train().to(device), job)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, nesterov=True)
-    images = torch.randn(job.batch_size, 3, *model.backbone.image_size, device=device)
+    images = torch.randn(job.batch_size, 3, *model.config["image_size"], device=device)
     labels = torch.arange(job.batch_size, device=device) % model.config["num_classes"]
 
     def work() -> None:
@@ -342,11 +358,13 @@ def peaks_here(job: Row, settings: Row, train: bool) -> Row:
     """
     s, wanted = Bench(**settings), Job(**job)
     device = pick_device(s.device)
+    if wanted.method.endswith(".onnx"):
+        import_module("onnxruntime")  # a library too
     before = resident(peak=False) if device.type == "cpu" else 0
     model = build(wanted, s)
     found = {}
-    kinds = {"memory_mib": answering, "training_memory_mib": training} if train else {"memory_mib": answering}
-    for name, prepare in kinds.items():
+    kinds = {"memory_mib": answering, "training_memory_mib": training}
+    for name, prepare in list(kinds.items())[: 1 + (train and not isinstance(model, GraphModel))]:
         work = prepare(model.float(), wanted, device)
         work()  # the optimiser's buffers and a compiler's own memory come with the first one
         forget_peak(device)
@@ -399,7 +417,7 @@ COLUMNS = {  # key of a row: head, how a number is written
 def as_text(result: dict[str, Any]) -> str:
     """The rows as a table: what all share above it, medians with half the distance of the quartiles, ratios."""
     rows, compared = result["rows"], result["ratio"] or []
-    varying = [k for k in Job._fields if k == "method" or len({row[k] for row in rows}) > 1]
+    varying = [k for k in Job._fields if k == "method" or len({str(row[k]) for row in rows}) > 1]
     keys = [k for k in COLUMNS if any(k in row for row in rows)]
     parts = [k for k in RATIOS if any(k in ratio for ratio in compared)]
     heads = [*varying, *(COLUMNS[k][0] for k in keys), *(f"x {k}" for k in parts)]
@@ -407,20 +425,21 @@ def as_text(result: dict[str, Any]) -> str:
     for row in rows:
         cells = [str(row[k]) for k in varying]
         if "error" in row:
-            table.append([*cells, f"failed: {row['error']}"])
+            table.append(cells)
             continue
         for key in keys:
             cells.append(format(row[key], COLUMNS[key][1]) if key in row else "")
-            if key.endswith("_ms"):
+            if key.endswith("_ms") and key in row:
                 low, high = row[key.replace("_ms", "_quartiles_ms")]
                 cells[-1] += f" ±{(high - low) / 2:,.1f}"
         ratio: Row = next((r for r in compared if all(r[k] == row[k] for k in Job._fields)), {})
         table.append(cells + [f"{ratio[k]:.3f}" if k in ratio else "" for k in parts])
-    widths = [max(len(line[i]) for line in table if len(line) == len(heads)) for i in range(len(heads))]
+    widths = [max(len(line[i]) for line in table if i < len(line)) for i in range(len(heads))]
+    failures = ["", *(f"failed: {row['error']}" if "error" in row else "" for row in rows)]
     lines = []
-    for line in table:
+    for line, failure in zip(table, failures, strict=True):
         padded = [cell.ljust(widths[i]) if i < len(varying) else cell.rjust(widths[i]) for i, cell in enumerate(line)]
-        lines.append("  ".join(padded).rstrip())
+        lines.append("  ".join([*padded, failure]).rstrip())
     shared = ", ".join(f"{k.replace('_', ' ')} {rows[0][k]}" for k in Job._fields if k not in varying)
     against = f"; x: divided by {compared[0]['against']}" if compared else ""
     head = f"{result['environment']['device']}; of a batch: median ± half the distance of the quartiles{against}"

@@ -164,6 +164,7 @@ def schema(embedding: bool) -> Any:
         ("probabilities", pa.list_(pa.float32())),
         ("confidence", pa.float32()),  # the first of them
         ("box", pa.list_(pa.int32())),  # left, top, right, bottom in pixels of the upright image
+        ("second_pass", pa.bool_()),  # whether the crop was looked into; null where the method does not choose
         *([("embedding", pa.list_(pa.float32()))] * embedding),
         ("error", pa.string()),
     ]
@@ -171,7 +172,8 @@ def schema(embedding: bool) -> Any:
 
 
 def as_row(path: str, answer: Prediction | BadImage) -> dict[str, Any]:
-    """An answer, or why there is none, as a row of a part."""
+    """An answer, or why there is none, as a row of a part; bytes of `path` that are no text become `\\udcff`."""
+    path = path.encode("utf-8", "backslashreplace").decode()
     if isinstance(answer, BadImage):
         return {"path": path, "error": answer.reason}
     return {
@@ -180,6 +182,7 @@ def as_row(path: str, answer: Prediction | BadImage) -> dict[str, Any]:
         "probabilities": answer.probabilities,
         "confidence": answer.probabilities[0],
         "box": answer.box,
+        "second_pass": answer.second_pass,
         "embedding": answer.embedding,
     }
 

@@ -45,11 +45,18 @@ LARGEST = {"backbone_args": 65536, "options": LARGEST_SIDE}
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file whole or not at all: under a temporary name first, then renamed."""
+    """Write a file whole or not at all: under a temporary name first, then renamed.
+
+    Bytes of a file name that are no text are written as `\\udcff`, which JSON reads back as they were.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def default_preprocessing(backbone: str, image_size: Sequence[int]) -> Preprocessing:

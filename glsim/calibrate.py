@@ -20,8 +20,7 @@ from glsim.backbone import Model, StagedModel
 from glsim.batches import make_loader
 from glsim.bundle import amend, load, pick_device, preprocessing_of
 from glsim.catalog import prepared
-from glsim.confidence import calibration_error as error_of_bins
-from glsim.confidence import find_threshold
+from glsim.confidence import calibration_error, find_threshold, graded
 from glsim.config import Calibrate
 from glsim.data import split_hash
 from glsim.evaluate import read_split
@@ -76,11 +75,10 @@ def run(s: Calibrate, progress: bool = True) -> dict[str, Any]:
         "correct": count_right(logits, said.labels),
         "temperature": temperature,
         "nll": [float(F.cross_entropy(logits / t, said.labels)) for t in (1.0, temperature)],
-        "ece": [calibration_error(logits / t, said.labels) for t in (1.0, temperature)],
+        "ece": [calibration_error(*graded(logits / t, said.labels)) for t in (1.0, temperature)],
     }
     if s.max_error is not None:
-        confidences, guesses = (logits / temperature).softmax(dim=1).max(dim=1)
-        right = guesses == said.labels
+        confidences, right = graded(logits / temperature, said.labels)
         threshold, answered = find_threshold(confidences, right, s.max_error)
         found |= {
             "max_error": s.max_error,
@@ -140,12 +138,6 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
     optimizer.step(step)
     return float((-inverse.detach()).clamp(-5, 5).exp())
-
-
-def calibration_error(logits: Tensor, labels: Tensor) -> float:
-    """Expected calibration error over 15 bins: mean distance of confidence and accuracy."""
-    confidences, guesses = logits.softmax(dim=1).max(dim=1)
-    return error_of_bins(confidences, guesses == labels)
 
 
 def count_right(logits: Tensor, labels: Tensor) -> int:

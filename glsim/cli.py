@@ -154,7 +154,9 @@ def show_predict(r: dict[str, Any], s: config.Predict) -> str:
         )
         for a in r["predictions"]
     ]
-    for line in show_skipped(r):
+    share = r["second_pass_share"]
+    told = [] if share is None else [f"second pass for {share:.1%} of the images"]
+    for line in show_skipped(r) + told:
         print(line, file=sys.stderr)
     return f"written: {s.out}" if s.out else FORMATS[str(s.format)](answers).rstrip("\n")
 

@@ -20,6 +20,12 @@ def calibration_error(confidences: Tensor, right: Tensor) -> float:
     return float(binary_calibration_error(confidences.clamp(0, 1), right.long(), n_bins=BINS))
 
 
+def graded(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Confidences of the answers that `logits` (images, C) give, and whether they are the `labels` (images,)."""
+    confidences, guesses = logits.softmax(dim=1).max(dim=1)
+    return confidences, guesses == labels
+
+
 class Reliability(NamedTuple):
     """What became of the answers of each bin of confidence; 0 where a bin is empty."""
 

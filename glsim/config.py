@@ -487,7 +487,7 @@ class Bench:
     """Time models in turn: answers, training steps, images a second, peak memory, and their ratios."""
 
     methods: list[str] = setting(["plain", "glsim"], "what to measure; options after a colon: glsim:crop_size=112")
-    sources: list[str] = setting([], "trained bundles to measure instead of methods, at their own image size")
+    sources: list[str] = setting([], "trained bundles or exported .onnx to measure instead, at their own image size")
     backbones: list[str] = setting(["vit_base_patch16_224"], "timm model names")
     sizes: list[int] = setting([224], "sides of the images in pixels")
     batch_sizes: list[int] = setting([1, 8], "images at a time")

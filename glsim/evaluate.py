@@ -184,7 +184,8 @@ def read_split(model: Model, data: str | Path, split: str) -> tuple[ImageList, d
     named, labels = model.config.get("label_names"), labels_of(model)
     splits = read_splits(model, data, named)
     if split != "all" and split not in splits:
-        raise DataError(f"{data} has no split {split!r}; it has: {', '.join(splits)} (and all)")
+        hint = "; train with --val-fraction 0.1 to hold some images out" * (split == "val")
+        raise DataError(f"{data} has no split {split!r}; it has: {', '.join(splits)} (and all){hint}")
     images = join(splits.values()) if split == "all" else splits[split]
     if named is None and len(images.classes) != len(labels):
         raise DataError(f"{data} has {len(images.classes)} classes, the model {len(labels)} without names")

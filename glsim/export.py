@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from glsim.attention import explicit_attention
 from glsim.backbone import Model, StagedModel
-from glsim.bundle import load, preprocessing_of
+from glsim.bundle import digest, load, preprocessing_of
 from glsim.config import Export
 from glsim.graphs import BOXES, GIVEN, IMAGES, LOGITS, UNSURE, GraphModel, as_output, open_graph
 from glsim.heads import lead
@@ -157,7 +157,9 @@ def write_onnx(model: Model, path: Path, precision: str) -> Callable[[Tensor], O
         if precision == "int8":
             quantise(file)
     config = {**model.config, "preprocessing": preprocessing_of(model).as_dict()}
-    describe(path, config | {"graphs": [file.name for file in paths[1:]]})
+    config |= {"graphs": [file.name for file in paths[1:]], "weights": digest(model.state_dict())}
+    for file in paths:
+        describe(file, config if file == path else {"weights": config["weights"]})
     return open_graph(path)
 
 

@@ -72,13 +72,17 @@ def open_graph(path: Path) -> GraphModel:
         metadata = sessions[0].get_modelmeta().custom_metadata_map
         config = {key: json.loads(value) for key, value in metadata.items()}
         following = config.pop("graphs", [])
-        if not all(isinstance(name, str) and name == Path(name).name != ".." for name in following):
+        if not all(isinstance(name, str) and name == Path(name).name not in ("", "..") for name in following):
             raise DataError(f"{path} was refused: the graphs that follow it must lie beside it, not in {following}")
     except (ValueError, TypeError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} was not exported by glsim: its metadata cannot be read: {error}") from error
-    sessions += [_session(path.with_name(name)) for name in following]
+    for name in following:
+        sessions.append(_session(path.with_name(name)))
+        other = sessions[-1].get_modelmeta().custom_metadata_map.get("weights")
+        if other != metadata.get("weights"):
+            raise DataError(f"{path.with_name(name)} was exported from another model than {path}; export it again")
     known = {IMAGES}
     for session in sessions:
         asked, known = {value.name for value in session.get_inputs()}, known

@@ -227,13 +227,19 @@ def to_photograph(heatmap: np.ndarray, size: tuple[int, int], p: Preprocessing) 
 
     Returns (height, width); what the network was not shown of the photograph is 0.
     """
+    middle = p.middle(size)
+    canvas = _centred(torch.from_numpy(heatmap)[None, None], p.resized(middle))
+    maps = F.interpolate(canvas, middle[::-1], mode="bilinear", align_corners=False, antialias=True)
+    return _centred(maps, size[::-1])[0, 0].clamp(0, 1).numpy()
+
+
+def _centred(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Zeros (.., height, width) of `size` with `maps` in their middle."""
     pads = []
-    for view, whole in zip(reversed(heatmap.shape), reversed(p.resized(size)), strict=True):
+    for view, whole in zip(reversed(maps.shape[-2:]), reversed(size), strict=True):
         before = round((whole - view) / 2)
         pads += [before, whole - view - before]
-    canvas = F.pad(torch.from_numpy(heatmap)[None, None], pads)
-    maps = F.interpolate(canvas, (size[1], size[0]), mode="bilinear", align_corners=False, antialias=True)
-    return maps[0, 0].clamp(0, 1).numpy()
+    return F.pad(maps, pads)
 
 
 def overlay(image: np.ndarray, heatmap: np.ndarray, alpha: float = 0.7, colormap: str = "turbo") -> np.ndarray:

@@ -183,15 +183,20 @@ class Predictor:
 def answers(model: nn.Module, batches: Iterable[Tensor], flip: bool = False) -> Iterator[Output]:
     """What `model` says of each of `batches` (B, 3, H, W), in order.
 
-    With `flip`, the mean of its logits (B, C) there and mirrored. A `StagedModel` with a margin gets the images whose
-    first answer is unsure in batches as large as the largest so far, so that the outputs come a little later.
+    With `flip`, the mean of its logits (B, C) there and mirrored; unsure is who was so in either view. Without, a
+    `StagedModel` with a margin gets the images whose first answer is unsure in batches as large as the largest so far,
+    so that the outputs come a little later.
     """
     if isinstance(model, StagedModel) and model.margin is not None and not flip:
         yield from _regrouped(model, model.margin, batches)
         return
     for images in batches:
-        output = model(images)
-        yield output._replace(logits=(output.logits + model(images.flip(-1)).logits) / 2) if flip else output
+        yield _mean(model(images), model(images.flip(-1))) if flip else model(images)
+
+
+def _mean(output: Output, mirrored: Output) -> Output:
+    unsure = {k: v | mirrored.aux[k] for k, v in output.aux.items() if k == "unsure"}
+    return output._replace(logits=(output.logits + mirrored.logits) / 2, aux=output.aux | unsure)
 
 
 def _regrouped(model: StagedModel, margin: float, batches: Iterable[Tensor]) -> Iterator[Output]:
@@ -215,7 +220,8 @@ def _regrouped(model: StagedModel, margin: float, batches: Iterable[Tensor]) -> 
         output = Output(logits, selection, aux={"unsure": lead(logits) < margin, "embeddings": {"global": given}})
         held.append(output)
         rows = output.aux["unsure"].nonzero()[:, 0].tolist()
-        unsure += [(output, row, images[row], given[row], selection.boxes[row]) for row in rows]
+        # A view of a row would keep the images of its whole batch.
+        unsure += [(output, row, images[row].clone(), given[row], selection.boxes[row]) for row in rows]
         while len(unsure) >= size:
             second(size)
         yield from answered()
@@ -260,6 +266,8 @@ ENGINES = {"local": "glsim.predict:run_here", "ray": "glsim.bulk:run"}  # import
 
 def run_here(s: Predict, progress: bool = True) -> dict[str, Any]:
     """Predictions and skipped files, as plain values; BadImage is raised unless `s.skip_bad`."""
+    if s.out is not None:
+        Path(s.out).parent.mkdir(parents=True, exist_ok=True)  # first: what cannot be made must not come late
     paths = find_images(s.images)
     model = load(s.source, **s.options)
     predictor = Predictor(model, s.top_k, s.batch_size, s.workers, s.device, s.flip, s.embedding, s.reject, s.taxonomy)
@@ -302,14 +310,19 @@ def as_jsonl(predictions: Sequence[Prediction]) -> str:
 def as_csv(predictions: Sequence[Prediction]) -> str:
     """One row an image and rank: path, rank, label, probability, left, top, right, bottom.
 
-    Where there are verdicts, also verdict, level and verdict_probability.
+    Where the method chooses, also second_pass (true or false); where there are verdicts, also verdict, level and
+    verdict_probability.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    more = ["verdict", "level", "verdict_probability"] * any(a.verdict is not None for a in predictions)
+    more = ["second_pass"] * any(a.second_pass is not None for a in predictions)
+    more += ["verdict", "level", "verdict_probability"] * any(a.verdict is not None for a in predictions)
     writer.writerow(["path", "rank", "label", "probability", "left", "top", "right", "bottom", *more])
     for a in predictions:
-        said = (a.verdict.label, a.verdict.level, f"{a.verdict.probability:.6f}") if a.verdict is not None else ()
+        said = [str(a.second_pass).lower()] if a.second_pass is not None else []
+        said += (
+            [a.verdict.label, a.verdict.level or "", f"{a.verdict.probability:.6f}"] if a.verdict is not None else []
+        )
         for rank, (name, p) in enumerate(zip(a.labels, a.probabilities, strict=True), start=1):
             writer.writerow([a.path, rank, name, f"{p:.6f}", *(a.box or ("",) * 4), *said])
     return text.getvalue()

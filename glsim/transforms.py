@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 from glsim.types import ConfigError, choose
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LONGEST = 8  # times what is wanted of it: how long a side is resized as a whole
 BICUBIC = v2.InterpolationMode.BICUBIC
 
 
@@ -89,6 +90,17 @@ class Preprocessing:
     def resized(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width that a whole image of `size` (width, height) is brought to."""
         return RESIZE_RULES[self.resize_rule](size, self.resize)
+
+    def middle(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Width and height of the middle of an image of `size` (width, height) that is worth the resizing.
+
+        All of it, unless a side would become more than 8 times what is wanted: a line of pixels would fill the memory.
+        """
+        sides = []
+        for side, becomes, wanted in zip(size, reversed(self.resized(size)), reversed(self.resize), strict=True):
+            part = math.ceil(side * LONGEST * wanted / becomes)
+            sides.append(min(side, part + (side - part) % 2))  # as much is left away before it as behind
+        return sides[0], sides[1]
 
 
 # One step each, applied in the order they are named in. Strengths are those of timm and of the self-supervised field.
@@ -165,13 +177,16 @@ def mask_transform(p: Preprocessing) -> Callable[[Image.Image], Tensor]:
 
 
 class Resize:
-    """A whole image by the resize rule of `p`."""
+    """A whole image by the resize rule of `p`; of one that is far too long, the middle."""
 
     def __init__(self, p: Preprocessing, interpolation: v2.InterpolationMode = BICUBIC) -> None:
         self.p, self.interpolation = p, interpolation
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """An image of any size -> one of `p.resized`."""
+        """An image of any size -> one of `p.resized`, or the middle of that."""
+        width, height = self.p.middle(image.size)
+        if (width, height) != image.size:
+            image = v2.functional.center_crop(image, [height, width])
         return v2.functional.resize(image, list(self.p.resized(image.size)), interpolation=self.interpolation)
 
 

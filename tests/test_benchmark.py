@@ -153,9 +153,10 @@ def test_what_does_not_fit_is_a_row_that_says_why(capsys):
     assert "timm has no model 'vit_tiny_patch16_2'" in errors[2] and "vit_tiny_patch16_224" in errors[3]
     assert result["ratio"] == [] and "exit_code" not in result
     assert "failed: stride=0.75: only the patches" in benchmark.as_text(result)
-    words = ["--methods", "transfg", "--backbones", "resnet18", "--no-memory", "--json"]
-    assert cli.main(["bench", *words]) == 1  # nothing was measured
+    words = ["bench", "--methods", "transfg", "--backbones", "resnet18", "--no-memory"]
+    assert cli.main([*words, "--json"]) == 1  # nothing was measured
     assert json.loads(capsys.readouterr().out)["exit_code"] == 1
+    assert cli.main(words) == 1 and " 1 failed: stride=0.75: only" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(ConfigError, match="could not|no option"):
         benchmark.build(Job("glsim:crop=3", "vit_tiny_patch16_224", 64, 1, "float32", False), Bench())
 
@@ -172,6 +173,20 @@ def test_a_row_that_fails_while_running_does_not_stop_the_others(monkeypatch):
     plain, glsim = benchmark.run(Bench(**TINY | {"memory": False}), progress=False)["rows"]
     assert set(plain) >= TIMES
     assert glsim["error"] == "CUDA out of memory." and "latency_ms" not in glsim
+
+
+def test_what_answers_early_is_not_compiled():
+    """`answers` would not see through the compiled model that it may regroup the second passes."""
+    settings = TINY | {"methods": ["glsim:top_o=4,early_loss=1.0,margin=0.5"], "compile": "yes", "memory": False}
+    (row,) = benchmark.run(Bench(**settings), progress=False)["rows"]
+    assert "answers early (margin 0.5), which is not compiled: --compile no" in row["error"]
+
+
+def test_images_that_are_not_square_are_shown():
+    jobs = [Job(name, "net", size, 1, "float32", False) for name, size in (("a", [32, 64]), ("b", 64))]
+    rows = [job._asdict() | {"latency_ms": 1.0, "latency_quartiles_ms": [1, 1]} for job in jobs]
+    text = benchmark.as_text({"rows": rows, "ratio": None, "environment": {"device": "cpu"}})
+    assert "[32, 64]" in text
 
 
 def test_options_follow_the_method():

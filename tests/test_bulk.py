@@ -72,6 +72,7 @@ def rows(out):
 def same(row, answer):
     assert row["path"] == answer.path and row["error"] is None
     assert tuple(row["labels"]) == answer.labels and tuple(row["box"]) == answer.box
+    assert row["second_pass"] == answer.second_pass
     assert row["probabilities"] == pytest.approx(answer.probabilities, abs=1e-5)
     assert row["confidence"] == pytest.approx(answer.probabilities[0], abs=1e-5)
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 from conftest import ROOT, TINY, small_model
 from PIL import Image
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import glsim
-from glsim import ConfigError, calibrate, cli, evaluate, train
+from glsim import ConfigError, DataError, calibrate, cli, evaluate, train
 from glsim.bundle import amend, read_config
+from glsim.confidence import calibration_error, graded
 from glsim.config import Calibrate, Eval, Predict, Train
 from glsim.heads import lead
 from glsim.images import BadImage
@@ -124,6 +126,35 @@ def test_unsure_images_wait_for_a_full_batch(model, images, monkeypatch):
     assert sizes == [4, 2]
 
 
+def test_waiting_images_do_not_keep_their_batches(model, images, monkeypatch):
+    """One unsure image in each batch of 3: its copy waits, the batch goes."""
+    leads = lead(model.first(images)[1]).detach()
+    order = torch.cat([leads.argsort()[i::3] for i in range(3)])
+    monkeypatch.setattr(model, "margin", float(leads.sort().values[3]))
+    kept, alive = [], []
+
+    def batches():
+        for rows in order.split(3):
+            batch = images[rows]
+            kept.append(StorageWeakRef(batch.untyped_storage()))
+            alive.append([not ref.expired() for ref in kept])
+            yield batch
+            del batch
+
+    found = torch.cat([output.aux["unsure"] for output in answers(model, batches())])
+    assert int(found.sum()) == 3
+    assert [row[:-2] for row in alive] == [[], [], [False]]  # the last two: at hand, and in the loop of `answers`
+
+
+def test_mirrored_too_an_image_is_unsure_where_either_view_is(model, images, monkeypatch):
+    with torch.no_grad():
+        views = [lead(model.first(x)[1]) for x in (images, images.flip(-1))]
+        monkeypatch.setattr(model, "margin", float(torch.cat(views).median()))
+        first, second = (view < model.margin for view in views)
+        (output,) = answers(model, [images], flip=True)
+    assert (first != second).any() and torch.equal(output.aux["unsure"], first | second)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -178,7 +209,7 @@ def test_the_temperature_is_the_one_the_labels_were_drawn_with():
 def test_calibration_error_by_hand():
     """Two bins: 3 images of confidence 0.9, two right; 1 of confidence 0.6, wrong."""
     p = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.1, 0.9], [0.4, 0.6]])
-    error = calibrate.calibration_error(p.log(), torch.tensor([0, 0, 0, 0]))
+    error = calibration_error(*graded(p.log(), torch.tensor([0, 0, 0, 0])))
     assert error == pytest.approx(3 / 4 * abs(0.9 - 2 / 3) + 1 / 4 * 0.6, abs=1e-6)
 
 
@@ -204,6 +235,11 @@ def test_calibrate_writes_what_eval_and_predict_use(early, birds, capsys):
     path = next((birds / "test").glob("*/*"))
     said = run(Predict(source=str(early), images=[str(path)], workers=0))
     assert said["second_pass_share"] == 0.0 and said["predictions"][0]["second_pass"] is False
+    assert cli.main(["predict", str(early), str(path), "--workers", "0", "--format", "csv", "--top-k", "1"]) == 0
+    printed = capsys.readouterr()
+    assert "second pass for 0.0% of the images\n" in printed.err
+    head, row = printed.out.splitlines()
+    assert head.endswith(",bottom,second_pass") and row.endswith(",false")
     model = glsim.load(early)
     p = evaluate.preprocessing_of(model)
     with Image.open(path) as image, torch.no_grad():
@@ -221,6 +257,8 @@ def test_no_loss_allowed_and_a_model_that_never_stops_early(early, run_folder, b
     assert "margin" not in found and glsim.load(usual).config["calibration"]["temperature"] == found["temperature"]
     with pytest.raises(ConfigError, match=r"max_loss=1.0: .*usual spares no second pass; train with --options.early_l"):
         calibrate.run(Calibrate(source=str(usual), data=str(birds), split="test", max_loss=1.0), False)
+    with pytest.raises(DataError, match=r"no split 'val'.*train with --val-fraction 0.1 to hold some images out"):
+        calibrate.run(Calibrate(source=str(usual), data=str(birds), workers=0), False)
     with pytest.raises(ConfigError, match="writes into the bundle"):
         calibrate.run(Calibrate(source="hf-hub:me/model", data=str(birds)), False)
 

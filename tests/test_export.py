@@ -14,8 +14,8 @@ from onnx import TensorProto, helper
 from test_models import BACKBONES, MAPS, takes
 
 import glsim
-from glsim import ConfigError, DataError, GlsimError, cli, export, graphs
-from glsim.config import Eval, Export
+from glsim import ConfigError, DataError, GlsimError, benchmark, cli, export, graphs
+from glsim.config import Bench, Eval, Export
 from glsim.evaluate import run as evaluate
 from glsim.heads import lead
 
@@ -125,6 +125,26 @@ def test_verbs_take_a_graph_for_a_bundle(run_folder, birds, tmp_path, capsys):
         assert f"{out} is " in capsys.readouterr().err
 
 
+def test_bench_takes_a_graph_beside_its_bundle(file, birds, tmp_path):
+    bundle = str(file.parent / "bundle")
+    given = {"sources": [bundle, str(file)], "against": bundle, "batch_sizes": [2], "repeats": 1, "warmup": 0}
+    given |= {"data": str(birds), "images": 5, "workers": 0, "memory": False, "device": "cpu", "out": str(tmp_path)}
+    result = benchmark.run(Bench(**given), progress=False)
+    mine, graph = result["rows"]
+    assert mine.keys() - graph.keys() == {"parameters", "training_ms", "training_quartiles_ms"}
+    assert [graph[k] for k in ("backbone", "image_size")] == [mine[k] for k in ("backbone", "image_size")]
+    assert 0 < graph["latency_ms"] == pytest.approx(2000 / graph["images_per_second"])
+    (ratio,) = result["ratio"]
+    assert ratio["latency"] == graph["latency_ms"] / mine["latency_ms"] and "training" not in ratio
+    assert "x latency" in benchmark.as_text(result)
+    job = benchmark.Job(str(file), "", 0, 1, "float32", False)
+    found = benchmark.peaks_here(job._asdict(), {"sources": [str(file)], "device": "cpu"}, True)
+    assert list(found) == ["memory_mib"]  # there is nothing to train
+    settings = Bench(**given | {"sources": [str(file)], "against": None, "dtypes": ["bfloat16"], "compile": "both"})
+    rows = benchmark.run(settings, progress=False)["rows"]
+    assert all("is exported and runs as it is: --device cpu --dtypes float32" in row["error"] for row in rows)
+
+
 def test_a_graph_only_answers(file):
     model = glsim.load(file)
     assert isinstance(model, graphs.GraphModel) and not model.training
@@ -196,11 +216,16 @@ def test_a_model_that_answers_early_is_two_graphs(tmp_path):
     torch.testing.assert_close(graph(sure).logits, model.first(sure)[1], atol=1e-4, rtol=0)  # no second pass at all
     with pytest.raises(ConfigError, match="is two graphs; export it as ONNX"):
         exported(model, tmp_path, ".pt2")
+    second = onnx.load(out.with_name("model.2.onnx"))
+    helper.set_model_props(second, {"weights": '"of another export"'})
+    onnx.save(second, out.with_name("model.2.onnx"))
+    with pytest.raises(DataError, match=r"model.2.onnx was exported from another model than .*model.onnx; export it"):
+        glsim.load(out)
     out.with_name("model.2.onnx").unlink()
     with pytest.raises(DataError, match=r"model.2.onnx cannot be read"):
         glsim.load(out)
     told = onnx.load(out)
-    for name in ("../model.2.onnx", "..", "/etc/model.onnx"):
+    for name in ("../model.2.onnx", "..", "", "/etc/model.onnx"):
         helper.set_model_props(told, {"graphs": json.dumps([name])})
         onnx.save(told, out)
         with pytest.raises(DataError, match="was refused: the graphs that follow it must lie beside it"):

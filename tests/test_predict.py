@@ -2,6 +2,7 @@ import csv
 import importlib.util
 import io
 import json
+import os
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from conftest import ROOT
 from PIL import Image
 
 import glsim
+from glsim.bulk import as_row, schema
+from glsim.bundle import write_text
 from glsim.config import Predict
 from glsim.images import BadImage, open_image
 from glsim.predict import FORMATS, Prediction, run, to_original
@@ -96,6 +99,33 @@ def test_formats_hold_the_same(run_folder, photos, tmp_path):
     out = tmp_path / "answers.csv"
     run(Predict(source=str(run_folder), images=[str(photos)], out=str(out), top_k=2, workers=0), False)  # by its ending
     assert out.read_text() == FORMATS["csv"](answers)
+
+
+def test_a_file_whose_name_is_no_text_does_not_lose_the_others(run_folder, photos, tmp_path):
+    name = os.fsdecode(b"a\xff.png")
+    try:
+        open_image(photos / "0.png").save(tmp_path / name, "PNG")
+    except OSError:
+        pytest.skip("this file system takes text only")
+    for ending in ("jsonl", "csv", "txt"):
+        out = tmp_path / "new" / "folder" / f"answers.{ending}"  # made before anything is computed
+        run(Predict(source=str(run_folder), images=[str(tmp_path)], out=str(out), workers=0), False)
+        assert "a\\udcff.png" in out.read_text(encoding="utf-8")
+    told = json.loads((out.parent / "answers.jsonl").read_text(encoding="utf-8"))
+    assert told["path"] == str(tmp_path / name)
+    (answer,) = glsim.Predictor(run_folder)(tmp_path / name)
+    pa = pytest.importorskip("pyarrow")
+    row = as_row(str(answer.path), answer)
+    assert pa.Table.from_pylist([row], schema(False))["path"][0].as_py().endswith("a\\udcff.png")
+    with pytest.raises(TypeError):
+        write_text(tmp_path / "x.csv", 3)
+    assert not list(tmp_path.glob("x.csv*"))
+
+
+def test_an_out_that_cannot_be_made_is_said_before_anything_is_computed(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        run(Predict(source="gone", images=["gone"], out=str(tmp_path / "file" / "a.csv")), False)
 
 
 def test_train_transforms_make_normalised_images_of_the_right_size():

@@ -16,6 +16,7 @@ from glsim.transforms import (
     AUGMENTATIONS,
     PRESETS,
     Preprocessing,
+    Resize,
     augmentations,
     batch_mixing,
     eval_transform,
@@ -117,6 +118,28 @@ def test_the_short_side_rule_keeps_the_aspect_and_fills_the_target(size, target)
     image = Image.new("RGB", size)
     assert eval_transform(p)(image).shape == train_transform(p)(image).shape == (3, *target)
     assert mask_transform(p)(image.convert("L")).shape == target
+
+
+@pytest.mark.parametrize("size", [(1500, 50), (40, 1001)])
+def test_of_a_far_too_long_image_the_middle_is_resized_and_nothing_else_changes(size):
+    p = Preprocessing((64, 48), 1.34, *HALF, "short")
+    image = scene(size)
+    whole = v2.functional.resize(image, list(p.resized(size)), v2.InterpolationMode.BICUBIC)
+    seen, expected = (np.asarray(v2.CenterCrop((64, 48))(x)).astype(int) for x in (Resize(p)(image), whole))
+    assert p.middle(size) != size
+    assert np.abs(seen - expected).mean() < 3  # a pixel, by the rounding of what is cut off
+    assert np.abs(seen[8:, 8:] - expected[:-8, :-8]).mean() > 6
+
+
+def test_a_line_of_pixels_does_not_fill_the_memory():
+    """Resized as a whole, it would be 15 million pixels wide."""
+    p, size = Preprocessing((224, 224), 1.34, *HALF, "short"), (50000, 1)
+    kept = Resize(p)(Image.new("RGB", size))
+    assert p.resized(size) == (300, 15_000_000) and kept.height == 300 and kept.width <= 9 * 300
+    seen = to_photograph(np.ones((224, 224), np.float32), size, p)
+    assert seen.shape == (1, 50000) and (seen[0, 24999:25001] > 0).all() and np.count_nonzero(seen) <= 4
+    for size in ((8 * 300, 300), (300, 8 * 300), (640, 480)):
+        assert p.middle(size) == size
 
 
 def test_a_box_goes_back_to_the_photograph_by_the_short_side_rule():
