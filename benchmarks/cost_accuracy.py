@@ -187,16 +187,23 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], against: str, path: Path) -> None:
-    """PNG: accuracy along the cost."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    """PNG: accuracy along the cost, on a scale where twice as much is always as far."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
-    for row in rows:
+    for i, row in enumerate(rows):
         spread = 100 * row["top1_std"] if row["top1_std"] is not None else None
-        axes.errorbar(row["cost"], 100 * row["top1"], yerr=spread, marker="o", capsize=3, linestyle="none")
+        style = {"color": f"C{i % 10}", "marker": "os^D"[i // 10 % 4], "markersize": 7, "linestyle": "none"}
         name = row["name"].split("_", 1)[-1].replace("_", " ")
-        axes.annotate(name, (row["cost"], 100 * row["top1"]), (6, 4), textcoords="offset points", fontsize=8)
-    axes.set(xlabel=f"time to answer, {against} = 1", ylabel="test top-1, %")
+        axes.errorbar(row["cost"], 100 * row["top1"], yerr=spread, elinewidth=0.8, capsize=3, label=name, **style)
+    axes.set(xlabel=f"time to answer, {against} = 1", ylabel="test top-1, %", xscale="log")
+    reach = [
+        tick for tick in (0.5, 0.75, 1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32) if tick < 1.2 * axes.get_xlim()[1]
+    ]
+    axes.set_xticks([tick for tick in reach if tick > axes.get_xlim()[0] / 1.2], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8)
     save_figure(figure, path)
 
 
