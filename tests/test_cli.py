@@ -171,7 +171,7 @@ def test_an_out_that_cannot_be_written_is_one_sentence(capsys, run_folder, birds
     for words in (
         ["quickstart", "--out", tmp_path / "file"],
         ["eval", run_folder, "--data", birds, "--workers", "0", "--out", tmp_path / "file"],
-        ["predict", run_folder, image, "--workers", "0", "--out", tmp_path / "none" / "x.csv"],
+        ["predict", run_folder, image, "--workers", "0", "--out", tmp_path / "file" / "x.csv"],
     ):
         code, _, err = call(capsys, *words)
         assert code in (1, 2) and str(tmp_path) in err, err
