@@ -207,7 +207,7 @@ class Panel {
   }
 
   show(found) {
-    const { answers, explanation: why } = found;
+    const { answers, explanation: why, second_pass: second } = found;
     this.found = found;
     this.element.classList.remove("empty");
     $(".photo", this.element).src = why.photo;
@@ -222,9 +222,8 @@ class Panel {
     frame.width = `${(100 * (right - left)) / width}%`;
     frame.height = `${(100 * (bottom - top)) / height}%`;
     $(".crop img", this.element).src = why.crop;
-    $(".crop figcaption", this.element).textContent = why.used
-      ? `The part in the box, ${right - left} × ${bottom - top} of ${width} × ${height} pixels. ${how()}`
-      : `The part in the box, ${right - left} × ${bottom - top} of ${width} × ${height} pixels.`;
+    const part = `The part in the box, ${right - left} × ${bottom - top} of ${width} × ${height} pixels.`;
+    $(".crop figcaption", this.element).textContent = `${part} ${how(why.used, second)}`;
     $(".answers", this.element).replaceChildren(...answers.map(row));
     $("#status").textContent = `${words(answers[0].label)}, ${percent(answers[0].probability)}`;
   }
@@ -237,7 +236,10 @@ function group(label, ...options) {
   return element;
 }
 
-const how = () => (model.method === "glsim" ? "GLSim looked at it a second time." : "");
+function how(used, second) {
+  if (second === false) return "The first look was sure enough without it.";
+  return used && model.method === "glsim" ? "GLSim looked at it a second time." : "";
+}
 
 function row({ label, probability }) {
   const item = document.createElement("li");
