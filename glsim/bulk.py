@@ -363,11 +363,11 @@ class Worker:
     """An actor of Ray Data: holds the model, answers parts, writes each."""
 
     def __init__(self, model: Any, out: str, embedding: str | None, **options: Any) -> None:
-        if not isinstance(model, Model):  # a reference into Ray's store
+        if not isinstance(model, Model):  # a reference into Ray's store: this process is the actor's own
             import ray
 
             model = ray.get(model)
-        torch.set_num_threads(1)  # one core a worker; more workers are better than more threads
+            torch.set_num_threads(1)  # one core a worker; more workers are better than more threads
         self.predictor, self.out, self.embedding = Predictor(model, embedding=embedding, **options), out, embedding
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
