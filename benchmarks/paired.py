@@ -188,6 +188,7 @@ def operations(a: argparse.Namespace, name: str) -> float:
 
 
 @cache
+@torch.no_grad()
 def _operations(method: str, backbone: str | None, rest: str) -> float:
     size, args, options = json.loads(rest)
     return float(cost.count(cost.build(method, backbone, size, backbone_args=args, **options)))
