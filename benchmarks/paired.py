@@ -98,7 +98,12 @@ CONTROLS = {
 MECHANISMS = {  # the published box by another metric
     name: glsim(metric=name) for name in ("gls_l1", "gls_l2", "attention", "rollout", "psm", "maws", "sacm", "mhv")
 }
-VARIANTS = RULES | CONTROLS | MECHANISMS
+OTHERS: dict[str, dict[str, Any]] = {  # other methods, as they suit grids from 49 patches on
+    "transfg": {"method": "transfg", "options": {"stride": None}},  # over the grid that the plain run has
+    "ielt": {"method": "ielt", "options": {"tokens": 40, "votes": 12}},
+    **{name: {"method": name, "options": {}} for name in ("ffvt", "rams", "aftrans", "dcal")},
+}
+VARIANTS = RULES | CONTROLS | MECHANISMS | OTHERS
 EXPLAINED = {"random_patches": "box of random patches", "none": "no crop", FLIP: "plain, asked twice, once mirrored"}
 
 

@@ -88,8 +88,9 @@ def cell(a: argparse.Namespace, scale: float, clutter: float) -> list[dict[str, 
     everything = out / "where_all.json"
     if paired.PUBLISHED in a.mechanisms and not everything.exists():
         source = str(out / paired.PUBLISHED / f"seed_{a.seeds[0]}")
-        where = {"images": str(data / "test"), "masks": str(data / "masks"), "out": str(everything)}
-        localize(Localize(source=source, metrics=["all"], controls=True, **where), progress=False)
+        images, masks = str(data / "test"), str(data / "masks")
+        asked = Localize(source=source, images=images, masks=masks, metrics=["all"], controls=True, out=str(everything))
+        localize(asked, progress=False)
     return [{"scale": scale, "clutter": clutter, **as_row(row)} for row in found["rows"]]
 
 
