@@ -60,6 +60,7 @@ class Stopped(Exception):
 def main() -> None:
     """Parse, train as long as there is time, print."""
     a = parse()
+    torch.set_float32_matmul_precision("high")
     try:
         follow(a)
     except Stopped as stopped:
@@ -81,6 +82,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 10, 100])
     parser.add_argument("--variants", nargs="+", default=VARIANTS, help=f"of: {' '.join(paired.VARIANTS)}")
     parser.add_argument("--minutes", type=float, default=math.inf, help="after which it stops, to go on another time")
+    parser.add_argument("--compile", action="store_true", help="the pre-training, by torch.compile")
     a = parser.parse_args(words)
     if wrong := [name for name in a.variants if name not in paired.VARIANTS]:
         parser.error(f"--variants {' '.join(wrong)}: choose from {' '.join(paired.VARIANTS)}")
@@ -90,7 +92,6 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 def follow(a: argparse.Namespace) -> dict[str, Any]:
     """Pre-train, then fine-tune what is not finished; raises Stopped when the time is up."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     splits = read_data(a.data)
     plain = paired.settings(a, a.recipe, paired.VARIANTS["plain"], a.out / "start", a.seeds[0], a.pretrain_epochs)
     names, left_out = [], {}
@@ -106,7 +107,11 @@ def follow(a: argparse.Namespace) -> dict[str, Any]:
         model = make(plain, splits["train"])
         sets = {name: Pixels(splits[name], train.make_preprocessing(plain, model)) for name in ("train", "test")}
         if not (a.out / "start" / CONFIG).exists():
-            fit(model, plain, sets["train"], a.deadline, a.mixup)
+            learner = make(plain, splits["train"])
+            if a.compile:
+                learner.compile()
+            fit(learner, plain, sets["train"], a.deadline, a.mixup)
+            model.load_state_dict(learner.state_dict())  # asked without another compilation
             told = {"preprocessing": sets["train"].p, "metrics": {"test_top1": ask(model, sets["test"])[1]}}
             save(model, a.out / "start", list(splits["train"].classes), **told)
         for name, seed in work:
@@ -135,7 +140,7 @@ def make(s: Train, images: ImageList) -> Model:
     torch.manual_seed(s.seed)
     args = s.backbone_args or None
     model = create_model(s.method, s.backbone, len(images.classes), s.image_size, s.pretrained, args, **s.options)
-    return model.to(pick_device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.to(pick_device())
 
 
 class Pixels:
