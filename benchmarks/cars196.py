@@ -114,6 +114,7 @@ def follow(a: argparse.Namespace) -> dict[str, Any]:
             model.load_state_dict(learner.state_dict())  # asked without another compilation
             told = {"preprocessing": sets["train"].p, "metrics": {"test_top1": ask(model, sets["test"])[1]}}
             save(model, a.out / "start", list(splits["train"].classes), **told)
+            (a.out / "start" / STATE).unlink()
         for name, seed in work:
             fine_tune(a, name, seed, sets, splits["test"])
             paired.summarise(a, names, left_out)
