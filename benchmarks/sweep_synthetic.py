@@ -1,0 +1,149 @@
+"""As the part shrinks and clutter grows: does the crop of each mechanism hold the part, and how often is it right?
+
+    python benchmarks/sweep_synthetic.py recipes/synthetic_glsim.yaml --plain recipes/synthetic_plain.yaml --epochs 8 \\
+        --mechanisms published inclusive far_window evidence attention rollout random plain --out runs/sweep_synthetic
+    python benchmarks/sweep_synthetic.py recipes/synthetic_glsim.yaml --plain recipes/synthetic_plain.yaml --epochs 2 \\
+        --plain-epochs 6 --scales 0.7 1.4 --clutter 0.5 --mechanisms published plain --out runs/sweep_cheap
+
+One cell for each of `--scales` x `--clutter`: OUT/scale_S_clutter_C holds its drawn birds (`data`), its plain runs
+(`start`) and one run a mechanism and seed, fine-tuned and paired by `paired.py`, whose variants `--mechanisms` are.
+They learn with their crops: accuracy is of those runs. Where the crop of any other metric would lie in the run of
+`published` is asked without training (`where_all.json`, every metric of `glsim localize`, with controls).
+
+What is finished is not done again. OUT gets sweep.json, sweep.md and sweep.png, anew after every cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import paired
+from matplotlib.figure import Figure
+
+from glsim import synthetic
+from glsim.bundle import write_text
+from glsim.config import Localize
+from glsim.figures import save_figure
+from glsim.localize import run as localize
+
+MECHANISMS = ["published", "far", "evidence", "rollout", "random", "plain"]
+CELL = "scale_{:g}_clutter_{:g}"
+COLUMNS = {"top1": "test top-1, %", "holds": "crops that hold the part, %"}
+
+
+def main() -> None:
+    """Parse, follow the cells, print."""
+    print(as_markdown(follow(parse())))
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="of glsim: its settings hold for every mechanism")
+    parser.add_argument("--plain", required=True, help="recipe of the plain runs that all start from")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--scales", nargs="+", type=float, default=[1.4, 1.0, 0.6], help="of the parts, 0.3 to 2")
+    parser.add_argument("--clutter", nargs="+", type=float, default=[0.0, 0.5, 1.5], help="0 to 3")
+    parser.add_argument("--mechanisms", nargs="+", default=MECHANISMS, help="variants of paired.py")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser.add_argument("--epochs", type=int, required=True, help="of the fine-tuning")
+    parser.add_argument("--plain-epochs", type=int, help="instead of the plain recipe's")
+    parser.add_argument("--classes", type=int, default=5)
+    parser.add_argument("--train", type=int, default=120, help="images a class")
+    parser.add_argument("--test", type=int, default=40, help="images a class")
+    parser.add_argument("--size", type=int, default=96, help="pixels")
+    return parser.parse_args(words)
+
+
+def follow(a: argparse.Namespace) -> list[dict[str, Any]]:
+    """Draw, train and measure cell by cell; a row for each mechanism of each."""
+    rows: list[dict[str, Any]] = []
+    for scale in a.scales:
+        for clutter in a.clutter:
+            rows += cell(a, scale, clutter)
+            write_text(a.out / "sweep.json", json.dumps(rows, indent=2) + "\n")
+            write_text(a.out / "sweep.md", as_markdown(rows) + "\n")
+            draw(rows, a.out / "sweep.png")
+    return rows
+
+
+def cell(a: argparse.Namespace, scale: float, clutter: float) -> list[dict[str, Any]]:
+    """One set of birds, and all mechanisms on it."""
+    out = a.out / CELL.format(scale, clutter)
+    data = out / "data"
+    drawn = {"classes": a.classes, "train": a.train, "test": a.test, "size": a.size}
+    drawn |= {"part_scale": scale, "clutter": clutter}
+    if not data.exists():
+        synthetic.write(data, **drawn)
+    told = json.loads((data / "species.json").read_text())["arguments"]
+    if changed := [f"{k}={told[k]} (now {v})" for k, v in drawn.items() if told[k] != v]:
+        raise SystemExit(f"{data} was drawn with {', '.join(changed)}; name another --out")
+    words = [a.recipe, "--plain", a.plain, "--data", str(data), "--out", str(out), "--masks", str(data / "masks")]
+    words += ["--seeds", *map(str, a.seeds), "--epochs", str(a.epochs)]
+    words += ["--plain-epochs", str(a.plain_epochs)] if a.plain_epochs else []
+    found = paired.follow(paired.parse([*words, "--variants", *a.mechanisms]))
+    everything = out / "where_all.json"
+    if paired.PUBLISHED in a.mechanisms and not everything.exists():
+        source = str(out / paired.PUBLISHED / f"seed_{a.seeds[0]}")
+        images, masks = str(data / "test"), str(data / "masks")
+        asked = Localize(source=source, images=images, masks=masks, metrics=["all"], controls=True, out=str(everything))
+        localize(asked, progress=False)
+    return [{"scale": scale, "clutter": clutter, **as_row(row)} for row in found["rows"]]
+
+
+def as_row(row: dict[str, Any]) -> dict[str, Any]:
+    """What of a row of `paired.py` is shown, in percent: mean, and low and high of its interval where there is one."""
+    where = row["where"] or {}
+
+    def percent(name: str) -> list[float] | None:
+        return [100 * value for value in where[name]] if where.get(name) else None
+
+    return {
+        "mechanism": row["name"],
+        "top1": [100 * correct / row["count"] for correct in row["correct"]],
+        "difference": row["difference"],
+        "area": percent("area"),
+        "holds": percent("holds"),
+        "random": percent("random holds"),
+    }
+
+
+def as_markdown(rows: list[dict[str, Any]]) -> str:
+    """The table for people: a line a cell and mechanism."""
+    heads = ["part scale", "clutter", "mechanism", "top-1, %", "beyond published, points"]
+    heads += ["area", "holds", "random box holds"]
+    lines = [heads, ["---"] * len(heads)]
+    for r in rows:
+        gap = "{:+.1f} ({:+.1f} to {:+.1f})".format(*r["difference"]) if r["difference"] else ""
+        cells = [f"{r['scale']:g}", f"{r['clutter']:g}", r["mechanism"], f"{sum(r['top1']) / len(r['top1']):.1f}", gap]
+        lines.append([*cells, *(f"{r[name][0]:.0f} %" if r[name] else "" for name in ("area", "holds", "random"))])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """PNG: accuracy, and crops that hold the part, along the size of the part; a column for each clutter."""
+    clutters = list(dict.fromkeys(row["clutter"] for row in rows))
+    figure = Figure(figsize=(3.4 * len(clutters) + 1.6, 6), layout="constrained")
+    panels = figure.subplots(2, len(clutters), squeeze=False, sharex=True, sharey="row")
+    names = list(dict.fromkeys(row["mechanism"] for row in rows))
+    for column, clutter in zip(panels.T, clutters, strict=True):
+        for axes, measure in zip(column, ("top1", "holds"), strict=True):
+            for number, name in enumerate(names):
+                mine = [r for r in rows if r["mechanism"] == name and r["clutter"] == clutter and r[measure]]
+                ys = [sum(r["top1"]) / len(r["top1"]) if measure == "top1" else r["holds"][0] for r in mine]
+                axes.plot([r["scale"] for r in mine], ys, marker="o", color=f"C{number}", label=name)
+            axes.grid(alpha=0.3)
+        column[0].set_title(f"clutter {clutter:g}", fontsize=10)
+        column[1].set_xlabel("scale of the part")
+    for axes, measure in zip(panels[:, 0], ("top1", "holds"), strict=True):
+        axes.set_ylabel(COLUMNS[measure])
+    panels[0, 0].invert_xaxis()
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    main()

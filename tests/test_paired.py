@@ -1,0 +1,140 @@
+"""benchmarks/paired.py: runs from one start, paired; what is finished is left alone, shards share the rest."""
+
+import json
+from importlib import import_module
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TINY
+
+from glsim import models, synthetic
+
+
+@pytest.fixture
+def paired(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    for name, file in {"tokens": "one_pass", "ruled": "rules"}.items():  # as the scripts do, and undone
+        monkeypatch.setitem(models.METHODS, name, file)
+    return import_module("paired")
+
+
+@pytest.fixture
+def words(tmp_path):
+    synthetic.write(tmp_path / "birds", classes=2, train=6, test=3, size=64)
+    recipes = {"base": {"epochs": 9}, "plain": {"method": "plain", "options": {}, "epochs": 1}}
+    for name, changes in recipes.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**TINY, **changes}))
+    base, plain, birds, out = (str(tmp_path / name) for name in ("base.yaml", "plain.yaml", "birds", "out"))
+    return [base, "--plain", plain, "--data", birds, "--out", out, "--seeds", "1", "2", "--epochs", "1"]
+
+
+def test_rows_of_every_variant(paired, words, tmp_path, capsys):
+    out = tmp_path / "out"
+    more = ["--masks", str(tmp_path / "birds" / "masks"), "--variants"]
+    with pytest.raises(SystemExit, match="plain runs first"):
+        paired.follow(paired.parse([*words, "--shard", "1/2"]))
+    paired.follow(paired.parse([*words, "--variants"]))
+    some = [*more, "published", "window", "none", "plain"]
+    half = paired.follow(paired.parse([*words, "--shard", "1/2", *some]))
+    assert {row["name"]: row["seeds"] for row in half["rows"]} == {
+        "window": [1, 2],
+        "plain": [1, 2],
+        "plain_flip": [1, 2],
+    }
+    result = paired.follow(paired.parse([*words, "--shard", "0/2", *some]))
+    assert result == json.loads((out / "paired.json").read_text()) and result["runs"] == result["of"] == 10
+    rows = {row["name"]: row for row in result["rows"]}
+    assert list(rows) == ["published", "window", "none", "plain", "plain_flip"]
+    assert rows["published"]["difference"] is None and rows["published"]["cost"] == 1
+    assert rows["none"]["cost"] < 0.6 and 0.9 < rows["plain_flip"]["cost"] < 1.2 and rows["none"]["where"] is None
+    assert 0 < rows["window"]["where"]["area"][0] < 1
+    window = rows["window"]
+    naive = [100 * (a - b) / 6 for a, b in zip(window["correct"], rows["published"]["correct"], strict=True)]
+    assert window["differences"] == pytest.approx(naive)
+    mean, low, high = window["difference"]
+    assert low <= mean <= high and mean == pytest.approx(sum(naive) / 2)
+    assert [x["seed"] for x in window["mcnemar"]] == [1, 2, "pooled"]
+    recipe = yaml.safe_load((out / "window" / "seed_2" / "train.yaml").read_text())
+    assert recipe["init_from"] == str(out / "start" / "seed_2") and recipe["epochs"] == 1
+    assert not list(out.glob("*/*/checkpoint")) or all(p.parts[-3] == "start" for p in out.glob("*/*/checkpoint"))
+    assert (out / "paired.png").stat().st_size > 1000 and "| window |" in (out / "paired.md").read_text()
+    log = out / "window" / "seed_1" / "log.jsonl"
+    before = log.stat().st_mtime_ns
+    capsys.readouterr()
+    assert paired.follow(paired.parse([*words, *some])) == result
+    assert log.stat().st_mtime_ns == before and "training" not in capsys.readouterr().err
+
+
+def test_difference_and_p_by_hand(paired, words):
+    a = paired.parse([*words])
+    truth = tuple("aabb")
+    ours = {1: (truth, torch.tensor([True, True, True, False])), 2: (truth, torch.tensor([True, True, True, True]))}
+    theirs = {
+        1: (truth, torch.tensor([True, False, False, False])),
+        2: (truth, torch.tensor([True, True, False, True])),
+    }
+    row = paired.as_row(a, "window", ours, theirs)
+    assert row["differences"] == [50.0, 25.0] and row["difference"][0] == 37.5
+    told = [(x["seed"], x["only_it"], x["only_published"], x["p"]) for x in row["mcnemar"]]
+    assert told == [(1, 2, 0, 0.5), (2, 1, 0, 1.0), ("pooled", 3, 0, 0.25)]
+    with pytest.raises(SystemExit, match="other images"):
+        paired.as_row(a, "window", ours, {1: (tuple("abab"), theirs[1][1])})
+
+
+def test_all_variants_can_be_built(paired, words):
+    """At costs near the published rule's, but for one pass alone, two crops, and every patch asked."""
+    a = paired.parse([*words])
+    names = {**paired.RULES, **paired.CONTROLS}
+    costs = {name: paired.operations(a, name) / paired.operations(a, "published") for name in names}
+    two = {name: value for name, value in costs.items() if name not in ("none", "plain")}
+    assert min(two.values()) > 0.9 and max(two, key=two.get) in (
+        "two_boxes",
+        "evidence",
+        "evidence_loss",
+        "evidence_window",
+    )
+    assert costs["none"] < 0.6 and costs["plain"] < 0.6
+
+
+def test_a_backbone_that_does_not_suit_leaves_a_variant_out(paired, words, tmp_path, capsys):
+    base = tmp_path / "base.yaml"
+    pooled = {"backbone_args": {**TINY["backbone_args"], "class_token": False, "global_pool": "avg"}}
+    base.write_text(yaml.safe_dump({**yaml.safe_load(base.read_text()), **pooled}))
+    result = paired.follow(paired.parse([*words, "--seeds", "1", "--variants", "centred"]))
+    assert "class_token: true" in result["left_out"]["centred"] and result["rows"] == []
+    assert "centred left out" in capsys.readouterr().err
+
+
+def test_sweep_of_drawn_sets(paired, words, tmp_path):
+    """Two cells of one seed: scale and clutter are those drawn, and nothing is done twice."""
+    sweep, out = import_module("sweep_synthetic"), tmp_path / "sweep"
+    some = [
+        *words[:3],
+        "--epochs",
+        "1",
+        "--seeds",
+        "1",
+        "--classes",
+        "2",
+        "--train",
+        "6",
+        "--test",
+        "2",
+        "--size",
+        "64",
+    ]
+    some += ["--scales", "1", "0.5", "--clutter", "0", "--mechanisms", "published", "plain", "--out", str(out)]
+    rows = sweep.follow(sweep.parse(some))
+    assert [(r["scale"], r["mechanism"]) for r in rows] == [
+        (s, m) for s in (1, 0.5) for m in ("published", "plain", "plain_flip")
+    ]
+    assert rows == json.loads((out / "sweep.json").read_text()) and rows[0]["holds"] and not rows[1]["holds"]
+    everything = json.loads((out / "scale_0.5_clutter_0" / "where_all.json").read_text())
+    assert {"rollout", "rollout/random", "whole"} <= set(everything["targets"]["part"]["rows"])
+    assert (out / "sweep.png").stat().st_size > 1000
+    log = out / "scale_1_clutter_0" / "published" / "seed_1" / "log.jsonl"
+    before = log.stat().st_mtime_ns
+    assert sweep.follow(sweep.parse(some)) == rows and log.stat().st_mtime_ns == before
+    with pytest.raises(SystemExit, match="test=2"):
+        sweep.follow(sweep.parse([*some, "--test", "3"]))
