@@ -74,7 +74,7 @@ def spelled_out(model: Model) -> AbstractContextManager[Any]:
     return explicit_attention(model) if isinstance(model.backbone.net, Beit) else nullcontext()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def cut(model: Model) -> list[Graph]:
     """The graphs of a model, as `GraphModel` runs them one after the other.
 
@@ -168,7 +168,7 @@ def torch_onnx(graph: Graph) -> Any:
     rest = torch.export.Dim.DYNAMIC  # as long as the first input
     shapes = [{0: torch.export.Dim("batch")}, *[{0: rest}] * (len(graph.inputs) - 1)]
     try:
-        with quiet():
+        with quiet(), torch.no_grad():
             return torch.onnx.export(
                 graph.module.eval(),
                 tuple(graph.inputs.values()),

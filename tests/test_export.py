@@ -86,8 +86,10 @@ def test_every_method_and_family_exports(method, backbone, tmp_path):
     agrees(model, out)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("metric", [m for m in glsim.METRICS if m != "gls_cos"])
+@pytest.mark.parametrize(  # one that reads attention is always tried
+    "metric",
+    ["rollout", *(pytest.param(m, marks=pytest.mark.slow) for m in glsim.METRICS if m not in ("gls_cos", "rollout"))],
+)
 def test_every_metric_exports(metric, tmp_path):
     model = small_model(metric=metric, crop_size=[32, 48], classifier="max_cls", box="inclusive")
     agrees(model, exported(model, tmp_path)[0])
