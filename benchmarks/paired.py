@@ -8,7 +8,8 @@
 For each seed a plain run is trained once (START/seed_SEED; one that is there is taken), and every variant is fine-tuned
 from it for `--epochs` epochs with the settings of the first recipe: OUT/VARIANT/seed_SEED. All get its backbone;
 aggregator and head start anew. Only `plain`, trained on for as long, keeps its head. `plain_flip` is that run asked
-twice, once mirrored. The test split is measured after the last epoch and chooses nothing.
+twice, once mirrored; `plain_large` is trained on and asked at `--large` pixels: sqrt(2) times the side costs about what
+two passes do. The test split is measured after the last epoch and chooses nothing.
 
 A finished run is not trained again, an interrupted one goes on. `--shard I/N` trains every N-th run, so that N
 processes share them (the plain runs have to be there, or be trained by the first one alone: `--variants`). OUT gets
@@ -49,7 +50,7 @@ from glsim.types import ConfigError
 from glsim.where import as_numbers
 
 METHODS["ruled"] = "rules"  # the file beside this one
-PUBLISHED, PLAIN, FLIP = "published", "plain", "plain_flip"
+PUBLISHED, PLAIN, FLIP, LARGE = "published", "plain", "plain_flip", "plain_large"
 WHERE = "where.json"
 DRAWS = 10_000  # of the bootstrap
 
@@ -66,6 +67,7 @@ def glsim(**options: Any) -> dict[str, Any]:
 
 RULES = {
     PUBLISHED: glsim(),
+    "mirrored": ruled("mirrored"),
     "inclusive": glsim(box="inclusive"),
     "component": ruled("component"),
     "spread": ruled("spread"),
@@ -93,7 +95,8 @@ CONTROLS = {
     "none": glsim(box="none"),
     "no_aggregator": glsim(aggregator_depth=0),
     "random_patches": glsim(metric="random"),
-    PLAIN: {"method": "plain", "options": {}},
+    PLAIN: {"method": PLAIN, "options": {}},
+    LARGE: {"method": PLAIN, "options": {}},
 }
 MECHANISMS = {  # the published box by another metric
     name: glsim(metric=name) for name in ("gls_l1", "gls_l2", "attention", "rollout", "psm", "maws", "sacm", "mhv")
@@ -124,6 +127,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, required=True, help="of the fine-tuning")
     parser.add_argument("--plain-epochs", type=int, help="instead of the plain recipe's")
     parser.add_argument("--variants", nargs="*", default=[*RULES, *CONTROLS], help=f"of: {' '.join(VARIANTS)}")
+    parser.add_argument("--large", type=int, help="pixels of plain_large, a multiple of the patches'")
     parser.add_argument("--masks", type=Path, help="folder of masks of the test images")
     parser.add_argument("--shard", default="0/1", help="I/N: train only the runs I, I + N, ..")
     parser.add_argument("--workers", type=int, default=0, help="processes that load images")
@@ -161,7 +165,7 @@ def follow(a: argparse.Namespace) -> dict[str, Any]:
     result = summarise(a, names, left_out)
     for name, seed in work[a.turn :: a.turns]:
         out = a.out / name / f"seed_{seed}"
-        s = settings(a, a.recipe, VARIANTS[name], out, seed, a.epochs, init_from=str(a.start / f"seed_{seed}"))
+        s = settings(a, a.recipe, variant(a, name), out, seed, a.epochs, init_from=str(a.start / f"seed_{seed}"))
         finish(s)
         for checkpoint in out.glob(f"{CHECKPOINT}*"):
             shutil.rmtree(checkpoint)
@@ -173,22 +177,29 @@ def follow(a: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def variant(a: argparse.Namespace, name: str) -> dict[str, Any]:
+    """What `name` changes of the recipe; ConfigError where it needs an argument that was not given."""
+    if name == LARGE and a.large is None:
+        raise ConfigError("--large PIXELS is needed, about sqrt(2) times the recipe's image_size")
+    return VARIANTS[name] | ({"image_size": a.large} if name == LARGE else {})
+
+
 def settings(
-    a: argparse.Namespace, recipe: Path, variant: dict[str, Any], out: Path, seed: int, epochs: int | None, **more: Any
+    a: argparse.Namespace, recipe: Path, changes: dict[str, Any], out: Path, seed: int, epochs: int | None, **more: Any
 ) -> Train:
     """One run: a recipe, and what a variant changes of it."""
     values = read_recipe(recipe)
-    options = {**values.get("options", {}), **variant.get("options", {})} if variant.get("method") != PLAIN else {}
+    options = {**values.get("options", {}), **changes.get("options", {})} if changes.get("method") != PLAIN else {}
     fixed = {"data": a.data, "out": str(out), "seed": seed, "test": True, "workers": a.workers, "cache": "ram"}
     length = {"epochs": epochs} if epochs else {}
-    return Train(**{**values, **variant, "options": options, **fixed, **length, **more})
+    return Train(**{**values, **changes, "options": options, **fixed, **length, **more})
 
 
 def operations(a: argparse.Namespace, name: str) -> float:
     """Floating point operations of an answer; ConfigError where the backbone does not suit the variant."""
     if name == FLIP:
         return 2 * operations(a, PLAIN)
-    s = settings(a, a.recipe, VARIANTS[name], a.out, 0, None)
+    s = settings(a, a.recipe, variant(a, name), a.out, 0, None)
     return _operations(s.method, s.backbone, json.dumps([s.image_size, s.backbone_args, s.options]))
 
 

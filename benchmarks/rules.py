@@ -129,6 +129,12 @@ def around_best(model: Ruled, images: Tensor, grid: Grid, scores: Tensor) -> tup
     return cropped(images, select(scores, model.top_o, grid, images.shape[-2:]))
 
 
+def mirrored(model: Ruled, images: Tensor, grid: Grid, scores: Tensor) -> tuple[Selection, Tensor]:
+    """The published box, its crop mirrored: the two passes see left and right exchanged."""
+    selection, crops = around_best(model, images, grid, scores)
+    return selection, crops.flip(-1)
+
+
 def around_best_whole(model: Ruled, images: Tensor, grid: Grid, scores: Tensor) -> tuple[Selection, Tensor]:
     """The inclusive box around the O best patches."""
     return cropped(images, select(scores, model.top_o, grid, images.shape[-2:], "inclusive"))
@@ -254,6 +260,7 @@ class Rule(NamedTuple):
 
 RULES = {
     "published": Rule(),
+    "mirrored": Rule(cut=mirrored),
     "inclusive": Rule(cut=around_best_whole),
     "component": Rule(cut=around_group),
     "spread": Rule(cut=around_middle),

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import typing
+from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
@@ -457,11 +458,12 @@ def parse(name: str, verb: Verb, words: list[str]) -> Any:
         allow_abbrev=False,
         print_config="--print-recipe",
     )
-    if verb.settings is config.Train:
+    recipes = verb.settings is config.Train
+    if recipes:
         parser.add_argument("--recipe", action="config", help="YAML file with any of the options below")
     hints = typing.get_type_hints(verb.settings)
     for f in fields:
-        add_option(parser, f, hints[f.name])
+        add_option(parser, f, hints[f.name], recipes)
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     numbers = {f"--{f.name.replace('_', '-')}" for f in fields if hints[f.name] in (list[int], list[float])}
     try:
@@ -487,8 +489,11 @@ def split_commas(words: list[str], options: set[str]) -> list[str]:
     return result
 
 
-def add_option(parser: Any, f: dataclasses.Field, hint: Any) -> None:
-    """One field of a settings class as an option, or as a word without a name."""
+def add_option(parser: Any, f: dataclasses.Field, hint: Any, recipes: bool) -> None:
+    """One field of a settings class as an option, or as a word without a name.
+
+    What is on already, by default or where `recipes` may say so, has an option that turns it off.
+    """
     text = f.metadata["help"]
     needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
@@ -503,8 +508,9 @@ def add_option(parser: Any, f: dataclasses.Field, hint: Any) -> None:
     option = f"--{f.name.replace('_', '-')}"
     if hint is bool:
         parser.add_argument(option, action="store_true", default=default, help=text)
-        if default:
-            parser.add_argument(f"--no-{option[2:]}", dest=f.name, action="store_false", help=f"not {option}")
+        if default or recipes:
+            off = f"--no-{option[2:]}"
+            parser.add_argument(off, dest=f.name, action="store_false", default=SUPPRESS, help=f"not {option}")
     elif hint == list[str] | None:
         parser.add_argument(option, nargs="+", default=default, help=text)
     elif hint in (list[int], list[float], list[str]):

@@ -84,9 +84,11 @@ def _seconds(*words):
 
 
 def test_recipes_are_read_and_overridden(tmp_path):
-    (tmp_path / "r.yaml").write_text("data: d\nout: o\nlr: 1e-3\noptions: {top_o: 3}\nbackbone_args: {depth: 2}\n")
+    recipe = "data: d\nout: o\ntest: true\nlr: 1e-3\noptions: {top_o: 3}\nbackbone_args: {depth: 2}\n"
+    (tmp_path / "r.yaml").write_text(recipe)
     words = ["--recipe", str(tmp_path / "r.yaml"), "--epochs", "7", "--options.metric", "gls_l1", "--no-pretrained"]
     s = cli.parse("train", cli.VERBS["train"], words)
+    assert s.test and not cli.parse("train", cli.VERBS["train"], [*words, "--no-test"]).test
     assert (s.lr, s.epochs, s.data, s.pretrained) == (1e-3, 7, "d", False)
     assert s.options == {"top_o": 3, "metric": "gls_l1"} and s.backbone_args == {"depth": 2}
     assert cli.parse(

@@ -84,10 +84,10 @@ def test_difference_and_p_by_hand(paired, words):
 
 def test_all_variants_can_be_built(paired, words):
     """At costs near the published rule's, but for one pass alone, two crops, and every patch asked."""
-    a = paired.parse([*words])
+    a = paired.parse([*words, "--large", "96"])
     names = {**paired.RULES, **paired.CONTROLS}
     costs = {name: paired.operations(a, name) / paired.operations(a, "published") for name in names}
-    two = {name: value for name, value in costs.items() if name not in ("none", "plain")}
+    two = {name: value for name, value in costs.items() if name not in ("none", "plain", "plain_large")}
     assert min(two.values()) > 0.9 and max(two, key=two.get) in (
         "two_boxes",
         "evidence",
@@ -95,6 +95,18 @@ def test_all_variants_can_be_built(paired, words):
         "evidence_window",
     )
     assert costs["none"] < 0.6 and costs["plain"] < 0.6
+
+
+def test_plain_at_more_pixels(paired, words, tmp_path, capsys):
+    """Starts from the same plain run, whose position embeddings are resampled."""
+    some = [*words, "--seeds", "1", "--variants", "published", "plain_large"]
+    result = paired.follow(paired.parse([*some, "--large", "96"]))
+    (row,) = (row for row in result["rows"] if row["name"] == "plain_large")
+    assert row["difference"] is not None and 0.9 < row["cost"] < 1.4
+    recipe = yaml.safe_load((tmp_path / "out" / "plain_large" / "seed_1" / "train.yaml").read_text())
+    assert recipe["image_size"] == 96 and recipe["init_from"] == str(tmp_path / "out" / "start" / "seed_1")
+    assert "--large PIXELS" in paired.follow(paired.parse(some))["left_out"]["plain_large"]
+    assert "plain_large left out" in capsys.readouterr().err
 
 
 def test_a_backbone_that_does_not_suit_leaves_a_variant_out(paired, words, tmp_path, capsys):

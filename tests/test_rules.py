@@ -29,7 +29,9 @@ def images(count=4, seed=1):
     return torch.randn(count, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
 
 
-NAMES = "published inclusive component spread quantile window two_boxes soft far far_window centred early evidence"
+NAMES = (
+    "published mirrored inclusive component spread quantile window two_boxes soft far far_window centred early evidence"
+)
 NAMES = [*NAMES.split(), "evidence_window", "norm"]
 
 
@@ -72,6 +74,16 @@ def test_published_is_glsim(rules, args):
     torch.testing.assert_close(f.cls, told.cls)
     torch.testing.assert_close(f.patches, told.patches)
     assert f.grid == told.grid
+
+
+def test_mirrored_shows_the_published_crop_from_the_other_side(rules):
+    rule, published = (small_model("ruled", top_o=4, rule=name) for name in ("mirrored", "published"))
+    rule.load_state_dict(published.state_dict())
+    with torch.inference_mode():
+        one, other = rule(images()), published(images())
+    assert torch.equal(one.selection.boxes, other.selection.boxes)
+    assert torch.equal(one.crops, other.crops.flip(-1)) and not torch.equal(one.crops, other.crops)
+    assert not torch.equal(one.logits, other.logits)
 
 
 def test_losses_of_one_token(rules):
