@@ -9,8 +9,10 @@ crops, flips, turns, colours and erased boxes are drawn there for whole batches.
 
 After `--minutes` it saves where it is and stops; the same command goes on from there and ends as though never stopped
 (the device's rounding aside). Runs go seed by seed, and paired.json, paired.md and paired.png are written anew after
-each. The pre-trained network is one for all seeds: they differ in aggregator, head, order and augmentation. The test
-split is measured after the last epoch of a run, and chooses nothing.
+each. The pre-trained network (seed 0) is one for all seeds: they differ in what a method adds to it, order and
+augmentation. Only `plain` keeps its head. The test split is measured after the last epoch of a run and chooses nothing.
+A folder begun with other settings is refused. The whole of it, 20 variants and three seeds, is about 400 PFLOP: more
+than half an hour of one accelerator, so where time is short name fewer `--variants`.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from glsim import save, train
 from glsim.backbone import Model
 from glsim.batches import TrainBatches, mix
 from glsim.bundle import CONFIG, init_from, pick_device, write_text
-from glsim.config import Train
+from glsim.config import Train, to_recipe
 from glsim.data import ImageList, read_data
 from glsim.images import open_image
 from glsim.losses import objective
@@ -87,14 +89,16 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     known = [name for name in paired.VARIANTS if name != paired.LARGE]  # all images are kept at one size
     if wrong := [name for name in a.variants if name not in known]:
         parser.error(f"--variants {' '.join(wrong)}: choose from {' '.join(known)}")
-    a.large, a.workers, a.deadline = None, 0, time.monotonic() + 60 * a.minutes
+    a.large, a.against, a.workers, a.deadline = None, paired.PUBLISHED, 0, time.monotonic() + 60 * a.minutes
     return a
 
 
 def follow(a: argparse.Namespace) -> dict[str, Any]:
     """Pre-train, then fine-tune what is not finished; raises Stopped when the time is up."""
     splits = read_data(a.data)
-    plain = paired.settings(a, a.recipe, paired.VARIANTS["plain"], a.out / "start", a.seeds[0], a.pretrain_epochs)
+    mixed = {"mixup": a.mixup, "cutmix": 1.0 if a.mixup else 0.0}
+    plain = paired.settings(a, a.recipe, paired.VARIANTS["plain"], a.out / "start", 0, a.pretrain_epochs, **mixed)
+    claim(plain)
     names, left_out = [], {}
     for name in a.variants:
         try:
@@ -102,8 +106,10 @@ def follow(a: argparse.Namespace) -> dict[str, Any]:
             names.append(name)
         except ConfigError as error:
             left_out[name] = str(error)
-    work = [(name, seed) for seed in a.seeds for name in names]
-    work = [(name, seed) for name, seed in work if paired.answers(a.out / name / f"seed_{seed}") is None]
+    plan = [(name, settings(a, name, seed)) for seed in a.seeds for name in names]
+    for _, s in plan:
+        claim(s)
+    work = [(name, s) for name, s in plan if paired.answers(Path(s.out)) is None]
     if work:
         model = make(plain, splits["train"])
         sets = {name: Pixels(splits[name], train.make_preprocessing(plain, model)) for name in ("train", "test")}
@@ -111,27 +117,40 @@ def follow(a: argparse.Namespace) -> dict[str, Any]:
             learner = make(plain, splits["train"])
             if a.compile:
                 learner.compile()
-            fit(learner, plain, sets["train"], a.deadline, a.mixup)
+            fit(learner, plain, sets["train"], a.deadline)
             model.load_state_dict(learner.state_dict())  # asked without another compilation
             told = {"preprocessing": sets["train"].p, "metrics": {"test_top1": ask(model, sets["test"])[1]}}
             save(model, a.out / "start", list(splits["train"].classes), **told)
             (a.out / "start" / STATE).unlink()
-        for name, seed in work:
-            fine_tune(a, name, seed, sets, splits["test"])
+        for name, s in work:
+            fine_tune(a, name, s, sets, splits["test"])
             paired.summarise(a, names, left_out)
     return paired.summarise(a, names, left_out)
 
 
-def fine_tune(a: argparse.Namespace, name: str, seed: int, sets: dict[str, Pixels], test: ImageList) -> None:
+def settings(a: argparse.Namespace, name: str, seed: int) -> Train:
+    """Of one variant with one seed."""
+    s = paired.settings(a, a.recipe, paired.VARIANTS[name], a.out / name / f"seed_{seed}", seed, a.epochs)
+    return replace(s, lr=a.lr)
+
+
+def claim(s: Train) -> None:
+    """Write a run's settings down before anything else; ConfigError where the folder was begun with others."""
+    out = Path(s.out)
+    if (out / train.RECIPE).exists():
+        train.check_out(replace(s, resume=True), out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / train.RECIPE, to_recipe(s))
+
+
+def fine_tune(a: argparse.Namespace, name: str, s: Train, sets: dict[str, Pixels], test: ImageList) -> None:
     """One variant with one seed, from the pre-trained network to its answers on test."""
-    out = a.out / name / f"seed_{seed}"
-    s = paired.settings(a, a.recipe, paired.VARIANTS[name], out, seed, a.epochs, init_from=str(a.out / "start"))
-    s = replace(s, lr=a.lr)
+    out = Path(s.out)
     model = make(s, test)
-    init_from(model, a.out / "start")
+    init_from(model, paired.start_of(a.out / "start", name))
     fit(model, s, sets["train"], a.deadline)
     if name == paired.PLAIN:
-        write_answers(a.out / paired.FLIP / f"seed_{seed}", ask(model, sets["test"], flip=True)[0], test)
+        write_answers(a.out / paired.FLIP / out.name, ask(model, sets["test"], flip=True)[0], test)
     guesses, _ = ask(model, sets["test"])
     write_answers(out, guesses, test)  # last: a run with answers is finished
     (out / STATE).unlink()
@@ -203,19 +222,17 @@ class Pixels:
         return pixels.masked_fill((inside & there[:, None, None])[:, None], 0.0)
 
 
-def fit(model: Model, s: Train, images: Pixels, deadline: float, mixup: float = 0.0) -> None:
+def fit(model: Model, s: Train, images: Pixels, deadline: float) -> None:
     """Train as `s` says, from its saved state if there is one; past the `deadline` save it and raise Stopped."""
     out, device = Path(s.out), images.images.device
     out.mkdir(parents=True, exist_ok=True)
     batches = TrainBatches(len(images.labels), s.batch_size, 1, s.seed)
     optimizer = train.make_optimizer(s, model)
     schedule = train.make_schedule(s, optimizer, s.epochs * batches.steps)
-    mixing = batch_mixing(mixup, 1.0 if mixup else 0.0, model.config["num_classes"])
+    mixing = batch_mixing(s.mixup, s.cutmix, model.config["num_classes"])
     log: list[dict[str, Any]] = []
     if (out / STATE).exists():
-        state = torch.load(out / STATE, map_location=device, weights_only=True)
-        if state["epochs"] != s.epochs:
-            raise SystemExit(f"{out} was started with {state['epochs']} epochs, not {s.epochs}; name another --out")
+        state = torch.load(out / STATE, map_location="cpu", weights_only=True)  # AdamW counts its steps there
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         log = state["log"]
@@ -246,7 +263,7 @@ def fit(model: Model, s: Train, images: Pixels, deadline: float, mixup: float = 
         late = time.monotonic() + seconds > deadline
         if late or epoch + 1 == s.epochs or time.monotonic() > saved + EVERY:
             saved = time.monotonic()
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "log": log, "epochs": s.epochs}
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "log": log}
             torch.save(state, out / f"{STATE}.tmp")
             (out / f"{STATE}.tmp").replace(out / STATE)
             write_text(out / train.LOG, "".join(json.dumps(row) + "\n" for row in log))
@@ -259,9 +276,8 @@ def ask(model: Model, images: Pixels, flip: bool = False) -> tuple[Tensor, float
     """The class (images,) that the model gives each image, and the share of right ones."""
     model.eval()
     parts = [slice(i, i + 256) for i in range(0, len(images.labels), 256)]
-    with torch.autocast(images.images.device.type, torch.bfloat16, enabled=images.images.device.type != "cpu"):
-        outputs = answers(model, (images.centre(part) for part in parts), flip)
-        guesses = torch.cat([output.logits.argmax(dim=1) for output in outputs])
+    outputs = answers(model, (images.centre(part) for part in parts), flip)
+    guesses = torch.cat([output.logits.argmax(dim=1) for output in outputs])
     right = int((guesses == images.labels).sum())
     print(f"test: {right} of {len(guesses)}, {right / len(guesses):.1%}", file=sys.stderr)
     return guesses.cpu(), right / len(guesses)

@@ -107,13 +107,19 @@ def prepare(recipe: Path, seed: int, has_val: bool, a: argparse.Namespace) -> No
 
 
 def finish(s: Train) -> None:
-    """Train, go on training, or leave a finished run alone."""
+    """Train, go on training, or leave a finished run alone; ConfigError for a run that began with other settings."""
     folder = Path(s.out)
-    log = folder / train.LOG
-    if log.exists() and (folder / METRICS_FILE).exists() and len(log.read_text().splitlines()) == s.epochs:
-        return
-    print(f"training {folder}", file=sys.stderr)
-    train.run(replace(s, resume=(folder / train.RECIPE).exists()))
+    s = replace(s, resume=(folder / train.RECIPE).exists())
+    train.check_out(s, folder)
+    if not is_finished(s):
+        print(f"training {folder}", file=sys.stderr)
+        train.run(s)
+
+
+def is_finished(s: Train) -> bool:
+    """Whether all epochs of a run are written down: its metrics alone are there after the first one."""
+    log = Path(s.out) / train.LOG
+    return (Path(s.out) / METRICS_FILE).exists() and log.exists() and len(log.read_text().splitlines()) == s.epochs
 
 
 def ways(folder: Path, seed: int) -> list[Row]:

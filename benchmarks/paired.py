@@ -6,19 +6,22 @@
         --masks birds/masks --epochs 8 --out runs/paired_birds --start runs/cost/synthetic_plain --shard 0/2
 
 For each seed a plain run is trained once (START/seed_SEED; one that is there is taken), and every variant is fine-tuned
-from it for `--epochs` epochs with the settings of the first recipe: OUT/VARIANT/seed_SEED. All get its backbone;
-aggregator and head start anew. Only `plain`, trained on for as long, keeps its head. `plain_flip` is that run asked
-twice, once mirrored; `plain_large` is trained on and asked at `--large` pixels: sqrt(2) times the side costs about what
-two passes do. The test split is measured after the last epoch and chooses nothing.
+from it for `--epochs` epochs with the settings of the first recipe: OUT/VARIANT/seed_SEED. All get its backbone; heads
+and what else a method has start anew. Only `plain` and `plain_large` keep the head; `plain_new_head` does not.
+`plain_flip` is the run of `plain` asked twice, once mirrored; `plain_large` is trained and asked at `--large` pixels:
+sqrt(2) times the side costs about what two passes do. The test split is measured after the last epoch and chooses
+nothing.
 
 A finished run is not trained again, an interrupted one goes on. `--shard I/N` trains every N-th run, so that N
 processes share them (the plain runs have to be there, or be trained by the first one alone: `--variants`). OUT gets
-paired.json, paired.md and paired.png, anew after every run, of all runs that are finished by then.
+paired.json, paired.md and paired.png, anew after every run, of all variants that are finished there by then, those of
+earlier commands too. `--against NAME` compares with another one than `published`: paired_against_NAME.*.
 
 `difference`: right answers beyond those of `published`, in points, mean over seeds; its 95 % interval is by the
-bootstrap over images, an image's seeds kept together: it says nothing of the spread over seeds. `p`: McNemar's exact
-test by seed, and pooled as though seeds were independent, which they are not. With `--masks` (of the test images, as
-`glsim localize` takes them) each variant's own box is held against the part, beside a random box of its size.
+bootstrap over images, an image's seeds kept together: it holds for these networks and says nothing of other seeds;
+`by seed` shows how far they lie apart. `p`: McNemar's exact test by seed, and pooled as though seeds were independent,
+which they are not. With `--masks` (of the test images, as `glsim localize` takes them) each variant's own box (the
+first of two) is held against the part, beside a random box of its size.
 """
 
 from __future__ import annotations
@@ -34,12 +37,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cost_accuracy import finish
+from cost_accuracy import finish, is_finished
+from filelock import FileLock
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from glsim import cost, evaluate, load, train
-from glsim.bundle import METRICS_FILE, pick_device, write_text
+from glsim import cost, evaluate, load, save, train
+from glsim.bundle import CONFIG, pick_device, write_text
 from glsim.checkpoint import CHECKPOINT
 from glsim.config import Eval, Train, read_recipe
 from glsim.figures import save_figure
@@ -50,7 +54,7 @@ from glsim.types import ConfigError
 from glsim.where import as_numbers
 
 METHODS["ruled"] = "rules"  # the file beside this one
-PUBLISHED, PLAIN, FLIP, LARGE = "published", "plain", "plain_flip", "plain_large"
+PUBLISHED, PLAIN, FLIP, LARGE, NEW_HEAD = "published", "plain", "plain_flip", "plain_large", "plain_new_head"
 WHERE = "where.json"
 DRAWS = 10_000  # of the bootstrap
 
@@ -97,6 +101,7 @@ CONTROLS = {
     "random_patches": glsim(metric="random"),
     PLAIN: {"method": PLAIN, "options": {}},
     LARGE: {"method": PLAIN, "options": {}},
+    NEW_HEAD: {"method": PLAIN, "options": {}},
 }
 MECHANISMS = {  # the published box by another metric
     name: glsim(metric=name) for name in ("gls_l1", "gls_l2", "attention", "rollout", "psm", "maws", "sacm", "mhv")
@@ -129,6 +134,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--variants", nargs="*", default=[*RULES, *CONTROLS], help=f"of: {' '.join(VARIANTS)}")
     parser.add_argument("--large", type=int, help="pixels of plain_large, a multiple of the patches'")
     parser.add_argument("--masks", type=Path, help="folder of masks of the test images")
+    parser.add_argument("--against", default=PUBLISHED, choices=[*VARIANTS, FLIP], metavar="NAME")
     parser.add_argument("--shard", default="0/1", help="I/N: train only the runs I, I + N, ..")
     parser.add_argument("--workers", type=int, default=0, help="processes that load images")
     a = parser.parse_args(words)
@@ -147,12 +153,14 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 def follow(a: argparse.Namespace) -> dict[str, Any]:
     """Train and measure what is this process's part, and summarise all that is there."""
+    if a.masks is not None:
+        find_masks(Path(a.data) / "test", a.masks)  # before anything is trained
     starts = [settings(a, a.plain, {}, a.start / f"seed_{seed}", seed, a.plain_epochs) for seed in a.seeds]
     if a.turn == 0:
         for start in starts:
             finish(start)
-    elif lacking := [s.out for s in starts if not (Path(s.out) / METRICS_FILE).exists()]:
-        raise SystemExit(f"{lacking[0]} is not there: train the plain runs first, by --shard 0/1 --variants")
+    elif lacking := [s.out for s in starts if not is_finished(s)]:
+        raise SystemExit(f"{lacking[0]} is not finished: train the plain runs first, by --shard 0/1 --variants")
     names, left_out = [], {}
     for name in a.variants:
         try:
@@ -162,10 +170,12 @@ def follow(a: argparse.Namespace) -> dict[str, Any]:
             left_out[name] = str(error)
             print(f"{name} left out: {error}", file=sys.stderr)
     work = [(name, seed) for seed in a.seeds for name in names]
+    a.out.mkdir(parents=True, exist_ok=True)
     result = summarise(a, names, left_out)
     for name, seed in work[a.turn :: a.turns]:
         out = a.out / name / f"seed_{seed}"
-        s = settings(a, a.recipe, variant(a, name), out, seed, a.epochs, init_from=str(a.start / f"seed_{seed}"))
+        start = start_of(a.start / f"seed_{seed}", name)
+        s = settings(a, a.recipe, variant(a, name), out, seed, a.epochs, init_from=str(start))
         finish(s)
         for checkpoint in out.glob(f"{CHECKPOINT}*"):
             shutil.rmtree(checkpoint)
@@ -173,8 +183,26 @@ def follow(a: argparse.Namespace) -> dict[str, Any]:
             evaluate.run(Eval(source=s.out, data=a.data, flip=True, out=str(flip.parent), workers=a.workers))
         if a.masks is not None and not (out / WHERE).exists():
             locate(out, a)
-        result = summarise(a, names, left_out)
+        with FileLock(a.out / "paired.lock"):  # of all shards the last one tells all
+            result = summarise(a, names, left_out)
     return result
+
+
+def start_of(plain: Path, name: str) -> Path:
+    """What the variant `name` starts from: the plain run, or, where its head must not be taken over, that without one.
+
+    GLSim has no place for that head; that of most other methods has the same name and shape. A new head is all zeros.
+    """
+    if name not in (NEW_HEAD, *OTHERS):
+        return plain
+    bare = plain / "new_head"
+    with FileLock(plain / "new_head.lock"):
+        if not (bare / CONFIG).exists():
+            model = load(plain)
+            for parameter in model.head.parameters():
+                parameter.data.zero_()
+            save(model, bare)
+    return bare
 
 
 def variant(a: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -189,7 +217,8 @@ def settings(
 ) -> Train:
     """One run: a recipe, and what a variant changes of it."""
     values = read_recipe(recipe)
-    options = {**values.get("options", {}), **changes.get("options", {})} if changes.get("method") != PLAIN else {}
+    shared = changes.get("method") in (None, "glsim", "ruled")  # the recipe's own options are GLSim's
+    options = {**(values.get("options", {}) if shared else {}), **changes.get("options", {})}
     fixed = {"data": a.data, "out": str(out), "seed": seed, "test": True, "workers": a.workers, "cache": "ram"}
     length = {"epochs": epochs} if epochs else {}
     return Train(**{**values, **changes, "options": options, **fixed, **length, **more})
@@ -226,45 +255,60 @@ def locate(out: Path, a: argparse.Namespace) -> None:
     write_text(out / WHERE, json.dumps(found) + "\n")
 
 
-def answers(out: Path) -> tuple[tuple[str, ...], Tensor] | None:
-    """The labels of a run's test images and whether it is right (images,); None before the run is finished."""
+def answers(out: Path) -> tuple[tuple[Any, ...], Tensor] | None:
+    """A run's test images, file and label, and whether it is right (images,); None before the run is finished."""
     for file in (out / train.PREDICTIONS, out / "predictions.csv"):
         if file.exists():
             with file.open(encoding="utf-8", newline="") as lines:
                 rows = list(csv.DictReader(lines))
             right = torch.tensor([row["label"] == row["prediction"] for row in rows])
-            return tuple(row["label"] for row in rows), right
+            return tuple((Path(row["path"]).name, row["label"]) for row in rows), right
     return None
 
 
 def summarise(a: argparse.Namespace, names: list[str], left_out: dict[str, str]) -> dict[str, Any]:
-    """A row a variant, of the seeds that are finished, written as JSON, text and picture."""
+    """A row a variant, of the seeds that are finished, written as JSON, text and picture where there is any."""
     found = {
         name: {seed: told for seed in a.seeds if (told := answers(a.out / name / f"seed_{seed}")) is not None}
-        for name in [*names, *[FLIP] * (PLAIN in names)]
+        for name in (*VARIANTS, FLIP)
+        if name in names or (a.out / name).is_dir()
     }
-    rows = [as_row(a, name, found[name], found.get(PUBLISHED, {})) for name in found if found[name]]
+    rows = as_rows(a, {name: runs for name, runs in found.items() if runs})
     result = {
         "data": Path(a.data).name,
         "recipe": a.recipe.name,
         "epochs": a.epochs,
+        "against": a.against,
         "runs": sum(map(len, found.values())),
         "of": len(found) * len(a.seeds),
         "rows": rows,
         "left_out": left_out,
     }
-    a.out.mkdir(parents=True, exist_ok=True)
-    write_text(a.out / "paired.json", json.dumps(result, indent=2) + "\n")
-    write_text(a.out / "paired.md", as_markdown(result) + "\n")
     if rows:
-        draw(rows, a.out / "paired.png")
+        stem = "paired" if a.against == PUBLISHED else f"paired_against_{a.against}"
+        write_text(a.out / f"{stem}.json", json.dumps(result, indent=2) + "\n")
+        write_text(a.out / f"{stem}.md", as_markdown(result) + "\n")
+        draw(rows, a.against, a.out / f"{stem}.png")
     return result
 
 
-def as_row(
-    a: argparse.Namespace, name: str, mine: dict[int, tuple[Any, Tensor]], base: dict[int, tuple[Any, Tensor]]
-) -> dict[str, Any]:
-    """One variant against the published rule, by the seeds that both have."""
+Runs = dict[int, tuple[Any, Tensor]]  # by seed: images, and whether each was answered right
+
+
+def as_rows(a: argparse.Namespace, found: dict[str, Runs]) -> list[dict[str, Any]]:
+    """Every variant against that of `a.against`, by the seeds that both have; one bootstrap for all."""
+    base, rows, gains = found.get(a.against, {}), [], {}
+    for name, runs in found.items():
+        row, gain = as_row(a, name, runs, base)
+        rows.append(row)
+        if gain is not None:
+            gains[name] = gain
+    differences = as_numbers(gains, DRAWS)
+    return [row | {"difference": differences.get(row["name"])} for row in rows]
+
+
+def as_row(a: argparse.Namespace, name: str, mine: Runs, base: Runs) -> tuple[dict[str, Any], Tensor | None]:
+    """One row but for its difference, and what it is the mean of: points (images,), mean over seeds."""
     tops = [float(right.float().mean()) for _, right in mine.values()]
     row: dict[str, Any] = {
         "name": name,
@@ -273,30 +317,36 @@ def as_row(
         "count": len(next(iter(mine.values()))[1]),
         "top1": statistics.mean(tops),
         "top1_std": statistics.stdev(tops) if len(tops) > 1 else None,
-        "cost": operations(a, name) / operations(a, PUBLISHED),
-        "difference": None,
+        "cost": cost_of(a, name),
         "differences": [],
         "mcnemar": [],
         "where": whereabouts([a.out / name / f"seed_{seed}" / WHERE for seed in mine]),
     }
     both = [seed for seed in mine if seed in base]
-    if name == PUBLISHED or not both:
-        return row
+    if name == a.against or not both:
+        return row, None
     for seed in both:
         if mine[seed][0] != base[seed][0]:
-            raise SystemExit(f"{name} and {PUBLISHED} of seed {seed} were measured on other images")
+            raise SystemExit(f"{name} and {a.against} of seed {seed} were measured on other images")
     ours, theirs = (torch.stack([runs[seed][1] for seed in both]) for runs in (mine, base))  # seeds images
     gain = ours.double() - theirs.double()
-    row["difference"] = as_numbers({"points": 100 * gain.mean(dim=0)}, DRAWS)["points"]
     row["differences"] = (100 * gain.mean(dim=1)).tolist()
     pairs = [((ours[i] & ~theirs[i]).sum().item(), (theirs[i] & ~ours[i]).sum().item()) for i in range(len(both))]
     pairs += [(sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs))] * (len(pairs) > 1)
     keys: list[Any] = [*both, "pooled"]
     row["mcnemar"] = [
-        {"seed": key, "only_it": b, "only_published": c, "p": mcnemar(int(b), int(c))}
+        {"seed": key, "only_it": b, "only_other": c, "p": mcnemar(int(b), int(c))}
         for key, (b, c) in zip(keys, pairs, strict=False)
     ]
-    return row
+    return row, 100 * gain.mean(dim=0)
+
+
+def cost_of(a: argparse.Namespace, name: str) -> float | None:
+    """Operations of an answer over those of the published rule; None where this command does not say enough."""
+    try:
+        return operations(a, name) / operations(a, PUBLISHED)
+    except ConfigError:
+        return None
 
 
 def whereabouts(files: list[Path]) -> dict[str, Any] | None:
@@ -317,15 +367,16 @@ def whereabouts(files: list[Path]) -> dict[str, Any] | None:
 def as_markdown(result: dict[str, Any]) -> str:
     """The table for people."""
     located = any(row["where"] for row in result["rows"])
-    heads = ["", "top-1, %", "right", "cost", "difference, points", "p by seed", "p pooled"]
+    heads = ["", "top-1, %", "right", "cost", "difference, points", "by seed", "p by seed", "p pooled"]
     heads += ["area", "part: coverage", "part: holds", "random box holds"] * located
     lines = [heads, ["---"] * len(heads)]
     for r in result["rows"]:
         spread = f" +- {100 * r['top1_std']:.2f}" if r["top1_std"] is not None else ""
         cells = [EXPLAINED.get(r["name"], r["name"]), f"{100 * r['top1']:.2f}{spread}"]
-        cells += [f"{', '.join(map(str, r['correct']))} of {r['count']}", f"{r['cost']:.2f}"]
+        cells += [f"{', '.join(map(str, r['correct']))} of {r['count']}", f"{r['cost']:.2f}" if r["cost"] else ""]
         gap = r["difference"]
         cells.append("{:+.2f} ({:+.2f} to {:+.2f})".format(*gap) if gap else "")
+        cells.append(", ".join(f"{points:+.1f}" for points in r["differences"]))
         seeds = [x for x in r["mcnemar"] if x["seed"] != "pooled"]
         cells.append(", ".join(f"{x['p']:.2g}" for x in seeds))
         cells.append("".join(f"{x['p']:.2g}" for x in r["mcnemar"] if x["seed"] == "pooled"))
@@ -339,8 +390,8 @@ def as_markdown(result: dict[str, Any]) -> str:
     return "\n".join([head, "", *(f"| {' | '.join(line)} |" for line in lines), *tail])
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """PNG: the difference of every variant to the published rule, with its interval; small dots are the seeds."""
+def draw(rows: list[dict[str, Any]], against: str, path: Path) -> None:
+    """PNG: the difference of every variant to another one, with its interval; small dots are the seeds."""
     shown = [row for row in rows if row["difference"]]
     if not shown:
         return
@@ -355,7 +406,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes.axvline(0, color="0.3", linewidth=0.8)
     axes.set_yticks(range(len(shown)), [row["name"] for row in shown])
     axes.set_ylim(len(shown) - 0.4, -0.6)
-    axes.set_xlabel("test top-1 beyond the published rule, points; 95 % over images; small dots: the seeds", fontsize=9)
+    axes.set_xlabel(f"test top-1 beyond {against}, points; 95 % over images; small dots: the seeds", fontsize=9)
     axes.grid(axis="x", alpha=0.3)
     save_figure(figure, path)
 

@@ -244,8 +244,8 @@ def by_window(model: Ruled, images: Tensor, grid: Grid, scores: Tensor, share: f
         top, bottom = (cut(line, grid[0], images.shape[-2]) for line in (row, row + sides[0]))
         left, right = (cut(line, grid[1], images.shape[-1]) for line in (col, col + sides[1]))
         found.append(Selection(values, indices, torch.stack((left, top, right, bottom), dim=1), grid))
-        close = ((number // cols - row[:, None]).abs() < sides[0] // 2) & (
-            (number % cols - col[:, None]).abs() < sides[1] // 2
+        close = (2 * (number // cols - row[:, None]).abs() < sides[0]) & (
+            2 * (number % cols - col[:, None]).abs() < sides[1]
         )
         means = means.flatten(1).masked_fill(close, -torch.inf).view_as(means)
     return found

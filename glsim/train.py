@@ -62,12 +62,12 @@ def run(s: Train, progress: bool = True) -> dict[str, Any]:
     GlsimError when the loss is no longer a number or a file cannot be written.
     """
     out = Path(s.out)
-    _check_out(s, out)
+    check_out(s, out)
     if s.tracker is not None and find_spec(s.tracker) is None:
         raise ConfigError(f"tracker={s.tracker} needs that package: pip install {s.tracker}")
     accelerator = make_accelerator(None, s.precision, s.accumulate, log_with=s.tracker, project_dir=s.out)
     with held(out, accelerator):
-        _check_out(s, out)  # again: another run may just have ended there
+        check_out(s, out)  # again: another run may just have ended there
         return _fit(s, out, accelerator, progress)
 
 
@@ -364,7 +364,7 @@ def make_schedule(s: Train, optimizer: Any, steps: int) -> Scheduler:
     return CosineLRScheduler(optimizer, t_initial=steps - warmup, lr_min=min(s.min_lr, s.lr), **common)
 
 
-def _check_out(s: Train, out: Path) -> None:
+def check_out(s: Train, out: Path) -> None:
     """A run is never overwritten; resuming with other settings is an error that names them."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out={out} is a file; name a folder")

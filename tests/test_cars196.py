@@ -57,6 +57,9 @@ def test_stopped_and_resumed(cars, few, tmp_path, capsys):
     assert cars.follow(cars.parse([*words, "--out", str(tmp_path / "stopped")])) == result
     assert capsys.readouterr().err == ""
     assert not list(tmp_path.glob("*/**/state.pt"))
+    for more in (["--epochs", "3"], ["--lr", "0.1"], ["--pretrain-epochs", "1"], ["--mixup", "0"]):
+        with pytest.raises(cars.ConfigError, match="was started with other settings"):
+            cars.follow(cars.parse([*words, "--out", str(tmp_path / "stopped"), *more]))
 
 
 def test_pixels(cars, few):
@@ -75,6 +78,34 @@ def test_pixels(cars, few):
     assert len({round(float(view.mean()), 5) for view in many}) == 6
     torch.manual_seed(3)
     assert torch.equal(pixels.augmented(same, 0.35), many)
+
+
+def test_augmented_is_cropped_turned_mirrored_and_erased(cars, few, monkeypatch):
+    """By a picture of its own places: where each pixel of a view comes from says what was done to it."""
+    p = Preprocessing((48, 48), 1.25, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    pixels = cars.Pixels(read_data(few)["test"], p)
+    rows, cols = pixels.images.shape[-2:]
+    down, right = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
+    pixels.images = torch.stack((4 * down, 4 * right, torch.full_like(down, 255)))[None].to(torch.uint8)
+    monkeypatch.setattr(torch, "lerp", lambda start, end, weight: end)  # contrast and colour as they are
+    torch.manual_seed(0)
+    views = pixels.augmented(torch.zeros(400, dtype=torch.long), 0.35)
+    bright = views[:, 2].amax(dim=(1, 2))
+    assert 0.59 < bright.min() < 0.7 and bright.max() == 1  # 0.6 to 1.4, cut off at 1
+    fair = views[(bright < 1)]
+    fair = fair / fair[:, 2:].amax(dim=(2, 3), keepdim=True)
+    erased = (fair[:, 2] < 0.5).flatten(1).any(dim=1)
+    assert 0.15 < erased.double().mean() < 0.35
+    whole = fair[~erased]
+    place = whole[:, :2] * 255 / 4  # of each pixel of a view in its image: row, column
+    inner = place[:, :, 12:36, 12:36]  # off the borders, which are mirrored
+    step = torch.stack((inner.diff(dim=3).mean(dim=(2, 3)), inner.diff(dim=2).mean(dim=(2, 3))), dim=1)  # n (x y) (r c)
+    across, along = step[:, 0, 1], step[:, 1, 0]
+    assert 0.4 < (across < 0).double().mean() < 0.6 and (along > 0).all()
+    zoom = (across.abs() * along) * 48 * 48 / (rows * cols)  # area of the view
+    assert 0.3 < zoom.min() < 0.42 and 0.85 < zoom.max() < 1.05
+    angle = torch.atan2(step[:, 1, 1].abs(), along)
+    assert 0.1 < angle.max() < 0.26
 
 
 def test_the_recipe_builds(cars):

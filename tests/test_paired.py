@@ -74,12 +74,12 @@ def test_difference_and_p_by_hand(paired, words):
         1: (truth, torch.tensor([True, False, False, False])),
         2: (truth, torch.tensor([True, True, False, True])),
     }
-    row = paired.as_row(a, "window", ours, theirs)
-    assert row["differences"] == [50.0, 25.0] and row["difference"][0] == 37.5
-    told = [(x["seed"], x["only_it"], x["only_published"], x["p"]) for x in row["mcnemar"]]
+    base, row = paired.as_rows(a, {"published": theirs, "window": ours})
+    assert row["differences"] == [50.0, 25.0] and row["difference"][0] == 37.5 and base["difference"] is None
+    told = [(x["seed"], x["only_it"], x["only_other"], x["p"]) for x in row["mcnemar"]]
     assert told == [(1, 2, 0, 0.5), (2, 1, 0, 1.0), ("pooled", 3, 0, 0.25)]
     with pytest.raises(SystemExit, match="other images"):
-        paired.as_row(a, "window", ours, {1: (tuple("abab"), theirs[1][1])})
+        paired.as_rows(a, {"published": {1: (tuple("abab"), theirs[1][1])}, "window": ours})
 
 
 def test_all_variants_can_be_built(paired, words):
@@ -87,14 +87,14 @@ def test_all_variants_can_be_built(paired, words):
     a = paired.parse([*words, "--large", "96"])
     names = {**paired.RULES, **paired.CONTROLS}
     costs = {name: paired.operations(a, name) / paired.operations(a, "published") for name in names}
-    two = {name: value for name, value in costs.items() if name not in ("none", "plain", "plain_large")}
+    two = {name: value for name, value in costs.items() if name != "none" and name.split("_")[0] != "plain"}
     assert min(two.values()) > 0.9 and max(two, key=two.get) in (
         "two_boxes",
         "evidence",
         "evidence_loss",
         "evidence_window",
     )
-    assert costs["none"] < 0.6 and costs["plain"] < 0.6
+    assert costs["none"] < 0.6 and costs["plain"] < 0.6 and costs["plain_new_head"] == costs["plain"]
 
 
 def test_plain_at_more_pixels(paired, words, tmp_path, capsys):
@@ -107,6 +107,74 @@ def test_plain_at_more_pixels(paired, words, tmp_path, capsys):
     assert recipe["image_size"] == 96 and recipe["init_from"] == str(tmp_path / "out" / "start" / "seed_1")
     assert "--large PIXELS" in paired.follow(paired.parse(some))["left_out"]["plain_large"]
     assert "plain_large left out" in capsys.readouterr().err
+
+
+def test_other_methods_start_without_the_head(paired, words, tmp_path):
+    """Theirs would fit: only `plain` goes on with it, the others with zeros, as GLSim does."""
+    paired.follow(paired.parse([*words, "--seeds", "1", "--variants"]))
+    start = tmp_path / "out" / "start" / "seed_1"
+    trained = paired.load(start).state_dict()
+    assert trained["head.weight"].any()
+    assert {name for name in paired.VARIANTS if paired.start_of(start, name) == start} == {
+        *paired.RULES,
+        *paired.CONTROLS,
+        *paired.MECHANISMS,
+    } - {"plain_new_head"}
+    for name in ("published", "plain_new_head", "ffvt"):
+        model = paired.train.create_model(**built(paired, words, name))
+        paired.train.init_from(model, paired.start_of(start, name))
+        state = model.state_dict()
+        assert all(not v.any() for k, v in state.items() if k.startswith("head."))
+        assert all(torch.equal(v, trained[k]) for k, v in state.items() if k.startswith("backbone."))
+
+
+def built(paired, words, name):
+    s = paired.settings(paired.parse(words), paired.Path(words[0]), paired.VARIANTS[name], paired.Path("x"), 1, 1)
+    return {
+        "method": s.method,
+        "backbone": s.backbone,
+        "num_classes": 2,
+        "image_size": s.image_size,
+        "pretrained": False,
+        "backbone_args": s.backbone_args,
+        **s.options,
+    }
+
+
+def test_a_start_under_way_is_not_taken(paired, words, tmp_path):
+    """Its metrics are there after the first epoch, but not all of its epochs."""
+    paired.follow(paired.parse([*words, "--variants"]))
+    log = tmp_path / "out" / "start" / "seed_2" / "log.jsonl"
+    longer = [*words, "--plain-epochs", "2", "--shard", "1/2", "--variants", "none"]
+    with pytest.raises(SystemExit, match="seed_1 is not finished"):
+        paired.follow(paired.parse(longer))
+    assert len(log.read_text().splitlines()) == 1 and not (tmp_path / "out" / "none").exists()
+
+
+def test_a_finished_run_of_other_settings_is_refused(paired, words, tmp_path):
+    some = [*words, "--seeds", "1", "--variants", "none"]
+    paired.follow(paired.parse(some))
+    base = tmp_path / "base.yaml"
+    base.write_text(yaml.safe_dump({**yaml.safe_load(base.read_text()), "lr": 0.25}))
+    with pytest.raises(paired.ConfigError, match=r"none.seed_1 was started with other settings: lr=0.25"):
+        paired.follow(paired.parse(some))
+
+
+def test_table_of_all_that_is_there_against_any_variant(paired, words, tmp_path):
+    """Later commands, and those that train nothing, keep the rows of earlier ones."""
+    out = tmp_path / "out"
+    some = [*words, "--seeds", "1", "--variants"]
+    paired.follow(paired.parse([*some, "published", "none"]))
+    paired.follow(paired.parse([*some, "centre"]))
+    result = paired.follow(paired.parse([*some, "--against", "none"]))
+    assert [row["name"] for row in result["rows"]] == ["published", "centre", "none"]
+    assert json.loads((out / "paired.json").read_text())["against"] == "published"
+    assert result == json.loads((out / "paired_against_none.json").read_text()) and result["against"] == "none"
+    rows, told = (
+        {row["name"]: row for row in r["rows"]} for r in (result, json.loads((out / "paired.json").read_text()))
+    )
+    assert rows["none"]["difference"] is None and told["published"]["difference"] is None
+    assert rows["published"]["difference"][0] == pytest.approx(-told["none"]["difference"][0])
 
 
 def test_a_backbone_that_does_not_suit_leaves_a_variant_out(paired, words, tmp_path, capsys):
