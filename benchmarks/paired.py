@@ -266,6 +266,11 @@ def answers(out: Path) -> tuple[tuple[Any, ...], Tensor] | None:
     return None
 
 
+def rights(a: argparse.Namespace, name: str) -> list[Tensor]:
+    """Whether each test image was answered right (images,), for every seed of a variant that is finished."""
+    return [told[1] for seed in a.seeds if (told := answers(a.out / name / f"seed_{seed}")) is not None]
+
+
 def summarise(a: argparse.Namespace, names: list[str], left_out: dict[str, str]) -> dict[str, Any]:
     """A row a variant, of the seeds that are finished, written as JSON, text and picture where there is any."""
     found = {
@@ -320,7 +325,7 @@ def as_row(a: argparse.Namespace, name: str, mine: Runs, base: Runs) -> tuple[di
         "cost": cost_of(a, name),
         "differences": [],
         "mcnemar": [],
-        "where": whereabouts([a.out / name / f"seed_{seed}" / WHERE for seed in mine]),
+        "where": as_numbers(whereabouts([a.out / name / f"seed_{seed}" / WHERE for seed in mine]), DRAWS) or None,
     }
     both = [seed for seed in mine if seed in base]
     if name == a.against or not both:
@@ -349,11 +354,11 @@ def cost_of(a: argparse.Namespace, name: str) -> float | None:
         return None
 
 
-def whereabouts(files: list[Path]) -> dict[str, Any] | None:
-    """Means and intervals over images, an image's seeds averaged: of the box, and what it holds beyond chance."""
+def whereabouts(files: list[Path]) -> dict[str, Tensor]:
+    """Of every image (images,), its seeds averaged: the box, and what it holds beyond chance. Empty without a box."""
     told = [found for file in files if file.exists() and (found := json.loads(file.read_text()))]
     if not told:
-        return None
+        return {}
 
     def mean(which: str, measure: str) -> Tensor:
         return torch.tensor([found[which][measure] for found in told], dtype=torch.double).mean(dim=0)
@@ -361,7 +366,7 @@ def whereabouts(files: list[Path]) -> dict[str, Any] | None:
     columns = {measure: mean("box", measure) for measure in ("area", "coverage", "holds")}
     columns |= {f"random {measure}": mean("random", measure) for measure in ("coverage", "holds")}
     columns["holds - random"] = columns["holds"] - columns["random holds"]
-    return as_numbers(columns, DRAWS)
+    return columns
 
 
 def as_markdown(result: dict[str, Any]) -> str:

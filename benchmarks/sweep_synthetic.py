@@ -10,7 +10,8 @@ One cell for each of `--scales` x `--clutter`: OUT/scale_S_clutter_C holds its d
 They learn with their crops: accuracy is of those runs. Where the crop of any other metric would lie in the run of
 `published` is asked without training (`where_all.json`, every metric of `glsim localize`, with controls).
 
-What is finished is not done again. OUT gets sweep.json, sweep.md and sweep.png, anew after every cell.
+What is finished is not done again. OUT gets sweep.json, sweep.md and sweep.png, anew after every cell; in their last
+rows the images of all cells are one set.
 """
 
 from __future__ import annotations
@@ -21,16 +22,21 @@ from pathlib import Path
 from typing import Any
 
 import paired
+import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from glsim import synthetic
 from glsim.bundle import write_text
 from glsim.config import Localize
 from glsim.figures import save_figure
 from glsim.localize import run as localize
+from glsim.where import as_numbers
 
 MECHANISMS = ["published", "far", "evidence", "rollout", "random", "plain"]
 CELL = "scale_{:g}_clutter_{:g}"
+SHOWN = ("top1", "difference", "area", "coverage", "holds", "random holds", "holds - random")
+DIFFERENCES = ("difference", "holds - random")
 COLUMNS = {"top1": "test top-1, %", "holds": "crops that hold the part, %"}
 
 
@@ -59,19 +65,24 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def follow(a: argparse.Namespace) -> list[dict[str, Any]]:
-    """Draw, train and measure cell by cell; a row for each mechanism of each."""
-    rows: list[dict[str, Any]] = []
+    """Draw, train and measure cell by cell; a row for each mechanism of each, and of all together."""
+    cells: dict[tuple[float, float], Cell] = {}
     for scale in a.scales:
         for clutter in a.clutter:
-            rows += cell(a, scale, clutter)
+            cells[scale, clutter] = cell(a, scale, clutter)
+            rows = [{"scale": s, "clutter": c, **row} for (s, c), found in cells.items() for row in as_rows(found)]
+            draw(rows, a.out / "sweep.png")
+            rows += [{"scale": None, "clutter": None, **row} for row in as_rows(together(list(cells.values())))]
             write_text(a.out / "sweep.json", json.dumps(rows, indent=2) + "\n")
             write_text(a.out / "sweep.md", as_markdown(rows) + "\n")
-            draw(rows, a.out / "sweep.png")
     return rows
 
 
-def cell(a: argparse.Namespace, scale: float, clutter: float) -> list[dict[str, Any]]:
-    """One set of birds, and all mechanisms on it."""
+Cell = dict[str, dict[str, Tensor]]  # by mechanism: columns of numbers of the test images (images,), seeds averaged
+
+
+def cell(a: argparse.Namespace, scale: float, clutter: float) -> Cell:
+    """One set of birds, and all mechanisms on it: what is right, beyond the published rule, and where the box lies."""
     out = a.out / CELL.format(scale, clutter)
     data = out / "data"
     drawn = {"classes": a.classes, "train": a.train, "test": a.test, "size": a.size}
@@ -84,42 +95,49 @@ def cell(a: argparse.Namespace, scale: float, clutter: float) -> list[dict[str, 
     words = [a.recipe, "--plain", a.plain, "--data", str(data), "--out", str(out), "--masks", str(data / "masks")]
     words += ["--seeds", *map(str, a.seeds), "--epochs", str(a.epochs)]
     words += ["--plain-epochs", str(a.plain_epochs)] if a.plain_epochs else []
-    found = paired.follow(paired.parse([*words, "--variants", *a.mechanisms]))
+    asked = paired.parse([*words, "--variants", *a.mechanisms])
+    names = [row["name"] for row in paired.follow(asked)["rows"]]
     everything = out / "where_all.json"
     if paired.PUBLISHED in a.mechanisms and not everything.exists():
         source = str(out / paired.PUBLISHED / f"seed_{a.seeds[0]}")
         images, masks = str(data / "test"), str(data / "masks")
-        asked = Localize(source=source, images=images, masks=masks, metrics=["all"], controls=True, out=str(everything))
-        localize(asked, progress=False)
-    return [{"scale": scale, "clutter": clutter, **as_row(row)} for row in found["rows"]]
+        every = Localize(source=source, images=images, masks=masks, metrics=["all"], controls=True, out=str(everything))
+        localize(every, progress=False)
+    found: Cell = {}
+    right = {name: torch.stack(paired.rights(asked, name)).double().mean(dim=0) for name in names}
+    for name in names:
+        files = [out / name / f"seed_{seed}" / paired.WHERE for seed in a.seeds]
+        found[name] = {"top1": right[name], **paired.whereabouts(files)}
+        if paired.PUBLISHED in right and name != paired.PUBLISHED:
+            found[name]["difference"] = right[name] - right[paired.PUBLISHED]
+    return found
 
 
-def as_row(row: dict[str, Any]) -> dict[str, Any]:
-    """What of a row of `paired.py` is shown, in percent: mean, and low and high of its interval where there is one."""
-    where = row["where"] or {}
+def together(cells: list[Cell]) -> Cell:
+    """The images of all cells as one set, of the mechanisms that every cell has."""
+    names = [name for name in cells[0] if all(name in found for found in cells)]
+    return {name: {key: torch.cat([found[name][key] for found in cells]) for key in cells[0][name]} for name in names}
 
-    def percent(name: str) -> list[float] | None:
-        return [100 * value for value in where[name]] if where.get(name) else None
 
-    return {
-        "mechanism": row["name"],
-        "top1": [100 * correct / row["count"] for correct in row["correct"]],
-        "difference": row["difference"],
-        "area": percent("area"),
-        "holds": percent("holds"),
-        "random": percent("random holds"),
-    }
+def as_rows(found: Cell) -> list[dict[str, Any]]:
+    """Percent: mean, and low and high of its 95 % interval by the bootstrap over images; None where there is none."""
+    rows: list[dict[str, Any]] = []
+    for name, columns in found.items():
+        told = as_numbers({key: 100 * values for key, values in columns.items()}, paired.DRAWS)
+        rows.append({"mechanism": name, **{key: told.get(key) for key in SHOWN}})
+    return rows
 
 
 def as_markdown(rows: list[dict[str, Any]]) -> str:
     """The table for people: a line a cell and mechanism."""
     heads = ["part scale", "clutter", "mechanism", "top-1, %", "beyond published, points"]
-    heads += ["area", "holds", "random box holds"]
+    heads += ["area", "holds", "beyond a random box, points"]
     lines = [heads, ["---"] * len(heads)]
     for r in rows:
-        gap = "{:+.1f} ({:+.1f} to {:+.1f})".format(*r["difference"]) if r["difference"] else ""
-        cells = [f"{r['scale']:g}", f"{r['clutter']:g}", r["mechanism"], f"{sum(r['top1']) / len(r['top1']):.1f}", gap]
-        lines.append([*cells, *(f"{r[name][0]:.0f} %" if r[name] else "" for name in ("area", "holds", "random"))])
+        where = ["all", ""] if r["scale"] is None else [f"{r['scale']:g}", f"{r['clutter']:g}"]
+        gap, held = ("{:+.1f} ({:+.1f} to {:+.1f})".format(*r[name]) if r[name] else "" for name in DIFFERENCES)
+        boxes = [f"{r[name][0]:.0f} %" if r[name] else "" for name in ("area", "holds")]
+        lines.append([*where, r["mechanism"], f"{r['top1'][0]:.1f}", gap, *boxes, held])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -133,8 +151,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         for axes, measure in zip(column, ("top1", "holds"), strict=True):
             for number, name in enumerate(names):
                 mine = [r for r in rows if r["mechanism"] == name and r["clutter"] == clutter and r[measure]]
-                ys = [sum(r["top1"]) / len(r["top1"]) if measure == "top1" else r["holds"][0] for r in mine]
-                axes.plot([r["scale"] for r in mine], ys, marker="o", color=f"C{number}", label=name)
+                axes.plot(
+                    [r["scale"] for r in mine],
+                    [r[measure][0] for r in mine],
+                    marker="o",
+                    color=f"C{number}",
+                    label=name,
+                )
             axes.grid(alpha=0.3)
         column[0].set_title(f"clutter {clutter:g}", fontsize=10)
         column[1].set_xlabel("scale of the part")

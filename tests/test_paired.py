@@ -207,8 +207,15 @@ def test_sweep_of_drawn_sets(paired, words, tmp_path):
     some += ["--scales", "1", "0.5", "--clutter", "0", "--mechanisms", "published", "plain", "--out", str(out)]
     rows = sweep.follow(sweep.parse(some))
     assert [(r["scale"], r["mechanism"]) for r in rows] == [
-        (s, m) for s in (1, 0.5) for m in ("published", "plain", "plain_flip")
+        (s, m) for s in (1, 0.5, None) for m in ("published", "plain", "plain_flip")
     ]
+    one, other, both = (rows[i] for i in (1, 4, 7))  # plain: in each cell, and in all
+    assert both["difference"][0] == pytest.approx((one["difference"][0] + other["difference"][0]) / 2)
+    assert both["top1"][0] == pytest.approx((one["top1"][0] + other["top1"][0]) / 2)
+    assert rows[6]["difference"] is None and rows[6]["holds - random"][0] == pytest.approx(
+        sum(rows[i]["holds"][0] - rows[i]["random holds"][0] for i in (0, 3)) / 2
+    )
+    assert "| all |  | plain |" in (out / "sweep.md").read_text()
     assert rows == json.loads((out / "sweep.json").read_text()) and rows[0]["holds"] and not rows[1]["holds"]
     everything = json.loads((out / "scale_0.5_clutter_0" / "where_all.json").read_text())
     assert {"rollout", "rollout/random", "whole"} <= set(everything["targets"]["part"]["rows"])
