@@ -10,8 +10,8 @@ One cell for each of `--scales` x `--clutter`: OUT/scale_S_clutter_C holds its d
 They learn with their crops: accuracy is of those runs. Where the crop of any other metric would lie in the run of
 `published` is asked without training (`where_all.json`, every metric of `glsim localize`, with controls).
 
-What is finished is not done again. OUT gets sweep.json, sweep.md and sweep.png, anew after every cell; in their last
-rows the images of all cells are one set.
+What is finished is not done again. OUT gets sweep.json, sweep.md and sweep.png, anew after every cell; in the last rows
+the images of all cells are one set. A second table has the boxes asked without training.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from glsim.localize import run as localize
 from glsim.where import as_numbers
 
 MECHANISMS = ["published", "far", "evidence", "rollout", "random", "plain"]
+EVERYTHING = "where_all.json"
 CELL = "scale_{:g}_clutter_{:g}"
 SHOWN = ("top1", "difference", "area", "coverage", "holds", "random holds", "holds - random")
 DIFFERENCES = ("difference", "holds - random")
@@ -64,8 +65,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def follow(a: argparse.Namespace) -> list[dict[str, Any]]:
-    """Draw, train and measure cell by cell; a row for each mechanism of each, and of all together."""
+def follow(a: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Draw, train and measure cell by cell: `rows` for each mechanism of each, and of all together, and `boxes`."""
     cells: dict[tuple[float, float], Cell] = {}
     for scale in a.scales:
         for clutter in a.clutter:
@@ -73,9 +74,10 @@ def follow(a: argparse.Namespace) -> list[dict[str, Any]]:
             rows = [{"scale": s, "clutter": c, **row} for (s, c), found in cells.items() for row in as_rows(found)]
             draw(rows, a.out / "sweep.png")
             rows += [{"scale": None, "clutter": None, **row} for row in as_rows(together(list(cells.values())))]
-            write_text(a.out / "sweep.json", json.dumps(rows, indent=2) + "\n")
-            write_text(a.out / "sweep.md", as_markdown(rows) + "\n")
-    return rows
+            result = {"rows": rows, "boxes": [box for (s, c) in cells for box in boxes(a.out, s, c)]}
+            write_text(a.out / "sweep.json", json.dumps(result, indent=2) + "\n")
+            write_text(a.out / "sweep.md", as_markdown(result) + "\n")
+    return result
 
 
 Cell = dict[str, dict[str, Tensor]]  # by mechanism: columns of numbers of the test images (images,), seeds averaged
@@ -97,7 +99,7 @@ def cell(a: argparse.Namespace, scale: float, clutter: float) -> Cell:
     words += ["--plain-epochs", str(a.plain_epochs)] if a.plain_epochs else []
     asked = paired.parse([*words, "--variants", *a.mechanisms])
     names = [row["name"] for row in paired.follow(asked)["rows"]]
-    everything = out / "where_all.json"
+    everything = out / EVERYTHING
     if paired.PUBLISHED in a.mechanisms and not everything.exists():
         source = str(out / paired.PUBLISHED / f"seed_{a.seeds[0]}")
         images, masks = str(data / "test"), str(data / "masks")
@@ -110,6 +112,20 @@ def cell(a: argparse.Namespace, scale: float, clutter: float) -> Cell:
         found[name] = {"top1": right[name], **paired.whereabouts(files)}
         if paired.PUBLISHED in right and name != paired.PUBLISHED:
             found[name]["difference"] = right[name] - right[paired.PUBLISHED]
+    return found
+
+
+def boxes(out: Path, scale: float, clutter: float) -> list[dict[str, Any]]:
+    """What `glsim localize` said of every metric's box and the part in one cell: percent, points, intervals."""
+    file = out / CELL.format(scale, clutter) / EVERYTHING
+    if not file.exists():
+        return []
+    part = json.loads(file.read_text())["targets"]["part"]
+    found = []
+    for metric, gains in part["gains"].items():
+        told = part["rows"][metric] | gains
+        columns = {name: [100 * value for value in told[name]] for name in ("auc", "area", "holds", "holds - random")}
+        found.append({"scale": scale, "clutter": clutter, "metric": metric, **columns})
     return found
 
 
@@ -128,17 +144,29 @@ def as_rows(found: Cell) -> list[dict[str, Any]]:
     return rows
 
 
-def as_markdown(rows: list[dict[str, Any]]) -> str:
-    """The table for people: a line a cell and mechanism."""
+def as_markdown(result: dict[str, list[dict[str, Any]]]) -> str:
+    """The tables for people: a line a cell and mechanism; then a line a metric, and a column a cell."""
     heads = ["part scale", "clutter", "mechanism", "top-1, %", "beyond published, points"]
     heads += ["area", "holds", "beyond a random box, points"]
     lines = [heads, ["---"] * len(heads)]
-    for r in rows:
+    for r in result["rows"]:
         where = ["all", ""] if r["scale"] is None else [f"{r['scale']:g}", f"{r['clutter']:g}"]
         gap, held = ("{:+.1f} ({:+.1f} to {:+.1f})".format(*r[name]) if r[name] else "" for name in DIFFERENCES)
         boxes = [f"{r[name][0]:.0f} %" if r[name] else "" for name in ("area", "holds")]
         lines.append([*where, r["mechanism"], f"{r['top1'][0]:.1f}", gap, *boxes, held])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    told = {(box["metric"], box["scale"], box["clutter"]): box for box in result["boxes"]}
+    cells = list(dict.fromkeys(key[1:] for key in told))
+    lines += [[], ["holds, % (beyond a random box, points)", *(f"{s:g}, {c:g}" for s, c in cells)]]
+    lines.append(["---"] * len(lines[-1]))
+    for metric in dict.fromkeys(key[0] for key in told):
+        lines.append([metric, *(as_cell(told[metric, *cell]) for cell in cells)])
+    return "\n".join(f"| {' | '.join(line)} |" if line else "" for line in lines)
+
+
+def as_cell(box: dict[str, Any]) -> str:
+    """How often a box holds the part and how much more often than a random one; * where 0 is not in the interval."""
+    gain, low, high = box["holds - random"]
+    return f"{box['holds'][0]:.0f} ({gain:+.0f}{'*' * (low > 0 or high < 0)})"
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

@@ -205,7 +205,8 @@ def test_sweep_of_drawn_sets(paired, words, tmp_path):
         "64",
     ]
     some += ["--scales", "1", "0.5", "--clutter", "0", "--mechanisms", "published", "plain", "--out", str(out)]
-    rows = sweep.follow(sweep.parse(some))
+    result = sweep.follow(sweep.parse(some))
+    rows = result["rows"]
     assert [(r["scale"], r["mechanism"]) for r in rows] == [
         (s, m) for s in (1, 0.5, None) for m in ("published", "plain", "plain_flip")
     ]
@@ -215,13 +216,16 @@ def test_sweep_of_drawn_sets(paired, words, tmp_path):
     assert rows[6]["difference"] is None and rows[6]["holds - random"][0] == pytest.approx(
         sum(rows[i]["holds"][0] - rows[i]["random holds"][0] for i in (0, 3)) / 2
     )
-    assert "| all |  | plain |" in (out / "sweep.md").read_text()
-    assert rows == json.loads((out / "sweep.json").read_text()) and rows[0]["holds"] and not rows[1]["holds"]
+    told = (out / "sweep.md").read_text()
+    assert "| all |  | plain |" in told and "| rollout | " in told and "| 1, 0 | 0.5, 0 |" in told
+    assert result == json.loads((out / "sweep.json").read_text()) and rows[0]["holds"] and not rows[1]["holds"]
     everything = json.loads((out / "scale_0.5_clutter_0" / "where_all.json").read_text())
     assert {"rollout", "rollout/random", "whole"} <= set(everything["targets"]["part"]["rows"])
+    (box,) = (b for b in result["boxes"] if (b["scale"], b["metric"]) == (0.5, "rollout"))
+    assert box["holds"][0] == pytest.approx(100 * everything["targets"]["part"]["rows"]["rollout"]["holds"][0])
     assert (out / "sweep.png").stat().st_size > 1000
     log = out / "scale_1_clutter_0" / "published" / "seed_1" / "log.jsonl"
     before = log.stat().st_mtime_ns
-    assert sweep.follow(sweep.parse(some)) == rows and log.stat().st_mtime_ns == before
+    assert sweep.follow(sweep.parse(some)) == result and log.stat().st_mtime_ns == before
     with pytest.raises(SystemExit, match="test=2"):
         sweep.follow(sweep.parse([*some, "--test", "3"]))
