@@ -31,7 +31,7 @@ from glsim.bundle import write_text
 from glsim.config import Localize
 from glsim.figures import save_figure
 from glsim.localize import run as localize
-from glsim.where import as_numbers
+from glsim.where import as_numbers, signed
 
 MECHANISMS = ["published", "far", "evidence", "rollout", "random", "plain"]
 CELL = "scale_{:g}_clutter_{:g}"
@@ -135,7 +135,7 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
     lines = [heads, ["---"] * len(heads)]
     for r in rows:
         where = ["all", ""] if r["scale"] is None else [f"{r['scale']:g}", f"{r['clutter']:g}"]
-        gap, held = ("{:+.1f} ({:+.1f} to {:+.1f})".format(*r[name]) if r[name] else "" for name in DIFFERENCES)
+        gap, held = (signed(*r[name]) if r[name] else "" for name in DIFFERENCES)
         boxes = [f"{r[name][0]:.0f} %" if r[name] else "" for name in ("area", "holds")]
         lines.append([*where, r["mechanism"], f"{r['top1'][0]:.1f}", gap, *boxes, held])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
