@@ -50,12 +50,15 @@ def test_few_images_and_many_features_are_not_alike_by_bias():
 
 @pytest.mark.parametrize("different", [0, 1])
 def test_images_that_are_alike_arrange_nothing(different):
-    model = small_model()
+    model, said = small_model(), "the images are all alike, or all but one"
     images = torch.rand(1, 3, 64, 64, generator=generator()).repeat(7, 1, 1, 1)
     images[:different] = 0
-    for size in (1, 3):  # in batches of other sizes tokens differ by rounding
-        with pytest.raises(glsim.DataError, match="the images are all alike, or all but one"):
+    for size in (1, 3):
+        with pytest.raises(glsim.DataError, match=said):
             analyse(model, images.split(size))
+    rounded = torch.randn(200, generator=generator()) * (1 + 1e-6 * torch.randn(7, 200, generator=generator(1)))
+    with pytest.raises(glsim.DataError, match=said):  # as tokens of one image from batches of several sizes
+        cka(gram(rounded)[None])
     images[-1] = 1
     if different:
         found = torch.tensor(analyse(model, images.split(3))["cka"]["whole"])

@@ -165,6 +165,14 @@ def test_the_verb(source, birds, tmp_path, capsys):
     assert "has no mask in" in capsys.readouterr().err
 
 
+def test_a_place_that_says_nothing_is_left_out_of_the_mean_over_places():
+    inside, counted = torch.zeros(2, 1, 20, 20, dtype=torch.bool)
+    inside[0, 12:] = counted[0, 10:] = True
+    places = torch.tensor([[[0, 0, 20, 10], [0, 10, 20, 20]]])  # the first on the border alone
+    found = localize._mean(measure_boxes(places, inside, counted))
+    assert found["purity"].item() == pytest.approx(0.8) and found["coverage"].item() == 0.5
+
+
 def test_the_images_are_drawn_once_for_all_rows_of_a_target(monkeypatch):
     calls = []
     monkeypatch.setattr(localize, "as_numbers", lambda *args: calls.append(args) or as_numbers(*args))
