@@ -141,18 +141,17 @@ def interval(values: Tensor, resamples: int = RESAMPLES, seed: int = 0) -> Tenso
     call it once for all columns.
     """
     values = values.double().cpu()
-    there = values.isfinite().double()
-    summed, images = torch.cat((values.nan_to_num(), there), dim=1), len(values)
+    mean, images = values.nanmean(dim=0, keepdim=True), len(values)
+    there, values = values.isfinite().double(), values.nan_to_num()
     generator, one = torch.Generator().manual_seed(seed), torch.ones((), dtype=torch.double)
     means = []
     for part in torch.arange(resamples).split(max(1, AT_ONCE // images)):
         draws = torch.randint(images, (len(part), images), generator=generator)
         counts = torch.zeros(draws.shape, dtype=torch.double).scatter_add_(1, draws, one.expand_as(draws))
-        sums, count = (counts @ summed).chunk(2, dim=1)
-        means.append(sums / count)  # part M
+        means.append((counts @ values) / (counts @ there))  # part M
     tail = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.double)
     ends = torch.cat(means).nanquantile(tail, dim=0).masked_fill(there.sum(dim=0) < 2, torch.nan)
-    return torch.cat((values.nanmean(dim=0)[None], ends))
+    return torch.cat((mean, ends))
 
 
 def as_numbers(
