@@ -17,7 +17,7 @@ from torch import Tensor
 from glsim.crop import boxes_from_mask, cut
 
 RESAMPLES, LEVEL = 1000, 0.95  # of an interval
-AT_ONCE = 2**22  # images drawn: 100 MB
+AT_ONCE = 2**22  # images drawn at once: 64 MB
 
 Key = TypeVar("Key")
 
