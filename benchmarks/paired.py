@@ -51,7 +51,7 @@ from glsim.localize import find_masks, measure
 from glsim.models import METHODS
 from glsim.report import mcnemar
 from glsim.types import ConfigError
-from glsim.where import as_numbers
+from glsim.where import as_numbers, signed
 
 METHODS["ruled"] = "rules"  # the file beside this one
 PUBLISHED, PLAIN, FLIP, LARGE, NEW_HEAD = "published", "plain", "plain_flip", "plain_large", "plain_new_head"
@@ -380,7 +380,7 @@ def as_markdown(result: dict[str, Any]) -> str:
         cells = [EXPLAINED.get(r["name"], r["name"]), f"{100 * r['top1']:.2f}{spread}"]
         cells += [f"{', '.join(map(str, r['correct']))} of {r['count']}", f"{r['cost']:.2f}" if r["cost"] else ""]
         gap = r["difference"]
-        cells.append("{:+.2f} ({:+.2f} to {:+.2f})".format(*gap) if gap else "")
+        cells.append(signed(*gap, digits=2) if gap else "")
         cells.append(", ".join(f"{points:+.1f}" for points in r["differences"]))
         seeds = [x for x in r["mcnemar"] if x["seed"] != "pooled"]
         cells.append(", ".join(f"{x['p']:.2g}" for x in seeds))

@@ -31,7 +31,7 @@ from glsim.bundle import write_text
 from glsim.config import Localize
 from glsim.figures import save_figure
 from glsim.localize import run as localize
-from glsim.where import as_numbers
+from glsim.where import as_numbers, signed
 
 MECHANISMS = ["published", "far", "evidence", "rollout", "random", "plain"]
 EVERYTHING = "where_all.json"
@@ -151,7 +151,7 @@ def as_markdown(result: dict[str, list[dict[str, Any]]]) -> str:
     lines = [heads, ["---"] * len(heads)]
     for r in result["rows"]:
         where = ["all", ""] if r["scale"] is None else [f"{r['scale']:g}", f"{r['clutter']:g}"]
-        gap, held = ("{:+.1f} ({:+.1f} to {:+.1f})".format(*r[name]) if r[name] else "" for name in DIFFERENCES)
+        gap, held = (signed(*r[name]) if r[name] else "" for name in DIFFERENCES)
         boxes = [f"{r[name][0]:.0f} %" if r[name] else "" for name in ("area", "holds")]
         lines.append([*where, r["mechanism"], f"{r['top1'][0]:.1f}", gap, *boxes, held])
     told = {(box["metric"], box["scale"], box["clutter"]): box for box in result["boxes"]}

@@ -420,6 +420,10 @@ class Explain:
     def __post_init__(self) -> None:
         _at_least(self, 1, "limit")
         _at_least(self, 0, "top_only")
+        names = ("metrics", "contrast", "alpha", "colormap", "top_only", "power")
+        given = [name for name in names if getattr(self, name) != getattr(Explain, name)]
+        if self.layers and given:
+            raise ConfigError(f"layers draws no heat-map: no {', '.join(given)} with it")
         if self.contrast is not None:
             if len(self.contrast) != 2 or self.contrast[0] == self.contrast[1]:
                 raise ConfigError(f"contrast: two different classes are needed, got: {' '.join(self.contrast)}")

@@ -22,6 +22,7 @@ from glsim.figures import save_figure
 from glsim.types import ConfigError, DataError
 
 LEAST = 4  # images, for the estimate of HSIC
+ROUNDING = 1e-10  # relative, of a square: tokens are float32
 PICTURE, TABLE = "layers.png", "layers.json"
 KINDS = {"whole": "all tokens of an image", "pooled": "mean of its tokens"}
 
@@ -39,17 +40,22 @@ def hsic(a: Tensor, b: Tensor) -> Tensor:
 
 
 def cka(grams: Tensor) -> Tensor:
-    """Linear CKA between all of `grams` (L, M, M): (L, L), 1 where two layers arrange the images alike."""
+    """Linear CKA between all of `grams` (L, M, M): (L, L), 1 where two layers arrange the images alike.
+
+    Raises DataError where a layer has no arrangement beyond rounding: images that are all the same, or all but one.
+    """
     found = hsic(grams[:, None], grams[None])
     own = found.diagonal()
+    if (own <= ROUNDING * grams.square().mean(dim=(1, 2))).any():
+        raise DataError("layers: the images are all alike, or all but one: nothing to compare layers by; take others")
     return found / (own[:, None] * own[None]).sqrt()
 
 
 def gram(vectors: Tensor) -> Tensor:
-    """Inner products of `vectors` (M, ..) after their mean is taken off: (M, M) in double precision."""
-    vectors = vectors.flatten(1)
-    vectors = (vectors - vectors.mean(dim=0)).double()
-    return vectors @ vectors.T
+    """Inner products of `vectors` (M, ..) less their mean: (M, M) in double precision, 0 if they differ by rounding."""
+    vectors = vectors.flatten(1).double()
+    apart = vectors - vectors.mean(dim=0)
+    return apart @ apart.T * (apart.square().sum() > ROUNDING * vectors.square().sum())
 
 
 def check_layers(model: Model) -> None:
@@ -67,7 +73,7 @@ def analyse(model: Model, batches: Iterable[Tensor]) -> dict[str, Any]:
     tokens), `distance` and `similarity` (Euclidean distance and cosine between two patches of an image),
     `cls_distance`, `cls_similarity` and `cls_similarity_max` (of class token and patches; the mean patch where there
     is no class token), and `cka` by kind, a matrix over the layers. All tokens are held in memory for it. Raises
-    ConfigError for a network without blocks over one grid of tokens, DataError for fewer than four images.
+    ConfigError for a network without blocks over one grid of tokens, DataError for fewer than four images, or the same.
     """
     check_layers(model)
     device = next(model.parameters()).device
@@ -136,8 +142,8 @@ def measures(backbone: Backbone, tokens: Tensor) -> Tensor:
 def write(model: Model, batches: Iterable[Tensor], folder: Path) -> dict[str, Any]:
     """`analyse`, written into `folder` as layers.json and layers.png; returns it, with the paths."""
     found = analyse(model, batches)
+    write_text(folder / TABLE, json.dumps(found, indent=2, allow_nan=False) + "\n")
     draw(found, folder / PICTURE)
-    write_text(folder / TABLE, json.dumps(found, indent=2) + "\n")
     return {"picture": str(folder / PICTURE), "table": str(folder / TABLE), **found}
 
 

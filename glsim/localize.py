@@ -25,7 +25,7 @@ from glsim.road import NOISE, SHARES, faithfulness, under
 from glsim.selection import check_metric
 from glsim.transforms import Preprocessing, eval_transform, mask_transform
 from glsim.types import DataError
-from glsim.where import BOX_MEASURES, as_numbers, measure_boxes, measure_scores
+from glsim.where import BOX_MEASURES, as_numbers, measure_boxes, measure_scores, signed
 
 OBJECT = "object"
 SYNTHETIC = {OBJECT: "body", "part": "part"}  # folders of masks that `glsim.synthetic` writes
@@ -208,15 +208,16 @@ def measure(
         return model(pixels).logits.float().softmax(dim=1)
 
     for number, (pixels, masks) in enumerate(_batches(images, preprocessing_of(model), batch_size)):
-        found = selections_of(model, pixels, metrics)[1]
+        output, found = selections_of(model, pixels, metrics)
         draws = [np.random.default_rng([seed, number * batch_size + i]) for i in range(len(pixels))]
         shares = torch.stack([torch.from_numpy(draw.random((DRAWS, 2))) for draw in draws])
         areas: dict[str, dict[str, Tensor]] = {}
         if faithful:
             noise = torch.stack([torch.from_numpy(draw.standard_normal(pixels.shape[1:])) for draw in draws])
             there, noise = pixels.to(device), NOISE * noise.float().to(device)
+            whole = output.logits.float().softmax(dim=1)
             for name, selection, _ in found:
-                both = faithfulness(answer, there, selection.scores, selection.grid, noise)
+                both = faithfulness(answer, there, whole, selection.scores, selection.grid, noise)
                 areas[name] = {curve: under(heights).cpu() for curve, heights in both.items()}
                 for curve, heights in both.items():
                     curves.setdefault(name, {}).setdefault(curve, []).append(heights.cpu())
@@ -278,7 +279,7 @@ def _rows(
 
 
 def _mean(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.mean(dim=1) for name, value in values.items()}
+    return {name: value.nanmean(dim=1) for name, value in values.items()}
 
 
 def summary(rows: Rows, resamples: int, seed: int) -> dict[str, Any]:
@@ -296,10 +297,20 @@ def summary(rows: Rows, resamples: int, seed: int) -> dict[str, Any]:
         for row, columns in rows.items()
         if f"{row}/random" in rows
     }
+    tables = {"rows": rows, "gains": gains}
+    every = {
+        (kind, row, name): column
+        for kind, table in tables.items()
+        for row, columns in table.items()
+        for name, column in columns.items()
+    }
+    found = as_numbers(every, resamples, seed)
     return {
         "left_out": int(some.isnan().sum()),
-        "rows": {row: as_numbers(columns, resamples, seed) for row, columns in rows.items()},
-        "gains": {row: as_numbers(columns, resamples, seed) for row, columns in gains.items()},
+        **{
+            kind: {row: {name: found[kind, row, name] for name in columns} for row, columns in table.items()}
+            for kind, table in tables.items()
+        },
     }
 
 
@@ -335,8 +346,7 @@ def as_text(result: dict[str, Any]) -> str:
         for row, values in found["gains"].items():
             more = values["coverage - random"]
             if more is not None:
-                mean, low, high = (100 * value for value in more)
-                lines.append(f"coverage of {title_of(row)} - random box: {mean:+.1f} ({low:+.1f} to {high:+.1f})")
+                lines.append(f"coverage of {title_of(row)} - random box: {signed(*_percent(more))}")
     return "\n".join(lines)
 
 
@@ -345,8 +355,12 @@ def _title(row: str) -> str:
     return f"  {control}, same size" if name else {"whole": "whole image"}.get(row, title_of(row))
 
 
-def _cell(value: list[float] | None) -> str:
+def _cell(value: list[float | None] | None) -> str:
     if value is None:
         return "-"
-    mean, low, high = (100 * v for v in value)
-    return f"{mean:.1f} +-{(high - low) / 2:.1f}"
+    mean, low, high = _percent(value)
+    return f"{mean:.1f}" if low is None else f"{mean:.1f} +-{(high - low) / 2:.1f}"
+
+
+def _percent(value: list[float | None]) -> list[Any]:
+    return [None if v is None else 100 * v for v in value]

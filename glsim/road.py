@@ -87,31 +87,42 @@ def _spread(known: Tensor, there: Tensor) -> Tensor:
     return known / there.clamp(min=1e-6) * near + far * (1 - near)
 
 
-def remove(scores: Tensor, grid: tuple[int, int], size: tuple[int, int], share: float, best: bool) -> Tensor:
-    """The pixels (B, H, W) of the `share` of patches with the `best` scores (B, N), or the worst; one patch stays."""
-    count = min(max(1, round(share * scores.shape[1])), scores.shape[1] - 1)
-    order = scores.argsort(dim=1, descending=best, stable=True)
-    mask = torch.zeros_like(scores).scatter(1, order[:, :count], 1.0).unflatten(1, grid)
-    rows, cols = (patch_lines(side, count, scores.device) for side, count in zip(size, grid, strict=True))
+def ranking(scores: Tensor, chance: Tensor) -> Tensor:
+    """The patches (B, N) from the best by `scores` (B, N) to the worst; equal ones in the order of `chance` (B, N)."""
+    mixed = chance.argsort(dim=1)
+    return mixed.gather(1, scores.gather(1, mixed).argsort(dim=1, descending=True, stable=True))
+
+
+def remove(ranks: Tensor, grid: tuple[int, int], size: tuple[int, int], share: float, best: bool) -> Tensor:
+    """The pixels (B, H, W) of the `best`, or worst, `share` of patches in a `ranking` (B, N); one patch stays."""
+    count = min(max(1, round(share * ranks.shape[1])), ranks.shape[1] - 1)
+    gone = ranks[:, :count] if best else ranks[:, -count:]
+    mask = torch.zeros(ranks.shape, device=ranks.device).scatter(1, gone, 1.0).unflatten(1, grid)
+    rows, cols = (patch_lines(side, count, ranks.device) for side, count in zip(size, grid, strict=True))
     return torch.einsum("rh,brc,cw->bhw", rows, mask, cols) > 0.5
 
 
 def faithfulness(
-    answer: Callable[[Tensor], Tensor], images: Tensor, scores: Tensor, grid: tuple[int, int], noise: Tensor
+    answer: Callable[[Tensor], Tensor],
+    images: Tensor,
+    whole: Tensor,
+    scores: Tensor,
+    grid: tuple[int, int],
+    noise: Tensor,
 ) -> dict[str, Tensor]:
-    """The curves of `answer` (images (B, 3, H, W) -> probabilities (B, C)) for the class it gives the whole images.
+    """The curves of `answer` (images (B, 3, H, W) -> probabilities (B, C)) for the best class of `whole` (B, C).
 
-    `deletion` (B, 10): its probability with 0, 0.1, .. 0.9 of the patches removed, the best by `scores` (B, N) first;
-    the sooner it falls, the more they mattered. `insertion` (B, 10): with 0.1, .. 0.9 and all of them there, the best
-    first; the sooner it rises, the better.
+    `whole` is its answer to the images as they are; it is asked for 18 more. `deletion` (B, 10): the class's
+    probability with 0, 0.1, .. 0.9 of the patches removed, the best by `scores` (B, N) first; the sooner it falls, the
+    more they mattered. `insertion` (B, 10): with 0.1, .. 0.9 and all of them there, the best first; the sooner it
+    rises, the better. `noise`, as for `impute`, is each image's own: equal scores are ranked by it, not by place.
     """
     size = (images.shape[-2], images.shape[-1])
-    scores = scores.float()
-    whole = answer(images)
+    ranks = ranking(scores.float(), noise.flatten(1)[:, : scores.shape[1]])
     label = whole.argmax(dim=1, keepdim=True)
 
     def left(share: float, best: bool) -> Tensor:
-        seen = impute(images, remove(scores, grid, size, share, best), noise)
+        seen = impute(images, remove(ranks, grid, size, share, best), noise)
         return answer(seen).gather(1, label)
 
     start = whole.gather(1, label)

@@ -2,19 +2,24 @@
 
 A mask is two bool maps (B, H, W): `inside`, the pixels of the object, and `counted`, those that are object or
 background (the border of a trimap is neither). Every measure is one number an image (B,) or a box (B, R), NaN where it
-says nothing: no pixel of the object, or for the ROC-AUC none of the background.
+says nothing: no pixel of the object, for the ROC-AUC none of the background, for the purity neither; a score is NaN.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from glsim.crop import boxes_from_mask, cut
 
 RESAMPLES, LEVEL = 1000, 0.95  # of an interval
+AT_ONCE = 2**22  # images drawn at once: 64 MB
+
+Key = TypeVar("Key")
 
 
 def per_patch(mask: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -39,14 +44,14 @@ def pointing_game(scores: Tensor, inside: Tensor, counted: Tensor) -> Tensor:
     `scores` (B, N); `inside`, `counted` (B, N) pixels of a patch. A patch is the tolerance: there 15 pixels.
     """
     best = (scores == scores.amax(dim=1, keepdim=True)).float()
-    return _known((best * (inside > 0)).sum(dim=1) / best.sum(dim=1), inside)
+    return _known((best * (inside > 0)).sum(dim=1) / best.sum(dim=1), scores, inside)
 
 
 def energy_inside(scores: Tensor, inside: Tensor, counted: Tensor) -> Tensor:
     """The share of the map, stretched to [0, 1], that lies on the object (arXiv 1910.01279); a constant map is 1."""
     low, high = scores.amin(dim=1, keepdim=True), scores.amax(dim=1, keepdim=True)
     maps = torch.where(high > low, (scores - low) / (high - low), 1.0)
-    return _known((maps * inside).sum(dim=1) / (maps * counted).sum(dim=1), inside)
+    return _known((maps * inside).sum(dim=1) / (maps * counted).sum(dim=1), scores, inside)
 
 
 def roc_auc(scores: Tensor, inside: Tensor, counted: Tensor) -> Tensor:
@@ -54,15 +59,16 @@ def roc_auc(scores: Tensor, inside: Tensor, counted: Tensor) -> Tensor:
 
     So every patch counts as object and as background by its pixels, and no threshold says which it is.
     """
-    outside = counted - inside
-    ranks = scores[:, :, None] - scores[:, None]
-    wins = (ranks > 0).float() + (ranks == 0).float() / 2
-    pairs = inside.sum(dim=1) * outside.sum(dim=1)
-    return torch.einsum("bi,bij,bj->b", inside.double(), wins.double(), outside.double()).float() / pairs
+    scores, inside, outside = scores.contiguous(), inside.double(), (counted - inside).double()
+    ordered, order = scores.sort(dim=1)
+    below = F.pad(outside.gather(1, order).cumsum(dim=1), (1, 0))  # background up to each place in the order
+    worse, not_better = (below.gather(1, torch.searchsorted(ordered, scores, right=right)) for right in (False, True))
+    wins = (inside * (worse + not_better) / 2).sum(dim=1)
+    return _known((wins / (inside.sum(dim=1) * below[:, -1])).float(), scores, inside)
 
 
-def _known(values: Tensor, inside: Tensor) -> Tensor:
-    return values.masked_fill(inside.sum(dim=1) == 0, torch.nan)
+def _known(values: Tensor, scores: Tensor, inside: Tensor) -> Tensor:
+    return values.masked_fill(scores.isnan().any(dim=1) | (inside.sum(dim=1) == 0), torch.nan)
 
 
 SCORE_MEASURES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -102,7 +108,7 @@ def measure_boxes(boxes: Tensor, inside: Tensor, counted: Tensor) -> dict[str, T
         "area": areas / (size[0] * size[1]),
         "coverage": coverage,
         "holds": (coverage >= HOLDS).float().masked_fill(empty, torch.nan),
-        "purity": (held / _count(counted, boxes).clamp(min=1)).masked_fill(empty, torch.nan),
+        "purity": (held / _count(counted, boxes)).masked_fill(empty, torch.nan),
         "iou": (shared / (areas + _area(tight) - shared)).masked_fill(empty, torch.nan),
     }
 
@@ -131,22 +137,35 @@ def interval(values: Tensor, resamples: int = RESAMPLES, seed: int = 0) -> Tenso
     """Mean over images and its 95 % interval by the bootstrap, of `values` (images, M), NaN left out: (3, M).
 
     Images are drawn with replacement `resamples` times, the same ones for all M columns: the rows are mean, low, high.
-    NaN for a column without a number.
+    NaN for a column without a number, and for both ends of one with a single number. The draws are most of the work:
+    call it once for all columns.
     """
     values = values.double().cpu()
-    there = values.isfinite().double()
-    images = len(values)
-    draws = torch.randint(images, (resamples, images), generator=torch.Generator().manual_seed(seed))
-    counts = torch.zeros(resamples, images, dtype=torch.double).scatter_add_(1, draws, torch.ones_like(draws).double())
-    means = (counts @ values.nan_to_num()) / (counts @ there)  # resamples M
+    mean, images = values.nanmean(dim=0, keepdim=True), len(values)
+    there, values = values.isfinite().double(), values.nan_to_num()
+    generator, one = torch.Generator().manual_seed(seed), torch.ones((), dtype=torch.double)
+    means = []
+    for part in torch.arange(resamples).split(max(1, AT_ONCE // images)):
+        draws = torch.randint(images, (len(part), images), generator=generator)
+        counts = torch.zeros(draws.shape, dtype=torch.double).scatter_add_(1, draws, one.expand_as(draws))
+        means.append((counts @ values) / (counts @ there))  # part M
     tail = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.double)
-    return torch.cat((values.nanmean(dim=0)[None], means.nanquantile(tail, dim=0)))
+    ends = torch.cat(means).nanquantile(tail, dim=0).masked_fill(there.sum(dim=0) < 2, torch.nan)
+    return torch.cat((mean, ends))
 
 
-def as_numbers(columns: dict[str, Tensor], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, list[float] | None]:
-    """Mean, low and high of every column (images,) by `interval`; None where no image has a number."""
+def as_numbers(
+    columns: dict[Key, Tensor], resamples: int = RESAMPLES, seed: int = 0
+) -> dict[Key, list[float | None] | None]:
+    """Mean, low and high of every column (images,) by `interval`; None where there is none, or no mean either."""
     if not columns:
         return {}
     found = interval(torch.stack(tuple(columns.values()), dim=1), resamples, seed)
-    rows = zip(columns, found.T.tolist(), strict=True)
-    return {name: row if row[0] == row[0] else None for name, row in rows}
+    rows = [[value if value == value else None for value in row] for row in found.T.tolist()]
+    return {name: None if row[0] is None else row for name, row in zip(columns, rows, strict=True)}
+
+
+def signed(mean: float, low: float | None, high: float | None, digits: int = 1) -> str:
+    """A difference as `as_numbers` gives it, for people: "+1.2 (-0.3 to +2.7)", or "+1.2" without an interval."""
+    ends = "" if low is None else f" ({low:+.{digits}f} to {high:+.{digits}f})"
+    return f"{mean:+.{digits}f}{ends}"

@@ -48,6 +48,23 @@ def test_few_images_and_many_features_are_not_alike_by_bias():
     assert biased > 0.9 and abs(cka(grams)[0, 1]) < 0.3
 
 
+@pytest.mark.parametrize("different", [0, 1])
+def test_images_that_are_alike_arrange_nothing(different):
+    model, said = small_model(), "the images are all alike, or all but one"
+    images = torch.rand(1, 3, 64, 64, generator=generator()).repeat(7, 1, 1, 1)
+    images[:different] = 0
+    for size in (1, 3):
+        with pytest.raises(glsim.DataError, match=said):
+            analyse(model, images.split(size))
+    rounded = torch.randn(200, generator=generator()) * (1 + 1e-6 * torch.randn(7, 200, generator=generator(1)))
+    with pytest.raises(glsim.DataError, match=said):  # as tokens of one image from batches of several sizes
+        cka(gram(rounded)[None])
+    images[-1] = 1
+    if different:
+        found = torch.tensor(analyse(model, images.split(3))["cka"]["whole"])
+        torch.testing.assert_close(found.diagonal(), torch.ones(3))
+
+
 @pytest.mark.parametrize(
     "backbone",
     [
@@ -105,6 +122,12 @@ def test_the_verb_writes_picture_and_table(tmp_path, capsys):
         assert picture.width > 1000
     assert cli.main([*words[:-1], "--skip-bad", "--limit", "3"]) == 3
     assert "layers: 3 images; 4 or more are needed" in capsys.readouterr().err
+    (tmp_path / "same").mkdir()
+    for i in range(4):
+        scene((60, 50)).save(tmp_path / "same" / f"{i}.png")
+    folder = tmp_path / "none"
+    assert cli.main(["explain", words[1], str(tmp_path / "same"), "--layers", "--out", str(folder)]) == 3
+    assert "layers: the images are all alike" in capsys.readouterr().err and not list(folder.iterdir())
     glsim.save(small_model("plain", "resnet18"), tmp_path / "r")
     assert cli.main(["explain", str(tmp_path / "r"), *words[2:-1]]) == 2
     assert "'resnet18' does not keep one grid of tokens" in capsys.readouterr().err

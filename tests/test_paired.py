@@ -82,6 +82,20 @@ def test_difference_and_p_by_hand(paired, words):
         paired.as_rows(a, {"published": {1: (tuple("abab"), theirs[1][1])}, "window": ours})
 
 
+def test_one_image_has_a_difference_without_interval(paired, words, tmp_path):
+    a = paired.parse([*words])
+    right, wrong = ({1: (("a",), torch.tensor([it]))} for it in (True, False))
+    rows = paired.as_rows(a, {"published": wrong, "window": right})
+    assert rows[1]["difference"] == [100, None, None]
+    told = {"rows": rows, "data": "d", "recipe": "r", "epochs": 1, "runs": 2, "of": 2, "left_out": {}}
+    assert "| +100.00 |" in paired.as_markdown(told)
+    paired.draw(rows, "published", tmp_path / "d.png")
+    assert (tmp_path / "d.png").stat().st_size > 1000
+    sweep = import_module("sweep_synthetic")
+    (row,) = sweep.as_rows({"window": {"top1": torch.ones(1), "difference": torch.ones(1)}})
+    assert "| +100.0 |" in sweep.as_markdown([row | {"scale": 1, "clutter": 0}])
+
+
 def test_all_variants_can_be_built(paired, words):
     """At costs near the published rule's, but for one pass alone, two crops, and every patch asked."""
     a = paired.parse([*words, "--large", "96"])

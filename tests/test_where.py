@@ -5,10 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics.functional.classification import binary_auroc
 
+from glsim import where
 from glsim.crop import placed
-from glsim.where import BOX_MEASURES, as_numbers, interval, measure_boxes, measure_scores, per_patch
+from glsim.where import BOX_MEASURES, as_numbers, interval, measure_boxes, measure_scores, per_patch, roc_auc, signed
 
 GRID, SIZE = (3, 4), (30, 46)  # patches of 10 x 11 and 10 x 12 pixels
 
@@ -76,6 +78,47 @@ def test_scores_agree_with_loops_and_with_torchmetrics():
         assert found["auc"][b].item() == pytest.approx(auc.item(), abs=1e-5)
 
 
+class Largest(TorchDispatchMode):
+    """Numbers of the largest tensor that anything gave."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.count = max(self.count, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+def test_the_roc_auc_is_that_of_all_pairs_in_memory_that_grows_with_the_patches():
+    scores = torch.randn(5, 60, generator=generator()).mul(2).round()  # 60 patches, about 12 values
+    scores[3], scores[4, ::2] = 1.0, -torch.inf
+    inside, outside = torch.randint(0, 50, (2, 5, 60), generator=generator(1)).float()
+    found = roc_auc(scores, inside, inside + outside)
+    for b in range(5):
+        won, pairs = 0.0, 0.0
+        for i in range(60):
+            for j in range(60):
+                weight = inside[b, i].item() * outside[b, j].item()
+                won += weight * ((scores[b, i] > scores[b, j]).item() + (scores[b, i] == scores[b, j]).item() / 2)
+                pairs += weight
+        assert found[b].item() == pytest.approx(won / pairs, abs=1e-6)
+    many = torch.rand(3, 2, 4096, generator=generator(2))
+    with Largest() as largest:
+        roc_auc(many[0], many[1], many[1] + many[2])
+    assert largest.count <= 4 * 2 * 4097
+
+
+@pytest.mark.parametrize("wrong", [slice(None), slice(3, 4)])
+def test_scores_that_are_no_numbers_say_nothing(wrong):
+    inside, counted = some_masks(2)
+    scores = torch.randn(2, 12, generator=generator())
+    scores[1, wrong] = torch.nan
+    for values in measure_scores(scores, GRID, inside, counted).values():
+        assert values.isfinite().tolist() == [True, False]
+
+
 def naive_box(box, inside, counted):
     left, top, right, bottom = box
     held = [(y, x) for y, x in PIXELS if left <= x < right and top <= y < bottom]
@@ -88,7 +131,7 @@ def naive_box(box, inside, counted):
         "area": len(held) / len(PIXELS),
         "coverage": coverage,
         "holds": float(coverage >= 0.9),
-        "purity": hits / max(1, sum(bool(counted[y, x]) for y, x in held)),
+        "purity": hits / valid if (valid := sum(bool(counted[y, x]) for y, x in held)) else math.nan,
         "iou": len(tight & set(held)) / len(tight | set(held)),
     }
 
@@ -110,7 +153,7 @@ def test_boxes_agree_with_loops():
     for b in range(len(inside)):
         for r in range(3):
             for name, value in naive_box(boxes[b, r].tolist(), inside[b], counted[b]).items():
-                assert found[name][b, r].item() == pytest.approx(value, abs=1e-6), name
+                assert found[name][b, r].item() == pytest.approx(value, abs=1e-6, nan_ok=True), name
 
 
 def one_patch():
@@ -174,6 +217,13 @@ def test_an_empty_mask_says_nothing():
     assert [found[k].isnan().item() for k in BOX_MEASURES] == [False, True, True, True, True]
 
 
+def test_a_box_on_what_does_not_count_has_no_purity():
+    inside, counted = one_patch()
+    counted[0, :5] = False
+    found = measure_boxes(torch.tensor([[[0, 0, 8, 5], [0, 0, 8, 6]]]), inside, counted)
+    assert found["purity"].isnan().tolist() == [[True, False]] and found["coverage"].tolist() == [[0, 0]]
+
+
 def test_a_box_beside_the_object_holds_nothing():
     inside, counted = one_patch()
     found = measure_boxes(torch.tensor([[[23, 10, 30, 20]]]), inside, counted)
@@ -195,6 +245,26 @@ def test_the_interval_is_the_bootstraps():
     named = as_numbers({"a": values[:, 0], "c": values[:, 2]}, 300, 5)
     assert named["c"] is None and named["a"] == [mean[0].item(), low[0].item(), high[0].item()]
     assert as_numbers({}) == {}
+
+
+def test_one_image_has_no_interval():
+    columns = {"a": torch.tensor([0.25, torch.nan]), "b": torch.tensor([0.0, 1.0]), "c": torch.full((2,), torch.nan)}
+    found = as_numbers(columns, 100)
+    assert found["a"] == [0.25, None, None] and found["b"] == [0.5, 0.0, 1.0] and found["c"] is None
+    assert as_numbers({"a": torch.tensor([0.25])}) == {"a": [0.25, None, None]}
+    assert [signed(*found[name], digits=2) for name in "ab"] == ["+0.25", "+0.50 (+0.00 to +1.00)"]
+
+
+def test_draws_in_parts_are_those_at_once(monkeypatch):
+    """And many images take little memory: all counts at once are 10 million."""
+    values = torch.rand(50_000, 2, generator=generator(), dtype=torch.double)
+    with Largest() as largest:
+        interval(values, resamples=200)
+    assert largest.count <= where.AT_ONCE < 200 * 50_000
+    few = values[:30]
+    at_once = interval(few, resamples=101)
+    monkeypatch.setattr(where, "AT_ONCE", 100)
+    torch.testing.assert_close(interval(few, resamples=101), at_once, atol=1e-12, rtol=0)
 
 
 def test_the_interval_is_as_wide_as_theory_says():
