@@ -166,10 +166,10 @@ def _read(image: Masked) -> tuple[Image.Image, dict[str, Image.Image]]:
 def read_mask(file: Path, size: tuple[int, int]) -> Image.Image:
     """A mask for an upright image of `size` (width, height), mode "L": 255 object, 128 neither, 0 background.
 
-    A PNG: what is neither zero nor wholly transparent is object; one with no values but 1, 2 and 3, and a 2 or a 3, is
-    a trimap (Oxford-IIIT Pets): object, background, border, which is neither. An XML file: all boxes of it, first pixel
-    (1, 1), last pixel included, as far as they lie in the image. Raises DataError for anything else, for another size
-    than the image's, and for a mask without any object.
+    A PNG: what is neither zero nor wholly transparent is object; one with no values but 1, 2 and 3 is a trimap
+    (Oxford-IIIT Pets): object, background, border, which is neither. An XML file: all boxes of it, first pixel (1, 1),
+    last pixel included, as far as they lie in the image. Raises DataError for anything else, for another size than the
+    image's, and for a mask without any object.
     """
     mask = _read_png(file, size) if file.suffix.lower() == ".png" else _read_xml(file, size)
     if not (np.asarray(mask) == 255).any():

@@ -57,7 +57,9 @@ def test_masks_are_read_by_what_they_hold(tmp_path):
     near = np.where(trimap == 2, 3, trimap)  # a picture that the object and its border fill
     levels = np.asarray(read_mask(png(tmp_path / "n.png", near), (40, 30)))
     assert np.array_equal(levels == 255, near == 1) and np.array_equal(levels == 128, near == 3)
-    assert (np.asarray(read_mask(png(tmp_path / "o.png", np.ones((30, 40))), (40, 30))) == 255).all()
+    for value, mode in ((1, "L"), (255, "1")):
+        full = png(tmp_path / "o.png", np.full((30, 40), value), mode)
+        assert (np.asarray(read_mask(full, (40, 30))) == 255).all()
     labels = trimap.copy()
     labels[0, 0] = 0  # no trimap: it has a background of its own
     assert (np.asarray(read_mask(png(tmp_path / "l.png", labels), (40, 30))) == 255).sum() == 30 * 40 - 1
@@ -138,11 +140,14 @@ def test_masks_of_globs_files_and_beside_the_images(tmp_path, birds, monkeypatch
         png(tmp_path / "voc" / name, np.zeros((30, 40)))
         voc((tmp_path / "voc" / name).with_suffix(".xml"), (1, 1, 5, 5))
     png(tmp_path / "voc" / "a" / "z.jpg", np.zeros((30, 40)))
-    drawn = png(tmp_path / "voc" / "a" / "z.png", np.ones((30, 40)))  # no image: nothing says what is in it
+    png(tmp_path / "voc" / "a" / "z.png", np.ones((30, 40)))  # no image: no XML beside it
     found = find_masks(tmp_path / "voc", tmp_path / "voc")
-    assert [(i.path.name, i.masks["object"].name) for i in found] == [
-        *(("x.jpg", "x.xml"), ("y.png", "y.xml"), ("z.jpg", drawn.name)),
-    ]
+    names = [(i.path.name, i.masks["object"].name) for i in found]
+    assert names == [("x.jpg", "x.xml"), ("y.png", "y.xml"), ("z.jpg", "z.png")]
+    monkeypatch.chdir(tmp_path / "voc")
+    own = png(tmp_path / "m" / "z.png", np.ones((30, 40)))
+    (image,) = find_masks("../voc/a/z.jpg", tmp_path / "m")  # not m/../voc/a/z.png
+    assert image.masks == {"object": own}
 
 
 @pytest.mark.parametrize("rule", ["square", "short"])
