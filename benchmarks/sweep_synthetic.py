@@ -156,8 +156,9 @@ def as_markdown(result: dict[str, list[dict[str, Any]]]) -> str:
         lines.append([*where, r["mechanism"], f"{r['top1'][0]:.1f}", gap, *boxes, held])
     told = {(box["metric"], box["scale"], box["clutter"]): box for box in result["boxes"]}
     cells = list(dict.fromkeys(key[1:] for key in told))
-    lines += [[], ["holds, % (beyond a random box, points)", *(f"{s:g}, {c:g}" for s, c in cells)]]
-    lines.append(["---"] * len(lines[-1]))
+    if cells:
+        lines += [[], ["holds, % (beyond a random box, points)", *(f"{s:g}, {c:g}" for s, c in cells)]]
+        lines.append(["---"] * len(lines[-1]))
     for metric in dict.fromkeys(key[0] for key in told):
         lines.append([metric, *(as_cell(told[metric, *cell]) for cell in cells)])
     return "\n".join(f"| {' | '.join(line)} |" if line else "" for line in lines)
@@ -166,7 +167,7 @@ def as_markdown(result: dict[str, list[dict[str, Any]]]) -> str:
 def as_cell(box: dict[str, Any]) -> str:
     """How often a box holds the part and how much more often than a random one; * where 0 is not in the interval."""
     gain, low, high = box["holds - random"]
-    return f"{box['holds'][0]:.0f} ({gain:+.0f}{'*' * (low > 0 or high < 0)})"
+    return f"{box['holds'][0]:.0f} ({gain:+.0f}{'*' * (low is not None and (low > 0 or high < 0))})"
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

@@ -294,11 +294,11 @@ def xml_boxes(file: Path) -> tuple[tuple[int, int] | None, list[Box]]:
     The numbers are the publisher's. Raises DataError for a file that cannot be read.
     """
     try:
-        top = ElementTree.fromstring(_text(file))
+        top = ElementTree.fromstring(file.read_bytes())  # its first line tells the encoding
         boxes = [_numbers(box, "xmin", "ymin", "xmax", "ymax") for box in top.iter("bndbox")]
         told = top.find("size")
         size = _numbers(told, "width", "height") if told is not None else (0, 0)
-    except (ElementTree.ParseError, ValueError) as error:
+    except (OSError, ElementTree.ParseError, LookupError, ValueError, OverflowError) as error:
         raise DataError(f"{file}: no boxes in the format of PASCAL VOC ({error})") from error
     return ((size[0], size[1]) if all(size) else None), [(box[0], box[1], box[2], box[3]) for box in boxes]
 

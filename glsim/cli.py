@@ -26,11 +26,9 @@ class Verb(NamedTuple):
     progress: bool = False  # the function draws a progress bar unless told not to
 
 
-def show_skipped(r: dict[str, Any]) -> list[str]:
-    """The unreadable images, counted and listed."""
-    return [f"skipped {len(r['skipped'])} unreadable images:", *(f"  {bad}" for bad in r["skipped"])] * bool(
-        r["skipped"]
-    )
+def show_skipped(r: dict[str, Any], what: str = "unreadable images") -> list[str]:
+    """What was left out, counted and listed."""
+    return [f"skipped {len(r['skipped'])} {what}:", *(f"  {bad}" for bad in r["skipped"])] * bool(r["skipped"])
 
 
 def show_train(r: dict[str, Any], s: config.Train) -> str:
@@ -232,10 +230,10 @@ def show_explain(r: dict[str, Any], _: Any) -> str:
 
 
 def show_localize(r: dict[str, Any], s: config.Localize) -> str:
-    """The tables."""
+    """The tables, and what was left out."""
     from glsim.localize import as_text
 
-    return as_text(r) + (f"\nwritten: {s.out}" if s.out else "")
+    return "\n".join([as_text(r), *show_skipped(r, "images"), *[f"written: {s.out}"] * bool(s.out)])
 
 
 def show_convert(r: dict[str, Any], _: Any) -> str:

@@ -450,6 +450,7 @@ class Localize:
     resamples: int = setting(1000, "bootstrap draws of the images, for the intervals")
     seed: int = setting(0, "of these draws and of the random boxes")
     batch_size: int = setting(32, "images at a time")
+    skip_bad: bool = setting(False, "leave unreadable images, and bad masks with theirs, out and list them")
     out: str | None = setting(None, "file for the result as JSON")
     device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
 

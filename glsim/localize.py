@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glsim.backbone import Model
-from glsim.bundle import load, pick_device, preprocessing_of, write_text
+from glsim.bundle import load, pick_device, preprocessing_of, temperature_of, write_text
 from glsim.catalog import xml_boxes
 from glsim.config import Localize
 from glsim.crop import placed
@@ -22,14 +23,13 @@ from glsim.data import find_images
 from glsim.images import open_image
 from glsim.pictures import selections_of, spell_out, title_of
 from glsim.road import NOISE, SHARES, faithfulness, under
-from glsim.selection import check_metric
 from glsim.transforms import Preprocessing, eval_transform, mask_transform
-from glsim.types import DataError
+from glsim.types import DataError, Output
 from glsim.where import BOX_MEASURES, as_numbers, measure_boxes, measure_scores, signed
 
 OBJECT = "object"
 SYNTHETIC = {OBJECT: "body", "part": "part"}  # folders of masks that `glsim.synthetic` writes
-ENDINGS = (".png", ".xml", "")  # Stanford Dogs' boxes have none
+ENDINGS = (".png", ".PNG", ".xml", ".XML", "")  # Stanford Dogs' boxes have none
 DRAWS = 16  # random places of a box, of which the mean counts
 BORDER = 3  # of a trimap: neither object (1) nor background (2)
 
@@ -44,19 +44,22 @@ class Masked(NamedTuple):
 def run(s: Localize, progress: bool = True) -> dict[str, Any]:
     """The verb: measures of every mechanism, with 95 % intervals; written as JSON to `s.out` where that is given.
 
-    Raises DataError naming the image without mask, before the model is loaded, or the mask that is damaged, empty or of
-    another size.
+    Raises DataError before the model is loaded: naming the image without mask, or, unless `s.skip_bad`, the first image
+    or mask that cannot be taken.
     """
-    images = find_masks(s.images, s.masks)
-    images = images[:: -(-len(images) // (s.limit or len(images)))]  # of every class some
+    if s.out is not None:
+        if Path(s.out).is_dir():
+            raise DataError(f"out={s.out} is a folder; name a file")
+        Path(s.out).parent.mkdir(parents=True, exist_ok=True)  # first: what cannot be made must not come late
+    found = find_masks(s.images, s.masks)
+    count = min(s.limit or len(found), len(found))
+    found = [found[i * len(found) // count] for i in range(count)]  # of every class some
+    with tqdm(total=count, desc="masks", unit="image", disable=not progress) as bar:
+        images, skipped = check_masks(found, s.skip_bad, bar.update)
     model = load(s.source, **s.options).to(pick_device(s.device))
     names: list[str | None] = [*spell_out(s.metrics, model), *(["random"] if s.controls else [])]
-    for name in names:
-        if name is not None:
-            check_metric(name, model.backbone.has_attention)
-    bar = tqdm(total=len(images), desc="images", unit="image", disable=not progress)
-    found = measure(model, images, names, s.controls, s.faithfulness, s.batch_size, s.seed, bar.update)
-    bar.close()
+    with tqdm(total=len(images), desc="images", unit="image", disable=not progress) as bar:
+        measured = measure(model, images, names, s.controls, s.faithfulness, s.batch_size, s.seed, bar.update)
     result = {
         "source": str(s.source),
         "images": str(s.images),
@@ -65,8 +68,9 @@ def run(s: Localize, progress: bool = True) -> dict[str, Any]:
         "interval": "95 %, bootstrap over images",
         "resamples": s.resamples,
         "seed": s.seed,
-        "targets": {target: summary(rows, s.resamples, s.seed) for target, rows in found.targets.items()},
-        "curves": found.curves,
+        "targets": {target: summary(rows, s.resamples, s.seed) for target, rows in measured.targets.items()},
+        "curves": measured.curves,
+        "skipped": skipped,
     }
     if s.out is not None:
         write_text(s.out, json.dumps(result, indent=2) + "\n")
@@ -79,20 +83,21 @@ def run(s: Localize, progress: bool = True) -> dict[str, Any]:
 def find_masks(images: str | Path, masks: str | Path) -> list[Masked]:
     """Every image of a folder (or file, or glob) with its mask in the folder `masks`.
 
-    A mask stands where its image does, below `images` or the folder that holds it, or has its name alone; it ends in
-    .png or .xml (or in nothing: Stanford Dogs). In a folder with `body` and `part`, as `glsim.synthetic` writes them,
-    they are two targets. Raises DataError naming the first image without one.
+    A mask stands below `masks` as its image does below any folder that holds it, or has its name alone; it ends in .png
+    or .xml (or in nothing: Stanford Dogs). In a folder with `body` and `part`, as `glsim.synthetic` writes them, they
+    are two targets. A PNG in the folder of masks is an image only where its own XML stands beside it. Raises DataError
+    naming the first image without mask.
     """
-    top, folder = Path(images), Path(masks)
+    folder = Path(masks)
     if not folder.is_dir():
         raise DataError(f"masks={masks} is no folder; wanted one with a PNG or a PASCAL VOC XML file for every image")
     both = all((folder / name).is_dir() for name in SYNTHETIC.values())
     folders = {target: folder / name for target, name in SYNTHETIC.items()} if both else {OBJECT: folder}
     found, taken = [], dict[Path, Path]()
     for path in find_images(images):
-        if path.resolve().is_relative_to(folder.resolve()):
+        if _is_mask(path, folder):
             continue
-        chosen = {target: _mask_of(path, top, place) for target, place in folders.items()}
+        chosen = {target: _mask_of(path, place) for target, place in folders.items()}
         found.append(Masked(path, chosen))
         for file in chosen.values():
             if file in taken:
@@ -105,22 +110,66 @@ def find_masks(images: str | Path, masks: str | Path) -> list[Masked]:
     return found
 
 
-def _mask_of(path: Path, top: Path, folder: Path) -> Path:
-    below = path.relative_to(top) if path.is_relative_to(top) and top.is_dir() else Path(path.name)
-    wanted = [below, Path(top.resolve().name) / below, Path(path.parent.name) / path.name, Path(path.name)]
-    tried = [folder / name.with_suffix(ending) for name in wanted for ending in ENDINGS]
-    for file in tried:
-        if file.is_file():
+def _is_mask(path: Path, folder: Path) -> bool:
+    inside = path.suffix.lower() == ".png" and path.resolve().is_relative_to(folder.resolve())
+    return inside and not any(path.with_suffix(ending).is_file() for ending in (".xml", ".XML"))
+
+
+def _mask_of(path: Path, folder: Path) -> Path:
+    parts = path.absolute().parts
+    names = (Path(*parts[i:]) for i in range(1, len(parts)) if ".." not in parts[i:])
+    for file in (folder / name.with_suffix(ending) for name in names for ending in ENDINGS):
+        if file.is_file() and file.resolve() != path.resolve():
             return file
-    raise DataError(f"{path} has no mask in {folder}; wanted {tried[0]} or {tried[1]}")
+    wanted = folder / path.stem
+    raise DataError(f"{path} has no mask in {folder}; wanted {wanted}.png or {wanted}.xml, or in folders as the image")
+
+
+def check_masks(
+    images: list[Masked], skip_bad: bool = False, done: Callable[[int], Any] = lambda count: None
+) -> tuple[list[Masked], list[str]]:
+    """The images that can be measured, and what is wrong with the others: everything is read, and let go again.
+
+    Raises DataError for the first bad one unless `skip_bad`, and where none is left.
+    """
+    sound, bad = [], []
+    pool = ThreadPoolExecutor()
+    try:
+        for image, fault in zip(images, pool.map(_fault, images), strict=True):
+            if fault is None:
+                sound.append(image)
+            elif skip_bad:
+                bad.append(str(fault))
+            else:
+                raise fault
+            done(1)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if not sound:
+        raise DataError(f"no image is left: {bad[0]}")
+    return sound, bad
+
+
+def _fault(image: Masked) -> DataError | None:
+    try:
+        _read(image)
+    except DataError as error:
+        return error.with_traceback(None)  # which would keep the pixels
+    return None
+
+
+def _read(image: Masked) -> tuple[Image.Image, dict[str, Image.Image]]:
+    photograph = open_image(image.path)
+    return photograph, {target: read_mask(file, photograph.size) for target, file in image.masks.items()}
 
 
 def read_mask(file: Path, size: tuple[int, int]) -> Image.Image:
     """A mask for an upright image of `size` (width, height), mode "L": 255 object, 128 neither, 0 background.
 
-    A PNG: what is not zero is object; one with no values but 1, 2 and 3 is a trimap (Oxford-IIIT Pets): object,
-    background, border, which is neither. An XML file: all boxes of it, first pixel (1, 1), last pixel included.
-    Raises DataError for anything else, for another size than the image's, and for a mask without any object.
+    A PNG: what is neither zero nor wholly transparent is object; one with no values but 1, 2 and 3 is a trimap
+    (Oxford-IIIT Pets): object, background, border, which is neither. An XML file: all boxes of it, first pixel (1, 1),
+    last pixel included, as far as they lie in the image. Raises DataError for anything else, for another size than the
+    image's, and for a mask without any object.
     """
     mask = _read_png(file, size) if file.suffix.lower() == ".png" else _read_xml(file, size)
     if not (np.asarray(mask) == 255).any():
@@ -135,9 +184,11 @@ def _read_png(file: Path, size: tuple[int, int]) -> Image.Image:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{file}: no readable PNG ({error})") from error
     _check_size(file, opened.size, size)
-    values = np.asarray(opened.convert(opened.mode[:-1]) if opened.mode in ("LA", "RGBA") else opened)
-    values = values.max(axis=2) if values.ndim == 3 else values
-    if values.min() >= 1 and values.max() <= BORDER and (values == 2).any():
+    pixels = np.atleast_3d(np.asarray(opened))
+    if opened.mode in ("LA", "RGBA"):
+        pixels = pixels[..., :-1] * (pixels[..., -1:] > 0)
+    values = pixels.max(axis=2)
+    if values.min() >= 1 and 2 <= values.max() <= BORDER:
         levels = np.array([0, 255, 0, 128], np.uint8)[values]
     else:
         levels = np.where(values != 0, 255, 0).astype(np.uint8)
@@ -148,12 +199,17 @@ def _read_xml(file: Path, size: tuple[int, int]) -> Image.Image:
     told, boxes = xml_boxes(file)
     if told is not None:
         _check_size(file, told, size)
+    if not boxes:
+        raise DataError(f"{file}: no bndbox in it, as the format of PASCAL VOC has for every object")
     mask = Image.new("L", size)
     draw = ImageDraw.Draw(mask)
     for left, top, right, bottom in boxes:
-        if not (left <= right and top <= bottom and left <= size[0] and top <= size[1] and right >= 1 and bottom >= 1):
-            raise DataError(f"{file}: box {left},{top},{right},{bottom} lies outside of {size[0]} x {size[1]} pixels")
-        draw.rectangle((max(left - 1, 0), max(top - 1, 0), right - 1, bottom - 1), fill=255)
+        shown = max(left, 1) - 1, max(top, 1) - 1, min(right, size[0]) - 1, min(bottom, size[1]) - 1
+        if shown[0] > shown[2] or shown[1] > shown[3]:
+            turned = left > right or top > bottom
+            why = "is empty or turned round" if turned else f"lies outside of {size[0]} x {size[1]} pixels"
+            raise DataError(f"{file}: box {left},{top},{right},{bottom} {why}")
+        draw.rectangle(shown, fill=255)
     return mask
 
 
@@ -192,7 +248,9 @@ def measure(
     seed: int = 0,
     done: Callable[[int], Any] = lambda count: None,
 ) -> Measured:
-    """All measures of every image, by target, row and name: tensors (images,), NaN where one says nothing.
+    """All measures of every image, by target, row and name: tensors (images,).
+
+    NaN where one says nothing: all of an image where no pixel of the object is left in the network's view.
 
     A row is a mechanism by its name (None in `metrics`: the model's own). With `controls` "NAME/centre" and
     "NAME/random" are boxes as large as its own, in the middle and at random places (mean of 16, drawn from `seed` and
@@ -203,9 +261,12 @@ def measure(
     curves: dict[str, dict[str, list[Tensor]]] = {}
     device = next(model.parameters()).device
 
+    def probabilities(output: Output) -> Tensor:
+        return (output.logits.float() / temperature_of(model)).softmax(dim=1)
+
     @torch.inference_mode()
     def answer(pixels: Tensor) -> Tensor:
-        return model(pixels).logits.float().softmax(dim=1)
+        return probabilities(model(pixels))
 
     for number, (pixels, masks) in enumerate(_batches(images, preprocessing_of(model), batch_size)):
         output, found = selections_of(model, pixels, metrics)
@@ -215,17 +276,17 @@ def measure(
         if faithful:
             noise = torch.stack([torch.from_numpy(draw.standard_normal(pixels.shape[1:])) for draw in draws])
             there, noise = pixels.to(device), NOISE * noise.float().to(device)
-            whole = output.logits.float().softmax(dim=1)
             for name, selection, _ in found:
-                both = faithfulness(answer, there, whole, selection.scores, selection.grid, noise)
+                both = faithfulness(answer, there, probabilities(output), selection.scores, selection.grid, noise)
                 areas[name] = {curve: under(heights).cpu() for curve, heights in both.items()}
                 for curve, heights in both.items():
                     curves.setdefault(name, {}).setdefault(curve, []).append(heights.cpu())
         for target, (inside, counted) in masks.items():
+            lost = ~inside.flatten(1).any(dim=1)
             for row, values in _rows(found, inside, counted, shares if controls else None):
                 columns = parts.setdefault(target, {}).setdefault(row, {})
                 for name, value in (values | areas.get(row, {})).items():
-                    columns.setdefault(name, []).append(value)
+                    columns.setdefault(name, []).append(value.masked_fill(lost, torch.nan))
         done(len(pixels))
     targets = {
         target: {row: {name: torch.cat(v) for name, v in columns.items()} for row, columns in rows.items()}
@@ -247,10 +308,10 @@ def _batches(
     for start in range(0, len(images), size):
         pixels, masks = [], dict[str, list[tuple[Tensor, Tensor]]]()
         for image in images[start : start + size]:
-            photograph = open_image(image.path)
+            photograph, read = _read(image)
             pixels.append(transform(photograph))
-            for target, file in image.masks.items():
-                masks.setdefault(target, []).append(to_view(read_mask(file, photograph.size), p))
+            for target, mask in read.items():
+                masks.setdefault(target, []).append(to_view(mask, p))
         yield torch.stack(pixels), {target: _stack(views) for target, views in masks.items()}
 
 
@@ -285,7 +346,7 @@ def _mean(values: dict[str, Tensor]) -> dict[str, Tensor]:
 def summary(rows: Rows, resamples: int, seed: int) -> dict[str, Any]:
     """Means with intervals: of every row, and of how much more a mechanism's box holds than its controls (paired).
 
-    `left_out` counts the images of which the crop to the network's view left no object.
+    `left_out` counts the images of which no pixel of the object is left in the network's view: no row has them.
     """
     some = next(iter(rows.values()))["coverage"]
     gains = {
@@ -338,7 +399,8 @@ def as_text(result: dict[str, Any]) -> str:
         heads = [name for name in HEADS if any(name in row for row in rows.values())]
         titles = {row: _title(row) for row in rows}
         width = max(map(len, titles.values()))
-        left_out = f" ({found['left_out']} images left out: it is outside of the crop)" * bool(found["left_out"])
+        why = "images left out: no pixel of it is left in the network's view"
+        left_out = f" ({found['left_out']} {why})" * bool(found["left_out"])
         lines += ["", f"{target}{left_out}", " " * width + "".join(f"{HEADS[name]:>14}" for name in heads)]
         for row, values in rows.items():
             cells = "".join(f"{_cell(values[name]) if name in values else '':>14}" for name in heads)

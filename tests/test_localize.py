@@ -1,6 +1,7 @@
 """The verb: masks of every kind found and read, measured in the network's view, beside controls."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ import glsim
 from glsim import cli, localize
 from glsim.bundle import preprocessing_of
 from glsim.config import Localize
-from glsim.localize import as_text, find_masks, measure, read_mask, run, to_view
+from glsim.localize import Masked, as_text, find_masks, measure, read_mask, run, to_view
 from glsim.pictures import selections_of
 from glsim.transforms import Preprocessing
-from glsim.where import BOX_MEASURES, as_numbers, measure_boxes
+from glsim.where import BOX_MEASURES, as_numbers, measure_boxes, measure_scores
 
 VOC = "<object><name>dog</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
 
@@ -41,14 +42,24 @@ def voc(path, *boxes, size=(40, 30)):
 def test_masks_are_read_by_what_they_hold(tmp_path):
     values = np.zeros((30, 40))
     values[5:10, 8:20] = 7
-    for mode in ("L", "RGB", "RGBA", "P"):
+    for mode in ("L", "LA", "RGB", "RGBA", "P"):
         levels = np.asarray(read_mask(png(tmp_path / f"{mode}.png", values, mode), (40, 30)))
         assert np.array_equal(levels == 255, values > 0) and set(np.unique(levels)) == {0, 255}
+    for colours in (1, 3):  # cut out: what is around is transparent, whatever its colour
+        cut = np.dstack([np.full((30, 40, colours), 200), values.clip(max=1)]).astype(np.uint8)
+        Image.fromarray(cut).save(tmp_path / "cut.png")
+        assert np.array_equal(np.asarray(read_mask(tmp_path / "cut.png", (40, 30))) == 255, values > 0)
     trimap = np.full((30, 40), 2)
     trimap[4:11, 7:21], trimap[5:10, 8:20] = 3, 1
     levels = np.asarray(read_mask(png(tmp_path / "t.png", trimap), (40, 30)))
     for value, level in ((1, 255), (2, 0), (3, 128)):
         assert np.array_equal(levels == level, trimap == value)
+    near = np.where(trimap == 2, 3, trimap)  # a picture that the object and its border fill
+    levels = np.asarray(read_mask(png(tmp_path / "n.png", near), (40, 30)))
+    assert np.array_equal(levels == 255, near == 1) and np.array_equal(levels == 128, near == 3)
+    for value, mode in ((1, "L"), (255, "1")):
+        full = png(tmp_path / "o.png", np.full((30, 40), value), mode)
+        assert (np.asarray(read_mask(full, (40, 30))) == 255).all()
     labels = trimap.copy()
     labels[0, 0] = 0  # no trimap: it has a background of its own
     assert (np.asarray(read_mask(png(tmp_path / "l.png", labels), (40, 30))) == 255).sum() == 30 * 40 - 1
@@ -56,6 +67,14 @@ def test_masks_are_read_by_what_they_hold(tmp_path):
     expected = values > 0
     expected[29, 39] = True
     assert np.array_equal(boxes == 255, expected)
+    for encoding in ("ISO-8859-1", "UTF-16"):
+        text = f'<?xml version="1.0" encoding="{encoding}"?>' + (tmp_path / "v.xml").read_text().replace("dog", "Dächs")
+        (tmp_path / "e.xml").write_bytes(text.encode(encoding))
+        assert np.array_equal(np.asarray(read_mask(tmp_path / "e.xml", (40, 30))) == 255, expected)
+    beyond = np.asarray(read_mask(voc(tmp_path / "b.xml", (-7, 6, "1e30", 10)), (40, 30)))
+    expected = np.zeros((30, 40), bool)
+    expected[5:10] = True
+    assert np.array_equal(beyond == 255, expected)
 
 
 def test_bad_masks_are_named(tmp_path):
@@ -65,7 +84,12 @@ def test_bad_masks_are_named(tmp_path):
         (png(tmp_path / "small.png", np.ones((30, 41))), "small.png is of 41 x 30 pixels, its image of 40 x 30"),
         (write(tmp_path / "text.png", "no picture"), "text.png: no readable PNG"),
         (write(tmp_path / "cut.xml", "<annotation>"), "cut.xml: no boxes in the format of PASCAL VOC"),
-        (voc(tmp_path / "none.xml"), "none.xml: an empty mask"),
+        (voc(tmp_path / "none.xml"), "none.xml: no bndbox in it"),
+        (write(tmp_path / "page.xml", "<html/>"), "page.xml: no bndbox in it"),
+        (write(tmp_path / "code.xml", '<?xml version="1.0" encoding="nine"?><a/>'), "code.xml: no boxes in the format"),
+        (voc(tmp_path / "inf.xml", (1, 1, "inf", 9)), "inf.xml: no boxes in the format of PASCAL VOC .*infinity"),
+        (voc(tmp_path / "huge.xml", (1, 1, "1e400", 9)), "huge.xml: no boxes in the format of PASCAL VOC .*infinity"),
+        (voc(tmp_path / "swapped.xml", (20, 10, 9, 6)), "swapped.xml: box 20,10,9,6 is empty or turned round"),
         (voc(tmp_path / "off.xml", (50, 5, 60, 9)), "off.xml: box 50,5,60,9 lies outside of 40 x 30"),
         (voc(tmp_path / "turned.xml", (1, 1, 5, 5), size=(30, 40)), "turned.xml is of 30 x 40 pixels"),
     ]
@@ -93,9 +117,37 @@ def test_masks_are_found_where_the_images_are(tmp_path, birds):
         find_masks(tmp_path / "images", flat)
     mask = png(flat / "x_1.png", np.ones((3, 4)))
     assert [image.masks for image in find_masks(tmp_path / "images", flat)] == [{"object": mask}]
+    for ending in ("PNG", "xml", "XML"):
+        mask = mask.rename(mask.with_suffix(f".{ending}"))
+        assert [image.masks for image in find_masks(tmp_path / "images", flat)] == [{"object": mask}]
     png(tmp_path / "images" / "a" / "x_1.png", np.ones((3, 4)))
     with pytest.raises(glsim.DataError, match="put masks in folders as the images"):
         find_masks(tmp_path / "images", flat)
+
+
+def test_masks_of_globs_files_and_beside_the_images(tmp_path, birds, monkeypatch):
+    every = find_masks(birds / "test", birds / "masks")
+    for given in ("test/*/*.jpg", "test/**/*.jpg", "te*/*/*.jpg"):
+        assert find_masks(birds / given, birds / "masks") == every
+    for image in every[:2]:
+        assert find_masks(image.path, birds / "masks") == [image]
+    monkeypatch.chdir(birds / "test")
+    assert [image.masks for image in find_masks(".", "../masks")] == [
+        {target: Path("../masks") / file.relative_to(birds / "masks") for target, file in image.masks.items()}
+        for image in every
+    ]
+    for name in ("a/x.jpg", "a/y.png"):
+        png(tmp_path / "voc" / name, np.zeros((30, 40)))
+        voc((tmp_path / "voc" / name).with_suffix(".xml"), (1, 1, 5, 5))
+    png(tmp_path / "voc" / "a" / "z.jpg", np.zeros((30, 40)))
+    png(tmp_path / "voc" / "a" / "z.png", np.ones((30, 40)))  # no image: no XML beside it
+    found = find_masks(tmp_path / "voc", tmp_path / "voc")
+    names = [(i.path.name, i.masks["object"].name) for i in found]
+    assert names == [("x.jpg", "x.xml"), ("y.png", "y.xml"), ("z.jpg", "z.png")]
+    monkeypatch.chdir(tmp_path / "voc")
+    own = png(tmp_path / "m" / "z.png", np.ones((30, 40)))
+    (image,) = find_masks("../voc/a/z.jpg", tmp_path / "m")  # not m/../voc/a/z.png
+    assert image.masks == {"object": own}
 
 
 @pytest.mark.parametrize("rule", ["square", "short"])
@@ -137,10 +189,51 @@ def test_rows_are_the_models_own_selections(source, birds):
         for name in BOX_MEASURES:
             value = one["part"]["gls_cos"][name][i]
             torch.testing.assert_close(value, found[name][0, 0], equal_nan=True)
+        found = measure_scores(selection.scores, selection.grid, *(v[None] for v in views))
+        for name, value in found.items():
+            torch.testing.assert_close(one["part"]["gls_cos"][name][i], value[0], equal_nan=True)
+        left, top, right, bottom = selection.boxes[0].tolist()
+        width, height = right - left, bottom - top
+        free = np.array([64 - width, 64 - height])
+        assert [left, top] != (free // 2).tolist()
+        shares = np.random.default_rng([3, i]).random((16, 2))
+        for control, corners in (
+            ("centre", [free // 2]),
+            ("random", [np.maximum(np.ceil(share * (free + 1)).astype(int) - 1, 0) for share in shares]),
+        ):
+            cuts = [np.s_[y : y + height, x : x + width] for x, y in corners]
+            inside, counted = (np.array([view.numpy()[cut].sum() for cut in cuts]) for view in views)
+            row = one["part"][f"gls_cos/{control}"]
+            assert row["coverage"][i].item() == pytest.approx((inside / views[0].sum().item()).mean(), abs=1e-6)
+            assert row["purity"][i].item() == pytest.approx((inside / counted).mean(), abs=1e-6)
     rows = one["object"]
     for control in ("centre", "random"):
         torch.testing.assert_close(rows[f"gls_cos/{control}"]["area"], rows["gls_cos"]["area"])
     assert (rows["whole"]["area"] == 1).all() and (rows["whole"]["coverage"] == 1).all()
+
+
+def test_a_border_is_neither_and_draws_are_the_images_own(source, tmp_path):
+    trimap = np.full((64, 64), 2)
+    trimap[16:56, 8:48], trimap[24:48, 16:40] = 3, 1
+    file = png(tmp_path / "masks" / "x.png", trimap)
+    Image.effect_noise((64, 64), 80).convert("RGB").save(tmp_path / "x.jpg")
+    model = glsim.load(source)
+    images = [Masked(tmp_path / "x.jpg", {"object": file})] * 2
+    rows, others = (measure(model, images, [None], controls=True, seed=s).targets["object"] for s in (0, 1))
+    inside, counted = to_view(read_mask(file, (64, 64)), preprocessing_of(model))
+    share = inside.sum() / counted.sum()
+    assert share > 1.2 * inside.float().mean()
+    torch.testing.assert_close(rows["whole"]["purity"], share.expand(2))
+    pixels = glsim.pictures.eval_transform(preprocessing_of(model))(glsim.pictures.open_image(images[0].path))[None]
+    ((_, selection, _),) = selections_of(model, pixels, [None])[1]
+    found = measure_scores(selection.scores, selection.grid, inside[None], counted[None])
+    plain = measure_scores(selection.scores, selection.grid, inside[None], torch.ones_like(counted)[None])
+    for name in ("energy", "auc"):
+        torch.testing.assert_close(rows["gls_cos"][name], found[name].expand(2))
+        assert (found[name] - plain[name]).abs() > 1e-3
+    first, second = rows["gls_cos/random"]["coverage"].tolist()
+    assert len({first, second, *others["gls_cos/random"]["coverage"].tolist()}) == 4
+    torch.testing.assert_close(rows["gls_cos"]["coverage"], others["gls_cos"]["coverage"])
 
 
 def test_the_verb(source, birds, tmp_path, capsys):
@@ -159,8 +252,8 @@ def test_the_verb(source, birds, tmp_path, capsys):
         assert gain[0] == pytest.approx(own - control)
     text = as_text(result)
     assert "centre, same size" in text and "whole image" in text and "coverage of GLS cos - random box" in text
-    few = run(Localize(source=source, images=str(birds / "test"), masks=str(birds / "masks" / "part"), limit=3), False)
-    assert few["count"] == 3 and list(few["targets"]) == ["object"] and list(few["targets"]["object"]["gains"]) == []
+    few = run(Localize(source=source, images=str(birds / "test"), masks=str(birds / "masks" / "part"), limit=8), False)
+    assert few["count"] == 8 and list(few["targets"]) == ["object"] and list(few["targets"]["object"]["gains"]) == []
     assert cli.main([*words[:4], "--masks", str(tmp_path)]) == 3
     assert "has no mask in" in capsys.readouterr().err
 
@@ -192,6 +285,7 @@ def test_the_images_are_drawn_once_for_all_rows_of_a_target(monkeypatch):
 def test_curves_stand_beside_the_measures(source, birds):
     """Written down for every mechanism, the same in batches of any size, and the model's own answers."""
     model, images = glsim.load(source), find_masks(birds / "test", birds / "masks" / "part")[:3]
+    model.config["calibration"] = {"temperature": 2.5}
     one, together = (measure(model, images, ["gls_cos", "random"], False, True, size) for size in (1, 3))
     assert sorted(one.curves) == ["gls_cos", "random"]
     for row, curves in one.curves.items():
@@ -208,19 +302,70 @@ def test_curves_stand_beside_the_measures(source, birds):
     assert one.curves["random"]["insertion"][-1] == pytest.approx(whole, abs=1e-5)
 
 
-def test_objects_outside_of_the_crop_are_left_out(source, tmp_path):
-    for i, place in enumerate([(slice(40, 60), slice(40, 60)), (slice(0, 2), slice(0, 2))]):
+def test_objects_that_are_lost_are_left_out(source, tmp_path):
+    """One outside of the crop, one that nearest-neighbour resizing leaves out: of every number of a row."""
+    height, _ = preprocessing_of(glsim.load(source)).resized((100, 100))
+    seen = Image.fromarray(np.arange(100, dtype=np.uint8)[None]).resize((height, 1), Image.Resampling.NEAREST)
+    lost = min(set(range(40, 60)) - set(np.asarray(seen)[0].tolist()))
+    for i, place in enumerate([np.s_[40:60, 40:60], np.s_[0:2, 0:2], np.s_[lost, 40:60]]):
         values = np.zeros((100, 100))
         values[place] = 255
         png(tmp_path / "masks" / f"{i}.png", values)
         Image.effect_noise((100, 100), 80).convert("RGB").save(tmp_path / f"{i}.png")
-    found = run(Localize(source=source, images=str(tmp_path / "*.png"), masks=str(tmp_path / "masks")), False)
-    target = found["targets"]["object"]
-    assert found["count"] == 2 and target["left_out"] == 1
+    words = dict(source=source, masks=str(tmp_path / "masks"), controls=True, faithfulness=True)
+    found = run(Localize(images=str(tmp_path / "*.png"), **words), False)
+    alone = run(Localize(images=str(tmp_path / "0.png"), **words), False)
+    target, expected = found["targets"]["object"], alone["targets"]["object"]
+    assert found["count"] == 3 and target["left_out"] == 2 and expected["left_out"] == 0
+    for row, values in expected["rows"].items():
+        for name, value in values.items():
+            assert target["rows"][row][name] == pytest.approx(value, abs=1e-5), (row, name)
     mean, low, high = target["rows"]["gls_cos"]["coverage"]
-    assert 0 <= mean <= 1 and low is None and high is None
+    assert 0 <= mean <= 1 and low is None and high is None  # one image has no interval
     text = as_text(found)
-    assert "1 images left out" in text and f"{100 * mean:.1f}" in text.split() and "+- half" in text.splitlines()[0]
+    assert f"{100 * mean:.1f}" in text.split() and "+- half" in text.splitlines()[0]
+    assert "object (2 images left out: no pixel of it is left in the network's view)" in text
+
+
+def test_bad_images_and_masks_are_known_first(source, tmp_path, capsys):
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    for i in range(4):
+        png(images / f"{i}.png", np.random.default_rng(i).integers(0, 255, (70, 80)))
+        png(masks / f"{i}.png", np.ones((70, 80)) if i else np.zeros((70, 80)))
+    (images / "1.png").write_bytes((images / "1.png").read_bytes()[:3000])
+    png(masks / "3.png", np.ones((70, 70)))
+    words = dict(images=str(images), masks=str(masks))
+    with pytest.raises(glsim.DataError, match=r"0\.png: an empty mask"):
+        run(Localize(source=str(tmp_path / "no bundle"), **words), False)
+    given = ["localize", source, "--images", str(images), "--masks", str(masks), "--skip-bad"]
+    assert cli.main([*given, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["count"] == 1 and len(result["skipped"]) == 3
+    for said, told in zip(("0.png: an empty", "1.png: truncated", "3.png is of 70"), result["skipped"], strict=True):
+        assert said in told
+    assert cli.main(given) == 0
+    assert f"skipped 3 images:\n  {masks / '0.png'}: an empty mask" in capsys.readouterr().out
+    with pytest.raises(glsim.DataError, match=r"no image is left: .*0\.png: an empty mask"):
+        run(Localize(source=source, skip_bad=True, images=str(images / "0.png"), masks=str(masks)), False)
+
+
+def test_out_is_tried_first(tmp_path, birds):
+    words = dict(source=str(tmp_path / "no bundle"), images=str(birds / "test"), masks=str(birds / "masks"))
+    with pytest.raises(glsim.DataError, match=r"out=.* is a folder; name a file"):
+        run(Localize(out=str(tmp_path), **words), False)
+    with pytest.raises(glsim.GlsimError, match="no bundle"):
+        run(Localize(out=str(tmp_path / "new" / "deep" / "r.json"), **words), False)
+    assert (tmp_path / "new" / "deep").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        run(Localize(out=str(tmp_path / "file" / "r.json"), **words), False)
+
+
+def test_a_method_with_scores_of_its_own_can_be_named(birds, tmp_path):
+    glsim.save(small_model("cal", classes=3), tmp_path / "cal", labels=["a", "b", "c"])
+    words = dict(source=str(tmp_path / "cal"), images=str(birds / "test"), masks=str(birds / "masks"), limit=2)
+    own, named = (run(Localize(metrics=metrics, **words), False)["targets"] for metrics in (None, ["cal"]))
+    assert own == named and list(own["object"]["rows"]) == ["cal"]
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,8 @@ def test_one_image_has_a_difference_without_interval(paired, words, tmp_path):
     assert (tmp_path / "d.png").stat().st_size > 1000
     sweep = import_module("sweep_synthetic")
     (row,) = sweep.as_rows({"window": {"top1": torch.ones(1), "difference": torch.ones(1)}})
-    assert "| +100.0 |" in sweep.as_markdown([row | {"scale": 1, "clutter": 0}])
+    assert sweep.as_cell({"holds": [100, None, None], "holds - random": [40, None, None]}) == "100 (+40)"
+    assert "| +100.0 |" in sweep.as_markdown({"rows": [row | {"scale": 1, "clutter": 0}], "boxes": []})
 
 
 def test_all_variants_can_be_built(paired, words):
