@@ -311,7 +311,7 @@ def test_objects_that_are_lost_are_left_out(source, tmp_path):
         values = np.zeros((100, 100))
         values[place] = 255
         png(tmp_path / "masks" / f"{i}.png", values)
-        Image.effect_noise((100, 100), 80).convert("RGB").save(tmp_path / f"{i}.png")
+        png(tmp_path / f"{i}.png", np.random.default_rng(i).integers(0, 255, (100, 100)))
     words = dict(source=source, masks=str(tmp_path / "masks"), controls=True, faithfulness=True)
     found = run(Localize(images=str(tmp_path / "*.png"), **words), False)
     alone = run(Localize(images=str(tmp_path / "0.png"), **words), False)
@@ -319,7 +319,7 @@ def test_objects_that_are_lost_are_left_out(source, tmp_path):
     assert found["count"] == 3 and target["left_out"] == 2 and expected["left_out"] == 0
     for row, values in expected["rows"].items():
         for name, value in values.items():
-            assert target["rows"][row][name] == pytest.approx(value, abs=1e-5), (row, name)
+            assert target["rows"][row][name] == pytest.approx(value, abs=1e-4), (row, name)  # pixels imputed to 1e-4
     mean, low, high = target["rows"]["gls_cos"]["coverage"]
     assert 0 <= mean <= 1 and low is None and high is None  # one image has no interval
     text = as_text(found)
