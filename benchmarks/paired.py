@@ -55,6 +55,7 @@ from glsim.where import as_numbers, signed
 
 METHODS["ruled"] = "rules"  # the file beside this one
 PUBLISHED, PLAIN, FLIP, LARGE, NEW_HEAD = "published", "plain", "plain_flip", "plain_large", "plain_new_head"
+DETAIL = "detail"
 WHERE = "where.json"
 DRAWS = 10_000  # of the bootstrap
 
@@ -72,6 +73,7 @@ def glsim(**options: Any) -> dict[str, Any]:
 RULES = {
     PUBLISHED: glsim(),
     "mirrored": ruled("mirrored"),
+    "detail": ruled("detail"),
     "inclusive": glsim(box="inclusive"),
     "component": ruled("component"),
     "spread": ruled("spread"),
@@ -207,9 +209,9 @@ def start_of(plain: Path, name: str) -> Path:
 
 def variant(a: argparse.Namespace, name: str) -> dict[str, Any]:
     """What `name` changes of the recipe; ConfigError where it needs an argument that was not given."""
-    if name == LARGE and a.large is None:
+    if name in (LARGE, DETAIL) and a.large is None:
         raise ConfigError("--large PIXELS is needed, about sqrt(2) times the recipe's image_size")
-    return VARIANTS[name] | ({"image_size": a.large} if name == LARGE else {})
+    return VARIANTS[name] | ({"image_size": a.large} if name in (LARGE, DETAIL) else {})
 
 
 def settings(

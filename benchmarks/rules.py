@@ -91,6 +91,12 @@ def early(model: Ruled, images: Tensor) -> tuple[Features, Tensor]:
     return f, score(model.metric, f._replace(cls=cls, patches=patches))
 
 
+def similar_from_afar(model: Ruled, images: Tensor) -> tuple[Features, Tensor]:
+    """The published score of the image at half of its pixels."""
+    f = model.features(F.interpolate(images, smaller(model.backbone), mode="bilinear", antialias=True))
+    return f, score(model.metric, f)
+
+
 def length(model: Ruled, images: Tensor) -> tuple[Features, Tensor]:
     """How long a patch's token is before the final norm."""
     f, raw = in_layers(model.backbone, images)
@@ -127,6 +133,12 @@ Grid = tuple[int, int]
 def around_best(model: Ruled, images: Tensor, grid: Grid, scores: Tensor) -> tuple[Selection, Tensor]:
     """The published box around the O best patches."""
     return cropped(images, select(scores, model.top_o, grid, images.shape[-2:]))
+
+
+def around_best_in_detail(model: Ruled, images: Tensor, grid: Grid, scores: Tensor) -> tuple[Selection, Tensor]:
+    """The published box, cut out of all pixels, at the size that the first pass saw."""
+    selection = select(scores, model.top_o, grid, images.shape[-2:])
+    return selection, crop_and_resize(images, selection.boxes, smaller(model.backbone))
 
 
 def mirrored(model: Ruled, images: Tensor, grid: Grid, scores: Tensor) -> tuple[Selection, Tensor]:
@@ -261,6 +273,7 @@ class Rule(NamedTuple):
 RULES = {
     "published": Rule(),
     "mirrored": Rule(cut=mirrored),
+    "detail": Rule(similar_from_afar, around_best_in_detail),
     "inclusive": Rule(cut=around_best_whole),
     "component": Rule(cut=around_group),
     "spread": Rule(cut=around_middle),
@@ -303,7 +316,7 @@ def build(
         )
     if rule in ("early", "norm") and encoder.depth < 2:
         raise ConfigError(f"rule={rule} looks into a transformer of two blocks or more; try ViT, DeiT, DINO or EVA")
-    if rule == "two_boxes":
+    if rule in ("two_boxes", "detail"):
         encoder.check_size(smaller(encoder))
     aggregator = Aggregator(encoder.dim, 1, dropout, drop_path, norm_eps or 1e-6)
     parts = (encoder, aggregator, Classifier(encoder.dim, num_classes), "gls_cos", top_o)

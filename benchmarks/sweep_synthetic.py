@@ -167,7 +167,7 @@ def as_markdown(result: dict[str, list[dict[str, Any]]]) -> str:
 def as_cell(box: dict[str, Any]) -> str:
     """How often a box holds the part and how much more often than a random one; * where 0 is not in the interval."""
     gain, low, high = box["holds - random"]
-    return f"{box['holds'][0]:.0f} ({gain:+.0f}{'*' * (low is not None and (low > 0 or high < 0))})"
+    return f"{box['holds'][0]:.0f} ({round(gain):+d}{'*' * (low is not None and (low > 0 or high < 0))})"
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

@@ -29,10 +29,8 @@ def images(count=4, seed=1):
     return torch.randn(count, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
 
 
-NAMES = (
-    "published mirrored inclusive component spread quantile window two_boxes soft far far_window centred early evidence"
-)
-NAMES = [*NAMES.split(), "evidence_window", "norm"]
+NAMES = "published mirrored detail inclusive component spread quantile window two_boxes soft far far_window centred"
+NAMES = [*NAMES.split(), "early", "evidence", "evidence_window", "norm"]
 
 
 def test_all_rules_are_tested(rules):
@@ -84,6 +82,24 @@ def test_mirrored_shows_the_published_crop_from_the_other_side(rules):
     assert torch.equal(one.selection.boxes, other.selection.boxes)
     assert torch.equal(one.crops, other.crops.flip(-1)) and not torch.equal(one.crops, other.crops)
     assert not torch.equal(one.logits, other.logits)
+
+
+def test_detail_is_seen_in_the_crop_alone(rules):
+    """What half of the pixels cannot show changes the crop, and neither scores nor box; both passes are of that size."""
+    model = small_model("ruled", top_o=4, rule="detail")
+    board = torch.ones(64, 64)
+    board[::2, 1::2] = board[1::2, ::2] = -1  # a chessboard of pixels: gone at half of them, but for the borders
+    with torch.inference_mode():
+        out, fine = model(images()), model(images() + 0.01 * board)
+        seen = torch.nn.functional.interpolate(images(), (48, 48), mode="bilinear", antialias=True)
+        f = model.features(seen)
+    assert out.selection.grid == f.grid == (3, 3) and out.crops.shape[-2:] == (48, 48)
+    torch.testing.assert_close(out.selection.scores, rules.score("gls_cos", f)[:, 0])
+    torch.testing.assert_close(out.crops, crop_and_resize(images(), out.selection.boxes, (48, 48)))
+    assert torch.equal(out.selection.boxes, fine.selection.boxes)
+    assert out.selection.boxes.max() == 42  # two of three patches, in pixels of the whole image
+    torch.testing.assert_close(out.selection.scores, fine.selection.scores, atol=2e-3, rtol=0)
+    assert (out.crops - fine.crops).abs().max() > 2e-3
 
 
 def test_losses_of_one_token(rules):
