@@ -167,5 +167,6 @@ def as_numbers(
 
 def signed(mean: float, low: float | None, high: float | None, digits: int = 1) -> str:
     """A difference as `as_numbers` gives it, for people: "+1.2 (-0.3 to +2.7)", or "+1.2" without an interval."""
-    ends = "" if low is None else f" ({low:+.{digits}f} to {high:+.{digits}f})"
-    return f"{mean:+.{digits}f}{ends}"
+    mean, *ends = (round(value, digits) + 0.0 for value in (mean, low, high) if value is not None)  # no -0.0
+    between = f" ({ends[0]:+.{digits}f} to {ends[1]:+.{digits}f})" if ends else ""
+    return f"{mean:+.{digits}f}{between}"
