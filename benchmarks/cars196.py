@@ -86,7 +86,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=math.inf, help="after which it stops, to go on another time")
     parser.add_argument("--compile", action="store_true", help="the pre-training, by torch.compile")
     a = parser.parse_args(words)
-    known = [name for name in paired.VARIANTS if name != paired.LARGE]  # all images are kept at one size
+    known = [name for name in paired.VARIANTS if name not in paired.SIZED]  # all images are kept at one size
     if wrong := [name for name in a.variants if name not in known]:
         parser.error(f"--variants {' '.join(wrong)}: choose from {' '.join(known)}")
     a.large, a.against, a.workers, a.deadline = None, paired.PUBLISHED, 0, time.monotonic() + 60 * a.minutes

@@ -56,6 +56,7 @@ from glsim.where import as_numbers, signed
 METHODS["ruled"] = "rules"  # the file beside this one
 PUBLISHED, PLAIN, FLIP, LARGE, NEW_HEAD = "published", "plain", "plain_flip", "plain_large", "plain_new_head"
 DETAIL = "detail"
+SIZED = (LARGE, DETAIL)  # at `--large` pixels
 WHERE = "where.json"
 DRAWS = 10_000  # of the bootstrap
 
@@ -172,7 +173,6 @@ def follow(a: argparse.Namespace) -> dict[str, Any]:
             left_out[name] = str(error)
             print(f"{name} left out: {error}", file=sys.stderr)
     work = [(name, seed) for seed in a.seeds for name in names]
-    a.out.mkdir(parents=True, exist_ok=True)
     result = summarise(a, names, left_out)
     for name, seed in work[a.turn :: a.turns]:
         out = a.out / name / f"seed_{seed}"
@@ -185,8 +185,7 @@ def follow(a: argparse.Namespace) -> dict[str, Any]:
             evaluate.run(Eval(source=s.out, data=a.data, flip=True, out=str(flip.parent), workers=a.workers))
         if a.masks is not None and not (out / WHERE).exists():
             locate(out, a)
-        with FileLock(a.out / "paired.lock"):  # of all shards the last one tells all
-            result = summarise(a, names, left_out)
+        result = summarise(a, names, left_out)
     return result
 
 
@@ -209,9 +208,9 @@ def start_of(plain: Path, name: str) -> Path:
 
 def variant(a: argparse.Namespace, name: str) -> dict[str, Any]:
     """What `name` changes of the recipe; ConfigError where it needs an argument that was not given."""
-    if name in (LARGE, DETAIL) and a.large is None:
+    if name in SIZED and a.large is None:
         raise ConfigError("--large PIXELS is needed, about sqrt(2) times the recipe's image_size")
-    return VARIANTS[name] | ({"image_size": a.large} if name in (LARGE, DETAIL) else {})
+    return VARIANTS[name] | ({"image_size": a.large} if name in SIZED else {})
 
 
 def settings(
@@ -268,18 +267,26 @@ def answers(out: Path) -> tuple[tuple[Any, ...], Tensor] | None:
     return None
 
 
-def rights(a: argparse.Namespace, name: str) -> list[Tensor]:
-    """Whether each test image was answered right (images,), for every seed of a variant that is finished."""
-    return [told[1] for seed in a.seeds if (told := answers(a.out / name / f"seed_{seed}")) is not None]
+Runs = dict[int, tuple[Any, Tensor]]  # by seed: images, and whether each was answered right
+
+
+def finished(a: argparse.Namespace, name: str) -> Runs:
+    """The answers of a variant, of the seeds that are finished."""
+    return {seed: told for seed in a.seeds if (told := answers(a.out / name / f"seed_{seed}")) is not None}
 
 
 def summarise(a: argparse.Namespace, names: list[str], left_out: dict[str, str]) -> dict[str, Any]:
-    """A row a variant, of the seeds that are finished, written as JSON, text and picture where there is any."""
-    found = {
-        name: {seed: told for seed in a.seeds if (told := answers(a.out / name / f"seed_{seed}")) is not None}
-        for name in (*VARIANTS, FLIP)
-        if name in names or (a.out / name).is_dir()
-    }
+    """A row a variant, of the seeds that are finished, written as JSON, text and picture where there is any.
+
+    Shards take turns: the last one tells all.
+    """
+    a.out.mkdir(parents=True, exist_ok=True)
+    with FileLock(a.out / "paired.lock"):
+        return _summarise(a, names, left_out)
+
+
+def _summarise(a: argparse.Namespace, names: list[str], left_out: dict[str, str]) -> dict[str, Any]:
+    found = {name: finished(a, name) for name in (*VARIANTS, FLIP) if name in names or (a.out / name).is_dir()}
     rows = as_rows(a, {name: runs for name, runs in found.items() if runs})
     result = {
         "data": Path(a.data).name,
@@ -297,9 +304,6 @@ def summarise(a: argparse.Namespace, names: list[str], left_out: dict[str, str])
         write_text(a.out / f"{stem}.md", as_markdown(result) + "\n")
         draw(rows, a.against, a.out / f"{stem}.png")
     return result
-
-
-Runs = dict[int, tuple[Any, Tensor]]  # by seed: images, and whether each was answered right
 
 
 def as_rows(a: argparse.Namespace, found: dict[str, Runs]) -> list[dict[str, Any]]:

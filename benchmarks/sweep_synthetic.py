@@ -106,7 +106,8 @@ def cell(a: argparse.Namespace, scale: float, clutter: float) -> Cell:
         every = Localize(source=source, images=images, masks=masks, metrics=["all"], controls=True, out=str(everything))
         localize(every, progress=False)
     found: Cell = {}
-    right = {name: torch.stack(paired.rights(asked, name)).double().mean(dim=0) for name in names}
+    runs = {name: [right for _, right in paired.finished(asked, name).values()] for name in names}
+    right = {name: torch.stack(seeds).double().mean(dim=0) for name, seeds in runs.items()}
     for name in names:
         files = [out / name / f"seed_{seed}" / paired.WHERE for seed in a.seeds]
         found[name] = {"top1": right[name], **paired.whereabouts(files)}

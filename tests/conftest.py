@@ -1,6 +1,7 @@
 """Shared by all tests: small models, and where the reference material lies."""
 
 import os
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,17 @@ SMALL = {"depth": 2, "embed_dim": 64, "num_heads": 2}
 def needs(path):
     """Skip mark for tests that need reference material which does not come with the package."""
     return pytest.mark.skipif(not path.exists(), reason=f"reference material {path.name} is not here")
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a script of `benchmarks/` by its name; the methods that scripts make known are forgotten after the test."""
+    from glsim import models
+
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    for name, file in {"tokens": "one_pass", "ruled": "rules"}.items():
+        monkeypatch.setitem(models.METHODS, name, file)
+    return import_module
 
 
 def scene(size: tuple[int, int] = (48, 32), seed: int = 0) -> Image.Image:

@@ -1,25 +1,21 @@
 """benchmarks/cars196.py: a few steps on a CPU; stopped and resumed it ends where it ends undisturbed."""
 
 import json
-from importlib import import_module
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY
+from conftest import TINY
 from safetensors.torch import load_file
 
-from glsim import models, synthetic
+from glsim import synthetic
 from glsim.data import read_data
 from glsim.transforms import Preprocessing, eval_transform
 
 
 @pytest.fixture
-def cars(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    for name, file in {"tokens": "one_pass", "ruled": "rules"}.items():  # as the scripts do, and undone
-        monkeypatch.setitem(models.METHODS, name, file)
-    return import_module("cars196")
+def cars(script):
+    return script("cars196")
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +53,9 @@ def test_stopped_and_resumed(cars, few, tmp_path, capsys):
     assert cars.follow(cars.parse([*words, "--out", str(tmp_path / "stopped")])) == result
     assert capsys.readouterr().err == ""
     assert not list(tmp_path.glob("*/**/state.pt"))
+    with pytest.raises(SystemExit):
+        cars.parse([*words, "--out", "x", "--variants", "detail"])  # of another size than all images are kept at
+    assert "choose from published" in capsys.readouterr().err
     for more in (["--epochs", "3"], ["--lr", "0.1"], ["--pretrain-epochs", "1"], ["--mixup", "0"]):
         with pytest.raises(cars.ConfigError, match="was started with other settings"):
             cars.follow(cars.parse([*words, "--out", str(tmp_path / "stopped"), *more]))

@@ -6,17 +6,14 @@ from importlib import import_module
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY
+from conftest import TINY
 
-from glsim import models, synthetic
+from glsim import synthetic
 
 
 @pytest.fixture
-def paired(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    for name, file in {"tokens": "one_pass", "ruled": "rules"}.items():  # as the scripts do, and undone
-        monkeypatch.setitem(models.METHODS, name, file)
-    return import_module("paired")
+def paired(script):
+    return script("paired")
 
 
 @pytest.fixture
