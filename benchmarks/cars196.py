@@ -37,9 +37,10 @@ from torch import Tensor
 from glsim import save, train
 from glsim.backbone import Model
 from glsim.batches import TrainBatches, mix
-from glsim.bundle import CONFIG, init_from, pick_device, write_text
+from glsim.bundle import CONFIG, init_from, pick_device
 from glsim.config import Train, to_recipe
 from glsim.data import ImageList, read_data
+from glsim.files import write_text
 from glsim.images import open_image
 from glsim.losses import objective
 from glsim.models import create_model

@@ -25,8 +25,9 @@ import torch
 
 from glsim import load, train
 from glsim.backbone import Model
-from glsim.bundle import pick_device, write_text
+from glsim.bundle import pick_device
 from glsim.config import Train, read_recipe
+from glsim.files import write_text
 from glsim.losses import objective
 
 ROW = "compare.json"

@@ -29,11 +29,12 @@ from matplotlib.figure import Figure
 
 from glsim import calibrate, load, train
 from glsim.backbone import Model, StagedModel
-from glsim.bundle import METRICS_FILE, amend, pick_device, preprocessing_of, write_text
+from glsim.bundle import METRICS_FILE, amend, pick_device, preprocessing_of
 from glsim.config import Calibrate, Train, read_recipe
 from glsim.data import ImageDataset, read_data
 from glsim.environment import environment
 from glsim.figures import save_figure
+from glsim.files import write_text
 from glsim.models import METHODS
 from glsim.predict import answers
 from glsim.transforms import eval_transform

@@ -33,12 +33,13 @@ from torch import Tensor
 
 from glsim import Predictor, index, train
 from glsim.backbone import Model
-from glsim.bundle import labels_of, load, write_text
+from glsim.bundle import labels_of, load
 from glsim.calibrate import fit_temperature
 from glsim.confidence import calibration_error, graded
 from glsim.config import IndexBuild, IndexEval, Train, read_recipe
 from glsim.data import ImageList, hold_out, read_data
 from glsim.evaluate import join
+from glsim.files import write_text
 
 RESULT = "new_classes.json"
 

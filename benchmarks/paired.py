@@ -43,10 +43,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from glsim import cost, evaluate, load, save, train
-from glsim.bundle import CONFIG, pick_device, write_text
+from glsim.bundle import CONFIG, pick_device
 from glsim.checkpoint import CHECKPOINT
 from glsim.config import Eval, Train, read_recipe
 from glsim.figures import save_figure
+from glsim.files import write_text
 from glsim.localize import find_masks, measure
 from glsim.models import METHODS
 from glsim.report import mcnemar

@@ -27,9 +27,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from glsim import synthetic
-from glsim.bundle import write_text
 from glsim.config import Localize
 from glsim.figures import save_figure
+from glsim.files import write_text
 from glsim.localize import run as localize
 from glsim.where import as_numbers, signed
 

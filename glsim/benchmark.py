@@ -31,11 +31,12 @@ from tqdm import tqdm
 
 from glsim import loading
 from glsim.backbone import Model, StagedModel
-from glsim.bundle import METRICS_FILE, load, pick_device, preprocessing_of, write_text
+from glsim.bundle import METRICS_FILE, load, pick_device, preprocessing_of
 from glsim.config import Bench
 from glsim.data import ImageDataset, find_images, read_data
 from glsim.environment import environment
 from glsim.figures import save_figure
+from glsim.files import write_text
 from glsim.graphs import GraphModel
 from glsim.losses import objective
 from glsim.models import create_model

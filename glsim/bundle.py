@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from glsim.backbone import Model, to_pair
+from glsim.files import write_text
 from glsim.graphs import open_graph
 from glsim.hub import fetch
 from glsim.models import create_model, resample_positions
@@ -42,21 +43,6 @@ LARGEST_SIDE = 4096  # pixels of an image that a bundle may ask for
 HOTTEST = 1e6  # a temperature, and one over it the coldest: the softmax stays finite
 # The largest numbers in a config; timm makes a list of the layers before it makes the first.
 LARGEST = {"backbone_args": 65536, "options": LARGEST_SIDE}
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file whole or not at all: under a temporary name first, then renamed.
-
-    Bytes of a file name that are no text are written as `\\udcff`, which JSON reads back as they were.
-    """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def default_preprocessing(backbone: str, image_size: Sequence[int]) -> Preprocessing:

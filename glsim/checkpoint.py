@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError
 
-from glsim.bundle import write_text
+from glsim.files import write_text
 from glsim.types import ConfigError, DataError, GlsimError
 
 CHECKPOINT, STATE = "checkpoint", "state.json"

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from glsim.bundle import write_text
 from glsim.config import Doctor
 from glsim.copies import PAIRS, Entry, Photo, find_copies, find_near, item, look_at_all
 from glsim.data import ImageList, is_split, read_data
 from glsim.doctor_page import as_html
+from glsim.files import write_text
 from glsim.images import EXTENSIONS, BadImage
 from glsim.memory import estimate_memory
 from glsim.types import ConfigError

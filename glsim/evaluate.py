@@ -21,12 +21,13 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from glsim.backbone import Model
 from glsim.batches import make_loader, read
-from glsim.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of, threshold_of, write_text
+from glsim.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of, threshold_of
 from glsim.catalog import prepared
 from glsim.confidence import calibration_error, reliability, risk_coverage
 from glsim.config import Eval
 from glsim.data import ImageList, hold_out, is_split, read_data, split_hash
 from glsim.figures import draw_confidence, draw_confusion
+from glsim.files import write_text
 from glsim.images import BadImage, find_bad
 from glsim.mistakes import find_mistakes, write_page
 from glsim.predict import answers

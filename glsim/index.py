@@ -26,11 +26,12 @@ from torchmetrics.functional.classification import binary_auroc
 from tqdm import tqdm
 
 from glsim.backbone import Model
-from glsim.bundle import digest, load, write_text
+from glsim.bundle import digest, load
 from glsim.catalog import prepared
 from glsim.config import IndexAdd, IndexBuild, IndexEval, IndexQuery
 from glsim.data import ImageList, find_images
 from glsim.evaluate import read_splits
+from glsim.files import write_text
 from glsim.images import BadImage
 from glsim.predict import Predictor, embedding_of, giving
 from glsim.types import ConfigError, DataError, GlsimError

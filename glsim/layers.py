@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from glsim.backbone import Backbone, Model
-from glsim.bundle import write_text
 from glsim.figures import save_figure
+from glsim.files import write_text
 from glsim.types import ConfigError, DataError
 
 LEAST = 4  # images, for the estimate of HSIC

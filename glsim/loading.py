@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from glsim.adapt import adapt
 from glsim.batches import TrainBatches, read, train_loader
-from glsim.bundle import write_text
 from glsim.config import Bench, change_recipe
 from glsim.environment import environment
 from glsim.evaluate import make_accelerator
+from glsim.files import write_text
 from glsim.losses import objective
 from glsim.models import create_model
 from glsim.train import make_optimizer, make_preprocessing, read_splits, train_images

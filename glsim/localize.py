@@ -15,11 +15,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glsim.backbone import Model
-from glsim.bundle import load, pick_device, preprocessing_of, temperature_of, write_text
+from glsim.bundle import load, pick_device, preprocessing_of, temperature_of
 from glsim.catalog import xml_boxes
 from glsim.config import Localize
 from glsim.crop import placed
 from glsim.data import find_images
+from glsim.files import write_text
 from glsim.images import open_image
 from glsim.pictures import selections_of, spell_out, title_of
 from glsim.road import NOISE, SHARES, faithfulness, under

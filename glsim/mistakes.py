@@ -15,8 +15,9 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from glsim.backbone import Model
-from glsim.bundle import preprocessing_of, write_text
+from glsim.bundle import preprocessing_of
 from glsim.data import ImageList
+from glsim.files import write_text
 from glsim.images import BadImage, open_image
 from glsim.pictures import BOX_COLOUR, TITLES, Explanation, explanations, overlay, to_photograph
 from glsim.predict import to_original

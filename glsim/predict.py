@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from glsim.backbone import Model, StagedModel
-from glsim.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of, threshold_of, write_text
+from glsim.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of, threshold_of
 from glsim.config import Predict
 from glsim.data import ImageDataset, find_images
+from glsim.files import write_text
 from glsim.heads import lead
 from glsim.images import BadImage
 from glsim.taxonomy import decide, flat, read_taxonomy

@@ -14,9 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from glsim import datasets, evaluate, pictures, train
-from glsim.bundle import load, preprocessing_of, write_text
+from glsim.bundle import load, preprocessing_of
 from glsim.config import Datasets, Eval, Explain, Quickstart, Train
 from glsim.data import ImageDataset, read_data
+from glsim.files import write_text
 from glsim.transforms import eval_transform, mask_transform
 from glsim.types import ConfigError
 

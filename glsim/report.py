@@ -13,9 +13,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from glsim.bundle import CONFIG, METRICS_FILE, write_text
+from glsim.bundle import CONFIG, METRICS_FILE
 from glsim.config import Report, Train, read_recipe
 from glsim.figures import save_figure
+from glsim.files import write_text
 from glsim.reproduce import STATE, plain, summary
 from glsim.train import FREE, PREDICTIONS, RECIPE
 from glsim.types import ConfigError, DataError

@@ -20,11 +20,11 @@ import yaml
 from accelerate import Accelerator
 
 from glsim import train
-from glsim.bundle import write_text
 from glsim.checkpoint import Interrupted, held
 from glsim.config import Reproduce, Train, change_recipe, to_recipe
 from glsim.data import split_hash
 from glsim.evaluate import make_accelerator
+from glsim.files import write_text
 from glsim.types import ConfigError, DataError, GlsimError
 
 STATE = "reproduce.json"

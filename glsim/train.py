@@ -26,17 +26,7 @@ from tqdm import tqdm
 from glsim.adapt import adapt, merged
 from glsim.backbone import Model
 from glsim.batches import CachedImages, TrainBatches, make_loader, mix, read, train_loader
-from glsim.bundle import (
-    CONFIG,
-    METRICS_FILE,
-    UNKNOWN,
-    WHERE_FROM,
-    default_preprocessing,
-    init_from,
-    read_config,
-    save,
-    write_text,
-)
+from glsim.bundle import CONFIG, METRICS_FILE, UNKNOWN, WHERE_FROM, default_preprocessing, init_from, read_config, save
 from glsim.catalog import SETS, prepared
 from glsim.checkpoint import CHECKPOINT, Interrupted, held, load_checkpoint, save_checkpoint, stop_signal, writing
 from glsim.config import Train, read_recipe, to_recipe
@@ -44,6 +34,7 @@ from glsim.data import ImageDataset, ImageList, hold_out, read_data, split_hash
 from glsim.environment import environment
 from glsim.evaluate import drop_bad, evaluate, make_accelerator, predictions_table
 from glsim.figures import draw_curve
+from glsim.files import write_text
 from glsim.images import BadImage, find_bad
 from glsim.losses import objective
 from glsim.models import create_model

@@ -8,6 +8,7 @@ from conftest import ROOT
 
 FLOORS = [
     {"types"},
+    {"files"},
     {
         *("attention", "backbone", "selection", "crop", "heads", "losses", "confidence"),
         *("transforms", "images", "stores", "figures", "synthetic", "catalog", "environment", "hub"),
@@ -34,7 +35,6 @@ SIDEWAYS = {
     ("bundle", "graphs"),
     ("data", "sources"),  # what is no folder of images
     ("batches", "data"),
-    ("checkpoint", "bundle"),  # files written whole or not at all
     ("cost", "config"),  # the settings of its verb
     ("train", "evaluate"),
     ("benchmark", "predict"),  # it times the same answers

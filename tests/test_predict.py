@@ -12,8 +12,8 @@ from PIL import Image
 
 import glsim
 from glsim.bulk import as_row, schema
-from glsim.bundle import write_text
 from glsim.config import Predict
+from glsim.files import write_text
 from glsim.images import BadImage, open_image
 from glsim.predict import FORMATS, Prediction, run, to_original
 from glsim.transforms import Preprocessing, eval_transform, mask_transform, to_picture, train_transform
