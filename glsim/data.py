@@ -529,13 +529,15 @@ def _folders(folder: Path, left: LeftOut) -> list[Path]:
     return [path for path in inside if path not in ours]
 
 
-def _is_image(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in EXTENSIONS and not is_junk(name)
+def is_image(path: str) -> bool:
+    """Whether a path (with "/", below the folder asked for) has an ending of an image, and no part of it is junk."""
+    parts = PurePosixPath(path.lstrip("/")).parts
+    return PurePosixPath(path).suffix.lower() in EXTENSIONS and not any(map(is_junk, parts))
 
 
 def _loose_images(folder: Path) -> Iterator[Path]:
     """The images directly in a folder."""
-    return (path for path in folder.iterdir() if _is_image(path.name) and not path.is_dir())
+    return (path for path in folder.iterdir() if is_image(path.name) and not path.is_dir())
 
 
 def images_in(top: Path, left: LeftOut) -> list[Path]:
@@ -557,8 +559,8 @@ def images_in(top: Path, left: LeftOut) -> list[Path]:
             new = False
         folders[:] = sorted(name for name in folders if new and not is_junk(name))
         found += [Path(here, name) for name in files if new]
-    images = [path for path in found if _is_image(path.name)]
-    left.files.update(str(path) for path in found if not is_junk(path.name) and not _is_image(path.name))
+    images = [path for path in found if is_image(path.name)]
+    left.files.update(str(path) for path in found if not is_junk(path.name) and not is_image(path.name))
     return sorted(images)
 
 

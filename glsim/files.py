@@ -161,13 +161,18 @@ def make_folder(path: str | Path) -> Path:
     """Make a folder for what glsim writes, with those above it. Each that is new, and `path` where it is empty, gets a
     MARKER, by which readers of data know that nothing in it is data."""
     folder = Path(path)
-    fresh = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    if not fresh and not any(folder.iterdir()):
-        fresh = [folder]
+    if folder.is_dir() and not any(folder.iterdir()):
+        (folder / MARKER).touch()
+    make_parent(folder / MARKER)
+    return folder
+
+
+def make_parent(path: str | Path) -> None:
+    """Make the folder of a file that glsim will write, with those above it. Each that is new gets a MARKER."""
+    fresh = [place for place in Path(path).parents if not place.exists()]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     for place in fresh:
         (place / MARKER).touch()
-    return folder
 
 
 @contextmanager
