@@ -36,7 +36,7 @@ from glsim.config import Bench
 from glsim.data import ImageDataset, find_images, read_data
 from glsim.environment import environment
 from glsim.figures import save_figure
-from glsim.files import write_text
+from glsim.files import make_folder, write_text
 from glsim.graphs import GraphModel
 from glsim.losses import objective
 from glsim.models import create_model
@@ -99,8 +99,7 @@ def run(s: Bench, progress: bool = True) -> dict[str, Any]:
     if all("error" in row for row in rows):
         result["exit_code"] = 1
     if s.out is not None:
-        out = Path(s.out)
-        out.mkdir(parents=True, exist_ok=True)
+        out = make_folder(s.out)
         write_text(out / "bench.json", json.dumps(result, indent=2) + "\n")
         if s.sources:
             draw_accuracy(rows, out / "accuracy.png")

@@ -16,8 +16,8 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from filelock import FileLock, Timeout
@@ -27,7 +27,8 @@ from tqdm import tqdm
 from glsim.backbone import Model
 from glsim.bundle import MODEL_KEYS, digest, labels_of, load, preprocessing_of, temperature_of
 from glsim.config import Predict
-from glsim.data import find_images
+from glsim.data import LISTS, as_listed, find_images, is_image, read_columns
+from glsim.files import make_folder, one_line, open_regular
 from glsim.images import EXTENSIONS, BadImage
 from glsim.predict import Prediction, Predictor
 from glsim.stores import is_uri, locate, open_uri
@@ -37,7 +38,7 @@ JOB, LOCK = "job.json", ".lock"  # what the parts in a folder belong to; there w
 FORMAT = 1
 TRIES = 5  # times a part goes to another worker because one died over it, before the job gives up
 STALE = 3600  # seconds after which a file that a worker began in a store is taken to be of a dead one
-TABLES = (".csv", ".parquet")  # lists of images, by their column `path`
+LIST = "a list needs a column path"
 
 
 def run(s: Predict, progress: bool = True) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def find_paths(inputs: Sequence[str]) -> list[str]:
     """
     found: dict[str, None] = {}
     for given in inputs:
-        if given.lower().endswith(TABLES):
+        if given.lower().endswith(LISTS):
             paths = read_list(given)
         elif is_uri(given):
             paths = images_below(given)
@@ -113,25 +114,35 @@ def find_paths(inputs: Sequence[str]) -> list[str]:
 
 
 def read_list(file: str) -> list[str]:
-    """The column `path` of a CSV or Parquet file, local or by URI."""
-    from pyarrow import ArrowException, csv, parquet
-
+    """The column `path` of a list (CSV as `glsim.files:read_table` takes it, or Parquet), local or by URI."""
     uri = is_uri(file)
     try:
-        with open_uri(file) if uri else Path(file).open("rb") as data:
-            if file.lower().endswith(".csv"):
-                strings = csv.ConvertOptions(column_types={"path": "string"}, include_columns=["path"])
-                table = csv.read_csv(data, convert_options=strings)
-            else:
-                table = parquet.read_table(data, columns=["path"])
-        paths = table.column("path").to_pylist()
-    except (OSError, ArrowException, KeyError) as error:
-        raise DataError(f"{file}: a list needs a column path ({str(error).splitlines()[0]})") from error
-    if None in paths or "" in paths:
-        raise DataError(f"{file}: row {[bool(p) for p in paths].index(False) + 1} has no path")
+        stream = open_uri(file) if uri else open_regular(file)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({one_line(error)})") from error
+    if file.lower().endswith(".parquet"):
+        paths = _parquet_paths(file, stream)
+    else:
+        (column,), rows = read_columns(file, ("path",), ("dir",), stream=stream, wanted=LIST)
+        paths = [cells[column] for _, cells in rows]
+    paths = [p if is_uri(p) else as_listed(p) for p in paths]
     if uri:
         return [p if is_uri(p) else f"{file.rpartition('/')[0]}/{p}" for p in paths]
     return [p if is_uri(p) else str((Path(file).parent / p).absolute()) for p in paths]
+
+
+def _parquet_paths(file: str, stream: BinaryIO) -> list[str]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        with stream:
+            paths = parquet.read_table(stream, columns=["path"]).column("path").to_pylist()
+    except (OSError, ArrowException, KeyError) as error:
+        raise DataError(f"{file}: not readable as a Parquet file ({one_line(error)}); {LIST}") from error
+    for row, path in enumerate(paths, start=1):
+        if not isinstance(path, str) or not path:
+            raise DataError(f"{file}: row {row} has no path")
+    return paths
 
 
 def images_below(uri: str) -> list[str]:
@@ -147,8 +158,8 @@ def images_below(uri: str) -> list[str]:
     except OSError as error:
         raise DataError(f"{uri}: {str(error).splitlines()[0]}") from error
     files = [f.path for f in inside if f.type == FileType.File]
-    known = [f for f in files if PurePosixPath(f).suffix.lower() in EXTENSIONS and PurePosixPath(f).name[0] != "."]
-    return sorted(uri.rstrip("/") + f[len(path.rstrip("/")) :] for f in known)
+    below = [f[len(path.rstrip("/")) :] for f in files]
+    return sorted(uri.rstrip("/") + f for f in below if is_image(f))
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------
@@ -241,7 +252,7 @@ def held(out: str, job: dict[str, Any]) -> Iterator[None]:
     file = Path(path) / LOCK
     lock = FileLock(file)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         lock.acquire(timeout=0)
     except Timeout:
         raise ConfigError(f"{out} is in use by another job; wait for it, end it, or name another --out") from None

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from glsim.backbone import Model, to_pair
-from glsim.files import write_text
+from glsim.files import make_folder, write_text
 from glsim.graphs import open_graph
 from glsim.hub import fetch
 from glsim.models import create_model, resample_positions
@@ -59,7 +59,6 @@ def save(model: Model, folder: str | Path, labels: list[str] | None = None, **in
     dict, written to `metrics.json`), `licence` (of `data`, `backbone`, `model`: names by which they are known),
     anything else that JSON can hold goes into `config.json`.
     """
-    folder = Path(folder)
     config = dict(model.config)
     config["backbone_args"] = {k: v for k, v in config["backbone_args"].items() if k not in WHERE_FROM}
     labels = labels if labels is not None else config.get("label_names")
@@ -83,7 +82,7 @@ def save(model: Model, folder: str | Path, labels: list[str] | None = None, **in
         "licence": {"data": UNKNOWN, "backbone": UNKNOWN, **config.get("licence", {}), **info.pop("licence", {})},
         **info,
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(folder)
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     temporary = folder / (WEIGHTS + ".tmp")
     safetensors.torch.save_file(weights, temporary, metadata={"format": "pt", "sha256": digest(weights)})

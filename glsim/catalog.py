@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
+from glsim.files import is_junk
 from glsim.types import DataError
 
 Box = tuple[int, int, int, int]
@@ -205,11 +206,11 @@ def read_inat21(folder: Path) -> list[Row]:
     rows = []
     for split, given, renamed in (("train", "train", "2021_train"), ("test", "val", "2021_valid")):
         top = find(folder, renamed) or _need(folder, given)
-        for taxon in sorted(path for path in top.iterdir() if path.is_dir()):
+        for taxon in sorted(path for path in top.iterdir() if path.is_dir() and not is_junk(path.name)):
             label = " ".join(taxon.name.split("_")[6:])  # number_kingdom_phylum_class_order_family_genus_species
             if not label:
                 raise DataError(f"{taxon}: not named as number_kingdom_phylum_class_order_family_genus_species")
-            images = sorted(taxon.glob("*.jpg"))
+            images = sorted(path for path in taxon.glob("*.jpg") if not is_junk(path.name))
             rows += [Row(image, f"{given}/{taxon.name}/{image.name}", label, split) for image in images]
     return rows
 

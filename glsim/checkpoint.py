@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError
 
-from glsim.files import write_text
+from glsim.files import MARKER, make_folder, write_text
 from glsim.types import ConfigError, DataError, GlsimError
 
 CHECKPOINT, STATE = "checkpoint", "state.json"
@@ -48,7 +48,7 @@ def held(out: Path, accelerator: Accelerator) -> Iterator[None]:
     problem: Exception | None = None
     if accelerator.is_main_process:
         try:
-            out.mkdir(parents=True, exist_ok=True)
+            make_folder(out)
             lock.acquire(timeout=0)
             with suppress(OSError):  # a full disk: then nobody knows who holds it
                 holder.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}")
@@ -73,6 +73,8 @@ def held(out: Path, accelerator: Accelerator) -> Iterator[None]:
                     file.unlink()
             lock.release()
             with suppress(OSError):  # it is not empty
+                if list(out.iterdir()) == [out / MARKER]:
+                    (out / MARKER).unlink()
                 if fresh:
                     out.rmdir()
 

@@ -7,14 +7,17 @@ import json
 import os
 import sys
 import typing
+import warnings
 from argparse import SUPPRESS
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, NamedTuple
 
 from glsim import __version__, config
-from glsim.types import ConfigError, GlsimError
+from glsim.files import printable
+from glsim.types import ConfigError, DataWarning, GlsimError
 
 
 class Verb(NamedTuple):
@@ -392,7 +395,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = parse(name, verb, [w for w in rest if w != "--json"])
         module, _, function = verb.run.partition(":")
         extra = {"progress": sys.stderr.isatty() or not as_json} if verb.progress else {}
-        result = getattr(import_module(module), function)(settings, **extra)
+        with noting(name) as notes:
+            result = getattr(import_module(module), function)(settings, **extra)
+        result |= {"notes": notes} if notes else {}
         text = json.dumps(result, ensure_ascii=False) if as_json else verb.show(result, settings)
         if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
             print(text.encode("utf-8", "backslashreplace").decode())  # a file name may hold bytes that are no text
@@ -410,6 +415,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(name, "interrupted", 130, as_json)
     finally:
         part_processes()
+
+
+@contextmanager
+def noting(verb: str) -> Iterator[list[str]]:
+    """Inside, each DataWarning is one line on stderr, once; yields what they say."""
+    notes: list[str] = []
+
+    def tell(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if not issubclass(category, DataWarning):
+            show(message, category, *where)
+        elif str(message) not in notes:
+            notes.append(str(message))
+            if os.environ.get("RANK", "0") == "0":
+                print(f"glsim {verb}: {printable(message)}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DataWarning)
+        show, warnings.showwarning = warnings.showwarning, tell
+        yield notes
 
 
 def split_verb(words: Sequence[str]) -> tuple[str, list[str]]:

@@ -11,13 +11,14 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from glsim.config import Doctor
 from glsim.copies import PAIRS, Entry, Photo, find_copies, find_near, item, look_at_all
 from glsim.data import ImageList, is_split, read_data
 from glsim.doctor_page import as_html
-from glsim.files import write_text
+from glsim.files import is_junk, write_text
 from glsim.images import EXTENSIONS, BadImage
 from glsim.memory import estimate_memory
 from glsim.types import ConfigError
@@ -70,12 +71,7 @@ CHECKS = {  # name -> (severity, what was found, what to do); the order is that 
     "few": (WARNING, "Classes with few training images", "Add images, or expect little of these classes."),
     "absent": (WARNING, "Classes without an image in a split", "Their accuracy cannot be measured there."),
 }
-FORMAT_OF = {
-    **dict.fromkeys((".jpg", ".jpeg", ".jfif"), ("JPEG", "MPO")),
-    **{f".{name.lower()}": (name,) for name in ("PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")},
-    ".tif": ("TIFF",),
-    ".pgm": ("PPM",),
-}
+FORMAT_NAMES = {"MPO": "JPEG"}  # several JPEG pictures in one file, as cameras write them
 
 
 def run(s: Doctor, progress: bool = True) -> dict[str, Any]:
@@ -115,7 +111,7 @@ def run(s: Doctor, progress: bool = True) -> dict[str, Any]:
         "suffix": [
             item([e], f"{photo.format} named {e.path.suffix}")
             for e, photo in photos.items()
-            if photo.format not in FORMAT_OF.get(e.path.suffix.lower(), ())
+            if FORMAT_NAMES.get(photo.format, photo.format) != Image.registered_extensions().get(e.path.suffix.lower())
         ],
         "unseen": [item([Entry(path, "", "")]) for path in find_unseen(list(entries))],
         **find_small_classes(splits, photos, s.min_images),
@@ -159,7 +155,7 @@ def find_unseen(paths: Iterable[Path]) -> list[Path]:
     folders = sorted({path.parent for path in paths})
     files = (file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir()))
     skip = (*EXTENSIONS, ".csv")
-    return [f for f in files if f.is_file() and not f.name.startswith(".") and f.suffix.lower() not in skip]
+    return [f for f in files if f.is_file() and not is_junk(f.name) and f.suffix.lower() not in skip]
 
 
 def find_small_classes(

@@ -25,9 +25,9 @@ from glsim.bundle import labels_of, load, pick_device, preprocessing_of, tempera
 from glsim.catalog import prepared
 from glsim.confidence import calibration_error, reliability, risk_coverage
 from glsim.config import Eval
-from glsim.data import ImageList, hold_out, is_split, read_data, split_hash
+from glsim.data import ImageList, hold_out_val, is_split, read_data, split_hash
 from glsim.figures import draw_confidence, draw_confusion
-from glsim.files import write_text
+from glsim.files import make_folder, write_text
 from glsim.images import BadImage, find_bad
 from glsim.mistakes import find_mistakes, write_page
 from glsim.predict import answers
@@ -172,9 +172,7 @@ def read_splits(model: Model, data: str | Path, classes: Sequence[str] | None = 
     """All splits, as the run that trained `model` saw them, val held out of train; `classes` goes to `read_data`."""
     seen = {"split_seed": 0, "test_fraction": 0.2, "val_fraction": 0.0} | (model.config.get("data") or {})
     splits = read_data(data, classes=classes, seed=seen["split_seed"], test_fraction=seen["test_fraction"])
-    if seen["val_fraction"] and "train" in splits and "val" not in splits:
-        splits["train"], splits["val"] = hold_out(splits["train"], seen["val_fraction"], seen["split_seed"])
-    return splits
+    return hold_out_val(splits, seen["val_fraction"], seen["split_seed"])
 
 
 def read_split(model: Model, data: str | Path, split: str) -> tuple[ImageList, dict[str, ImageList]]:
@@ -199,7 +197,7 @@ def run(s: Eval) -> dict[str, Any]:
     The page of the mistakes goes under `s.errors`.
     """
     for made in filter(None, (s.out, s.errors)):
-        Path(made).mkdir(parents=True, exist_ok=True)  # first, for a folder that cannot be made must not come late
+        make_folder(made)  # first, for a folder that cannot be made must not come late
     model = load(s.source, **s.options)
     threshold = threshold_of(model) if s.reject else None
     data = prepared(s.data, s.dataset)

@@ -19,6 +19,7 @@ from glsim.attention import explicit_attention
 from glsim.backbone import Model, StagedModel
 from glsim.bundle import digest, load, preprocessing_of
 from glsim.config import Export
+from glsim.files import make_parent
 from glsim.graphs import BOXES, GIVEN, IMAGES, LOGITS, UNSURE, GraphModel, as_output, open_graph
 from glsim.heads import lead
 from glsim.types import ConfigError, GlsimError, Output
@@ -100,7 +101,7 @@ def run(s: Export) -> dict[str, Any]:
     if isinstance(model, GraphModel):
         raise ConfigError(f"{s.source} is exported already; export the bundle it was made from")
     out = Path(s.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(out)
     tolerance = {"float32": TOLERANCE, "int8": None}[s.precision]
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         file = Path(folder) / out.name

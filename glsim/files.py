@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import csv
 import errno
+import io
 import json
 import math
 import os
@@ -10,6 +13,7 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +23,23 @@ JSON_DEPTH = 64  # lists and objects inside each other; Python's own limit ends 
 ERROR_LENGTH = 500  # characters that a library's error may add to a message
 # C0 and C1 controls, line separators, and marks that reorder the text around them
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+MARKER = ".glsim"  # a file in each folder that was made for what glsim writes
+_JUNK = {  # what systems put beside people's files: NAS boxes, Windows, macOS, Linux, Python
+    *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "@__thumb", "#recycle", "#snapshot", "~snapshot"),
+    *("$recycle.bin", "recycler", "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"),
+    *("__macosx", "network trash folder", "temporary items", "icon\r", "lost+found", "__pycache__"),
+}
+_FOREIGN = {  # how a file in another encoding than UTF-8 begins
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+    b"\0\0\xfe\xff": "UTF-32",
+}
+
+
+def is_junk(name: str) -> bool:
+    """Whether a file or folder of this name was put there by a system and not by a person; hidden ones are."""
+    return name.startswith((".", "~$")) or name.casefold() in _JUNK
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -85,7 +106,73 @@ def parse_json(text: str | bytes, kind: type | None = dict) -> Any:
     return value
 
 
+def read_table(
+    file: str | Path, wanted: str, stream: BinaryIO | None = None
+) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """A list (CSV with commas, semicolons or tabs, in UTF-8): its header in lower case, and (line number, cells) of
+    each row that is not empty, read one by one. Spaces around cells are taken off. With `stream`, that is read, and
+    `file` is only its name.
+
+    Raises DataError naming the file, with `wanted` (what would work) where it is no text, no CSV or not a regular file.
+    """
+    rows = _table_rows(file, wanted, stream)
+    header = [cell.lower() for cell in next(rows, (0, []))[1]]
+    if twice := sorted({name for name in header if name and header.count(name) > 1}):
+        raise DataError(f"{file}: the column {twice[0]} comes twice in the first line; {wanted}")
+    return header, rows
+
+
+def _table_rows(file: str | Path, wanted: str, stream: BinaryIO | None) -> Iterator[tuple[int, list[str]]]:
+    what = f"{file}: not readable as a CSV file in UTF-8"
+    encode = "what works: save it as UTF-8 (in a spreadsheet: 'CSV UTF-8')"
+    try:
+        with stream or open_regular(file) as data:
+            start = data.read(4)
+            if foreign := [name for mark, name in _FOREIGN.items() if start.startswith(mark)]:
+                raise DataError(f"{what} (it is in {foreign[0]}); {encode}")
+            data.seek(0)
+            text, before = io.TextIOWrapper(data, "utf-8-sig", newline=""), 0
+            first, delimiter = next(text, ""), ""
+            while first and not first.strip():
+                first, before = next(text, ""), before + 1
+            if hint := re.fullmatch("sep=(.)", first.strip().lower()):  # a spreadsheet's way to tell
+                first, before, delimiter = next(text, ""), before + 1, hint[1]
+            delimiter = delimiter or max(",;\t", key=first.count)
+            reader = csv.reader(chain([first], text), delimiter=delimiter)
+            for row in reader:
+                cells = [cell.strip() for cell in row]
+                if any("\0" in cell for cell in cells):
+                    raise DataError(f"{what} (it holds zero bytes, as UTF-16 does); {encode}")
+                if any(cells):
+                    yield before + reader.line_num, cells
+    except UnicodeDecodeError as error:
+        behind = error.object[max(error.start - 40, 0) : error.start].decode("utf-8", "replace")
+        behind = printable(behind.splitlines()[-1] if behind.strip() else "")
+        byte = f"byte 0x{error.object[error.start]:02x}"
+        raise DataError(f"{what} ({byte} behind {behind!r} is of another encoding); {encode}") from error
+    except (OSError, csv.Error) as error:
+        raise DataError(f"{what} ({one_line(error)}); {wanted}") from error
+
+
 # --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def make_folder(path: str | Path) -> Path:
+    """Make a folder for what glsim writes, with those above it. Each that is new, and `path` where it is empty, gets a
+    MARKER, by which readers of data know that nothing in it is data."""
+    folder = Path(path)
+    if folder.is_dir() and not any(folder.iterdir()):
+        (folder / MARKER).touch()
+    make_parent(folder / MARKER)
+    return folder
+
+
+def make_parent(path: str | Path) -> None:
+    """Make the folder of a file that glsim will write, with those above it. Each that is new gets a MARKER."""
+    fresh = [place for place in Path(path).parents if not place.exists()]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    for place in fresh:
+        (place / MARKER).touch()
 
 
 @contextmanager

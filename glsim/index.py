@@ -31,9 +31,10 @@ from glsim.catalog import prepared
 from glsim.config import IndexAdd, IndexBuild, IndexEval, IndexQuery
 from glsim.data import ImageList, find_images
 from glsim.evaluate import read_splits
-from glsim.files import write_text
+from glsim.files import make_folder, write_text
 from glsim.images import BadImage
 from glsim.predict import Predictor, embedding_of, giving
+from glsim.sources import clean_label
 from glsim.types import ConfigError, DataError, GlsimError
 
 FORMAT = 1
@@ -61,10 +62,13 @@ class Index:
     stored: str | None = None  # the vectors file it was read from
 
     def add(self, names: Sequence[str], paths: Sequence[str], vectors: Floats) -> Index:
-        """With more images: class name, path and vector of each. An image that is there already stays as it is.
+        """With more images: class name, path and vector of each. An image that is there already stays as it is. Names
+        are compared as `clean_label` makes them, and new ones stored so.
 
         Raises DataError for one that is there with another class.
         """
+        spelt = {clean_label(name): name for name in self.classes}
+        names = [spelt.get(clean_label(name), clean_label(name)) for name in names]
         known = dict(zip(self.paths, self.labels, strict=True))
         new: dict[str, int] = {}  # path -> place among those given
         for place, (name, path) in enumerate(zip(names, paths, strict=True)):
@@ -86,8 +90,7 @@ class Index:
 
     def save(self, folder: str | Path) -> None:
         """Write it whole or not at all. Raises GlsimError when somebody else changed the folder since it was read."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = make_folder(folder)
         data = safetensors.numpy.save({"vectors": np.ascontiguousarray(self.vectors)})
         name = f"{VECTORS}-{hashlib.sha256(data).hexdigest()}.safetensors"
         table = {
@@ -307,7 +310,9 @@ def add(s: IndexAdd, progress: bool = True) -> dict[str, Any]:
     larger = index.add(names, [str(path) for path in kept], encoded.vectors)
     larger.save(s.index)
     counts = np.bincount(larger.labels, minlength=len(larger.classes))
-    added = {name: int(counts[larger.classes.index(name)]) for name in dict.fromkeys(names)}
+    spelt = {clean_label(name): i for i, name in enumerate(larger.classes)}
+    places = dict.fromkeys(spelt[clean_label(name)] for name in names)
+    added = {larger.classes[i]: int(counts[i]) for i in places}
     return {
         "index": s.index,
         **describe(larger),

@@ -17,7 +17,7 @@ from glsim.batches import TrainBatches, read, train_loader
 from glsim.config import Bench, change_recipe
 from glsim.environment import environment
 from glsim.evaluate import make_accelerator
-from glsim.files import write_text
+from glsim.files import make_folder, write_text
 from glsim.losses import objective
 from glsim.models import create_model
 from glsim.train import make_optimizer, make_preprocessing, read_splits, train_images
@@ -87,7 +87,7 @@ def run(s: Bench, progress: bool = True) -> dict[str, Any]:
     result["waits"] = "model" if result["loading"] < result["model"] else "loader"
     result["environment"] = environment(accelerator.device)
     if s.out is not None:
-        Path(s.out).mkdir(parents=True, exist_ok=True)
+        make_folder(s.out)
         write_text(Path(s.out) / "bench.json", json.dumps(result, indent=2) + "\n")
     return result
 

@@ -20,7 +20,7 @@ from glsim.catalog import xml_boxes
 from glsim.config import Localize
 from glsim.crop import placed
 from glsim.data import find_images
-from glsim.files import write_text
+from glsim.files import make_parent, write_text
 from glsim.images import open_image
 from glsim.pictures import selections_of, spell_out, title_of
 from glsim.road import NOISE, SHARES, faithfulness, under
@@ -51,7 +51,7 @@ def run(s: Localize, progress: bool = True) -> dict[str, Any]:
     if s.out is not None:
         if Path(s.out).is_dir():
             raise DataError(f"out={s.out} is a folder; name a file")
-        Path(s.out).parent.mkdir(parents=True, exist_ok=True)  # first: what cannot be made must not come late
+        make_parent(s.out)  # first: what cannot be made must not come late
     found = find_masks(s.images, s.masks)
     count = min(s.limit or len(found), len(found))
     found = [found[i * len(found) // count] for i in range(count)]  # of every class some

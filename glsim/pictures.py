@@ -30,6 +30,7 @@ from glsim.config import Explain
 from glsim.crop import crop_and_resize, select, select_component
 from glsim.data import find_images
 from glsim.figures import save_figure
+from glsim.files import make_folder
 from glsim.images import BadImage, as_shown, open_image
 from glsim.selection import METRICS, check_metric, check_top, needs_attention, score
 from glsim.transforms import Preprocessing, eval_transform, to_picture
@@ -313,7 +314,7 @@ def targets_of(out: str | Path, paths: Sequence[Path]) -> list[Path]:
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise DataError(f"out={folder} is a file; name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     targets = [folder / f"{name}.png" for name in _unique_names(paths)]
     taken = {path.resolve() for path in paths} & {
         target.resolve() for target in [*targets, folder / SHEET, folder / layers.PICTURE]

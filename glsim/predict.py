@@ -22,7 +22,7 @@ from glsim.backbone import Model, StagedModel
 from glsim.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of, threshold_of
 from glsim.config import Predict
 from glsim.data import ImageDataset, find_images
-from glsim.files import write_text
+from glsim.files import make_parent, write_text
 from glsim.heads import lead
 from glsim.images import BadImage
 from glsim.taxonomy import decide, flat, read_taxonomy
@@ -268,7 +268,7 @@ ENGINES = {"local": "glsim.predict:run_here", "ray": "glsim.bulk:run"}  # import
 def run_here(s: Predict, progress: bool = True) -> dict[str, Any]:
     """Predictions and skipped files, as plain values; BadImage is raised unless `s.skip_bad`."""
     if s.out is not None:
-        Path(s.out).parent.mkdir(parents=True, exist_ok=True)  # first: what cannot be made must not come late
+        make_parent(s.out)  # first: what cannot be made must not come late
     paths = find_images(s.images)
     model = load(s.source, **s.options)
     predictor = Predictor(model, s.top_k, s.batch_size, s.workers, s.device, s.flip, s.embedding, s.reject, s.taxonomy)

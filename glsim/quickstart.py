@@ -17,7 +17,7 @@ from glsim import datasets, evaluate, pictures, train
 from glsim.bundle import load, preprocessing_of
 from glsim.config import Datasets, Eval, Explain, Quickstart, Train
 from glsim.data import ImageDataset, read_data
-from glsim.files import write_text
+from glsim.files import make_folder, write_text
 from glsim.transforms import eval_transform, mask_transform
 from glsim.types import ConfigError
 
@@ -54,6 +54,7 @@ def run(s: Quickstart, progress: bool = True) -> dict[str, Any]:
     out, start = Path(s.out), time.perf_counter()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not an empty folder; remove it or name another --out")
+    make_folder(out)
     data, report = out / "birds", out / "report"
     datasets.run(Datasets(action="prepare", name="synthetic", root=str(data), train=s.train, test=s.test, **BIRDS))
     accuracy, seconds = {}, {}

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from glsim.bundle import CONFIG, METRICS_FILE
 from glsim.config import Report, Train, read_recipe
 from glsim.figures import save_figure
-from glsim.files import write_text
+from glsim.files import make_folder, write_text
 from glsim.reproduce import STATE, plain, summary
 from glsim.train import FREE, PREDICTIONS, RECIPE
 from glsim.types import ConfigError, DataError
@@ -57,8 +57,7 @@ def run(s: Report) -> dict[str, Any]:
         methods = sorted({run.settings["method"] for run in runs})
         raise ConfigError(f"against={s.against}: no run of that method or folder; methods here: {', '.join(methods)}")
     if s.out is not None:
-        out = Path(s.out)
-        out.mkdir(parents=True, exist_ok=True)
+        out = make_folder(s.out)
         write_text(out / "report.md", as_markdown(result))
         write_text(out / "report.csv", as_csv(result))
         draw(result, out / "report.png")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from glsim.files import read_table
+from glsim.sources import clean_label
 from glsim.types import DataError
 
 LAYOUT = "the first line names the levels from fine to coarse: label,genus,family or label,make"
@@ -50,11 +51,16 @@ def decide(probabilities: Tensor, threshold: float) -> Tensor:
 def read_taxonomy(file: str | Path, labels: Sequence[str]) -> Taxonomy:
     """The taxonomy of the classes `labels` from a CSV: `label`, then a column for each coarser level.
 
+    Names are compared as `clean_label` makes them.
+
     Raises DataError naming file, line and label where it cannot be read, a cell is empty, a label comes twice, is not
     among `labels` or is missing, or a group lies in two groups of a coarser level.
     """
-    header, rows = _read(Path(file))
-    known, seen = {name: i for i, name in enumerate(labels)}, dict[str, int]()
+    header, lines = read_table(file, LAYOUT)
+    if header[:1] != ["label"] or len(header) < 2 or not all(header):
+        raise DataError(f"{file}: {LAYOUT}; got {', '.join(map(repr, header)) or 'nothing'}")
+    rows = [(line, [clean_label(cell) for cell in cells]) for line, cells in lines]
+    known, seen = {clean_label(name) for name in labels}, dict[str, int]()
     for line, cells in rows:
         where, label = f"{file}, line {line}", cells[0]
         if len(cells) != len(header) or not all(cells):
@@ -67,7 +73,7 @@ def read_taxonomy(file: str | Path, labels: Sequence[str]) -> Taxonomy:
                 f"{where}: the model has no label {label!r}" + f"; close to it: {', '.join(close)}" * bool(close)
             )
         seen[label] = line
-    if missing := [name for name in labels if name not in seen]:
+    if missing := [name for name in labels if clean_label(name) not in seen]:
         shown = ", ".join(map(repr, missing[:5])) + ", .." * (len(missing) > 5)
         raise DataError(
             f"{file}: {len(missing)} of the model's {len(labels)} labels are missing: {shown}; add a line each"
@@ -82,21 +88,8 @@ def read_taxonomy(file: str | Path, labels: Sequence[str]) -> Taxonomy:
                     f"{header[level + 1]} {cells[level + 1]!r} here and in {parent!r} in line {first}"
                 )
     of_label = {cells[0]: cells for _, cells in rows}
-    columns = list(zip(*(of_label[name] for name in labels), strict=True))
-    groups = [tuple(labels), *(tuple(dict.fromkeys(column)) for column in columns[1:])]
+    columns = list(zip(*(of_label[clean_label(name)] for name in labels), strict=True))
+    columns[0] = tuple(labels)
+    groups = [*columns[:1], *(tuple(dict.fromkeys(column)) for column in columns[1:])]
     of = [[names.index(cell) for cell in column] for names, column in zip(groups, columns, strict=True)]
     return Taxonomy(tuple(header), tuple(groups), torch.tensor(of))
-
-
-def _read(file: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The header, and every row that is not empty with the number of its line."""
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream)
-            lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(map(str.strip, row))]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{file}: not readable as a CSV file in UTF-8 ({error}); {LAYOUT}") from error
-    header = [cell.lower() for cell in lines[0][1]] if lines else []
-    if header[:1] != ["label"] or len(header) < 2 or not all(header) or len(set(header)) < len(header):
-        raise DataError(f"{file}: {LAYOUT}; got {', '.join(map(repr, header)) or 'nothing'}")
-    return header, lines[1:]

@@ -30,7 +30,7 @@ from glsim.bundle import CONFIG, METRICS_FILE, UNKNOWN, WHERE_FROM, default_prep
 from glsim.catalog import SETS, prepared
 from glsim.checkpoint import CHECKPOINT, Interrupted, held, load_checkpoint, save_checkpoint, stop_signal, writing
 from glsim.config import Train, read_recipe, to_recipe
-from glsim.data import ImageDataset, ImageList, hold_out, read_data, split_hash
+from glsim.data import ImageDataset, ImageList, hold_out_val, read_data, split_hash
 from glsim.environment import environment
 from glsim.evaluate import drop_bad, evaluate, make_accelerator, predictions_table
 from glsim.figures import draw_curve
@@ -294,12 +294,16 @@ def read_splits(s: Train) -> tuple[dict[str, ImageList], list[BadImage]]:
     splits = read_data(prepared(s.data, s.dataset), seed=s.split_seed, test_fraction=s.test_fraction)
     if "train" not in splits:
         raise DataError(f"{s.data} has no split 'train'; it has: {', '.join(splits)}")
+    if s.test and "test" not in splits:
+        raise DataError(f"{s.data} has no split 'test' for --test; it has: {', '.join(splits)}")
     if len(splits["train"].classes) < 2:
         raise DataError(f"{s.data} has one class, {splits['train'].classes[0]!r}; there is nothing to tell apart")
     if s.val_fraction:
         if "val" in splits:
             raise ConfigError(f"{s.data} has a val split of its own; leave val_fraction at 0")
-        splits["train"], splits["val"] = hold_out(splits["train"], s.val_fraction, s.split_seed)
+        splits = hold_out_val(splits, s.val_fraction, s.split_seed)
+        if "val" not in splits:
+            raise DataError(f"{s.data} has no class with an image to spare for val: leave val_fraction at 0")
     bad = []
     if s.skip_bad:
         bad = find_bad([path for images in splits.values() for path in images.paths])

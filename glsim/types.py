@@ -43,6 +43,10 @@ class DataError(GlsimError, ValueError):
     exit_code = 3
 
 
+class DataWarning(UserWarning):
+    """What a reader of data left out or put together, in one sentence. The command line shows it as one line."""
+
+
 EMBEDDINGS = {
     "global": "class token of the first pass (pooled vector where there is none)",
     "crop": "the same of the crop",
