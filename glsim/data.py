@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from glsim.images import EXTENSIONS, BadImage, as_shown, is_file, open_image
+from glsim.images import EXTENSIONS, BadImage, is_file, prepare, read_image
 from glsim.sources import SPLIT_NAMES, is_shards, located, read_shards
 from glsim.types import ConfigError, DataError
 
@@ -307,8 +307,9 @@ def _images_in(top: Path) -> list[Path]:
 class ImageDataset:
     """Map-style data set: item i is (transform(image i), its label).
 
-    `images` may also be paths and PIL images without labels; then every label is -1. A bad file raises BadImage; with
-    `keep_bad` the BadImage is the item, for the collate function to deal with.
+    `images` may also be paths and PIL images without labels; then every label is -1. What cannot be read, or cannot be
+    transformed, raises BadImage; with `keep_bad` the BadImage is the item, for the collate function to deal with.
+    `max_pixels` is the limit of an image (None: `glsim.images:pixel_limit`).
     """
 
     def __init__(
@@ -316,20 +317,22 @@ class ImageDataset:
         images: ImageList | Sequence[str | Path | Image.Image],
         transform: Callable[[Image.Image], Any],
         keep_bad: bool = False,
+        max_pixels: int | None = None,
     ) -> None:
         self.images = images.paths if isinstance(images, ImageList) else tuple(images)
         self.labels = images.labels if isinstance(images, ImageList) else (-1,) * len(self.images)
-        self.transform, self.keep_bad = transform, keep_bad
+        self.transform, self.keep_bad, self.max_pixels = transform, keep_bad, max_pixels
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Any, int] | BadImage:
+        given = self.images[index]
         try:
-            given = self.images[index]
-            image = as_shown(given) if isinstance(given, Image.Image) else open_image(given)
+            if isinstance(given, Image.Image):
+                return prepare(given, self.transform, f"image {index}"), self.labels[index]
+            return read_image(given, self.transform, max_pixels=self.max_pixels), self.labels[index]
         except BadImage as error:
             if self.keep_bad:
                 return error.with_traceback(None)
             raise
-        return self.transform(image), self.labels[index]

@@ -18,7 +18,7 @@ from glsim.copies import PAIRS, Entry, Photo, find_copies, find_near, item, look
 from glsim.data import ImageList, is_split, read_data
 from glsim.doctor_page import as_html
 from glsim.files import write_text
-from glsim.images import EXTENSIONS, BadImage
+from glsim.images import EXTENSIONS, HEIF, BadImage, limited
 from glsim.memory import estimate_memory
 from glsim.types import ConfigError
 
@@ -71,13 +71,15 @@ CHECKS = {  # name -> (severity, what was found, what to do); the order is that 
     "absent": (WARNING, "Classes without an image in a split", "Their accuracy cannot be measured there."),
 }
 FORMAT_OF = {
-    **dict.fromkeys((".jpg", ".jpeg", ".jfif"), ("JPEG", "MPO")),
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), ("JPEG", "MPO")),
+    **dict.fromkeys(HEIF, ("HEIF",)),
     **{f".{name.lower()}": (name,) for name in ("PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")},
     ".tif": ("TIFF",),
     ".pgm": ("PPM",),
 }
 
 
+@limited
 def run(s: Doctor, progress: bool = True) -> dict[str, Any]:
     """The verb: look at every image of `s.data`, estimate the memory of the planned run, write the page `s.out`.
 
