@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from multiprocessing import get_all_start_methods
 from pathlib import Path
@@ -23,7 +24,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from glsim.data import ImageDataset, ImageList
-from glsim.images import open_image
+from glsim.images import prepare, read_image, sharing
 from glsim.types import ConfigError
 
 POSIX = hasattr(signal, "pthread_sigmask")  # not on Windows
@@ -111,7 +112,7 @@ class CachedImages(ImageDataset):
         super().__init__(images, chance)
 
         def read(path: Path) -> np.ndarray:
-            return np.asarray(always(open_image(path)))
+            return read_image(path, lambda image: np.asarray(always(image)))
 
         sample = images.paths[:: max(1, len(images) // 16)]
         needed = sum(read(path).nbytes for path in sample) // len(sample) * len(images) * copies
@@ -125,7 +126,8 @@ class CachedImages(ImageDataset):
             self.pixels = list(pool.map(read, images.paths))
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
+        image = Image.fromarray(self.pixels[index])
+        return prepare(image, self.transform, str(self.images[index])), self.labels[index]
 
 
 def train_loader(dataset: ImageDataset, batches: TrainBatches, workers: int) -> DataLoader:
@@ -138,7 +140,7 @@ def train_loader(dataset: ImageDataset, batches: TrainBatches, workers: int) -> 
         num_workers=workers,
         pin_memory=pin,
         multiprocessing_context=fork,
-        worker_init_fn=_apart,
+        worker_init_fn=_start_of(workers, fork),
     )
 
 
@@ -146,7 +148,8 @@ def make_loader(images: ImageList, transform: Any, batch_size: int, workers: int
     """Batches (images (B, 3, H, W), labels (B,)) in the order of `images`, read ahead by `workers` processes."""
     dataset: Any = ImageDataset(images, transform)
     pin = torch.accelerator.is_available()
-    return DataLoader(dataset, batch_size=batch_size, num_workers=workers, pin_memory=pin, worker_init_fn=_apart)
+    start = _start_of(workers)
+    return DataLoader(dataset, batch_size=batch_size, num_workers=workers, pin_memory=pin, worker_init_fn=start)
 
 
 def read(loader: Iterable[Any]) -> Iterator[Any]:
@@ -166,8 +169,14 @@ def read(loader: Iterable[Any]) -> Iterator[Any]:
     yield from batches
 
 
-def _apart(_: int) -> None:
+def _start_of(workers: int, method: str | None = None) -> Callable[[int], None] | None:
+    """What each of the processes that load images does first."""
+    return partial(_apart, sharing(method)) if workers else None
+
+
+def _apart(share: Callable[[], None], _: int) -> None:
     """A worker of `read` leaves the process group, and forgets a signal that came before it did."""
+    share()
     if POSIX:
         os.setpgrp()
         while came := signal.sigpending() & STOPPING:

@@ -36,8 +36,9 @@ from glsim.config import Bench
 from glsim.data import ImageDataset, find_images, read_data
 from glsim.environment import environment
 from glsim.figures import save_figure
-from glsim.files import make_folder, write_text
+from glsim.files import make_folder, read_json, write_text
 from glsim.graphs import GraphModel
+from glsim.images import limited, sharing
 from glsim.losses import objective
 from glsim.models import create_model
 from glsim.predict import answers
@@ -69,6 +70,7 @@ RATIOS = {
 }
 
 
+@limited
 def run(s: Bench, progress: bool = True) -> dict[str, Any]:
     """The verb: {"rows": [..], "ratio": [..] or None, "environment": {..}}; exit code 1 where no row could be measured.
 
@@ -235,7 +237,7 @@ def about_source(source: str, model: Model) -> Row:
     row = {"backbone": model.config["backbone"], "image_size": height if height == width else [height, width]}
     path = Path(source.removeprefix("local-dir:")) / METRICS_FILE
     try:
-        test = json.loads(path.read_text(encoding="utf-8")).get("test") if path.is_file() else None
+        test = read_json(path).get("test") if path.is_file() else None
         return row if test is None else row | {"accuracy": float(test["top1"])}
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise DataError(f"{path} cannot be read: {one_line(error)}") from error
@@ -257,7 +259,8 @@ def _test_images(
         raise DataError(f"{data} has {len(found)} test images, {count} were asked for; fewer: --images")
     paths = [found[i * len(found) // count] for i in range(count)]
     dataset: Any = ImageDataset(paths, eval_transform(preprocessing))
-    return torch.cat([images for images, _ in DataLoader(dataset, 32, num_workers=workers)])
+    start = sharing() if workers else None
+    return torch.cat([images for images, _ in DataLoader(dataset, 32, num_workers=workers, worker_init_fn=start)])
 
 
 def answering(model: Model, job: Job, device: torch.device, images: Tensor | None = None) -> Work:
@@ -320,9 +323,10 @@ def loaded(model: Model, job: Job, s: Bench, device: torch.device) -> float:
     net = prepared(model.eval().to(device, dtype), job)
     paths = find_images(str(s.data))[: s.repeats * job.batch_size]
     dataset: Any = ImageDataset(paths, eval_transform(preprocessing_of(model)))
+    share = sharing() if s.workers else None
     start = time.perf_counter()
     with torch.inference_mode():
-        for images, _ in DataLoader(dataset, job.batch_size, num_workers=s.workers or 0):
+        for images, _ in DataLoader(dataset, job.batch_size, num_workers=s.workers or 0, worker_init_fn=share):
             net(images.to(device, dtype))
         wait(device)
     return len(paths) / (time.perf_counter() - start)

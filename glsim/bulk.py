@@ -364,7 +364,7 @@ def answer_parts(ray: Any, s: Predict, model: Model, out: str, todo: list[dict[s
             "model": shared,
             "out": out,
             "device": s.device or (None if gpus else "cpu"),
-            **{name: getattr(s, name) for name in ("top_k", "batch_size", "flip", "embedding")},
+            **{name: getattr(s, name) for name in ("top_k", "batch_size", "flip", "embedding", "max_megapixels")},
         },
     )
     yield from answered.iter_batches(batch_size=None, prefetch_batches=0)

@@ -25,6 +25,7 @@ from glsim.config import Calibrate
 from glsim.data import split_hash
 from glsim.evaluate import read_split
 from glsim.heads import lead
+from glsim.images import limited
 from glsim.transforms import eval_transform
 from glsim.types import ConfigError
 
@@ -37,6 +38,7 @@ class Answers(NamedTuple):
     first: Tensor | None = None  # (images, C) after the first pass, of a `StagedModel`
 
 
+@limited
 def run(s: Calibrate, progress: bool = True) -> dict[str, Any]:
     """The verb: fit temperature, margin and threshold, write them into the bundle; returns them, as plain values.
 

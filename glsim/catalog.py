@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
-from glsim.files import is_junk
+from glsim.files import check_regular, is_junk, read_bytes, read_text
 from glsim.types import DataError
 
 Box = tuple[int, int, int, int]
@@ -252,7 +252,7 @@ def _table(file: Path) -> dict[str, str]:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: cannot be read ({error})") from error
 
@@ -274,6 +274,7 @@ def _mat(file: Path) -> dict[str, Any]:
     except ImportError:
         raise DataError(f"{file}: reading .mat files needs scipy: pip install scipy") from None
     try:
+        check_regular(file)
         # Squeezed, a name is a string and not an array in an array.
         return {name: np.ravel(value) for name, value in loadmat(file, squeeze_me=True).items()}
     except (OSError, ValueError, NotImplementedError, MatReadError) as error:
@@ -295,7 +296,7 @@ def xml_boxes(file: Path) -> tuple[tuple[int, int] | None, list[Box]]:
     The numbers are the publisher's. Raises DataError for a file that cannot be read.
     """
     try:
-        top = ElementTree.fromstring(file.read_bytes())  # its first line tells the encoding
+        top = ElementTree.fromstring(read_bytes(file))  # its first line tells the encoding
         boxes = [_numbers(box, "xmin", "ymin", "xmax", "ymax") for box in top.iter("bndbox")]
         told = top.find("size")
         size = _numbers(told, "width", "height") if told is not None else (0, 0)

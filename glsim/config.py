@@ -6,6 +6,7 @@ A dataclass here is a verb's command line (`cli.py` turns fields into options) a
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any, Literal
 import yaml
 
 from glsim.catalog import SETS
+from glsim.files import read_text
+from glsim.images import MAX_MEGAPIXELS
 from glsim.models import METHODS
 from glsim.types import EMBEDDINGS, ConfigError, choose
 
@@ -35,6 +38,11 @@ def required(help: str) -> Any:  # noqa: A002
 def positional(default: Any, help: str) -> Any:  # noqa: A002
     """A dataclass field that stands on the command line without its name; `MISSING` makes it mandatory."""
     return field(default=default, metadata={"help": help, "positional": True})
+
+
+def megapixels() -> Any:
+    """The field `max_megapixels` of every verb that decodes images (`glsim.images:limited`)."""
+    return setting(MAX_MEGAPIXELS, "megapixels of an image; a larger one is a bad file, and none of it is decoded")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +68,7 @@ class Train:
     test: bool = setting(False, "measure the test split too, once: after the last epoch; nothing is chosen by it")
     split_seed: int = setting(0, "of both shares; kept apart from seed so that repeated runs share their splits")
     skip_bad: bool = setting(False, "check every image first, leave unreadable ones out and list them")
+    max_megapixels: float = megapixels()
     workers: int = setting(2, "processes that load images")
     cache: Literal["none", "ram"] = setting("none", "ram: decode and resize every training image once, and keep it")
 
@@ -110,6 +119,7 @@ class Train:
     tracker: Literal["tensorboard", "trackio", "wandb"] | None = setting(None, "log there too; pip install it first")
 
     def __post_init__(self) -> None:
+        _limit(self.max_megapixels)
         choose(self.method, METHODS, "method")
         self._fill()
         if self.tracker is not None:
@@ -209,9 +219,11 @@ class Eval:
     batch_size: int = setting(32, "images at a time")
     workers: int = setting(2, "processes that load images")
     skip_bad: bool = setting(False, "leave unreadable images out and list them")
+    max_megapixels: float = megapixels()
     device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
 
     def __post_init__(self) -> None:
+        _limit(self.max_megapixels)
         _at_least(self, 1, "batch_size")
         _at_least(self, 0, "workers")
         if self.dataset is not None:
@@ -234,9 +246,11 @@ class Calibrate:
     )
     batch_size: int = setting(32, "images at a time")
     workers: int = setting(2, "processes that load images")
+    max_megapixels: float = megapixels()
     device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
 
     def __post_init__(self) -> None:
+        _limit(self.max_megapixels)
         _at_least(self, 1, "batch_size")
         _at_least(self, 0, "workers", "max_loss")
         if self.max_error is not None and not 0 <= self.max_error < 100:
@@ -275,9 +289,11 @@ class Predict:
     batch_size: int = setting(32, "images at a time")
     workers: int = setting(2, "processes that load images; engine=ray: workers, each with the model and one core")
     skip_bad: bool = setting(False, "leave unreadable images out and list them")
+    max_megapixels: float = megapixels()
     device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
 
     def __post_init__(self) -> None:
+        _limit(self.max_megapixels)
         choose(self.engine, {"local": None, "ray": None}, "engine")
         _at_least(self, 1, "batch_size", "top_k", "part_size")
         _at_least(self, int(self.engine == "ray"), "workers")
@@ -314,9 +330,11 @@ class _Encode:
     batch_size: int = setting(32, "images at a time")
     workers: int = setting(2, "processes that load images")
     skip_bad: bool = setting(False, "leave unreadable images out and list them")
+    max_megapixels: float = megapixels()
     device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
 
     def __post_init__(self) -> None:
+        _limit(self.max_megapixels)
         _at_least(self, 1, "batch_size")
         _at_least(self, 0, "workers")
 
@@ -415,9 +433,11 @@ class Explain:
     layers: bool = setting(False, "instead, what becomes of the tokens from block to block: layers.png, layers.json")
     limit: int = setting(100, "draw at most this many images")
     skip_bad: bool = setting(False, "leave unreadable images out and list them")
+    max_megapixels: float = megapixels()
     device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
 
     def __post_init__(self) -> None:
+        _limit(self.max_megapixels)
         _at_least(self, 1, "limit")
         _at_least(self, 0, "top_only")
         names = ("metrics", "contrast", "alpha", "colormap", "top_only", "power")
@@ -451,10 +471,12 @@ class Localize:
     seed: int = setting(0, "of these draws and of the random boxes")
     batch_size: int = setting(32, "images at a time")
     skip_bad: bool = setting(False, "leave unreadable images, and bad masks with theirs, out and list them")
+    max_megapixels: float = megapixels()
     out: str | None = setting(None, "file for the result as JSON")
     device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
 
     def __post_init__(self) -> None:
+        _limit(self.max_megapixels)
         _at_least(self, 1, "batch_size")
         _at_least(self, 100, "resamples")
         if self.limit is not None:
@@ -482,7 +504,8 @@ class Serve:
     def __post_init__(self) -> None:
         _at_least(self, 1, "batch_size", "queue", "workers")
         _at_least(self, 0, "max_wait_ms", "port")
-        _at_least(self, 0.001, "max_mb", "max_megapixels")
+        _at_least(self, 0.001, "max_mb")
+        _limit(self.max_megapixels)
         if self.port > 65535:
             raise ConfigError(f"port={self.port}: 0 to 65535")
 
@@ -511,6 +534,7 @@ class Bench:
     train: dict[str, Any] = setting({}, "with --loader: settings instead of the recipe's, as --train.cache ram")
     seconds: float = setting(15.0, "with --loader: how long loading, model and both together are timed each")
     workers: int | None = setting(None, "processes that load images; default: 2, with --loader those of the recipe")
+    max_megapixels: float = megapixels()
     repeats: int = setting(10, "rounds in which every model has its turn; median and quartiles are over these")
     warmup: int = setting(2, "rounds before those, not counted")
     num_classes: int = setting(200, "outputs of the last layer")
@@ -519,6 +543,7 @@ class Bench:
     device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
 
     def __post_init__(self) -> None:
+        _limit(self.max_megapixels)
         for method in self.methods:
             choose(method.partition(":")[0], METHODS, "method")
         for dtype in self.dtypes:
@@ -646,6 +671,7 @@ class Doctor:
     test_fraction: float = setting(0.2, "share held out as test where the data has no split of its own")
     split_seed: int = setting(0, "of that share")
     workers: int | None = setting(None, "processes that read images; default: one a core; 0: none beside this one")
+    max_megapixels: float = megapixels()
 
     method: str = setting("glsim", "the planned run, as for train; its memory is estimated")
     backbone: str | None = setting(None, "timm model name; default: vit_base_patch16_224, for cal resnet101")
@@ -658,6 +684,7 @@ class Doctor:
     device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
 
     def __post_init__(self) -> None:
+        _limit(self.max_megapixels)
         choose(self.method, METHODS, "method")
         _at_least(self, 1, "batch_size", "min_images")
         _at_least(self, 0, "near")
@@ -703,7 +730,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     """The keys of a recipe (YAML). Raises ConfigError naming the file and any key that `Train` does not have."""
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(read_text(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"recipe {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
@@ -750,6 +777,11 @@ def _at_least(settings: Any, least: float, *names: str) -> None:
     for name in names:
         if getattr(settings, name) < least:
             raise ConfigError(f"{name}={getattr(settings, name)}: at least {least} is needed")
+
+
+def _limit(megapixels: float) -> None:
+    if not 0 < megapixels < math.inf:
+        raise ConfigError(f"max_megapixels={megapixels}: a number above 0 is needed")
 
 
 def _seeds(*seeds: int) -> None:

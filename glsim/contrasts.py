@@ -21,7 +21,7 @@ from glsim.backbone import Model
 from glsim.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of
 from glsim.config import Explain
 from glsim.data import find_images
-from glsim.images import as_shown, open_image
+from glsim.images import read_any
 from glsim.pictures import GREY, SIDE, Page, Photograph, cell, photographs, targets_of, to_photograph, view_of
 from glsim.transforms import eval_transform
 from glsim.types import ConfigError
@@ -70,9 +70,9 @@ def contrast(
     transform = eval_transform(p)
     maps = []
     for image in [images] if isinstance(images, Photograph) else images:
-        photograph = as_shown(image) if isinstance(image, Image.Image) else open_image(image)
-        smooth = to_signed(contrast(model, transform(photograph)[None], a, b)[0], p.image_size)
-        above, below = (to_photograph(part.clip(0, 1), photograph.size, p) for part in (smooth, -smooth))
+        view, size = read_any(image, lambda photograph: (transform(photograph), photograph.size))
+        smooth = to_signed(contrast(model, view[None], a, b)[0], p.image_size)
+        above, below = (to_photograph(part.clip(0, 1), size, p) for part in (smooth, -smooth))
         maps.append(above - below)
     return maps
 
@@ -139,9 +139,13 @@ def run(s: Explain) -> dict[str, Any]:
     transform = eval_transform(p)
     pictures: list[dict[str, Any]] = []
     skipped: list[str] = []
-    for path, image, target in photographs(paths, targets, s.skip_bad, skipped):
-        c = attribute(model, transform(image)[None], a, b)
-        draw(view_of(image, p), c, names, "/".join(path.parts[-2:]), target, s.alpha, s.power)
+
+    def views_of(image: Image.Image) -> tuple[Tensor, np.ndarray]:
+        return transform(image), view_of(image, p)
+
+    for path, (seen, view), target in photographs(paths, targets, views_of, s.skip_bad, skipped):
+        c = attribute(model, seen[None], a, b)
+        draw(view, c, names, "/".join(path.parts[-2:]), target, s.alpha, s.power)
         told = {
             "difference": float(c.differences[0]),
             "start": float(c.start[0]),

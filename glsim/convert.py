@@ -7,6 +7,7 @@ from typing import Any
 
 from glsim.bundle import CONFIG, save
 from glsim.config import Convert
+from glsim.files import read_text
 from glsim.official import convert_official
 from glsim.types import ConfigError, DataError
 
@@ -22,7 +23,7 @@ def run(s: Convert) -> dict[str, Any]:
     labels = None
     if s.labels is not None:
         try:
-            labels = Path(s.labels).read_text(encoding="utf-8").splitlines()
+            labels = read_text(s.labels).splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"labels file {s.labels} cannot be read: {error}") from error
     model = convert_official(s.checkpoint, s.method, **s.options)

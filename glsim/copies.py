@@ -6,9 +6,8 @@ Reading is done in processes of their own, which import this file: no torch here
 from __future__ import annotations
 
 import hashlib
-import os
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice, product
@@ -20,7 +19,7 @@ import imagehash
 import numpy as np
 from PIL import Image
 
-from glsim.images import BadImage, open_as_stored
+from glsim.images import BadImage, bands, cores, read_image, sharing
 from glsim.types import GlsimError
 
 HASH_SIDE = 16  # a hash has 16 x 16 bits; with the usual 8 x 8, views of different cars are as near as copies
@@ -58,15 +57,20 @@ def item(entries: Iterable[Entry], note: str = "") -> dict[str, Any]:
 def look_at(path: Path) -> Photo | BadImage:
     """Read and decode one file, once."""
     try:
-        image, stored_format, mode = open_as_stored(path)
+        return read_image(path, _photo)
     except BadImage as error:
         return error.with_traceback(None)
-    pixels = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
+
+
+def _photo(image: Image.Image) -> Photo:
+    pixels = hashlib.sha256(repr(image.size).encode())
+    for box in bands(image):  # a copy of all of it at once takes as much memory as the image
+        pixels.update(image.crop(box).tobytes())
     grey = image.resize((4 * HASH_SIDE, 4 * HASH_SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0).convert("L")
     bits = None
     if np.asarray(grey, np.float32).std() >= ONE_COLOUR:
         bits = np.packbits(imagehash.phash(grey, hash_size=HASH_SIDE).hash).tobytes()
-    return Photo(image.size, stored_format, mode, pixels, bits)
+    return Photo(image.size, image.info["format"], image.info["mode"], pixels.hexdigest(), bits)
 
 
 def look_at_all(paths: Sequence[Path], workers: int | None = None) -> Iterator[Photo | BadImage]:
@@ -80,7 +84,7 @@ def look_at_all(paths: Sequence[Path], workers: int | None = None) -> Iterator[P
         yield from map(look_at, paths)
         return
     # Not forked: this process has run torch, whose threads a fork would leave behind with their locks.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (sharing("spawn"),))
     try:
         yield from pool.map(look_at, paths, chunksize=16)
     except BrokenProcessPool as error:
@@ -91,9 +95,9 @@ def look_at_all(paths: Sequence[Path], workers: int | None = None) -> Iterator[P
         pool.shutdown(cancel_futures=True)
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _start(share: Callable[[], None]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    share()
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 from PIL import Image
 
 from glsim.files import MARKER, is_junk, read_table
-from glsim.images import EXTENSIONS, BadImage, as_shown, is_file, open_image
+from glsim.images import EXTENSIONS, BadImage, is_file, prepare, read_image
 from glsim.sources import (
     KNOWN_SPLITS,
     SPLITS,
@@ -567,8 +567,9 @@ def images_in(top: Path, left: LeftOut) -> list[Path]:
 class ImageDataset:
     """Map-style data set: item i is (transform(image i), its label).
 
-    `images` may also be paths and PIL images without labels; then every label is -1. A bad file raises BadImage; with
-    `keep_bad` the BadImage is the item, for the collate function to deal with.
+    `images` may also be paths and PIL images without labels; then every label is -1. What cannot be read, or cannot be
+    transformed, raises BadImage; with `keep_bad` the BadImage is the item, for the collate function to deal with.
+    `max_pixels` is the limit of an image (None: `glsim.images:pixel_limit`).
     """
 
     def __init__(
@@ -576,20 +577,22 @@ class ImageDataset:
         images: ImageList | Sequence[str | Path | Image.Image],
         transform: Callable[[Image.Image], Any],
         keep_bad: bool = False,
+        max_pixels: int | None = None,
     ) -> None:
         self.images = images.paths if isinstance(images, ImageList) else tuple(images)
         self.labels = images.labels if isinstance(images, ImageList) else (-1,) * len(self.images)
-        self.transform, self.keep_bad = transform, keep_bad
+        self.transform, self.keep_bad, self.max_pixels = transform, keep_bad, max_pixels
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Any, int] | BadImage:
+        given = self.images[index]
         try:
-            given = self.images[index]
-            image = as_shown(given) if isinstance(given, Image.Image) else open_image(given)
+            if isinstance(given, Image.Image):
+                return prepare(given, self.transform, f"image {index}"), self.labels[index]
+            return read_image(given, self.transform, max_pixels=self.max_pixels), self.labels[index]
         except BadImage as error:
             if self.keep_bad:
                 return error.with_traceback(None)
             raise
-        return self.transform(image), self.labels[index]

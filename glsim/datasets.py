@@ -20,6 +20,7 @@ from glsim import synthetic
 from glsim.catalog import SETS, NamedSet, Row, find
 from glsim.config import Datasets
 from glsim.data import ImageList, read_data, split_hash
+from glsim.files import check_regular
 from glsim.types import ConfigError, DataError, choose
 
 SYNTHETIC = "birds drawn from a seed, told apart by one small part each, with masks of part and body; no download"
@@ -125,6 +126,7 @@ def _gather(name: str, root: Path, sources: list[Path]) -> Path:
 
 def _unpack(source: Path, root: Path) -> None:
     try:
+        check_regular(source)
         if tarfile.is_tarfile(source):
             with tarfile.open(source) as tar:
                 tar.extractall(root, filter="data")  # refuses what would land outside root

@@ -11,7 +11,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from glsim.config import Doctor
@@ -19,7 +18,7 @@ from glsim.copies import PAIRS, Entry, Photo, find_copies, find_near, item, look
 from glsim.data import ImageList, is_split, read_data
 from glsim.doctor_page import as_html
 from glsim.files import is_junk, write_text
-from glsim.images import EXTENSIONS, BadImage
+from glsim.images import EXTENSIONS, HEIF, BadImage, limited
 from glsim.memory import estimate_memory
 from glsim.types import ConfigError
 
@@ -71,9 +70,16 @@ CHECKS = {  # name -> (severity, what was found, what to do); the order is that 
     "few": (WARNING, "Classes with few training images", "Add images, or expect little of these classes."),
     "absent": (WARNING, "Classes without an image in a split", "Their accuracy cannot be measured there."),
 }
-FORMAT_NAMES = {"MPO": "JPEG"}  # several JPEG pictures in one file, as cameras write them
+FORMAT_OF = {
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), ("JPEG", "MPO")),
+    **dict.fromkeys(HEIF, ("HEIF",)),
+    **{f".{name.lower()}": (name,) for name in ("PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")},
+    ".tif": ("TIFF",),
+    ".pgm": ("PPM",),
+}
 
 
+@limited
 def run(s: Doctor, progress: bool = True) -> dict[str, Any]:
     """The verb: look at every image of `s.data`, estimate the memory of the planned run, write the page `s.out`.
 
@@ -111,7 +117,7 @@ def run(s: Doctor, progress: bool = True) -> dict[str, Any]:
         "suffix": [
             item([e], f"{photo.format} named {e.path.suffix}")
             for e, photo in photos.items()
-            if FORMAT_NAMES.get(photo.format, photo.format) != Image.registered_extensions().get(e.path.suffix.lower())
+            if photo.format not in FORMAT_OF.get(e.path.suffix.lower(), ())
         ],
         "unseen": [item([Entry(path, "", "")]) for path in find_unseen(list(entries))],
         **find_small_classes(splits, photos, s.min_images),

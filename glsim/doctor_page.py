@@ -11,8 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from glsim.copies import PAIRS, cores
-from glsim.images import BadImage, open_image
+from PIL import Image
+
+from glsim.copies import PAIRS
+from glsim.images import BadImage, cores, read_image
 from glsim.memory import SLACK, as_gib
 
 SHOWN, NAMED = 24, 1000  # findings of a check that the page shows with pictures, and by name
@@ -88,15 +90,17 @@ def _count(number: int, what: str) -> str:
 def thumbnails(paths: Iterable[str], side: int = 192) -> dict[str, str]:
     """Small JPEGs as data addresses; a file that cannot be shown has none."""
 
-    def draw(path: str) -> str:
-        try:
-            image = open_image(path)
-        except BadImage:
-            return ""
+    def small(image: Image.Image) -> str:
         image.thumbnail((side, side), reducing_gap=2.0)
         file = io.BytesIO()
         image.save(file, "JPEG", quality=70)
         return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+    def draw(path: str) -> str:
+        try:
+            return read_image(path, small)
+        except BadImage:
+            return ""
 
     paths = list(paths)
     with ThreadPoolExecutor(cores()) as pool:

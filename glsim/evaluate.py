@@ -28,7 +28,7 @@ from glsim.config import Eval
 from glsim.data import ImageList, hold_out_val, is_split, read_data, split_hash
 from glsim.figures import draw_confidence, draw_confusion
 from glsim.files import make_folder, write_text
-from glsim.images import BadImage, find_bad
+from glsim.images import BadImage, find_bad, limited
 from glsim.mistakes import find_mistakes, write_page
 from glsim.predict import answers
 from glsim.sources import located
@@ -191,6 +191,7 @@ def read_split(model: Model, data: str | Path, split: str) -> tuple[ImageList, d
     return images, splits
 
 
+@limited
 def run(s: Eval) -> dict[str, Any]:
     """The verb: measure a bundle on one split of a data set; returns the summary and writes it under `s.out`.
 

@@ -47,13 +47,26 @@ def is_junk(name: str) -> bool:
 
 def open_regular(path: str | Path) -> BinaryIO:
     """Open a regular file for reading. A FIFO, a device, a socket or a folder is an OSError and is never waited for."""
+    check_regular(path)  # opening alone can act on a device, and lets go who waits at a FIFO
     number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    mode = os.fstat(number).st_mode
-    if not stat.S_ISREG(mode):
+    try:
+        _check_mode(os.fstat(number).st_mode, path)  # it may be another one by now
+    except OSError:
         os.close(number)
-        code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
-        raise OSError(code, "a folder, not a file" if stat.S_ISDIR(mode) else "not a regular file", str(path))
+        raise
     return os.fdopen(number, "rb")
+
+
+def check_regular(path: str | Path) -> None:
+    """Raise OSError, as `open_regular` does, for what is no regular file: before a library that opens paths itself."""
+    _check_mode(os.stat(path).st_mode, path)  # noqa: PTH116
+
+
+def _check_mode(mode: int, path: str | Path) -> None:
+    if stat.S_ISDIR(mode):
+        raise OSError(errno.EISDIR, "a folder, not a file", str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def read_bytes(path: str | Path) -> bytes:

@@ -32,7 +32,7 @@ from glsim.config import IndexAdd, IndexBuild, IndexEval, IndexQuery
 from glsim.data import ImageList, find_images
 from glsim.evaluate import read_splits
 from glsim.files import make_folder, write_text
-from glsim.images import BadImage
+from glsim.images import BadImage, limited
 from glsim.predict import Predictor, embedding_of, giving
 from glsim.sources import clean_label
 from glsim.types import ConfigError, DataError, GlsimError
@@ -284,6 +284,7 @@ def start_index(model: Model, source: str, folder: str | Path, embedding: str | 
 # --- verbs ------------------------------------------------------------------------------------------------------------
 
 
+@limited
 def build(s: IndexBuild, progress: bool = True) -> dict[str, Any]:
     """The verb: the images of one split of a data set become an index."""
     need_faiss()
@@ -300,6 +301,7 @@ def build(s: IndexBuild, progress: bool = True) -> dict[str, Any]:
     return {"index": s.out, **describe(index), "skipped": encoded.skipped}
 
 
+@limited
 def add(s: IndexAdd, progress: bool = True) -> dict[str, Any]:
     """The verb: more images, of a new class or a known one."""
     index, predictor = open_index(s.index, s.source, s.batch_size, s.workers, s.device)
@@ -324,6 +326,7 @@ def add(s: IndexAdd, progress: bool = True) -> dict[str, Any]:
     }
 
 
+@limited
 def query(s: IndexQuery, progress: bool = True) -> dict[str, Any]:
     """The verb: for each image the classes by their prototypes, the neighbours, their vote, and the head's answer."""
     index, predictor = open_index(s.index, s.source, s.batch_size, s.workers, s.device)
@@ -357,6 +360,7 @@ def query(s: IndexQuery, progress: bool = True) -> dict[str, Any]:
     return {"index": s.index, "embedding": index.embedding, "answers": answers, "skipped": encoded.skipped}
 
 
+@limited
 def evaluate(s: IndexEval, progress: bool = True) -> dict[str, Any]:
     """The verb: recall, accuracy beside the softmax head, how well the unknown is told, and classes added in steps.
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,13 +21,14 @@ from glsim.config import Localize
 from glsim.crop import placed
 from glsim.data import find_images
 from glsim.files import make_parent, write_text
-from glsim.images import open_image
+from glsim.images import BadImage, limited, read_image, read_stored
 from glsim.pictures import selections_of, spell_out, title_of
 from glsim.road import NOISE, SHARES, faithfulness, under
 from glsim.transforms import Preprocessing, eval_transform, mask_transform
 from glsim.types import DataError, Output
 from glsim.where import BOX_MEASURES, as_numbers, measure_boxes, measure_scores, signed
 
+T = TypeVar("T")
 OBJECT = "object"
 SYNTHETIC = {OBJECT: "body", "part": "part"}  # folders of masks that `glsim.synthetic` writes
 ENDINGS = (".png", ".PNG", ".xml", ".XML", "")  # Stanford Dogs' boxes have none
@@ -42,6 +43,7 @@ class Masked(NamedTuple):
     masks: dict[str, Path]
 
 
+@limited
 def run(s: Localize, progress: bool = True) -> dict[str, Any]:
     """The verb: measures of every mechanism, with 95 % intervals; written as JSON to `s.out` where that is given.
 
@@ -153,15 +155,15 @@ def check_masks(
 
 def _fault(image: Masked) -> DataError | None:
     try:
-        _read(image)
+        _read(image, lambda photograph: None)
     except DataError as error:
         return error.with_traceback(None)  # which would keep the pixels
     return None
 
 
-def _read(image: Masked) -> tuple[Image.Image, dict[str, Image.Image]]:
-    photograph = open_image(image.path)
-    return photograph, {target: read_mask(file, photograph.size) for target, file in image.masks.items()}
+def _read(image: Masked, use: Callable[[Image.Image], T]) -> tuple[T, dict[str, Image.Image]]:
+    made, size = read_image(image.path, lambda photograph: (use(photograph), photograph.size))
+    return made, {target: read_mask(file, size) for target, file in image.masks.items()}
 
 
 def read_mask(file: Path, size: tuple[int, int]) -> Image.Image:
@@ -179,21 +181,20 @@ def read_mask(file: Path, size: tuple[int, int]) -> Image.Image:
 
 
 def _read_png(file: Path, size: tuple[int, int]) -> Image.Image:
+    def levels(opened: Image.Image) -> Image.Image:
+        _check_size(file, opened.size, size)
+        pixels = np.atleast_3d(np.asarray(opened))
+        if opened.mode in ("LA", "RGBA"):
+            pixels = pixels[..., :-1] * (pixels[..., -1:] > 0)
+        values = pixels.max(axis=2)
+        if values.min() >= 1 and 2 <= values.max() <= BORDER:
+            return Image.fromarray(np.array([0, 255, 0, 128], np.uint8)[values])
+        return Image.fromarray(np.where(values != 0, 255, 0).astype(np.uint8))
+
     try:
-        with Image.open(file, formats=["PNG"]) as opened:
-            opened.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file}: no readable PNG ({error})") from error
-    _check_size(file, opened.size, size)
-    pixels = np.atleast_3d(np.asarray(opened))
-    if opened.mode in ("LA", "RGBA"):
-        pixels = pixels[..., :-1] * (pixels[..., -1:] > 0)
-    values = pixels.max(axis=2)
-    if values.min() >= 1 and 2 <= values.max() <= BORDER:
-        levels = np.array([0, 255, 0, 128], np.uint8)[values]
-    else:
-        levels = np.where(values != 0, 255, 0).astype(np.uint8)
-    return Image.fromarray(levels)
+        return read_stored(file, levels, ("PNG",))
+    except BadImage as error:
+        raise DataError(f"{file}: no readable PNG ({error.reason})") from error
 
 
 def _read_xml(file: Path, size: tuple[int, int]) -> Image.Image:
@@ -309,8 +310,8 @@ def _batches(
     for start in range(0, len(images), size):
         pixels, masks = [], dict[str, list[tuple[Tensor, Tensor]]]()
         for image in images[start : start + size]:
-            photograph, read = _read(image)
-            pixels.append(transform(photograph))
+            view, read = _read(image, transform)
+            pixels.append(view)
             for target, mask in read.items():
                 masks.setdefault(target, []).append(to_view(mask, p))
         yield torch.stack(pixels), {target: _stack(views) for target, views in masks.items()}

@@ -7,6 +7,7 @@ import html
 import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from glsim.backbone import Model
 from glsim.bundle import preprocessing_of
 from glsim.data import ImageList
 from glsim.files import write_text
-from glsim.images import BadImage, open_image
+from glsim.images import BadImage, read_image
 from glsim.pictures import BOX_COLOUR, TITLES, Explanation, explanations, overlay, to_photograph
 from glsim.predict import to_original
 from glsim.sources import located
@@ -92,10 +93,9 @@ def draw(model: Model, mistakes: Sequence[Mistake]) -> Iterator[tuple[Mistake, l
     transform = eval_transform(p)
     for start in range(0, len(mistakes), BATCH):
         part = mistakes[start : start + BATCH]
-        photographs = [open_image(m.path) for m in part]
-        found = explanations(model, torch.stack([transform(photograph) for photograph in photographs]))
-        for m, photograph, e in zip(part, photographs, found, strict=True):
-            yield m, _pictures(photograph, e, p)
+        found = explanations(model, torch.stack([read_image(m.path, transform) for m in part]))
+        for m, e in zip(part, found, strict=True):  # read again: all of them at once would fill the memory
+            yield m, read_image(m.path, partial(_pictures, e=e, p=p))
 
 
 def _pictures(photograph: Image.Image, e: Explanation, p: Preprocessing) -> list[tuple[str, str]]:
@@ -128,10 +128,14 @@ def draw_examples(train: ImageList | None, wanted: set[int]) -> dict[int, str]:
     for path, label in zip(train.paths, train.labels, strict=True) if train else ():
         if label in wanted and label not in first:
             try:
-                first[label] = _address(ImageOps.contain(open_image(path), (SIDE, SIDE), Image.Resampling.LANCZOS))
+                first[label] = read_image(path, _small)
             except BadImage:
                 continue
     return first
+
+
+def _small(photograph: Image.Image) -> str:
+    return _address(ImageOps.contain(photograph, (SIDE, SIDE), Image.Resampling.LANCZOS))
 
 
 def _address(picture: Image.Image) -> str:
@@ -189,7 +193,7 @@ def _head(mistakes: Sequence[Mistake], about: dict[str, Any]) -> str:
 
 def _legend(model: Model, first: Mistake, wrong: int) -> str:
     """What the pictures show."""
-    image = eval_transform(preprocessing_of(model))(open_image(first.path))[None]
+    image = read_image(first.path, eval_transform(preprocessing_of(model)))[None]
     with torch.inference_mode():
         crops = model(image.to(next(model.parameters()).device)).crops is not None
     method = _text(model.config["method"])

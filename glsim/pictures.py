@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
 import matplotlib
 import numpy as np
@@ -31,7 +31,7 @@ from glsim.crop import crop_and_resize, select, select_component
 from glsim.data import find_images
 from glsim.figures import save_figure
 from glsim.files import make_folder
-from glsim.images import BadImage, as_shown, open_image
+from glsim.images import BadImage, limited, read_any, read_image
 from glsim.selection import METRICS, check_metric, check_top, needs_attention, score
 from glsim.transforms import Preprocessing, eval_transform, to_picture
 from glsim.types import ConfigError, DataError, Output, Selection
@@ -56,6 +56,7 @@ TITLES = {
 }
 
 Photograph = str | Path | Image.Image
+T = TypeVar("T")
 
 
 class Explanation(NamedTuple):
@@ -113,9 +114,9 @@ def explain(
     transform = eval_transform(p)
     maps = []
     for image in [images] if isinstance(images, Photograph) else images:
-        photograph = as_shown(image) if isinstance(image, Image.Image) else open_image(image)
-        heatmap = explain(model, transform(photograph)[None], metric, top_o=top_o, power=power)[0]
-        maps.append(to_photograph(heatmap, photograph.size, p))
+        view, size = read_any(image, lambda photograph: (transform(photograph), photograph.size))
+        heatmap = explain(model, view[None], metric, top_o=top_o, power=power)[0]
+        maps.append(to_photograph(heatmap, size, p))
     return maps
 
 
@@ -263,6 +264,7 @@ def check_colormap(name: str) -> None:
         raise ConfigError(f"unknown colormap {name!r}; try turbo, jet, viridis, magma, gray or another of matplotlib's")
 
 
+@limited
 def run(s: Explain) -> dict[str, Any]:
     """The verb: one PNG an image, and `sheet.png` with up to 24 of them when there are several; or contrasts."""
     if s.contrast is not None:
@@ -280,17 +282,20 @@ def run(s: Explain) -> dict[str, Any]:
     transform = eval_transform(p)
     if s.layers:
         bad: list[str] = []
-        views = (transform(image)[None] for _, image, _ in photographs(paths, targets, s.skip_bad, bad))
+        views = (view[None] for _, view, _ in photographs(paths, targets, transform, s.skip_bad, bad))
         written_down = layers.write(model, views, folder)
         return {"source": str(s.source), "out": str(folder), "layers": written_down, "pictures": [], "skipped": bad}
     names: list[str] = []
     rows: list[Row] = []
     pictures: list[dict[str, Any]] = []
     skipped: list[str] = []
-    for path, image, target in photographs(paths, targets, s.skip_bad, skipped):
-        batch = transform(image)[None]
-        found = [e for (e,) in _explanations(model, batch, metrics, s.top_only or None, s.power)]
-        row = Row(view_of(image, p), found, "/".join(path.parts[-2:]))  # with the folder, which is often the class
+
+    def views_of(image: Image.Image) -> tuple[Tensor, np.ndarray]:
+        return transform(image), view_of(image, p)
+
+    for path, (seen, view), target in photographs(paths, targets, views_of, s.skip_bad, skipped):
+        found = [e for (e,) in _explanations(model, seen[None], metrics, s.top_only or None, s.power)]
+        row = Row(view, found, "/".join(path.parts[-2:]))  # with the folder, which is often the class
         if len(found) == 1:
             draw_sheet([row], target, s.alpha, s.colormap)
         else:
@@ -325,18 +330,25 @@ def targets_of(out: str | Path, paths: Sequence[Path]) -> list[Path]:
 
 
 def photographs(
-    paths: Sequence[Path], targets: Sequence[Path], skip_bad: bool, skipped: list[str]
-) -> Iterator[tuple[Path, Image.Image, Path]]:
-    """Path, image and target of each that can be read; the others are raised, or with `skip_bad` told in `skipped`."""
+    paths: Sequence[Path],
+    targets: Sequence[Path],
+    use: Callable[[Image.Image], T],
+    skip_bad: bool,
+    skipped: list[str],
+) -> Iterator[tuple[Path, T, Path]]:
+    """Path, what `use` makes of the image, and target of each that can be read.
+
+    The others are raised, or with `skip_bad` told in `skipped`.
+    """
     for path, target in zip(paths, targets, strict=True):
         try:
-            image = open_image(path)
+            made = read_image(path, use)
         except BadImage as error:
             if not skip_bad:
                 raise
             skipped.append(str(error))
             continue
-        yield path, image, target
+        yield path, made, target
 
 
 def spell_out(names: list[str] | None, model: Model) -> list[str | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
@@ -24,7 +25,7 @@ from glsim.config import Predict
 from glsim.data import ImageDataset, find_images
 from glsim.files import make_parent, write_text
 from glsim.heads import lead
-from glsim.images import BadImage
+from glsim.images import BadImage, limited, sharing
 from glsim.taxonomy import decide, flat, read_taxonomy
 from glsim.transforms import Preprocessing, eval_transform
 from glsim.types import ConfigError, Output, choose
@@ -66,7 +67,8 @@ class Predictor:
     averaged; box and embedding are those of the image itself. `embedding` names one of the model's vectors
     (`glsim.types:EMBEDDINGS`) to hand out too; for any but "global", no image is spared its second pass. With `reject`
     every answer has a verdict: "unknown" below the threshold of the bundle; with the CSV file `taxonomy`
-    (`glsim.taxonomy:read_taxonomy`) a coarser level may reach it instead.
+    (`glsim.taxonomy:read_taxonomy`) a coarser level may reach it instead. A file of more than `max_megapixels` is bad
+    (None: `glsim.images:pixel_limit`, by default 110).
     """
 
     def __init__(
@@ -80,7 +82,10 @@ class Predictor:
         embedding: str | None = None,
         reject: bool = False,
         taxonomy: str | Path | None = None,
+        max_megapixels: float | None = None,
     ) -> None:
+        if max_megapixels is not None and not 0 < max_megapixels < math.inf:
+            raise ConfigError(f"max_megapixels={max_megapixels}: a number above 0 is needed")
         if top_k < 1 or batch_size < 1:
             raise ConfigError(f"top_k={top_k}, batch_size={batch_size}: both have to be at least 1")
         model = source if isinstance(source, Model) else load(source)
@@ -90,6 +95,7 @@ class Predictor:
         self.temperature = temperature_of(model)
         self.top_k, self.batch_size, self.workers = min(top_k, len(self.labels)), batch_size, workers
         self.flip, self.embedding = flip, embedding
+        self.max_pixels = None if max_megapixels is None else max(1, round(max_megapixels * 1e6))
         self.threshold = threshold_of(model) if reject else None
         self.taxonomy = read_taxonomy(taxonomy, self.labels) if taxonomy is not None else flat(self.labels)
 
@@ -136,11 +142,14 @@ class Predictor:
 
     def loader(self, images: Sequence[str | Path | Image.Image]) -> DataLoader:
         """Batches (B, 3, H, W) of what can be read, with every image's size (width, height) or its BadImage."""
-        dataset: Any = ImageDataset(images, _WithSize(eval_transform(self.preprocessing)), keep_bad=True)
+        transform = _WithSize(eval_transform(self.preprocessing))
+        dataset: Any = ImageDataset(images, transform, keep_bad=True, max_pixels=self.max_pixels)
+        workers = max(0, min(self.workers, len(images) - 1))
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
-            num_workers=max(0, min(self.workers, len(images) - 1)),
+            num_workers=workers,
+            worker_init_fn=sharing() if workers else None,
             collate_fn=_collate,
             pin_memory=self.device.type != "cpu",
         )
@@ -256,6 +265,7 @@ def to_original(box: Sequence[int], size: tuple[int, int], p: Preprocessing) -> 
     return left, top, right, bottom
 
 
+@limited
 def run(s: Predict, progress: bool = True) -> dict[str, Any]:
     """The verb, by the engine asked for."""
     module, _, function = ENGINES[s.engine].partition(":")

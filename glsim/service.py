@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from glsim.backbone import Model
-from glsim.images import BadImage, open_image
+from glsim.images import BadImage, read_image
 from glsim.pictures import selections_of, title_of, to_heatmap, to_photograph
 from glsim.predict import Prediction, Predictor, to_original
 from glsim.selection import METRICS, check_metric, check_top, needs_attention
@@ -170,17 +170,20 @@ class Service:
 
     def decode(self, name: str, content: bytes, wish: Wish) -> Decoded:
         """Make the bytes of a file ready. Raises BadImage."""
+
+        def ready(image: Image.Image) -> Decoded:
+            photo = None
+            if wish.explain:
+                scale = min(1.0, PHOTO / max(image.size))
+                size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+                photo = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+            return Decoded(self.transform(image), image.size, photo)
+
         try:
-            image = open_image(name, content, self.max_pixels)
+            return read_image(name, ready, content, self.max_pixels)
         except BadImage:
             self._count(refused=1)
             raise
-        photo = None
-        if wish.explain:
-            scale = min(1.0, PHOTO / max(image.size))
-            size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-            photo = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
-        return Decoded(self.transform(image), image.size, photo)
 
     def submit(self, decoded: Decoded, wish: Wish) -> Future[Answer]:
         """Put an image among those that wait. The answer raises ConfigError where the model cannot grant the wish."""

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any, BinaryIO
 from urllib.parse import quote
 
+from glsim.files import read_bytes
 from glsim.types import ConfigError
 
 
@@ -44,5 +45,7 @@ def _system(root: str) -> tuple[Any, str]:
 def open_uri(uri: str) -> BinaryIO:
     """The whole file in memory. Raises OSError, and ConfigError as `locate` does."""
     system, path = locate(uri)
+    if system.type_name == "local":
+        return io.BytesIO(read_bytes(path))
     with system.open_input_stream(path) as stream:
         return io.BytesIO(stream.read())

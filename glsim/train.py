@@ -35,7 +35,7 @@ from glsim.environment import environment
 from glsim.evaluate import drop_bad, evaluate, make_accelerator, predictions_table
 from glsim.figures import draw_curve
 from glsim.files import write_text
-from glsim.images import BadImage, find_bad
+from glsim.images import BadImage, find_bad, limited
 from glsim.losses import objective
 from glsim.models import create_model
 from glsim.transforms import Preprocessing, batch_mixing, eval_transform, train_steps
@@ -43,9 +43,18 @@ from glsim.types import ConfigError, DataError, GlsimError
 
 RECIPE, LOG, CURVE, BAD_IMAGES = "train.yaml", "log.jsonl", "curve.png", "bad_images.txt"
 RUN, PREDICTIONS = "run.json", "predictions_test.csv"
-FREE = {"workers", "out", "data", "cache", "tracker", "data_licence"}  # change nothing; the split hash watches the data
+FREE = {
+    "workers",
+    "out",
+    "data",
+    "cache",
+    "tracker",
+    "data_licence",
+    "max_megapixels",
+}  # change nothing; the split hash watches the data
 
 
+@limited
 def run(s: Train, progress: bool = True) -> dict[str, Any]:
     """The verb: train as `s` says; returns the metrics. `s.out` is a bundle after every epoch.
 
