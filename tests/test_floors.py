@@ -34,6 +34,7 @@ SIDEWAYS = {
     ("bundle", "official"),  # `load` reads all three formats
     ("bundle", "graphs"),
     ("data", "sources"),  # what is no folder of images
+    ("taxonomy", "sources"),  # the same labels
     ("batches", "data"),
     ("cost", "config"),  # the settings of its verb
     ("train", "evaluate"),
