@@ -39,7 +39,7 @@ class BadImage(DataError):
     # and the main process would see a RuntimeError, which no longer says that the data is at fault.
     def __init__(self, path: str | Path, reason: str = "") -> None:
         super().__init__(path, reason)
-        self.path, self.reason = self.args
+        self.path, self.reason = path, reason
 
     def __str__(self) -> str:
         return printable(f"{self.path}: {self.reason}" if self.reason else self.path)

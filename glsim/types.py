@@ -39,16 +39,6 @@ def printable(text: object) -> str:
     return shown.encode("utf-8", "backslashreplace").decode()
 
 
-def raised_in_worker(message: object) -> object:
-    """The message of an exception without the traceback that torch puts around it, where a loading process raised it.
-
-    torch makes such an exception anew in the main process, of one text alone: the traceback, whose end is the message.
-    """
-    text = str(message)
-    inside = text.startswith("Caught ") and "\nOriginal Traceback" in text
-    return text.rpartition("\nglsim.")[2].partition(": ")[2].strip() if inside else message
-
-
 class GlsimError(Exception):
     """Something a person can put right. The command line prints it without a traceback and exits with `exit_code`.
 
@@ -59,7 +49,7 @@ class GlsimError(Exception):
     exit_code = 1
 
     def __init__(self, message: object = "", *details: object) -> None:
-        super().__init__(raised_in_worker(message), *details)
+        super().__init__(message, *details)
 
     def __str__(self) -> str:
         return "\n  ".join(printable(line) for line in self.args)
