@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
-import traceback
 import typing
 import warnings
 from argparse import SUPPRESS
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, NamedTuple
 
 from glsim import __version__, config
-from glsim.files import check_writable, one_line, shorten, to_json
-from glsim.types import ConfigError, DataWarning, GlsimError, printable
+from glsim.files import printable
+from glsim.types import ConfigError, DataWarning, GlsimError
 
 
 class Verb(NamedTuple):
@@ -27,7 +27,6 @@ class Verb(NamedTuple):
     run: str  # module:function that takes them and returns a JSON-able dict
     show: Callable[[dict[str, Any], Any], str]  # the same result for people
     progress: bool = False  # the function draws a progress bar unless told not to
-    raw: bool = False  # `show` makes texts safe itself
 
 
 def show_skipped(r: dict[str, Any], what: str = "unreadable images") -> list[str]:
@@ -356,7 +355,7 @@ VERBS = {
     "report": Verb(config.Report, "glsim.report:run", show_report),
     "eval": Verb(config.Eval, "glsim.evaluate:run", show_eval),
     "calibrate": Verb(config.Calibrate, "glsim.calibrate:run", show_calibrate, progress=True),
-    "predict": Verb(config.Predict, "glsim.predict:run", show_predict, progress=True, raw=True),
+    "predict": Verb(config.Predict, "glsim.predict:run", show_predict, progress=True),
     "index build": Verb(config.IndexBuild, "glsim.index:build", show_index, progress=True),
     "index add": Verb(config.IndexAdd, "glsim.index:add", show_index, progress=True),
     "index query": Verb(config.IndexQuery, "glsim.index:query", show_query, progress=True),
@@ -375,120 +374,47 @@ VERBS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `glsim VERB ..`; returns the status: 0 ok, 1 failure, 2 usage, 3 data, 4 failed check, 130 interrupted.
-
-    With --json stdout holds one JSON document, whatever happens; what libraries print goes to stderr.
-    """
+    """Run `glsim VERB ..`; returns the status: 0 ok, 1 failure, 2 usage, 3 data, 4 failed check, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    as_json, name = "--json" in words, ""
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(__version__)
+        return 0
+    name, rest = split_verb(words)
+    if name.split()[1:] in (["-h"], ["--help"]):
+        print(usage(name.split()[0]))
+        return 0
+    if name not in VERBS:
+        print(f"glsim: unknown verb {name!r}; choose from: {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    verb = VERBS[name]
+    as_json = "--json" in words
     try:
-        if not words or words[0] in ("-h", "--help"):
-            say(usage())
-            return 0 if words else 2
-        if words[0] == "--version":
-            say(__version__)
-            return 0
-        name, rest = split_verb([word for word in words if word != "--json"])
-        if name.split()[1:] in (["-h"], ["--help"]):
-            say(usage(name.split()[0]))
-            return 0
-        verb = choose_verb(name)
-        settings = parse(name, verb, rest)
-        with redirect_stdout(sys.stderr), noting(name) as notes:
-            check_outputs(settings)
-            module, _, function = verb.run.partition(":")
-            extra = {"progress": sys.stderr.isatty() or not as_json} if verb.progress else {}
+        settings = parse(name, verb, [w for w in rest if w != "--json"])
+        module, _, function = verb.run.partition(":")
+        extra = {"progress": sys.stderr.isatty() or not as_json} if verb.progress else {}
+        with noting(name) as notes:
             result = getattr(import_module(module), function)(settings, **extra)
-            result |= {"notes": notes} if notes else {}
-            text = "" if as_json else verb.show(result if verb.raw else escaped(result), settings)
-        say_json(result) if as_json else say(text)
+        result |= {"notes": notes} if notes else {}
+        text = json.dumps(result, ensure_ascii=False) if as_json else verb.show(result, settings)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+            print(text.encode("utf-8", "backslashreplace").decode())  # a file name may hold bytes that are no text
         return int(result.get("exit_code", 0))  # of a verb that looked and found something wrong
-    except SystemExit as stop:  # jsonargparse printed help or a recipe
+    except SystemExit as stop:  # jsonargparse printed help (0) or what is wrong (2)
         return int(stop.code or 0)
+    except GlsimError as error:
+        return fail(name, error, error.exit_code, as_json)
     except BrokenPipeError:  # the reader of our output left: head, less
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
+        sys.stderr.close()
         return 1
-    except BaseException as error:
-        if os.environ.get("GLSIM_TRACEBACK"):
-            traceback.print_exc()
-        sentence, code = explain(error)
-        # A full disk or a closed terminal may be what went wrong.
-        with suppress(OSError):
-            print(f"{' '.join(['glsim', *name.split()])}: {shorten(sentence, LONGEST)}", file=sys.stderr)
-        if as_json:
-            say_json({"error": shorten(sentence, LONGEST), "exit_code": code})
-        return code
+    except OSError as error:  # a full disk, a folder that cannot be written, an out that is a file
+        return fail(name, error, 1, as_json)
+    except KeyboardInterrupt:
+        return fail(name, "interrupted", 130, as_json)
     finally:
         part_processes()
-
-
-LONGEST = 4000  # characters of an error
-MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory", "bad_alloc")
-
-
-def explain(error: BaseException) -> tuple[str, int]:
-    """What a person is told of an exception, whatever its type, and the exit code."""
-    said, module = one_line(error), type(error).__module__
-    if isinstance(error, GlsimError):
-        return str(error), error.exit_code
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted", 130
-    if isinstance(error, MemoryError) or any(words in str(error).lower() for words in MEMORY):
-        lower = "--batch-size, --image-size or --workers"
-        return f"out of memory ({said}); what helps: a smaller {lower}, or --device cpu", 1
-    if isinstance(error, OSError):  # a full disk, a folder that cannot be written, an out that is a file
-        return printable(shorten(error)), 1
-    if "DataLoader worker" in str(error) or "worker process" in str(error):
-        killed = "a process that loads images was ended from outside, often because memory ran out"
-        return f"{killed} ({said}); what helps: fewer --workers (0: none), or a smaller --batch-size", 1
-    if "more than 1 value per channel" in str(error):
-        return f"batch normalisation needs several values a channel ({said}); raise --batch-size or --image-size", 1
-    if module.startswith(("torch._dynamo", "torch._inductor")):
-        return f"--compile does not work here ({type(error).__name__}: {said}); leave it out, or install a compiler", 1
-    see = "GLSIM_TRACEBACK=1 in front of the command shows where; please report it"
-    return f"internal error: {type(error).__name__}: {said}; {see}", 1
-
-
-def say(text: str) -> None:
-    """Print to stdout; what its encoding has no letters for is escaped. Of several processes one speaks."""
-    if os.environ.get("RANK", "0") == "0":
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-
-
-def say_json(result: dict[str, Any]) -> None:
-    """Print one JSON document to stdout, in its own escapes where the encoding lacks letters."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    text = to_json(result)
-    try:
-        text.encode(encoding)
-    except UnicodeEncodeError:
-        text = to_json(result, ascii_only=True)
-    say(text)
-
-
-def escaped(value: Any) -> Any:
-    """A result with every text in it made safe to show (`printable`)."""
-    if isinstance(value, str):
-        return printable(value)
-    if isinstance(value, dict):
-        return {escaped(key): escaped(inside) for key, inside in value.items()}
-    return [escaped(inside) for inside in value] if isinstance(value, list | tuple) else value
-
-
-def choose_verb(name: str) -> Verb:
-    """The verb of this name; ConfigError lists the names."""
-    if name not in VERBS:
-        raise ConfigError(f"unknown verb {name!r}; choose from: {', '.join(VERBS)}")
-    return VERBS[name]
-
-
-def check_outputs(settings: Any) -> None:
-    """ConfigError where a verb could not write what it is asked to write, before it begins."""
-    for name in config.OUTPUTS:
-        path = getattr(settings, name, None)
-        if path is not None and "://" not in path:
-            check_writable(path, name)
 
 
 @contextmanager
@@ -506,7 +432,7 @@ def noting(verb: str) -> Iterator[list[str]]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", DataWarning)
-        show, warnings.showwarning = warnings.showwarning, tell  # type: ignore[assignment]
+        show, warnings.showwarning = warnings.showwarning, tell
         yield notes
 
 
@@ -521,6 +447,14 @@ def part_processes() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def fail(verb: str, error: object, code: int, as_json: bool) -> int:
+    """Say what went wrong, on stderr for people and with --json on stdout for programs; returns `code`."""
+    print(f"glsim {verb}: {error}", file=sys.stderr)
+    if as_json and os.environ.get("RANK", "0") == "0":
+        print(json.dumps({"error": str(error), "exit_code": code}, ensure_ascii=False))
+    return code
 
 
 def usage(first: str = "") -> str:
@@ -562,7 +496,7 @@ def parse(name: str, verb: Verb, words: list[str]) -> Any:
         wrong = [word for word in given if word.partition(".")[0] not in options]
         close = [f"did you mean {match}?" for word in wrong for match in get_close_matches(word, options, n=1)]
         raise ConfigError("; ".join([str(error), *close, f"glsim {name} --help lists the options"])) from None
-    return verb.settings(**{f.name: config.expand_home(f.name, values[f.name]) for f in fields})
+    return verb.settings(**{f.name: values[f.name] for f in fields})
 
 
 def split_commas(words: list[str], options: set[str]) -> list[str]:
@@ -577,26 +511,17 @@ def split_commas(words: list[str], options: set[str]) -> list[str]:
     return result
 
 
-def as_text(value: Any) -> str:
-    """A text option: what was given, never read as YAML (null, 007 and [a] are texts)."""
-    if not isinstance(value, str):  # out of a recipe, where YAML has read it
-        raise ValueError(f"a text is wanted, got {value!r}; put it in quotes")
-    return value
-
-
 def add_option(parser: Any, f: dataclasses.Field, hint: Any, recipes: bool) -> None:
     """One field of a settings class as an option, or as a word without a name.
 
     What is on already, by default or where `recipes` may say so, has an option that turns it off.
     """
     text = f.metadata["help"]
-    if hint in (str, str | None):
-        hint = as_text
     needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
     if f.metadata.get("positional"):
         if hint == list[str]:
-            parser.add_argument(f.name, nargs="+", type=as_text, help=text)
+            parser.add_argument(f.name, nargs="+", help=text)
         elif needed:
             parser.add_argument(f.name, type=hint, help=text)
         else:
@@ -608,9 +533,9 @@ def add_option(parser: Any, f: dataclasses.Field, hint: Any, recipes: bool) -> N
         if default or recipes:
             off = f"--no-{option[2:]}"
             parser.add_argument(off, dest=f.name, action="store_false", default=SUPPRESS, help=f"not {option}")
-    elif hint in (list[str], list[str] | None):
-        parser.add_argument(option, nargs="+", type=as_text, default=default, help=text)
-    elif hint in (list[int], list[float]):
+    elif hint == list[str] | None:
+        parser.add_argument(option, nargs="+", default=default, help=text)
+    elif hint in (list[int], list[float], list[str]):
         parser.add_argument(option, nargs="+", type=typing.get_args(hint)[0], default=default, help=text)
     elif needed:
         parser.add_argument(option, type=hint, required=True, help=text)

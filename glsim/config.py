@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
@@ -44,27 +43,6 @@ def positional(default: Any, help: str) -> Any:  # noqa: A002
 def megapixels() -> Any:
     """The field `max_megapixels` of every verb that decodes images (`glsim.images:limited`)."""
     return setting(MAX_MEGAPIXELS, "megapixels of an image; a larger one is a bad file, and none of it is decoded")
-
-
-# Settings that name files or folders, in every verb: there ~ is the home folder.
-PATHS = {
-    *("data", "out", "errors", "source", "sources", "images", "masks", "index", "runs", "against", "recipe", "loader"),
-    *("init_from", "taxonomy", "examples", "checkpoint", "bundle", "labels", "run", "root"),
-}
-OUTPUTS = ("out", "errors", "bundle", "root")  # and those that a verb writes
-
-
-def expand_home(name: str, value: Any) -> Any:
-    """The value of a setting; where it names files, ~ and ~user become home folders, also behind hf:, wds: and
-    local-dir:."""
-    if name not in PATHS or value is None:
-        return value
-    if not isinstance(value, str):
-        return [expand_home(name, one) for one in value]
-    kind, colon, path = value.partition(":")
-    if kind not in ("hf", "wds", "local-dir"):
-        kind, colon, path = "", "", value
-    return f"{kind}{colon}{os.path.expanduser(path)}"  # noqa: PTH111  a Path would lose ./ and the second / of s3://
 
 
 @dataclass(frozen=True, kw_only=True)

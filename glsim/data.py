@@ -218,8 +218,7 @@ def _rows_of_lists(folder: Path, left: LeftOut) -> list[_Row]:
         if not beside:
             raise
         names, files = (", ".join(path.name for path in paths) for paths in (beside, lists.values()))
-        advice = f"or move {files} away: the folders beside ({names}) will do without"
-        raise DataError(*error.args, advice) from error
+        raise DataError(f"{error}\nor move {files} away: the folders beside ({names}) will do without") from error
     for inside in beside:
         if split_of(inside.name) not in lists and not any(row.path.is_relative_to(inside) for row in rows):
             left.said.append(f"left out {inside}, as {', '.join(f.name for f in lists.values())} say what is read")
@@ -386,10 +385,9 @@ def _rows_of_list(file: Path) -> list[_Row]:
     missing = {base: [row for row in rows if not (base / row.key).is_file()] for base in bases}
     base = min(bases, key=lambda base: len(missing[base]))
     if missing[base]:
-        first = [f"{row.where}: {row.key}" for row in missing[base][:5]]
+        first = "".join(f"\n  {row.where}: {row.key}" for row in missing[base][:5])
         looked = f"{folder} and the folders in it" if published else str(folder)
-        count = f"{len(missing[base])} of {len(rows)} images"
-        raise DataError(f"{file}: {count} are missing below {looked}; first:", *first)
+        raise DataError(f"{file}: {len(missing[base])} of {len(rows)} images are missing below {looked}; first:{first}")
     return [row._replace(path=base / row.key) for row in rows]
 
 

@@ -11,17 +11,18 @@ import math
 import os
 import re
 import stat
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from glsim.types import ConfigError, DataError, printable
+from glsim.types import DataError
 
 JSON_DEPTH = 64  # lists and objects inside each other; Python's own limit ends in a RecursionError far from the file
 ERROR_LENGTH = 500  # characters that a library's error may add to a message
+# C0 and C1 controls, line separators, and marks that reorder the text around them
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 MARKER = ".glsim"  # a file in each folder that was made for what glsim writes
 _JUNK = {  # what systems put beside people's files: NAS boxes, Windows, macOS, Linux, Python
@@ -224,43 +225,12 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, to_json(value, indent=2) + "\n")
 
 
-def to_json(value: Any, indent: int | None = None, ascii_only: bool = False) -> str:
+def to_json(value: Any, indent: int | None = None) -> str:
     """A value as a JSON text. Numbers that JSON has not (NaN, infinity) become null."""
     try:
-        return json.dumps(value, indent=indent, ensure_ascii=ascii_only, allow_nan=False)
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
     except ValueError:
-        return json.dumps(_finite(value), indent=indent, ensure_ascii=ascii_only, allow_nan=False)
-
-
-def csv_text(rows: Iterable[Iterable[Any]]) -> str:
-    """Rows as a CSV text that a spreadsheet may open: a text that would be a formula there begins with an apostrophe.
-
-    Numbers that are given as numbers stay as they are.
-    """
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([_no_formula(cell) for cell in row] for row in rows)
-    return text.getvalue()
-
-
-def _no_formula(cell: Any) -> Any:
-    formula = isinstance(cell, str) and (cell.lstrip()[:1] in ("=", "+", "-", "@") or cell[:1] in ("\t", "\r"))
-    return f"'{cell}" if formula else cell
-
-
-def check_writable(path: str | Path, what: str = "out") -> None:
-    """ConfigError naming `what` where no file or folder could be made at `path`: before hours of work, not after."""
-    path = Path(path)
-    above = next(place for place in (path, *path.absolute().parents) if place.exists() or place.is_symlink())
-    if above != path and not above.is_dir():
-        raise ConfigError(f"{what}={path}: {above} is a file, not a folder; name another place")
-    try:
-        if above.is_dir():
-            with tempfile.TemporaryFile(dir=above):
-                pass
-    except OSError as error:
-        raise ConfigError(
-            f"{what}={path}: {above} cannot be written ({one_line(error)}); name another place"
-        ) from error
+        return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
@@ -272,6 +242,15 @@ def _finite(value: Any) -> Any:
 
 
 # --- text for people --------------------------------------------------------------------------------------------------
+
+
+def printable(text: object) -> str:
+    """A text on one line in which nothing acts on a terminal or is unseen: controls as `\\x1b`, line ends as `\\n`.
+
+    Bytes of a file name that are no text are shown as `\\udcff`.
+    """
+    shown = _UNSEEN.sub(lambda found: ascii(found.group())[1:-1], str(text))
+    return shown.encode("utf-8", "backslashreplace").decode()
 
 
 def shorten(text: object, length: int = ERROR_LENGTH) -> str:

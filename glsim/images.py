@@ -27,7 +27,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from glsim.files import one_line, open_regular
 from glsim.stores import is_uri, open_uri
-from glsim.types import ConfigError, DataError, GlsimError, printable
+from glsim.types import ConfigError, DataError, GlsimError
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ class BadImage(DataError):
         self.path, self.reason = path, reason
 
     def __str__(self) -> str:
-        return printable(f"{self.path}: {self.reason}" if self.reason else self.path)
+        return f"{self.path}: {self.reason}" if self.reason else str(self.path)
 
 
 HEIF = (".heic", ".heif", ".hif")  # read with the library pillow-heif

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +23,7 @@ from glsim.backbone import Model, StagedModel
 from glsim.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of, threshold_of
 from glsim.config import Predict
 from glsim.data import ImageDataset, find_images
-from glsim.files import csv_text, make_parent, printable, to_json, write_text
+from glsim.files import make_parent, write_text
 from glsim.heads import lead
 from glsim.images import BadImage, limited, sharing
 from glsim.taxonomy import decide, flat, read_taxonomy
@@ -306,13 +309,13 @@ def as_text(predictions: Sequence[Prediction]) -> str:
         if a.verdict is not None:
             sure = f"{a.verdict.level} {a.verdict.label} {a.verdict.probability:.1%}"
             answers = f"{sure if a.verdict.level else a.verdict.label} ({answers})"
-        lines.append(printable(f"{a.path}: {answers}" + (f"  crop {','.join(map(str, a.box))}" if a.box else "")))
+        lines.append(f"{a.path}: {answers}" + (f"  crop {','.join(map(str, a.box))}" if a.box else ""))
     return "".join(line + "\n" for line in lines)
 
 
 def as_jsonl(predictions: Sequence[Prediction]) -> str:
     """One JSON object a line."""
-    return "".join(to_json(a.as_dict()) + "\n" for a in predictions)
+    return "".join(json.dumps(a.as_dict(), ensure_ascii=False) + "\n" for a in predictions)
 
 
 def as_csv(predictions: Sequence[Prediction]) -> str:
@@ -321,17 +324,19 @@ def as_csv(predictions: Sequence[Prediction]) -> str:
     Where the method chooses, also second_pass (true or false); where there are verdicts, also verdict, level and
     verdict_probability.
     """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
     more = ["second_pass"] * any(a.second_pass is not None for a in predictions)
     more += ["verdict", "level", "verdict_probability"] * any(a.verdict is not None for a in predictions)
-    rows: list[list[Any]] = [["path", "rank", "label", "probability", "left", "top", "right", "bottom", *more]]
+    writer.writerow(["path", "rank", "label", "probability", "left", "top", "right", "bottom", *more])
     for a in predictions:
         said = [str(a.second_pass).lower()] if a.second_pass is not None else []
         said += (
             [a.verdict.label, a.verdict.level or "", f"{a.verdict.probability:.6f}"] if a.verdict is not None else []
         )
         for rank, (name, p) in enumerate(zip(a.labels, a.probabilities, strict=True), start=1):
-            rows.append([a.path, rank, name, f"{p:.6f}", *(a.box or ("",) * 4), *said])
-    return csv_text(rows)
+            writer.writerow([a.path, rank, name, f"{p:.6f}", *(a.box or ("",) * 4), *said])
+    return text.getvalue()
 
 
 FORMATS: dict[str, Callable[[Sequence[Prediction]], str]] = {"text": as_text, "jsonl": as_jsonl, "csv": as_csv}

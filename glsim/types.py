@@ -19,40 +19,16 @@ Shape legend, used in every docstring:
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-# C0 and C1 controls, line separators, and marks that reorder the text around them
-_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-
-
-def printable(text: object) -> str:
-    """A text on one line in which nothing acts on a terminal or is unseen: controls as `\\x1b`, line ends as `\\n`.
-
-    Bytes of a file name that are no text are shown as `\\udcff`.
-    """
-    shown = _UNSEEN.sub(lambda found: ascii(found.group())[1:-1], str(text))
-    return shown.encode("utf-8", "backslashreplace").decode()
-
-
 class GlsimError(Exception):
-    """Something a person can put right. The command line prints it without a traceback and exits with `exit_code`.
-
-    The text is the message on one line, then each of `details` on a line of its own; names from files act on no
-    terminal (`printable`).
-    """
+    """Something a person can put right. The command line prints it without a traceback and exits with `exit_code`."""
 
     exit_code = 1
-
-    def __init__(self, message: object = "", *details: object) -> None:
-        super().__init__(message, *details)
-
-    def __str__(self) -> str:
-        return "\n  ".join(printable(line) for line in self.args)
 
 
 class ConfigError(GlsimError, ValueError):
