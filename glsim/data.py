@@ -56,7 +56,12 @@ class ImageList:
 
 
 def read_data(
-    source: str | Path, *, classes: Sequence[str] | None = None, seed: int = 0, test_fraction: float = 0.2
+    source: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    seed: int = 0,
+    test_fraction: float = 0.2,
+    left: LeftOut | None = None,
 ) -> dict[str, ImageList]:
     """Read the images and labels of a data set; returns the splits that exist, in the order of `SPLITS`.
 
@@ -69,12 +74,15 @@ def read_data(
 
     All splits share one class order: `classes` where given (the list stored with a model), else that of the train
     split, by class_id or by name. Labels are compared and returned as `clean_label` makes them; those of `classes` are
-    returned as given. Warns of what is left out (DataWarning). Raises DataError for anything missing or contradictory,
-    and for folders that may be read as classes and as splits, naming file, line and class.
+    returned as given. Warns of what is left out (DataWarning), or puts it into `left`.
+
+    Raises DataError for anything missing or contradictory, naming file, line and class, and for folders that may be
+    read as classes and as splits.
     """
-    left = LeftOut()
-    rows = _rows(source, left, classes)
-    left.tell(source)
+    told = LeftOut() if left is None else left
+    rows = _rows(source, told, classes)
+    if left is None:
+        told.tell(source)
     rows = _with_clean_labels(rows, source)
     if rows[0].split is None:
         first: dict[str, str] = {}  # an image that is listed twice is drawn once, however it is spelt

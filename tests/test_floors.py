@@ -35,6 +35,7 @@ SIDEWAYS = {
     ("bundle", "graphs"),
     ("data", "sources"),  # what is no folder of images
     ("batches", "data"),
+    ("taxonomy", "sources"),  # names of classes are compared alike
     ("cost", "config"),  # the settings of its verb
     ("train", "evaluate"),
     ("benchmark", "predict"),  # it times the same answers

@@ -159,7 +159,7 @@ def test_an_interrupted_change_leaves_the_older_state(tmp_path, monkeypatch):
     assert read_index(tmp_path).paths == old.paths
     old.add(["c"], ["/n"], cloud(1)).save(tmp_path)
     assert read_index(tmp_path).classes == ("a", "b", "c")
-    assert sorted(p.suffix for p in tmp_path.iterdir() if p.name != ".lock") == [
+    assert sorted(p.suffix for p in tmp_path.iterdir() if p.name[0] != ".") == [
         ".json",
         ".safetensors",
     ]  # no leftovers
