@@ -211,6 +211,13 @@ def test_lists_and_stores_name_the_same_images(photos, tmp_path):
     assert bulk.find_paths([str(tmp_path / "list.parquet")]) == [*expected, uris[0]]
     assert bulk.find_paths([f"file://{tmp_path}/list.csv"]) == [f"file://{tmp_path}/{p}" for p in relative]
     assert bulk.find_paths([str(tmp_path / "list.csv"), str(photos)]) == expected  # each once
+    for delimiter in ";\t":
+        lines = [f"Path{delimiter}label", *(f"{path}{delimiter}x" for path in relative)]
+        (tmp_path / "other.csv").write_text("\n".join(lines), encoding="utf-8-sig")
+        assert bulk.find_paths([str(tmp_path / "other.csv")]) == expected
+    (photos / "@eaDir").mkdir()
+    shutil.copy(photos / "a.png", photos / "@eaDir")
+    assert bulk.find_paths([f"file://{photos}/"]) == uris and bulk.find_paths([str(photos)]) == expected
 
 
 def test_images_come_out_of_stores_by_their_uri(run_folder, photos):
@@ -229,6 +236,7 @@ def test_images_come_out_of_stores_by_their_uri(run_folder, photos):
         ("x.csv", "", "the first line must name the columns path"),
         ("x.csv", "path,id\na.png,1\n,2\n", "line 3: empty path"),
         ("x.csv", "path\n", "no image found"),
+        ("x.tsv", "path\n\0", "it holds zero bytes, as UTF-16 and files of no text do"),
         ("x.parquet", "no parquet", "a list needs a column path"),
     ],
 )

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,8 @@ import pytest
 from conftest import scene, touch, write
 from PIL import Image
 
+from glsim import cli, train
+from glsim.config import Train
 from glsim.data import SPLITS, ImageDataset, ImageList, find_images, hold_out, hold_out_val, read_data, split_hash
 from glsim.files import make_folder, make_parent
 from glsim.images import BadImage, find_bad
@@ -182,6 +186,37 @@ def test_folders_that_glsim_wrote_are_no_data(tmp_path):
         assert find_images(tmp_path) == list(images.paths)
     assert find_images(tmp_path / "**" / "*.jpg") == list(images.paths)
     assert find_images(tmp_path / "runs" / "one") == [tmp_path / "runs" / "one" / "sheet.jpg"]  # asked for by name
+
+
+def test_what_the_verbs_write_into_a_data_folder_is_no_class(run_folder, birds, tmp_path, capsys):
+    shutil.copytree(birds / "train", tmp_path / "flat")
+    flat, image = tmp_path / "flat", str(next((birds / "test").rglob("*.jpg")))
+    names = sorted(path.name for path in flat.iterdir())
+    for words in (
+        ["explain", run_folder, image, "--out", flat / "deep" / "pictures"],
+        ["eval", run_folder, "--data", birds, "--out", flat / "results", "--errors", flat / "errors", "--workers", "0"],
+        ["predict", run_folder, image, "--out", flat / "answers" / "a.csv", "--format", "csv", "--workers", "0"],
+    ):
+        assert cli.main(list(map(str, words))) == 0, capsys.readouterr().err
+    shutil.copytree(run_folder, flat / "run")
+    make_folder(flat / "index")
+    assert (run_folder / ".glsim").is_file()  # a run's folder is marked by train
+    with pytest.warns(DataWarning, match="left out what glsim wrote: .*answers, .*deep, .*errors, .*index, .*results"):
+        assert list(read_data(flat)["train"].classes) == names
+    capsys.readouterr()
+    words = ["eval", str(run_folder), "--data", str(flat), "--split", "all", "--workers", "0", "--json"]
+    assert cli.main(words) == 0
+    said = capsys.readouterr()
+    (note,) = json.loads(said.out)["notes"]
+    assert "left out what glsim wrote" in note and said.err.count(note) == 1 and "DataWarning" not in said.err
+
+
+def test_train_needs_the_splits_that_it_is_asked_for(tmp_path):
+    data = str(touch(tmp_path, "train/a/1.jpg", "train/b/1.jpg"))
+    with pytest.raises(DataError, match=r"has no split 'test' for --test; it has: train"):
+        train.read_splits(Train(data=data, out="-", test=True))
+    with pytest.raises(DataError, match=r"has no class with an image to spare for val: leave val_fraction at 0"):
+        train.read_splits(Train(data=data, out="-", val_fraction=0.2))
 
 
 def test_class_outside_train_is_named(tmp_path):
