@@ -531,7 +531,8 @@ def _sha256(text: str) -> str:
 
 def _folders(folder: Path, left: LeftOut) -> list[Path]:
     """The folders in a folder, sorted, without junk and those that glsim wrote."""
-    inside = sorted(path for path in folder.iterdir() if not is_junk(path.name) and path.is_dir())
+    with os.scandir(folder) as entries:  # which knows what is a folder without looking at each file
+        inside = sorted(Path(entry.path) for entry in entries if not is_junk(entry.name) and entry.is_dir())
     ours = {path for path in inside if (path / MARKER).exists()}
     left.ours |= set(map(str, ours))
     return [path for path in inside if path not in ours]
@@ -545,7 +546,8 @@ def is_image(path: str) -> bool:
 
 def _loose_images(folder: Path) -> Iterator[Path]:
     """The images directly in a folder."""
-    return (path for path in folder.iterdir() if is_image(path.name) and not path.is_dir())
+    with os.scandir(folder) as entries:
+        yield from (Path(entry.path) for entry in entries if is_image(entry.name) and not entry.is_dir())
 
 
 def images_in(top: Path, left: LeftOut) -> list[Path]:
