@@ -76,7 +76,8 @@ def prepared(data: str | Path, dataset: str | None) -> Path:
 
 def find(folder: Path, name: str) -> Path | None:
     """The first file or folder of that name (or pattern) in `folder`, in a folder of it or one deeper."""
-    return next((path for depth in ("", "*/", "*/*/") for path in sorted(folder.glob(depth + name))), None)
+    paths = (path for depth in ("", "*/", "*/*/") for path in sorted(folder.glob(depth + name)))
+    return next((path for path in paths if not any(map(is_junk, path.relative_to(folder).parts))), None)
 
 
 # --- one reader per layout --------------------------------------------------------------------------------------------

@@ -422,9 +422,9 @@ def noting(verb: str) -> Iterator[list[str]]:
     """Inside, each DataWarning is one line on stderr, once; yields what they say."""
     notes: list[str] = []
 
-    def tell(message: Warning | str, category: type[Warning], *where: Any) -> None:
+    def tell(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         if not issubclass(category, DataWarning):
-            show(message, category, *where)
+            show(message, category, *where, **more)
         elif str(message) not in notes:
             notes.append(str(message))
             if os.environ.get("RANK", "0") == "0":

@@ -23,6 +23,7 @@ from glsim.config import Explain
 from glsim.data import find_images
 from glsim.images import read_any
 from glsim.pictures import GREY, SIDE, Page, Photograph, cell, photographs, targets_of, to_photograph, view_of
+from glsim.sources import clean_label
 from glsim.transforms import eval_transform
 from glsim.types import ConfigError
 
@@ -114,12 +115,13 @@ def to_signed(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def classes_of(model: Model, *names: str) -> list[int]:
     """The numbers of classes; ConfigError names the classes that an unknown one may mean."""
     labels = labels_of(model)
+    numbers = {clean_label(label): i for i, label in enumerate(labels)}
     found = []
     for name in names:
-        if name not in labels:
+        if clean_label(name) not in numbers:
             close = get_close_matches(name, labels, n=3, cutoff=0.4) or labels[:5] + [".."] * (len(labels) > 5)
             raise ConfigError(f"the model has no class {name!r}; close to it: {', '.join(close)}")
-        found.append(labels.index(name))
+        found.append(numbers[clean_label(name)])
     if len(set(found)) < len(found):
         raise ConfigError(f"contrast: two different classes are needed, got {' and '.join(map(repr, names))}")
     return found

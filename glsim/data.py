@@ -56,7 +56,12 @@ class ImageList:
 
 
 def read_data(
-    source: str | Path, *, classes: Sequence[str] | None = None, seed: int = 0, test_fraction: float = 0.2
+    source: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    seed: int = 0,
+    test_fraction: float = 0.2,
+    left: LeftOut | None = None,
 ) -> dict[str, ImageList]:
     """Read the images and labels of a data set; returns the splits that exist, in the order of `SPLITS`.
 
@@ -69,12 +74,15 @@ def read_data(
 
     All splits share one class order: `classes` where given (the list stored with a model), else that of the train
     split, by class_id or by name. Labels are compared and returned as `clean_label` makes them; those of `classes` are
-    returned as given. Warns of what is left out (DataWarning). Raises DataError for anything missing or contradictory,
-    and for folders that may be read as classes and as splits, naming file, line and class.
+    returned as given. Warns of what is left out (DataWarning), or puts it into `left`.
+
+    Raises DataError for anything missing or contradictory, naming file, line and class, and for folders that may be
+    read as classes and as splits.
     """
-    left = LeftOut()
-    rows = _rows(source, left, classes)
-    left.tell(source)
+    told = LeftOut() if left is None else left
+    rows = _rows(source, told, classes)
+    if left is None:
+        told.tell(source)
     rows = _with_clean_labels(rows, source)
     if rows[0].split is None:
         first: dict[str, str] = {}  # an image that is listed twice is drawn once, however it is spelt
@@ -523,7 +531,8 @@ def _sha256(text: str) -> str:
 
 def _folders(folder: Path, left: LeftOut) -> list[Path]:
     """The folders in a folder, sorted, without junk and those that glsim wrote."""
-    inside = sorted(path for path in folder.iterdir() if not is_junk(path.name) and path.is_dir())
+    with os.scandir(folder) as entries:  # which knows what is a folder without looking at each file
+        inside = sorted(Path(entry.path) for entry in entries if not is_junk(entry.name) and entry.is_dir())
     ours = {path for path in inside if (path / MARKER).exists()}
     left.ours |= set(map(str, ours))
     return [path for path in inside if path not in ours]
@@ -537,7 +546,8 @@ def is_image(path: str) -> bool:
 
 def _loose_images(folder: Path) -> Iterator[Path]:
     """The images directly in a folder."""
-    return (path for path in folder.iterdir() if is_image(path.name) and not path.is_dir())
+    with os.scandir(folder) as entries:
+        yield from (Path(entry.path) for entry in entries if is_image(entry.name) and not entry.is_dir())
 
 
 def images_in(top: Path, left: LeftOut) -> list[Path]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from glsim.config import Doctor
 from glsim.copies import PAIRS, Entry, Photo, find_copies, find_near, item, look_at_all
-from glsim.data import ImageList, is_split, read_data
+from glsim.data import ImageList, LeftOut, is_split, read_data
 from glsim.doctor_page import as_html
 from glsim.files import is_junk, write_text
 from glsim.images import EXTENSIONS, HEIF, BadImage, limited
@@ -89,7 +89,11 @@ def run(s: Doctor, progress: bool = True) -> dict[str, Any]:
     began, out = time.perf_counter(), Path(s.out)
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise ConfigError(f"out={s.out}: name a file, in a folder that is there")
-    splits = read_data(s.data, seed=s.split_seed, test_fraction=s.test_fraction)
+    left = LeftOut()
+    splits = read_data(s.data, seed=s.split_seed, test_fraction=s.test_fraction, left=left)
+    unseen = list(map(Path, left.files))
+    left.files.clear()  # a finding of its own
+    left.tell(s.data)
     classes = next(iter(splits.values())).classes
     memory = estimate_memory(s, len(classes))  # first, for a wrong setting must not wait for the images
     entries = {
@@ -119,7 +123,7 @@ def run(s: Doctor, progress: bool = True) -> dict[str, Any]:
             for e, photo in photos.items()
             if photo.format not in FORMAT_OF.get(e.path.suffix.lower(), ())
         ],
-        "unseen": [item([Entry(path, "", "")]) for path in find_unseen(list(entries))],
+        "unseen": [item([Entry(path, "", "")]) for path in sorted({*find_unseen(list(entries)), *unseen})],
         **find_small_classes(splits, photos, s.min_images),
     }
     findings: list[dict[str, Any]] = [

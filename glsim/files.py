@@ -140,9 +140,11 @@ def _table_rows(file: str | Path, wanted: str, stream: BinaryIO | None) -> Itera
     encode = "what works: save it as UTF-8 (in a spreadsheet: 'CSV UTF-8')"
     try:
         with stream or open_regular(file) as data:
-            start = data.read(4)
+            start = data.read(4096)
             if foreign := [name for mark, name in _FOREIGN.items() if start.startswith(mark)]:
                 raise DataError(f"{what} (it is in {foreign[0]}); {encode}")
+            if b"\0" in start:
+                raise DataError(f"{what} (it holds zero bytes, as UTF-16 and files of no text do); {encode}")
             data.seek(0)
             text, before = io.TextIOWrapper(data, "utf-8-sig", newline=""), 0
             first, delimiter = next(text, ""), ""
@@ -154,8 +156,6 @@ def _table_rows(file: str | Path, wanted: str, stream: BinaryIO | None) -> Itera
             reader = csv.reader(chain([first], text), delimiter=delimiter)
             for row in reader:
                 cells = [cell.strip() for cell in row]
-                if any("\0" in cell for cell in cells):
-                    raise DataError(f"{what} (it holds zero bytes, as UTF-16 does); {encode}")
                 if any(cells):
                     yield before + reader.line_num, cells
     except UnicodeDecodeError as error:

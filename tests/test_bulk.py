@@ -88,6 +88,7 @@ def test_rows_are_the_answers_of_the_local_engine(run_folder, photos, tmp_path, 
     result = job(run_folder, [photos], tmp_path / "out", embedding="fused", top_k=2)
     assert (result["images"], result["parts"], result["answered"], result["errors"]) == (7, 3, 7, 1)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        ".glsim",
         "job.json",
         "part-000000.parquet",
         "part-000001.parquet",
@@ -119,7 +120,7 @@ def test_a_stopped_job_goes_on_with_what_is_missing(run_folder, photos, tmp_path
     result = job(run_folder, [photos], out)
     assert here == [0, 2] and (result["parts_before"], result["answered"]) == (1, 4)
     assert rows(out) == expected and (out / "part-000001.parquet").stat().st_mtime_ns == kept
-    assert len(list(out.iterdir())) == 4
+    assert len(list(out.iterdir())) == 5
     here.clear()
     assert job(run_folder, [photos], out)["answered"] == 0 and not here
     worker = bulk.Worker(load(run_folder), bulk.folder_uri(str(out)), None)
@@ -192,7 +193,7 @@ def test_a_part_is_written_whole_or_not_at_all(run_folder, photos, tmp_path, her
     monkeypatch.setattr(parquet, "write_table", broken)
     with pytest.raises(OSError, match="No space left"):
         job(run_folder, [photos], out)
-    assert [p.name for p in out.iterdir()] == ["job.json"]
+    assert sorted(p.name for p in out.iterdir()) == [".glsim", "job.json"]
     monkeypatch.undo()
 
 
@@ -210,6 +211,13 @@ def test_lists_and_stores_name_the_same_images(photos, tmp_path):
     assert bulk.find_paths([str(tmp_path / "list.parquet")]) == [*expected, uris[0]]
     assert bulk.find_paths([f"file://{tmp_path}/list.csv"]) == [f"file://{tmp_path}/{p}" for p in relative]
     assert bulk.find_paths([str(tmp_path / "list.csv"), str(photos)]) == expected  # each once
+    for delimiter in ";\t":
+        lines = [f"Path{delimiter}label", *(f"{path}{delimiter}x" for path in relative)]
+        (tmp_path / "other.csv").write_text("\n".join(lines), encoding="utf-8-sig")
+        assert bulk.find_paths([str(tmp_path / "other.csv")]) == expected
+    (photos / "@eaDir").mkdir()
+    shutil.copy(photos / "a.png", photos / "@eaDir")
+    assert bulk.find_paths([f"file://{photos}/"]) == uris and bulk.find_paths([str(photos)]) == expected
 
 
 def test_images_come_out_of_stores_by_their_uri(run_folder, photos):
@@ -224,10 +232,11 @@ def test_images_come_out_of_stores_by_their_uri(run_folder, photos):
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("x.csv", "file\na.png\n", "a list needs a column path"),
-        ("x.csv", "", "a list needs a column path"),
-        ("x.csv", "path,id\na.png,1\n,2\n", "row 2 has no path"),
+        ("x.csv", "file\na.png\n", "the first line must name the columns path"),
+        ("x.csv", "", "the first line must name the columns path"),
+        ("x.csv", "path,id\na.png,1\n,2\n", "line 3: empty path"),
         ("x.csv", "path\n", "no image found"),
+        ("x.tsv", "path\n\0", "it holds zero bytes, as UTF-16 and files of no text do"),
         ("x.parquet", "no parquet", "a list needs a column path"),
     ],
 )

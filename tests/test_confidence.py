@@ -146,6 +146,18 @@ def test_a_taxonomy_that_makes_no_sense_is_refused_by_line_and_label(tmp_path, l
         read_taxonomy(tmp_path / "none.csv", LABELS)
 
 
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_a_taxonomy_is_read_as_every_list_is(tmp_path, delimiter):
+    lines = "\n".join(["LABEL,Genus", "cafe\u0301\u00a0noir ,b", "tea,b"]).replace(",", delimiter)
+    (tmp_path / "t.csv").write_bytes(lines.encode("utf-8-sig"))
+    labels = ["tea", "cafe\u0301 noir"]  # a model's labels keep their spelling
+    taxonomy = read_taxonomy(tmp_path / "t.csv", labels)
+    assert taxonomy.groups == (tuple(labels), ("b",)) and taxonomy.of.tolist() == [[0, 1], [0, 0]]
+    (tmp_path / "t.csv").write_text(lines, encoding="utf-16")
+    with pytest.raises(glsim.DataError, match=r"t\.csv: .*it is in UTF-16\); what works: save it as UTF-8"):
+        read_taxonomy(tmp_path / "t.csv", labels)
+
+
 # --- the verbs --------------------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +13,12 @@ import pytest
 from conftest import scene, touch, write
 from PIL import Image
 
-from glsim.data import SPLITS, ImageDataset, ImageList, find_images, hold_out, read_data, split_hash
+from glsim import cli, train
+from glsim.config import Train
+from glsim.data import SPLITS, ImageDataset, ImageList, find_images, hold_out, hold_out_val, read_data, split_hash
+from glsim.files import make_folder, make_parent
 from glsim.images import BadImage, find_bad
-from glsim.types import ConfigError, DataError
+from glsim.types import ConfigError, DataError, DataWarning
 
 FLOWERS = Path(__file__).parents[2] / "shared" / "data" / "flowers12"
 
@@ -37,7 +42,8 @@ def test_split_folders(tmp_path):
     touch(tmp_path, "train/b/1.jpg", "train/b/deep/er/2.PNG", "train/a/1.jpeg", "valid/a/9.webp", "Test/b/3.tiff")
     touch(tmp_path, "masks/a/1.png", ".hidden/a/1.png", "train/a/._1.jpg", "train/a/notes.txt", "train/a/.cache/x.jpg")
     (tmp_path / "valid" / "b").mkdir()
-    splits = read_data(tmp_path)
+    with pytest.warns(DataWarning, match=r": left out 1 file: 1 \.txt$"):
+        splits = read_data(tmp_path)
     assert list(splits) == list(SPLITS)
     assert as_pairs(splits["train"], tmp_path) == [
         ("train/a/1.jpeg", "a"),
@@ -47,7 +53,8 @@ def test_split_folders(tmp_path):
     assert as_pairs(splits["val"], tmp_path) == [("valid/a/9.webp", "a")]
     assert as_pairs(splits["test"], tmp_path) == [("Test/b/3.tiff", "b")]
     assert all(images.classes == ("a", "b") for images in splits.values())
-    assert len(splits["train"]) == 3 and read_data(str(tmp_path)) == splits
+    with pytest.warns(DataWarning, match="left out 1 file"):
+        assert len(splits["train"]) == 3 and read_data(str(tmp_path)) == splits
 
 
 def test_validation_is_val_and_only_existing_splits_come_back(tmp_path):
@@ -59,6 +66,157 @@ def test_validation_is_val_and_only_existing_splits_come_back(tmp_path):
 def test_two_folders_for_one_split(tmp_path):
     with pytest.raises(DataError, match=r"val.* and .*valid.* are both the 'val' split"):
         read_data(touch(tmp_path, "train/a/1.jpg", "val/a/1.jpg", "valid/a/1.jpg"))
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("training", "validation_set", "testing"),
+        ("training_set", "Valid", "test_set"),
+        ("train_images", "val-images", "test_images"),
+        ("TrainData", "dev", "TestData"),
+        ("trainset", "evaluation", "Test Images"),
+        ("trn", "eval", "tst"),
+    ],
+)
+def test_the_usual_names_of_splits(tmp_path, train, val, test):
+    splits = read_data(touch(tmp_path, f"{train}/a/1.jpg", f"{train}/b/1.jpg", f"{val}/a/1.jpg", f"{test}/b/1.jpg"))
+    assert {split: [p.parent.parent.name for p in images.paths] for split, images in splits.items()} == {
+        "train": [train, train],
+        "val": [val],
+        "test": [test],
+    }
+    lines = ["path,label,split", f"{train}/a/1.jpg,a,{train}", f"{val}/a/1.jpg,a,{val}", f"{test}/b/1.jpg,a,{test}"]
+    assert list(read_data(write(tmp_path / "all.csv", *lines))) == list(SPLITS)
+    for name, image in ((train, f"{train}/a/1.jpg"), (test, f"{test}/b/1.jpg")):
+        write(tmp_path / f"{name}.csv", "path,label", f"{image},c")
+    with pytest.warns(DataWarning, match=f"left out .*{val}, as {train}.csv, {test}.csv say what is read"):
+        assert {split: images.classes for split, images in read_data(tmp_path).items()} == {
+            "train": ("c",),
+            "test": ("c",),
+        }
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["train/a/1.jpg", "train2/a/1.jpg"], r"train/ beside train2/ may be splits, or classes"),
+        (["train/a/1.jpg", "my_test/a/1.jpg"], r"move away or rename my_test/; for classes, rename .* or give a list"),
+        (["train/a/1.jpg", "test/a/1.jpg", "test-old/a/1.jpg"], r"train/.*beside test-old/"),
+        (["train/a/1.jpg", "Testdaten/a/1.jpg"], r"beside Testdaten/"),
+        (["train/a/1.jpg", "fold1/b/1.jpg"], r"beside fold1/"),
+        (["train2/a/1.jpg", "test2/a/1.jpg"], r"test2/, train2/ may be splits by names .* known are train, training"),
+        (["train2/1.jpg", "test2/1.jpg"], r"test2/, train2/ may be splits by names"),
+        (["my_train/a/1.jpg", "bus/1.jpg"], r"my_train/ may be splits"),
+        (["Trainingsdaten/a/1.jpg", "Testdaten/a/1.jpg"], r"Testdaten/, Trainingsdaten/ may be splits"),
+        (["fold0/a/1.jpg", "fold1/a/1.jpg"], r"fold0/, fold1/ may be splits"),
+        (["here/a/1.jpg", "here/b/1.jpg", "here/c/1.jpg", "there/a/1.jpg", "there/b/1.jpg"], r"here/, there/ may be"),
+        (["bus/1.jpg", "car/1.jpg", "train/steam/1.jpg", "train/diesel/1.jpg"], r"train/ beside bus/, car/ may be splits, or classes\. For splits, move away or rename bus/, car/; for classes, rename the folders"),
+        (["bus/1.jpg", "train/1.jpg"], r"train/ beside bus/ may be splits, or classes"),
+        (["bus/old/1.jpg", "Test/steam/1.jpg"], r"Test/ beside bus/"),
+        (["bus/1.jpg", "val/a/1.jpg", "test/b/1.jpg"], r"test/, val/ beside bus/"),
+        (["trainval/a/1.jpg", "val/a/1.jpg"], r"val: by its name a part of .*trainval; keep one of them"),
+        (["trainval/a/1.jpg", "train/a/1.jpg"], r"are both the 'train' split"),
+        (["a/train/1.jpg", "a/test/1.jpg", "b/train/1.jpg"], r"folders of splits lie in those of classes, as in .*a; what works: train/CLASS"),
+        (["train/train/a/1.jpg", "test/test/a/1.jpg"], r"test: holds test, not classes; move up"),
+        (["zip/flowers/train/a/1.jpg", "zip/flowers/test/a/1.jpg", "__MACOSX/zip/._x.jpg"], r"nothing but zip/; the data set seems to be .*zip.flowers: name that"),
+        (["flowers/a/1.jpg", "flowers/b/1.jpg"], r"nothing but flowers/; the data set seems to be .*flowers: name that"),
+    ],
+)  # fmt: skip
+def test_folders_that_may_be_splits_or_classes(tmp_path, names, message):
+    with pytest.raises(DataError, match=message):
+        read_data(touch(tmp_path, *names))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["bus/1.jpg", "train_station/1.jpg", "test tube/1.jpg"],
+        ["daisy/2020/1.jpg", "daisy/2021/1.jpg", "iris/2020/1.jpg", "iris/2021/1.jpg", "rose/2020/1.jpg"],
+        ["daisy/images/1.jpg", "iris/images/1.jpg"],
+        ["trainer/1.jpg", "testament/1.jpg", "value/1.jpg"],
+    ],
+)
+def test_classes_that_resemble_splits_stay_classes(tmp_path, names):
+    images = read_data(touch(tmp_path, *names), test_fraction=0)["train"]
+    assert images.classes == tuple(sorted({name.split("/")[0] for name in names})) and len(images) == len(names)
+
+
+def test_what_is_left_out_is_told(tmp_path):
+    touch(tmp_path, "train/a/1.jpg", "train/a/1.txt", "train/a/2.TXT", "train/a/raw", "train/2.jpg")
+    touch(tmp_path, "extra/a/1.jpg", "extra/b/2.jpg", "notes/a/1.md", "train_masks/a/1.png")
+    with pytest.warns(DataWarning) as told:
+        assert len(read_data(tmp_path)["train"]) == 1
+    said = sorted(str(warning.message).removeprefix(f"{tmp_path}: ") for warning in told)
+    assert said == [
+        f"left out {tmp_path / 'extra'} (2 images), which is no split",
+        "left out 1 images outside of class folders, as " + str(tmp_path / "train" / "2.jpg"),
+        "left out 3 files: 2 .txt, 1 without an ending",
+    ]
+
+
+@pytest.mark.parametrize(
+    "junk",
+    ["@eaDir", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", ".ipynb_checkpoints", "lost+found", "#recycle",
+     "#snapshot", ".AppleDouble", "@Recycle"],
+)  # fmt: skip
+def test_junk_is_no_data(tmp_path, junk):
+    touch(tmp_path, "d/a/1.jpg", "d/b/1.jpg", f"d/{junk}/x/1.jpg", f"d/a/{junk}/1.jpg/THUMB.jpg", f"d/a/{junk}/t.jpg")
+    touch(tmp_path, "d/a/Thumbs.db", "d/a/desktop.ini", "d/a/.DS_Store", "d/a/._1.jpg", "d/~$list.csv")
+    assert as_pairs(read_data(tmp_path / "d", test_fraction=0)["train"], tmp_path / "d") == [
+        ("a/1.jpg", "a"),
+        ("b/1.jpg", "b"),
+    ]
+    for given in (tmp_path / "d", tmp_path / "d" / "**" / "*"):
+        assert find_images(given) == [tmp_path / "d" / "a" / "1.jpg", tmp_path / "d" / "b" / "1.jpg"]
+
+
+def test_folders_that_glsim_wrote_are_no_data(tmp_path):
+    touch(tmp_path, "a/1.jpg", "b/1.jpg")
+    touch(make_folder(tmp_path / "runs" / "one"), "sheet.jpg")
+    touch(make_folder(tmp_path / "a" / "pictures"), "1.jpg")
+    (tmp_path / "empty").mkdir()
+    make_folder(tmp_path / "empty")
+    make_parent(tmp_path / "answers" / "x.csv")
+    make_folder(tmp_path / "b")  # holds something already
+    with pytest.warns(DataWarning, match=r"left out what glsim wrote: .*pictures, .*answers, .*empty, .*runs$"):
+        images = read_data(tmp_path, test_fraction=0)["train"]
+    assert as_pairs(images, tmp_path) == [("a/1.jpg", "a"), ("b/1.jpg", "b")]
+    with pytest.warns(DataWarning, match="left out what glsim wrote"):
+        assert find_images(tmp_path) == list(images.paths)
+    assert find_images(tmp_path / "**" / "*.jpg") == list(images.paths)
+    assert find_images(tmp_path / "runs" / "one") == [tmp_path / "runs" / "one" / "sheet.jpg"]  # asked for by name
+
+
+def test_what_the_verbs_write_into_a_data_folder_is_no_class(run_folder, birds, tmp_path, capsys):
+    shutil.copytree(birds / "train", tmp_path / "flat")
+    flat, image = tmp_path / "flat", str(next((birds / "test").rglob("*.jpg")))
+    names = sorted(path.name for path in flat.iterdir())
+    for words in (
+        ["explain", run_folder, image, "--out", flat / "deep" / "pictures"],
+        ["eval", run_folder, "--data", birds, "--out", flat / "results", "--errors", flat / "errors", "--workers", "0"],
+        ["predict", run_folder, image, "--out", flat / "answers" / "a.csv", "--format", "csv", "--workers", "0"],
+    ):
+        assert cli.main(list(map(str, words))) == 0, capsys.readouterr().err
+    shutil.copytree(run_folder, flat / "run")
+    make_folder(flat / "index")
+    assert (run_folder / ".glsim").is_file()  # a run's folder is marked by train
+    with pytest.warns(DataWarning, match="left out what glsim wrote: .*answers, .*deep, .*errors, .*index, .*results"):
+        assert list(read_data(flat)["train"].classes) == names
+    capsys.readouterr()
+    words = ["eval", str(run_folder), "--data", str(flat), "--split", "all", "--workers", "0", "--json"]
+    assert cli.main(words) == 0
+    said = capsys.readouterr()
+    (note,) = json.loads(said.out)["notes"]
+    assert "left out what glsim wrote" in note and said.err.count(note) == 1 and "DataWarning" not in said.err
+
+
+def test_train_needs_the_splits_that_it_is_asked_for(tmp_path):
+    data = str(touch(tmp_path, "train/a/1.jpg", "train/b/1.jpg"))
+    with pytest.raises(DataError, match=r"has no split 'test' for --test; it has: train"):
+        train.read_splits(Train(data=data, out="-", test=True))
+    with pytest.raises(DataError, match=r"has no class with an image to spare for val: leave val_fraction at 0"):
+        train.read_splits(Train(data=data, out="-", val_fraction=0.2))
 
 
 def test_class_outside_train_is_named(tmp_path):
@@ -182,7 +340,7 @@ def test_csv_without_splits_is_split_as_the_folder_is(tmp_path):
         (["path,label", "1.jpg"], r"list\.csv, line 2: empty label"),
         (["path,label", ",a"], r"list\.csv, line 2: empty path"),
         (["path,label", "1.jpg,a,b"], r"list\.csv, line 2: 3 values for 2 columns; quote"),
-        (["path,label,split", "1.jpg,a,train", "2.jpg,a,dev"], r"line 3: unknown split 'dev'; use train, val or test"),
+        (["path,label,split", "1.jpg,a,train", "2.jpg,a,new"], r"line 3: unknown split 'new'; use train, val or test"),
         (["path,label,split", "1.jpg,a"], r"list\.csv, line 2: unknown split ''"),
         (["dir,class_id", "1.jpg,cat"], r"list\.csv, line 2: class_id must be an integer, got 'cat'"),
         (["path,label", "1.jpg,a", "1.jpg,b"], r"line 3: 1\.jpg is class 'b' .*class 'a' .*line 2; an image belongs"),
@@ -208,6 +366,90 @@ def test_csv_that_is_no_text(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     with pytest.raises(DataError, match=r"x\.png: not readable as a CSV file in UTF-8 .*what works"):
         read_data(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("path,label\n1.jpg,é\n".encode("utf-16"), r"in UTF-8 \(it is in UTF-16\); what works: save it as UTF-8"),
+        (
+            "path,label\n1.jpg,é\n".encode("utf-16-le"),
+            r"\(it holds zero bytes, as UTF-16 and files of no text do\); what works: save",
+        ),
+        (
+            "path,label\n1.jpg,café\n".encode("cp1252"),
+            r"\(byte 0xe9 behind '1\.jpg,caf' is of another encoding\); what",
+        ),
+        (b"path,label,path\n1.jpg,a,2.jpg\n", r"the column path comes twice in the first line"),
+    ],
+)
+def test_lists_that_cannot_be_read(tmp_path, content, message):
+    touch(tmp_path, "1.jpg")
+    (tmp_path / "list.csv").write_bytes(content)
+    with pytest.raises(DataError, match=message) as error:
+        read_data(tmp_path / "list.csv")
+    assert str(error.value).startswith(f"{tmp_path / 'list.csv'}: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["path;label\n1.jpg;a\n", "sep=;\nPATH;Label\n1.jpg;a\n", "path,label\r1.jpg,a\r"])
+def test_lists_as_spreadsheets_write_them(tmp_path, text):
+    touch(tmp_path, "1.jpg")
+    (tmp_path / "list.csv").write_text(text, newline="")
+    assert as_pairs(read_data(tmp_path / "list.csv")["train"], tmp_path) == [("1.jpg", "a")]
+
+
+@pytest.mark.parametrize("spelling", ["./img/1.jpg", "img/../img/1.jpg", "{root}/img/1.jpg", "link/1.jpg"])
+def test_one_image_by_two_spellings(tmp_path, spelling):
+    touch(tmp_path, "img/1.jpg", *[f"{i}.jpg" for i in range(9)])
+    (tmp_path / "link").symlink_to(tmp_path / "img", target_is_directory=True)
+    other = spelling.format(root=tmp_path)
+    for first, second in (("a,train", "a,test"), ("a,train", "b,train")):
+        file = write(tmp_path / "list.csv", "path,label,split", f"img/1.jpg,{first}", f"{other},{second}")
+        with pytest.raises(DataError, match="line 3: .*1.jpg is class .*; an image belongs to one class and one split"):
+            read_data(file)
+    others = [f"{i}.jpg,a" for i in range(9)]
+    drawn = read_data(
+        write(tmp_path / "list.csv", "path,label", "img/1.jpg,a", f"{other},a", *others), test_fraction=0.5
+    )
+    where = [split for split, images in drawn.items() for path in images.paths if path.parent != tmp_path]
+    assert len(where) == 2 and len(set(where)) == 1
+
+
+def test_a_list_in_the_way_of_folders(tmp_path):
+    touch(tmp_path, "train/a/1.jpg", "test/a/1.jpg")
+    write(tmp_path / "train.csv", "id,breed", "1,a")
+    with pytest.raises(DataError, match=r"train\.csv: the first line must name .*\nor move train\.csv away: the folders beside \(test, train\)"):  # fmt: skip
+        read_data(tmp_path)
+
+
+# --- names of classes -------------------------------------------------------------------------------------------------
+
+COMPOSED, SEPARATE = "caf\u00e9 noir", " cafe\u0301\u00a0noir\u200b"
+
+
+def test_a_class_has_one_name_however_it_is_spelt(tmp_path):
+    touch(
+        tmp_path,
+        f"f/train/{COMPOSED}/1.jpg",
+        f"f/train/{SEPARATE}/2.jpg",
+        f"f/test/{SEPARATE}/3.jpg",
+        "f/train/b/1.jpg",
+    )
+    with pytest.warns(DataWarning, match=r"' cafe\\u0301\\xa0noir\\u200b', 'caf\\xe9 noir' are read as one class"):
+        splits = read_data(tmp_path / "f")
+    assert splits["train"].classes == ("b", COMPOSED) and splits["train"].labels == (1, 0, 1)
+    assert splits["test"].labels == (1,)
+    lines = [f"f/train/b/1.jpg,{SEPARATE},train", f"f/test/{SEPARATE}/3.jpg,{COMPOSED},test"]
+    with pytest.warns(DataWarning, match="are read as one class"):
+        assert read_data(write(tmp_path / "list.csv", "path,label,split", *lines))["train"].classes == (COMPOSED,)
+    model = ("z", "cafe\u0301 noir", "b")  # an older bundle may have separate accents; its names stay as they are
+    with pytest.warns(DataWarning, match="are read as one class"):
+        images = read_data(tmp_path / "f", classes=model)["test"]
+    assert images.classes == model and images.labels == (1,)
+    with pytest.raises(DataError, match="are two classes of the model, but one name in two spellings"):
+        read_data(tmp_path / "f" / "test", classes=[COMPOSED, SEPARATE])
+    with pytest.raises(DataError, match=r"the class has an empty name, '\\u3000'"):
+        read_data(touch(tmp_path / "g", "\u3000/1.jpg", "a/1.jpg"))
 
 
 # --- published lists --------------------------------------------------------------------------------------------------
@@ -313,6 +555,14 @@ def test_hold_out(tmp_path):
     assert [p.name for p in hold_out(moved, 0.1, seed=0)[1].paths] == [p.name for p in held.paths]
 
 
+def test_val_is_held_out_where_there_is_something_to_spare(tmp_path):
+    few, more = ({"train": read_data(touch(tmp_path / n, *names), test_fraction=0)["train"]} for n, names in (("few", ["a/1.jpg", "b/1.jpg"]), ("more", ["a/1.jpg", "a/2.jpg", "b/1.jpg"])))  # fmt: skip
+    assert hold_out_val(few, 0.2, 0) == few and hold_out_val(more, 0.0, 0) == more
+    assert {split: len(images) for split, images in hold_out_val(more, 0.2, 0).items()} == {"train": 2, "val": 1}
+    own = {**more, "val": few["train"]}
+    assert hold_out_val(own, 0.2, 0) == own
+
+
 def test_split_hash_does_not_depend_on_the_place(tmp_path, monkeypatch):
     names = ["train/a/1.jpg", "train/b/1.jpg", "test/a/2.jpg"]
     one, two = touch(tmp_path / "one", *names), touch(tmp_path / "else" / "two", *reversed(names))
@@ -348,14 +598,24 @@ def test_find_images(tmp_path, monkeypatch):
     def names(*inputs: str | Path) -> list[str]:
         return [path.as_posix() for path in find_images(inputs)]
 
-    assert names("d") == ["d/c.gif", "d/e/f.webp"]
+    with pytest.warns(DataWarning, match=r"^d: left out 1 file: 1 \.txt$"):
+        assert names("d") == ["d/c.gif", "d/e/f.webp"]
     assert names("b.jpg", "a.PNG", "b.jpg", "./b.jpg", tmp_path / "b.jpg") == ["b.jpg", "a.PNG"]
-    assert names("*.jpg", "**/*") == ["b.jpg", "odd[1].jpg", "a.PNG", "d/c.gif", "d/e/f.webp"]
+    with pytest.warns(DataWarning, match=r"left out 2 files: 1 \.dat, 1 \.txt$"):
+        assert names("*.jpg", "**/*") == ["b.jpg", "odd[1].jpg", "a.PNG", "d/c.gif", "d/e/f.webp"]
     assert names("**/*.webp") == ["d/e/f.webp"]
     assert names("odd[1].jpg") == ["odd[1].jpg"]
     assert names("list.dat") == ["list.dat"]  # named outright: open_image says what is wrong with it
     assert names(tmp_path / "d" / "*.gif") == [(tmp_path / "d" / "c.gif").as_posix()]
     assert find_images("b.jpg") == [Path("b.jpg")]
+
+
+@pytest.mark.parametrize("given", ["s3://bucket/x.jpg", "list.csv", "List.PARQUET", "list.tsv"])
+def test_lists_and_stores_are_for_another_engine(tmp_path, monkeypatch, given):
+    write(tmp_path / "list.csv", "path", "b.jpg")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"which glsim predict --engine ray takes; wanted images or a folder"):
+        find_images(given)
 
 
 @pytest.mark.parametrize("given", ["nothing.jpg", "*.xyz", "empty"])

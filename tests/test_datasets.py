@@ -143,6 +143,7 @@ def make_inat18(top):
 def make_inat21(top):
     taxa = ["00000_Animalia_Chordata_Aves_P_T_Turdus_merula", "00001_Animalia_Chordata_Aves_P_P_Parus_major"]
     touch(top, *[f"{part}/{taxon}/{part}.jpg" for part in ("train", "val") for taxon in taxa])
+    touch(top, "train/@eaDir/thumb.jpg", f"train/{taxa[0]}/._train.jpg", "__MACOSX/train/x.jpg")  # junk is no taxon
 
 
 def make_vegfru(top):

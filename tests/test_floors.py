@@ -36,6 +36,7 @@ SIDEWAYS = {
     ("data", "sources"),  # what is no folder of images
     ("taxonomy", "sources"),  # the same labels
     ("batches", "data"),
+    ("taxonomy", "sources"),  # names of classes are compared alike
     ("cost", "config"),  # the settings of its verb
     ("train", "evaluate"),
     ("benchmark", "predict"),  # it times the same answers

@@ -2,6 +2,7 @@ import json
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from threading import Event
@@ -159,7 +160,11 @@ def test_an_interrupted_change_leaves_the_older_state(tmp_path, monkeypatch):
     assert read_index(tmp_path).paths == old.paths
     old.add(["c"], ["/n"], cloud(1)).save(tmp_path)
     assert read_index(tmp_path).classes == ("a", "b", "c")
-    assert sorted(p.suffix for p in tmp_path.iterdir() if p.name != ".lock") == [
+    spelt = old.add(["cafe\u0301"], ["/n"], cloud(1)).add(["caf\u00e9\u00a0", " a"], ["/m", "/o"], cloud(2))
+    assert spelt.classes == ("a", "b", "caf\u00e9") and spelt.labels[-3:].tolist() == [2, 2, 0]
+    older = replace(old, classes=("a", "cafe\u0301")).add(["caf\u00e9"], ["/n"], cloud(1))
+    assert older.classes == ("a", "cafe\u0301") and older.labels[-1] == 1
+    assert sorted(p.suffix for p in tmp_path.iterdir() if p.name[0] != ".") == [
         ".json",
         ".safetensors",
     ]  # no leftovers

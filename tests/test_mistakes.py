@@ -70,7 +70,7 @@ def page(run_folder, birds, tmp_path_factory):
 def test_the_page_shows_every_mistake(page, birds):
     result, folder = page
     assert result["errors"] == str(folder / "index.html")
-    assert {p.name for p in folder.iterdir()} == {"index.html", "all"}
+    assert {p.name for p in folder.iterdir()} == {".glsim", "index.html", "all"}
     with (folder / "all" / "predictions.csv").open() as file:
         wrong = [row for row in csv.DictReader(file) if row["label"] != row["prediction"]]
     wrong.sort(key=lambda row: -float(row["confidence"]))

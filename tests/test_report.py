@@ -208,6 +208,6 @@ def test_written_files_hold_what_is_printed(runs, tmp_path, capsys):
     assert (table[1]["data"], float(table[1]["top1_mean"]), table[1]["correct"]) == ("birds", 0.75, "8 7")
     with Image.open(out / "report.png") as picture:
         assert picture.width > 800
-    assert sorted(p.name for p in out.iterdir()) == ["report.csv", "report.md", "report.png"]
+    assert sorted(p.name for p in out.iterdir()) == [".glsim", "report.csv", "report.md", "report.png"]
     assert cli.main(["report", *runs, "--against", "plain", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["data"][0]["comparisons"][0]["rows"][-1]["only_other"] == 9

@@ -17,6 +17,7 @@ from glsim.config import Doctor, Eval, Train
 from glsim.data import ImageDataset, find_images, hold_out, is_split, read_data, split_hash
 from glsim.images import BadImage, find_bad, open_image
 from glsim.sources import parse, write_out
+from glsim.types import DataWarning
 
 
 def picture(seed=0, kind="PNG"):
@@ -78,7 +79,9 @@ def test_labels_from_json_and_names_of_numbers(tmp_path):
     about = {"label": 1, "species": "owl", "caption": "an owl"}
     files = {"a.webp": picture(1, "WEBP"), "a.json": json.dumps(about), "a.seg.png": picture(2), "a.txt": "an owl"}
     shard(tmp_path / "train.tar", files | {"notes.txt": "no image belongs to this"})
-    assert as_rows(read_data(f"wds:{tmp_path}", test_fraction=0)) == {"train": [("a.webp", "1")]}
+    with pytest.warns(DataWarning, match=r"left out, as no image belongs to them, 1 file: 1 \.txt"):
+        assert as_rows(read_data(f"wds:{tmp_path}", test_fraction=0)) == {"train": [("a.webp", "1")]}
+    shard(tmp_path / "train.tar", files)
     assert as_rows(read_data(f"wds:{tmp_path}:label=species")) == {"train": [("a.webp", "owl")]}
     (tmp_path / "classnames.txt").write_text("wren\nbarn owl\n")
     assert as_rows(read_data(f"wds:{tmp_path}")) == {"train": [("a.webp", "barn owl")]}
@@ -115,6 +118,8 @@ def test_shards_without_splits_are_drawn_from(tmp_path):
         ({"train-0.tar": samples("x", **{"0000.jpg": picture()})}, r"sample 0000 has several images: 0000\.png, 0000\.jpg"),
         ({"train-0.tar": samples("x"), "1.tar": samples("x")}, r"1\.tar: train, val or test should be a word in its name"),
         ({"train/test-0.tar": samples("x")}, "is it test or train"),
+        ({"Trainingsdaten-0.tar": samples("x")}, "its name may be meant as that of a split; known are train, training"),
+        ({"trainval-0.tar": samples("x"), "val-0.tar": samples("x")}, r"val-0\.tar: by its name a part of .*trainval-0"),
         ({"train-0.tar": samples("x"), "test-0.tar": samples("y")}, r"test-0\.tar.0000\.png: class 'y' is not one of the 1"),
     ],
 )  # fmt: skip
@@ -150,7 +155,27 @@ def test_a_shard_that_was_written_anew_is_read_anew(tmp_path):
     assert np.array_equal(open_image(first), scene((24, 16), 0))
     shard(tmp_path / "train-0.tar", {"zero.txt": "moves the rest", **samples("x", "x", "x")})
     assert np.array_equal(open_image(first), scene((24, 16), 0))
-    assert len(read_data(f"wds:{tmp_path}")["train"]) == 3
+    (tmp_path / "train-0.tar").rename(tmp_path / "train-1.tar")
+    with pytest.warns(DataWarning, match="no image belongs"):
+        assert len(read_data(f"wds:{tmp_path}")["train"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("train", "test"), [("training", "testing"), ("trainset", "test_set"), ("x-trainval", "tests")]
+)
+def test_shards_know_the_usual_names_of_splits(tmp_path, train, test):
+    shard(tmp_path / f"{train}-000.tar", samples("x"))
+    shard(tmp_path / "@eaDir" / f"{train}-000.tar", samples("y"))
+    shard(tmp_path / test / "0.tar", samples("x") | {"._0000.png": "", "__MACOSX/0001.png": ""})
+    assert list(read_data(f"wds:{tmp_path}")) == ["train", "test"]
+
+
+def test_shards_with_dots_in_names_and_without_images(tmp_path):
+    files = {"daisy.v2.jpg": picture(kind="JPEG"), "daisy.v2.cls": "a", "daisy.v3.jpg": picture(kind="JPEG"), "daisy.v3.json": '{"label": "b"}', "rose.big.png": picture(), "rose.cls": "cafe\u0301", "x.svg": "", "x.cls": "a", "y.raw": "", "y.cls": "b", "z": ""}  # fmt: skip
+    shard(tmp_path / "train.tar", files)
+    with pytest.warns(DataWarning, match=r"no image belongs to them, 3 files: 1 without an ending, 1 \.raw, 1 \.svg"):
+        rows = as_rows(read_data(f"wds:{tmp_path}"))
+    assert rows == {"train": [("daisy.v2.jpg", "a"), ("daisy.v3.jpg", "b"), ("rose.big.png", "caf\u00e9")]}
 
 
 def test_bad_images_in_shards_have_names(tmp_path):
@@ -320,12 +345,28 @@ def test_files_that_the_library_reads(hf, tmp_path):
         assert [p.read_bytes() for p in found[split].paths] == [p.read_bytes() for p in folders[split].paths]
 
 
+def test_files_that_the_library_would_leave_out_are_not_lost(hf, tmp_path):
+    for label in ("bed", "sofa"):
+        (tmp_path / "f" / label).mkdir(parents=True)
+        for i in range(4):
+            name = f"train_{label}_{i}.png" if i == 0 else f"{label}_{i}.png"
+            (tmp_path / "f" / label / name).write_bytes(picture(i))
+    with pytest.raises(DataError, match=r"reads 2 of 8 files, and not bed/bed_1\.png: it goes by the words of splits .*; what works: --data"):  # fmt: skip
+        read_data(f"hf:{tmp_path / 'f'}")
+    for path in (tmp_path / "f").rglob("train_*"):
+        path.rename(path.with_name(path.name.removeprefix("train_")))
+    write_out.cache_clear()
+    assert sum(map(len, read_data(f"hf:{tmp_path / 'f'}").values())) == 8
+
+
 def test_one_split_and_splits_that_are_left_out(hf, tmp_path):
     table(hf, [0, 1] * 5).save_to_disk(tmp_path / "one")
     assert {s: len(i) for s, i in read_data(f"hf:{tmp_path / 'one'}").items()} == {"train": 8, "test": 2}
     assert not is_split(f"hf:{tmp_path / 'one'}")
     secret = save(hf, tmp_path / "secret", train=table(hf, [0, 1] * 5), test=table(hf, [-1, -1]), extra=table(hf, [0]))
-    assert {s: len(i) for s, i in read_data(secret).items()} == {"train": 8, "test": 2}
+    with pytest.warns(DataWarning) as told:
+        assert {s: len(i) for s, i in read_data(secret).items()} == {"train": 8, "test": 2}
+    assert [str(w.message).partition(": ")[2] for w in told] == ["left out, as no known split: extra (1 images)", "left out, as without labels: test"]  # fmt: skip
     only = save(hf, tmp_path / "only", test=table(hf, [0, 1]))
     assert {s: len(i) for s, i in read_data(only).items()} == {"test": 2}
 

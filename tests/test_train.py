@@ -71,7 +71,7 @@ def test_eval_prints_what_training_measured(run_folder, birds, tmp_path):
     assert len(rows) == 10
     right = sum(row.split(",")[1] == row.split(",")[2] for row in rows[1:])
     assert right == result["correct"]
-    names = {"evaluation.json", "predictions.csv", "confusion.png", "confidence.png"}
+    names = {".glsim", "evaluation.json", "predictions.csv", "confusion.png", "confidence.png"}
     assert {p.name for p in (tmp_path / "e").iterdir()} == names
 
 
