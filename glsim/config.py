@@ -61,7 +61,7 @@ class Settings:
 
 def outputs(settings: Any) -> dict[str, tuple[str, Role]]:
     """The settings that name a path on this machine that will be written, with it, and what will be made there."""
-    roles = {f.name: f.metadata.get("path") for f in dataclasses.fields(settings)}
+    roles: dict[str, Any] = {f.name: f.metadata.get("path") for f in dataclasses.fields(settings)}
     if getattr(settings, "engine", None) == "ray":
         roles["out"] = "folder"
     paths = {name: getattr(settings, name) for name, role in roles.items() if role in ("file", "folder")}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from glsim.copies import PAIRS, cores
+from glsim.files import printable
 from glsim.images import BadImage, open_image
 from glsim.memory import SLACK, as_gib
 
@@ -72,8 +73,7 @@ figcaption, .note {{ font-size: .8rem; line-height: 1.35; overflow-wrap: anywher
 
 
 def _text(value: Any) -> str:
-    # A file name may hold bytes that are no text.
-    return html.escape(str(value).encode("utf-8", "backslashreplace").decode())
+    return html.escape(printable(value))
 
 
 def _breakable(name: Any) -> str:
