@@ -36,7 +36,7 @@ from glsim.config import Bench
 from glsim.data import ImageDataset, find_images, read_data
 from glsim.environment import environment
 from glsim.figures import save_figure
-from glsim.files import make_folder, read_json, write_text
+from glsim.files import make_folder, one_line, printable, read_json, write_json
 from glsim.graphs import GraphModel
 from glsim.images import limited, sharing
 from glsim.losses import objective
@@ -93,7 +93,7 @@ def run(s: Bench, progress: bool = True) -> dict[str, Any]:
     rows: list[Row] = []
     with tqdm(total=len(settings) * len(names) * rounds, unit="turn", disable=not progress) as bar:
         for setting in settings:
-            bar.set_description(" ".join(map(str, filter(None, setting[:4]))))
+            bar.set_description(" ".join(map(printable, filter(None, setting[:4]))))
             rows += measure([Job(name, *setting) for name in names], s, device, bar.update)
     alike = ("batch_size", "dtype", "compile") if s.sources else Job._fields[1:]
     ratio = ratios(rows, s.against, alike) if s.against is not None else None
@@ -102,7 +102,7 @@ def run(s: Bench, progress: bool = True) -> dict[str, Any]:
         result["exit_code"] = 1
     if s.out is not None:
         out = make_folder(s.out)
-        write_text(out / "bench.json", json.dumps(result, indent=2) + "\n")
+        write_json(out / "bench.json", result)
         if s.sources:
             draw_accuracy(rows, out / "accuracy.png")
         else:
@@ -239,7 +239,7 @@ def about_source(source: str, model: Model) -> Row:
     try:
         test = read_json(path).get("test") if path.is_file() else None
         return row if test is None else row | {"accuracy": float(test["top1"])}
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} cannot be read: {one_line(error)}") from error
 
 
@@ -330,11 +330,6 @@ def loaded(model: Model, job: Job, s: Bench, device: torch.device) -> float:
             net(images.to(device, dtype))
         wait(device)
     return len(paths) / (time.perf_counter() - start)
-
-
-def one_line(error: Exception) -> str:
-    """What went wrong, in a line."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

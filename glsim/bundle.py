@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from glsim.backbone import Model, to_pair
-from glsim.files import make_folder, write_text
+from glsim.files import code_span, expand, make_folder, markdown, shown, to_json, write_text
 from glsim.graphs import open_graph
 from glsim.hub import fetch
 from glsim.models import create_model, resample_positions
@@ -59,6 +59,7 @@ def save(model: Model, folder: str | Path, labels: list[str] | None = None, **in
     dict, written to `metrics.json`), `licence` (of `data`, `backbone`, `model`: names by which they are known),
     anything else that JSON can hold goes into `config.json`.
     """
+    folder = Path(expand(str(folder)))
     config = dict(model.config)
     config["backbone_args"] = {k: v for k, v in config["backbone_args"].items() if k not in WHERE_FROM}
     labels = labels if labels is not None else config.get("label_names")
@@ -121,7 +122,7 @@ def load(source: str | Path, **overrides: Any) -> Model:
     """
     if isinstance(source, str) and source.startswith("hf-hub:"):
         return load_bundle(fetch(source.removeprefix("hf-hub:"), FILES), **overrides)
-    path = Path(str(source).removeprefix("local-dir:"))
+    path = Path(expand(str(source)).removeprefix("local-dir:"))
     if path.is_dir():
         return load_bundle(path, **overrides)
     if path.is_file() and path.suffix in (".pth", ".pt", ".bin"):
@@ -382,6 +383,7 @@ def pick_device(name: str | None = None) -> torch.device:
 
 def card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
     """The model card: what it is, what it learned from, how well it did, how to use it, under whose licences."""
+    config, metrics = shown(dict(config)), shown(metrics)  # a card is for people
     labels, licence, training = (config.get(k) or {} for k in ("label_names", "licence", "training"))
     data, p = config.get("data") or {}, Preprocessing.from_dict(config["preprocessing"])
     measured = {k: v for k, v in (metrics or {}).items() if isinstance(v, dict) and "top1" in v}
@@ -401,40 +403,43 @@ def card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
         model_name=title if results else None,
         eval_results=results or None,
     )
-    shown = ", ".join(list(labels)[:20]) + (f", .. ({len(labels)} in all)" if len(labels) > 20 else "")
+    named = ", ".join(map(markdown, list(labels)[:20])) + (f", .. ({len(labels)} in all)" if len(labels) > 20 else "")
     size, resize = (" x ".join(map(str, side)) for side in (p.image_size, p.resize))
     lines = [
         "---",
         head.to_yaml(),
         "---",
-        f"# {title}",
+        f"# {markdown(title)}",
         "",
-        f"Tells {config['num_classes']} classes apart in images of {size} pixels" + (f": {shown}." if shown else "."),
+        f"Tells {config['num_classes']} classes apart in images of {size} pixels" + (f": {named}." if named else "."),
         "It knows no others: an image of anything else is given one of these names too.",
         "",
-        f"- Method: `{config['method']}`, options `{json.dumps(config['options'])}`",
-        f"- Backbone: `{config['backbone']}` (timm), arguments `{json.dumps(config['backbone_args'])}`",
+        f"- Method: {code_span(config['method'])}, options {code_span(to_json(config['options']))}",
+        f"- Backbone: {code_span(config['backbone'])} (timm), arguments {code_span(to_json(config['backbone_args']))}",
         f"- Images: resized to {resize} ({p.resize_rule}), the centre {size}; mean {list(p.mean)}, std {list(p.std)}",
     ]
     if {"source", "counts", "split_hash"} <= set(data):
-        counts = ", ".join(f"{count} {split}" for split, count in data["counts"].items())
-        lines.append(f"- Data: `{data['source']}`, {counts} images, split hash `{data['split_hash'][:16]}`")
+        counts = ", ".join(f"{count} {markdown(split)}" for split, count in data["counts"].items())
+        source, drawn = code_span(data["source"]), code_span(data["split_hash"][:16])
+        lines.append(f"- Data: {source}, {counts} images, split hash {drawn}")
     if training:
         lines.append(
-            f"- Training: from {start}; {training['epochs']} epochs of {training['optimizer']}, learning rate "
-            f"{training['lr']}, {training['batch_size']} images a step, seed {training['seed']}"
+            f"- Training: from {markdown(start)}; {training['epochs']} epochs of {markdown(training['optimizer'])}, "
+            f"learning rate {training['lr']}, {training['batch_size']} images a step, seed {training['seed']}"
         )
     if calibration := config.get("calibration"):
-        lines.append(f"- Calibrated on {calibration['count']} images of `{calibration['data']}`")
+        lines.append(f"- Calibrated on {calibration['count']} images of {code_span(calibration['data'])}")
         if calibration.get("threshold") is not None and "coverage" in calibration:
             lines[-1] += f"; `--reject` answers {calibration['coverage']:.0%} of them, the confident ones"
     for split, result in measured.items():
         lines.append(
-            f"- {split}: top-1 {result['top1']:.2%} ({result['correct']} of {result['count']}), top-5 "
+            f"- {markdown(split)}: top-1 {result['top1']:.2%} ({result['correct']} of {result['count']}), top-5 "
             f"{result['top5']:.2%}, mean over classes {result['per_class_mean']:.2%}"
         )
-    named = {"model": "these weights", "backbone": "the weights it started from", "data": "the images"}
-    lines.append("- Licence: " + "; ".join(f"of {what}: {licence.get(k, UNKNOWN)}" for k, what in named.items()))
+    parts = {"model": "these weights", "backbone": "the weights it started from", "data": "the images"}
+    lines.append(
+        "- Licence: " + "; ".join(f"of {what}: {markdown(licence.get(k, UNKNOWN))}" for k, what in parts.items())
+    )
     lines += ["", "```python", "import glsim", 'for answer in glsim.Predictor("PATH_TO_THIS_FOLDER")(["image.jpg"]):']
     lines += ["    print(answer.labels[0], answer.probabilities[0])", "```", ""]
     return "\n".join(lines)

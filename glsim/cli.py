@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import errno
+import io
 import os
 import sys
+import traceback
 import typing
 import warnings
 from argparse import SUPPRESS
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from difflib import get_close_matches
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from glsim import __version__, config
-from glsim.files import printable
-from glsim.types import ConfigError, DataWarning, GlsimError
+from glsim.files import check_writable, expand, one_line, printable, shown, to_json
+from glsim.types import ConfigError, DataWarning, GlsimError, bounded
+
+FLAGS = ("--json", "--traceback")  # of every verb
 
 
 class Verb(NamedTuple):
@@ -27,6 +32,7 @@ class Verb(NamedTuple):
     run: str  # module:function that takes them and returns a JSON-able dict
     show: Callable[[dict[str, Any], Any], str]  # the same result for people
     progress: bool = False  # the function draws a progress bar unless told not to
+    shows_raw: bool = False  # `show` writes for programs too: it gets the texts as they are, and escapes them itself
 
 
 def show_skipped(r: dict[str, Any], what: str = "unreadable images") -> list[str]:
@@ -141,7 +147,9 @@ def show_predict(r: dict[str, Any], s: config.Predict) -> str:
         before = f", {r['parts_before']} of {r['parts']} parts were there" * bool(r["parts_before"])
         steady = f" ({r['steady_images_per_second']} once started)" if r["steady_images_per_second"] else ""
         speed = f"{r['answered']} answered in {r['seconds']} s, {r['images_per_second']} images/s{steady}{before}"
-        return f"{r['out']}: {r['images']} images in {r['parts']} parts; {speed}; {r['errors']} could not be read"
+        return printable(
+            f"{r['out']}: {r['images']} images in {r['parts']} parts; {speed}; {r['errors']} could not be read"
+        )
     from glsim.predict import FORMATS, Prediction, Verdict
 
     answers = [
@@ -159,8 +167,8 @@ def show_predict(r: dict[str, Any], s: config.Predict) -> str:
     share = r["second_pass_share"]
     told = [] if share is None else [f"second pass for {share:.1%} of the images"]
     for line in show_skipped(r) + told:
-        print(line, file=sys.stderr)
-    return f"written: {s.out}" if s.out else FORMATS[str(s.format)](answers).rstrip("\n")
+        put(printable(line), sys.stderr)
+    return printable(f"written: {s.out}") if s.out else FORMATS[str(s.format)](answers).rstrip("\n")
 
 
 def show_index(r: dict[str, Any], _: Any) -> str:
@@ -355,7 +363,7 @@ VERBS = {
     "report": Verb(config.Report, "glsim.report:run", show_report),
     "eval": Verb(config.Eval, "glsim.evaluate:run", show_eval),
     "calibrate": Verb(config.Calibrate, "glsim.calibrate:run", show_calibrate, progress=True),
-    "predict": Verb(config.Predict, "glsim.predict:run", show_predict, progress=True),
+    "predict": Verb(config.Predict, "glsim.predict:run", show_predict, progress=True, shows_raw=True),
     "index build": Verb(config.IndexBuild, "glsim.index:build", show_index, progress=True),
     "index add": Verb(config.IndexAdd, "glsim.index:add", show_index, progress=True),
     "index query": Verb(config.IndexQuery, "glsim.index:query", show_query, progress=True),
@@ -374,66 +382,219 @@ VERBS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `glsim VERB ..`; returns the status: 0 ok, 1 failure, 2 usage, 3 data, 4 failed check, 130 interrupted."""
+    """Run `glsim VERB ..`; returns the status: 0 ok, 1 failure, 2 usage, 3 data, 4 failed check, 130 interrupted.
+
+    Whatever happens, with --json one document is printed, and without it the answer or one sentence.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if words else 2
-    if words[0] == "--version":
-        print(__version__)
-        return 0
-    name, rest = split_verb(words)
-    if name.split()[1:] in (["-h"], ["--help"]):
-        print(usage(name.split()[0]))
-        return 0
-    if name not in VERBS:
-        print(f"glsim: unknown verb {name!r}; choose from: {', '.join(VERBS)}", file=sys.stderr)
-        return 2
-    verb = VERBS[name]
-    as_json = "--json" in words
+    own = words[: words.index("--")] if "--" in words else words
+    as_json, traced = (flag in own for flag in FLAGS)
+    words = [word for word in own if word not in FLAGS] + words[len(own) :]
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who called us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123
+        if hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")  # what the encoding cannot say is escaped
+    call = Call(as_json, os.environ.get("RANK", "0") == "0")  # of several processes one speaks
     try:
-        settings = parse(name, verb, [w for w in rest if w != "--json"])
-        module, _, function = verb.run.partition(":")
-        extra = {"progress": sys.stderr.isatty() or not as_json} if verb.progress else {}
-        with noting(name) as notes:
-            result = getattr(import_module(module), function)(settings, **extra)
-        result |= {"notes": notes} if notes else {}
-        text = json.dumps(result, ensure_ascii=False) if as_json else verb.show(result, settings)
-        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-            print(text.encode("utf-8", "backslashreplace").decode())  # a file name may hold bytes that are no text
-        return int(result.get("exit_code", 0))  # of a verb that looked and found something wrong
-    except SystemExit as stop:  # jsonargparse printed help (0) or what is wrong (2)
-        return int(stop.code or 0)
-    except GlsimError as error:
-        return fail(name, error, error.exit_code, as_json)
-    except BrokenPipeError:  # the reader of our output left: head, less
-        sys.stderr.close()
-        return 1
-    except OSError as error:  # a full disk, a folder that cannot be written, an out that is a file
-        return fail(name, error, 1, as_json)
-    except KeyboardInterrupt:
-        return fail(name, "interrupted", 130, as_json)
+        code, text = call.answer(words)
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        if traced or os.environ.get("GLSIM_TRACEBACK"):
+            with suppress(OSError):
+                put("".join(traceback.format_exception(error)), sys.stderr)
+        code, text = call.fail(error)
     finally:
         part_processes()
+    try:
+        put(text, sys.stdout)
+    except BrokenPipeError:  # the reader of our output left: head, less
+        return code or 1
+    except OSError as error:
+        return call.fail(error)[0]
+    return code
+
+
+class Call:
+    """One call of the command line, and what is known of it by the time that something goes wrong."""
+
+    def __init__(self, as_json: bool, speaks: bool) -> None:
+        self.as_json, self.speaks = as_json, speaks
+        self.name = "glsim"
+        self.settings: Any = None
+        self.notes: list[str] = []  # what a DataWarning said
+        self.told: set[str] = set()
+
+    def answer(self, words: list[str]) -> tuple[int, str]:
+        """The status, and what is printed on stdout."""
+        if not words and self.as_json:
+            raise ConfigError(f"name a verb: {', '.join(VERBS)}")
+        if not words or words[0] in ("-h", "--help"):
+            return 0 if words else 2, usage()
+        if words[0] == "--version":
+            return 0, __version__
+        name, rest = split_verb(words)
+        if name.split()[1:] in (["-h"], ["--help"]):
+            return 0, usage(name.split()[0])
+        if name not in VERBS:
+            raise ConfigError(f"unknown verb {name!r}; choose from: {', '.join(VERBS)}")
+        self.name, verb = f"glsim {name}", VERBS[name]
+        with redirect_stdout(io.StringIO()) as printed:
+            try:
+                self.settings = parse(name, verb, rest)
+            except SystemExit as stop:  # it printed its help, or a recipe
+                return int(stop.code or 0), printed.getvalue().rstrip("\n")
+        for option, (path, role) in config.outputs(self.settings).items():
+            try:
+                check_writable(path, role == "folder")
+            except GlsimError as error:
+                raise type(error)(f"{option}={error}") from error
+        module, _, function = verb.run.partition(":")
+        extra = {"progress": sys.stderr.isatty() or not self.as_json} if verb.progress else {}
+        with libraries_apart(), warnings.catch_warnings():
+            warnings.simplefilter("always", DataWarning)
+            warnings.showwarning = self.note
+            result = getattr(import_module(module), function)(self.settings, **extra)
+        code = int(result.get("exit_code", 0))  # of a verb that looked and found something wrong
+        if not self.speaks:
+            return code, ""
+        if self.as_json:
+            return code, self.document(result | {"notes": self.notes} if self.notes else result)
+        if verb.shows_raw:
+            return code, verb.show(result, self.settings)
+        return code, verb.show(shown(result), SimpleNamespace(**shown(vars(self.settings))))
+
+    def document(self, value: dict[str, Any]) -> str:
+        """The JSON document; of ASCII where stdout cannot say everything."""
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        return to_json(value, ascii=encoding.lower().replace("-", "") != "utf8")
+
+    def note(self, message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        """Show a warning as one line, once; what is said of the data also goes into the document."""
+        if str(message) in self.told:
+            return
+        self.told.add(str(message))
+        if issubclass(category, DataWarning):
+            self.notes.append(str(message))
+            self.tell(f"note: {message}")
+        else:
+            self.tell(f"note: {one_line(Warning(message))} ({category.__name__} of a library)")
+
+    def tell(self, *lines: str) -> None:
+        """Print lines for people, the first with the name of the verb."""
+        with suppress(OSError):
+            first, *more = [printable(bounded(line)) for line in lines]
+            put("\n  ".join([f"{self.name}: {first}", *more]), sys.stderr)
+
+    def fail(self, error: BaseException) -> tuple[int, str]:
+        """Say on stderr what went wrong; returns the status, and with --json the document for stdout."""
+        lines, code = explain_error(error, self.settings)
+        self.tell(*lines)
+        document = {"error": "\n  ".join(map(bounded, lines)), "exit_code": code}
+        return code, self.document(document) if self.as_json and self.speaks else ""
+
+
+def put(text: str, stream: Any) -> None:
+    """Print `text`, if there is any. Raises OSError where it does not arrive; nor does Python try again as it ends."""
+    if not text:
+        return
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+        raise
 
 
 @contextmanager
-def noting(verb: str) -> Iterator[list[str]]:
-    """Inside, each DataWarning is one line on stderr, once; yields what they say."""
-    notes: list[str] = []
+def libraries_apart() -> Iterator[None]:
+    """Inside, what is printed on stdout goes to stderr, past Python too: stdout is for the answer."""
+    own, saved = sys.stdout, None
+    with suppress(OSError, ValueError, AttributeError):
+        if own.fileno() == 1 and sys.stderr.fileno() == 2:
+            own.flush()
+            saved = os.dup(1)
+            os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if saved is not None:
+            with suppress(OSError):
+                own.flush()  # what those said who hold the stream from before
+            os.dup2(saved, 1)
+            os.close(saved)
 
-    def tell(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-        if not issubclass(category, DataWarning):
-            show(message, category, *where, **more)
-        elif str(message) not in notes:
-            notes.append(str(message))
-            if os.environ.get("RANK", "0") == "0":
-                print(f"glsim {verb}: {printable(message)}", file=sys.stderr)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", DataWarning)
-        show, warnings.showwarning = warnings.showwarning, tell
-        yield notes
+# What libraries say when memory has run out, whatever class their error has.
+MEMORY = (
+    *("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "unable to mmap"),
+    *("insufficient shared memory", "alloc_failed", "bad_alloc"),
+)
+COSTLY = ("batch_size", "batch_sizes", "workers", "image_size", "sizes")  # settings that memory depends on
+
+
+def explain_error(error: BaseException, settings: Any) -> tuple[list[str], int]:
+    """What happened and what to change, in a sentence (and lines of details), and the status."""
+    if isinstance(error, GlsimError):
+        details = "".join(f"\n  {line}" for line in error.details)
+        return [said(error).removesuffix(details), *error.details], error.exit_code
+    for cause in causes(error):
+        kind, text = type(cause), str(cause).lower()
+        if kind is KeyboardInterrupt:  # while it imports, NumPy makes an ImportError of it
+            return ["interrupted"], 130
+        if "dataloader worker" in text and ("killed" in text or "exited unexpectedly" in text):
+            advice = lower(settings, "workers", "batch_size")
+            return [f"a process that loads images has died, mostly for want of memory: {said(cause)}; {advice}"], 1
+        if (
+            kind.__name__ == "OutOfMemoryError"
+            or isinstance(cause, MemoryError)
+            or (isinstance(cause, OSError) and cause.errno == errno.ENOMEM)
+            or (isinstance(cause, RuntimeError) and any(sign in text for sign in MEMORY))
+        ):
+            return [f"memory has run out: {said(cause)}; {lower(settings, *COSTLY)}"], 1
+        if kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
+            return [f"torch.compile does not work here: {said(cause)}; leave out --compile"], 1
+        if "more than 1 value per channel" in text:
+            advice = "a larger --batch-size or --image-size helps, or a backbone without batch norm"
+            return [f"batch norm has only one value a channel: {said(cause)}; {advice}"], 1
+        if kind.__name__ == "AcceleratorError":
+            return [f"the device failed: {said(cause)}; see whether it works with --device cpu"], 1
+    if isinstance(error, UnicodeError):
+        return [f"a text is in another encoding than UTF-8: {said(error)}"], 3
+    if isinstance(error, OSError):  # a full disk, a folder that cannot be written
+        return [said(error)], 1
+    if isinstance(error, RecursionError):
+        return [f"something is nested too deeply: {said(error)}"], 1
+    if isinstance(error, ImportError):
+        return [f"a library is missing or broken: {said(error)}"], 1
+    if isinstance(error, SystemExit):
+        return [f"a library ended the program, with {said(error)}"], 1
+    advice = "please report it, with what --traceback (or GLSIM_TRACEBACK=1) shows"
+    return [f"internal error: {type(error).__name__}: {said(error)}; {advice}"], 1
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, the one that led to it, and so on."""
+    known: list[BaseException] = []
+    while error is not None and error not in known:
+        known.append(error)
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def said(error: BaseException) -> str:
+    """The text of an error: of our own all of it, of a library's the first line."""
+    whole = isinstance(error, GlsimError) and "Traceback (most recent call last)" not in str(error)
+    return str(error) if whole else one_line(error)
+
+
+def lower(settings: Any, *names: str) -> str:
+    """Advice to lower those of the settings `names` that this verb has."""
+    had = {name: getattr(settings, name) for name in names if getattr(settings, name, 0) != 0}
+    options = [f"--{n.replace('_', '-')}" + (f" (now {v})" if v is not None else "") for n, v in had.items()]
+    return f"lower {' or '.join(options)}" if options else "a smaller model helps, or a machine with more memory"
 
 
 def split_verb(words: Sequence[str]) -> tuple[str, list[str]]:
@@ -449,26 +610,29 @@ def part_processes() -> None:
         torch.distributed.destroy_process_group()
 
 
-def fail(verb: str, error: object, code: int, as_json: bool) -> int:
-    """Say what went wrong, on stderr for people and with --json on stdout for programs; returns `code`."""
-    print(f"glsim {verb}: {error}", file=sys.stderr)
-    if as_json and os.environ.get("RANK", "0") == "0":
-        print(json.dumps({"error": str(error), "exit_code": code}, ensure_ascii=False))
-    return code
-
-
 def usage(first: str = "") -> str:
     """What `glsim --help` prints, or `glsim FIRST --help` for the first word of a family of verbs."""
     shown = {name: verb for name, verb in VERBS.items() if not first or name.startswith(f"{first} ")}
     width = max(map(len, shown))
     rows = [f"  {name:{width}}  {(verb.settings.__doc__ or '').splitlines()[0]}" for name, verb in shown.items()]
     lines = ["usage: glsim VERB [options]", "", "Fine-grained image recognition.", "", *rows, ""]
-    return "\n".join([*lines, "glsim VERB --help tells the options of a verb; --json prints one JSON document."])
+    return "\n".join(
+        [
+            *lines,
+            "glsim VERB --help tells the options of a verb; --json prints one JSON document,",
+            "--traceback where an error arose.",
+        ]
+    )
 
 
 def parse(name: str, verb: Verb, words: list[str]) -> Any:
     """Command line words (and a recipe) to a checked settings object; exits with 2 on what does not fit."""
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+
+    class ReadRecipe(ActionConfigFile):
+        def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+            config.read_recipe(values)
+            super().__call__(parser, cfg, expand(values), option_string)
 
     fields = dataclasses.fields(verb.settings)
     positionals = [f.name.upper() for f in fields if f.metadata.get("positional")]
@@ -482,11 +646,12 @@ def parse(name: str, verb: Verb, words: list[str]) -> Any:
     )
     recipes = verb.settings is config.Train
     if recipes:
-        parser.add_argument("--recipe", action="config", help="YAML file with any of the options below")
+        parser.add_argument("--recipe", action=ReadRecipe, help="YAML file with any of the options below")
     hints = typing.get_type_hints(verb.settings)
     for f in fields:
         add_option(parser, f, hints[f.name], recipes)
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    parser.add_argument("--traceback", action="store_true", help="show where an error arose")
     numbers = {f"--{f.name.replace('_', '-')}" for f in fields if hints[f.name] in (list[int], list[float])}
     try:
         values = parser.parse_args(split_commas(words, numbers)).as_dict()
@@ -495,7 +660,9 @@ def parse(name: str, verb: Verb, words: list[str]) -> Any:
         given = [word.partition("=")[0] for word in words if word.startswith("--")]
         wrong = [word for word in given if word.partition(".")[0] not in options]
         close = [f"did you mean {match}?" for word in wrong for match in get_close_matches(word, options, n=1)]
-        raise ConfigError("; ".join([str(error), *close, f"glsim {name} --help lists the options"])) from None
+        raise ConfigError(
+            "; ".join([" ".join(str(error).split()), *close, f"glsim {name} --help lists the options"])
+        ) from None
     return verb.settings(**{f.name: values[f.name] for f in fields})
 
 
@@ -519,9 +686,10 @@ def add_option(parser: Any, f: dataclasses.Field, hint: Any, recipes: bool) -> N
     text = f.metadata["help"]
     needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+    hint = str if hint == str | None else hint  # a text is never YAML: `null` is a name
     if f.metadata.get("positional"):
         if hint == list[str]:
-            parser.add_argument(f.name, nargs="+", help=text)
+            parser.add_argument(f.name, nargs="+", type=str, help=text)
         elif needed:
             parser.add_argument(f.name, type=hint, help=text)
         else:
@@ -534,7 +702,7 @@ def add_option(parser: Any, f: dataclasses.Field, hint: Any, recipes: bool) -> N
             off = f"--no-{option[2:]}"
             parser.add_argument(off, dest=f.name, action="store_false", default=SUPPRESS, help=f"not {option}")
     elif hint == list[str] | None:
-        parser.add_argument(option, nargs="+", default=default, help=text)
+        parser.add_argument(option, nargs="+", type=str, default=default, help=text)
     elif hint in (list[int], list[float], list[str]):
         parser.add_argument(option, nargs="+", type=typing.get_args(hint)[0], default=default, help=text)
     elif needed:

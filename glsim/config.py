@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import typing
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,29 +16,62 @@ from typing import Any, Literal
 import yaml
 
 from glsim.catalog import SETS
-from glsim.files import read_text
+from glsim.files import expand, one_line, read_text
 from glsim.images import MAX_MEGAPIXELS
 from glsim.models import METHODS
 from glsim.types import EMBEDDINGS, ConfigError, choose
 
 Size = int | list[int] | None
+Role = Literal["reads", "file", "folder"]  # of a path: it is read, or a file or folder is written there
 
 
-def setting(default: Any, help: str) -> Any:  # noqa: A002
-    """A dataclass field with a default and its one-line help."""
+def setting(default: Any, help: str, path: Role | None = None) -> Any:  # noqa: A002
+    """A dataclass field with a default and its one-line help; `path` where its text names a file or folder."""
     if isinstance(default, dict | list):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help, "path": path})
+    return field(default=default, metadata={"help": help, "path": path})
 
 
-def required(help: str) -> Any:  # noqa: A002
+def required(help: str, path: Role | None = None) -> Any:  # noqa: A002
     """A dataclass field that a recipe or the command line has to give."""
-    return field(metadata={"help": help})
+    return field(metadata={"help": help, "path": path})
 
 
-def positional(default: Any, help: str) -> Any:  # noqa: A002
+def positional(default: Any, help: str, path: Role | None = None) -> Any:  # noqa: A002
     """A dataclass field that stands on the command line without its name; `MISSING` makes it mandatory."""
-    return field(default=default, metadata={"help": help, "positional": True})
+    return field(default=default, metadata={"help": help, "positional": True, "path": path})
+
+
+class Settings:
+    """What all settings have in common: in their paths `~` is the home folder, before anything is checked."""
+
+    def __init_subclass__(cls) -> None:
+        check = cls.__dict__.get("__post_init__")
+
+        def __post_init__(self: Any) -> None:
+            for f in dataclasses.fields(self):
+                value = getattr(self, f.name)
+                if f.metadata.get("path") and value is not None:
+                    whole = isinstance(value, str | Path)
+                    expanded = expand(str(value)) if whole else [expand(str(one)) for one in value]
+                    object.__setattr__(self, f.name, expanded)
+            if check is not None:
+                check(self)
+
+        cls.__post_init__ = __post_init__  # type: ignore[attr-defined]
+
+
+def outputs(settings: Any) -> dict[str, tuple[str, Role]]:
+    """The settings that name a path on this machine that will be written, with it, and what will be made there."""
+    roles: dict[str, Any] = {f.name: f.metadata.get("path") for f in dataclasses.fields(settings)}
+    if getattr(settings, "engine", None) == "ray":
+        roles["out"] = "folder"
+    paths = {name: getattr(settings, name) for name, role in roles.items() if role in ("file", "folder")}
+    return {
+        name: (path, roles[name])
+        for name, path in paths.items()
+        if path is not None and not re.match("hf-hub:|[a-z0-9]+://", path)
+    }
 
 
 def megapixels() -> Any:
@@ -46,12 +80,14 @@ def megapixels() -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train:
+class Train(Settings):
     """Train a model on a folder or CSV of images. OUT becomes a bundle: load it, evaluate it, predict with it."""
 
-    data: str = required("folder (train/CLASS/.., or CLASS/..), CSV with path,label[,split], hf:NAME or wds:FOLDER")
+    data: str = required(
+        "folder (train/CLASS/.., or CLASS/..), CSV with path,label[,split], hf:NAME or wds:FOLDER", path="reads"
+    )
     dataset: str | None = setting(None, "data set prepared in DATA; its settings hold unless others are given")
-    out: str = required("run folder to make")
+    out: str = required("run folder to make", path="folder")
     resume: bool = setting(False, "go on from the last checkpoint in OUT")
 
     method: str = setting("glsim", f"one of: {', '.join(METHODS)}")
@@ -61,7 +97,9 @@ class Train:
     options: dict[str, Any] = setting({}, "options of the method, as --options.top_o 16 --options.metric gls_l2")
     backbone_args: dict[str, Any] = setting({}, "handed to timm, as --backbone-args.depth 6")
 
-    init_from: str | None = setting(None, "start from a bundle, hf-hub:owner/name, .pth (what fits) or ViT .npz")
+    init_from: str | None = setting(
+        None, "start from a bundle, hf-hub:owner/name, .pth (what fits) or ViT .npz", path="reads"
+    )
 
     val_fraction: float = setting(0.0, "share of train held out, stratified, to watch the run (0: none)")
     test_fraction: float = setting(0.2, "share held out as test where the data has no split of its own")
@@ -162,12 +200,12 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reproduce:
+class Reproduce(Settings):
     """Run a recipe by the paper's protocol: choose the lr on images held out of train, then train several seeds."""
 
-    recipe: str = positional(MISSING, "YAML file, as for train")
-    data: str = required("folder or CSV, as for train")
-    out: str = required("folder for all the runs; the same command goes on where it was interrupted")
+    recipe: str = positional(MISSING, "YAML file, as for train", path="reads")
+    data: str = required("folder or CSV, as for train", path="reads")
+    out: str = required("folder for all the runs; the same command goes on where it was interrupted", path="folder")
     lrs: list[float] = setting([], "learning rates to choose from; default: the recipe's, and nothing is chosen")
     seeds: list[int] = setting([1, 10, 100], "of the runs that are measured on test; the first one's choose the lr")
     val_fraction: float = setting(0.2, "share of train held out while choosing, where the data has no val split")
@@ -193,29 +231,35 @@ class Reproduce:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class Report(Settings):
     """Tables of finished runs: mean and std over seeds, one table a data set, McNemar between pairs of runs."""
 
-    runs: list[str] = positional(MISSING, "run folders, folders of glsim reproduce, or globs of them")
-    against: str | None = setting(None, "method or run folder: pair every other row with this one (exact McNemar)")
+    runs: list[str] = positional(MISSING, "run folders, folders of glsim reproduce, or globs of them", path="reads")
+    against: str | None = setting(
+        None, "method or run folder: pair every other row with this one (exact McNemar)", path="reads"
+    )
     best_on_test: bool = setting(False, "a column with the best seed's accuracy, named so; not a result to quote")
-    out: str | None = setting(None, "folder for report.md, report.csv and report.png")
+    out: str | None = setting(None, "folder for report.md, report.csv and report.png", path="folder")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eval:
+class Eval(Settings):
     """Measure a model on one split: top-1, top-5, mean over classes, exact counts; a page of the mistakes."""
 
-    source: str = positional(MISSING, "bundle, hf-hub:owner/name, official .pth or exported .onnx")
-    data: str = required("folder, CSV, hf:NAME or wds:FOLDER, as for train")
+    source: str = positional(MISSING, "bundle, hf-hub:owner/name, official .pth or exported .onnx", path="reads")
+    data: str = required("folder, CSV, hf:NAME or wds:FOLDER, as for train", path="reads")
     dataset: str | None = setting(None, "name of a data set prepared in DATA")
     split: Literal["train", "val", "test", "all"] = setting("test", "which images; all: every one there is")
     options: dict[str, Any] = setting({}, "options of the method to change, as --options.margin null")
-    out: str | None = setting(None, "folder for evaluation.json, predictions.csv and the confusion matrix")
-    errors: str | None = setting(None, "folder for index.html: the mistakes with pictures, most confident first")
+    out: str | None = setting(
+        None, "folder for evaluation.json, predictions.csv and the confusion matrix", path="folder"
+    )
+    errors: str | None = setting(
+        None, "folder for index.html: the mistakes with pictures, most confident first", path="folder"
+    )
     flip: bool = setting(False, "average the logits of each image and its mirror image")
     reject: bool = setting(False, "also measure the answers at or above the threshold that calibrate --max-error found")
-    taxonomy: str | None = setting(None, "CSV label,genus,.. from fine to coarse: measure every level")
+    taxonomy: str | None = setting(None, "CSV label,genus,.. from fine to coarse: measure every level", path="reads")
     batch_size: int = setting(32, "images at a time")
     workers: int = setting(2, "processes that load images")
     skip_bad: bool = setting(False, "leave unreadable images out and list them")
@@ -231,11 +275,11 @@ class Eval:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibrate:
+class Calibrate(Settings):
     """Fit confidences on validation images, and when a first pass may answer alone; changes the bundle."""
 
-    source: str = positional(MISSING, "bundle folder")
-    data: str = required("folder, CSV, hf:NAME or wds:FOLDER, as for train")
+    source: str = positional(MISSING, "bundle folder", path="folder")
+    data: str = required("folder, CSV, hf:NAME or wds:FOLDER, as for train", path="reads")
     dataset: str | None = setting(None, "name of a data set prepared in DATA")
     split: Literal["train", "val", "test", "all"] = setting(
         "val", "which images, as eval takes them; none that the model was trained on; all: every one there is"
@@ -260,24 +304,28 @@ class Calibrate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predict:
+class Predict(Settings):
     """Name what is in images: top-k classes with probabilities, and the crop box."""
 
-    source: str = positional(MISSING, "bundle, hf-hub:owner/name, official .pth or exported .onnx")
-    images: list[str] = positional(MISSING, "files, folders or globs")
+    source: str = positional(MISSING, "bundle, hf-hub:owner/name, official .pth or exported .onnx", path="reads")
+    images: list[str] = positional(MISSING, "files, folders or globs", path="reads")
     options: dict[str, Any] = setting({}, "options of the method to change, as --options.margin null")
     top_k: int = setting(5, "answers per image")
     flip: bool = setting(False, "average the logits of each image and its mirror image")
     reject: bool = setting(False, "answer unknown below the threshold that calibrate --max-error found")
     taxonomy: str | None = setting(
-        None, "CSV label,genus,.. from fine to coarse: with --reject, answer with a coarser level where that is sure"
+        None,
+        "CSV label,genus,.. from fine to coarse: with --reject, answer with a coarser level where that is sure",
+        path="reads",
     )
     embedding: Literal["global", "crop", "fused"] | None = setting(
         None, "write this vector too (jsonl, Parquet): of the image, of the crop, or what the head reads"
     )
     format: Literal["text", "jsonl", "csv"] | None = setting(None, "default: by the ending of --out, else text")
     out: str | None = setting(
-        None, "write there instead of printing; --engine ray: folder or s3://.. for Parquet files"
+        None,
+        "write there instead of printing; --engine ray: folder or s3://.. for Parquet files",
+        path="file",
     )
     engine: Literal["local", "ray"] = setting(
         "local", "ray: many workers, lists and object stores, Parquet out; the same command goes on where it stopped"
@@ -310,6 +358,8 @@ class Predict:
                 raise ConfigError("out: --engine ray writes Parquet files; name a folder with --out")
             if self.format is not None:
                 raise ConfigError(f"format={self.format}: --engine ray writes Parquet; leave it out")
+        elif remote := [one for one in self.images if "://" in one or _is_list(one)]:
+            raise ConfigError(f"images={remote[0]}: lists and object stores need --engine ray, and --out FOLDER")
         elif self.address is not None:
             raise ConfigError(f"address={self.address}: only with --engine ray")
         elif self.part_size != Predict.part_size:
@@ -324,7 +374,7 @@ class Predict:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Encode:
+class _Encode(Settings):
     """What every verb of an index takes besides its own."""
 
     batch_size: int = setting(32, "images at a time")
@@ -343,9 +393,9 @@ class _Encode:
 class IndexBuild(_Encode):
     """Keep the images of a data set as vectors, so that more classes can be added without training."""
 
-    source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth")
-    data: str = required("folder, CSV, hf:NAME or wds:FOLDER, as for train")
-    out: str = required("folder to make, say RUN/index")
+    source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth", path="reads")
+    data: str = required("folder, CSV, hf:NAME or wds:FOLDER, as for train", path="reads")
+    out: str = required("folder to make, say RUN/index", path="folder")
     dataset: str | None = setting(None, "name of a data set prepared in DATA")
     split: Literal["train", "val", "test"] = setting("train", "which images")
     embedding: Literal["global", "crop", "fused"] | None = setting(
@@ -364,10 +414,10 @@ class IndexBuild(_Encode):
 class IndexAdd(_Encode):
     """Add images to an index, of a new class or a known one; the class is recognised at once."""
 
-    index: str = positional(MISSING, "folder of glsim index build")
-    images: list[str] = positional(MISSING, "files, folders or globs")
+    index: str = positional(MISSING, "folder of glsim index build", path="folder")
+    images: list[str] = positional(MISSING, "files, folders or globs", path="reads")
     label: str | None = setting(None, "class of all these images; default: of each, the name of its folder")
-    source: str | None = setting(None, "the model, where it is no longer where it was")
+    source: str | None = setting(None, "the model, where it is no longer where it was", path="reads")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -379,12 +429,12 @@ class IndexAdd(_Encode):
 class IndexQuery(_Encode):
     """Name what is in images by an index: classes by similarity, nearest images and their vote."""
 
-    index: str = positional(MISSING, "folder of glsim index build")
-    images: list[str] = positional(MISSING, "files, folders or globs")
+    index: str = positional(MISSING, "folder of glsim index build", path="reads")
+    images: list[str] = positional(MISSING, "files, folders or globs", path="reads")
     top_k: int = setting(5, "classes per image")
     neighbours: int = setting(5, "nearest images that vote, and are shown")
     below: float = setting(-1.0, "similarity of the best class below which an image is unknown")
-    source: str | None = setting(None, "the model, where it is no longer where it was")
+    source: str | None = setting(None, "the model, where it is no longer where it was", path="reads")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -397,15 +447,17 @@ class IndexQuery(_Encode):
 class IndexEval(_Encode):
     """Measure an index beside the softmax head: recall, accuracy as classes are added, what is unknown."""
 
-    index: str = positional(MISSING, "folder of glsim index build")
-    data: str = required("folder, CSV, hf:NAME or wds:FOLDER, as for train; classes not in the index count as unknown")
+    index: str = positional(MISSING, "folder of glsim index build", path="reads")
+    data: str = required(
+        "folder, CSV, hf:NAME or wds:FOLDER, as for train; classes not in the index count as unknown", path="reads"
+    )
     dataset: str | None = setting(None, "name of a data set prepared in DATA")
     split: Literal["train", "val", "test"] = setting("test", "which images")
     neighbours: int = setting(5, "nearest images that vote")
     shots: list[int] = setting([1, 5, 20], "images of each added class, where the index has classes the head has not")
     steps: int = setting(4, "steps in which those classes are added")
     seed: int = setting(0, "of which images are taken")
-    source: str | None = setting(None, "the model, where it is no longer where it was")
+    source: str | None = setting(None, "the model, where it is no longer where it was", path="reads")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -417,12 +469,12 @@ class IndexEval(_Encode):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Explain:
+class Explain(Settings):
     """Draw why: heat-map, box and crop as PNG, by one score or several; a sheet of all images beside."""
 
-    source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth")
-    images: list[str] = positional(MISSING, "files, folders or globs")
-    out: str = required("folder for the pictures")
+    source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth", path="reads")
+    images: list[str] = positional(MISSING, "files, folders or globs", path="reads")
+    out: str = required("folder for the pictures", path="folder")
     options: dict[str, Any] = setting({}, "options of the method to change, as --options.top_o 16")
     metrics: list[str] | None = setting(None, "scores to draw, or all; default: the model's own, gls_cos for plain")
     contrast: list[str] | None = setting(None, "two classes: draw what speaks for the first against the second")
@@ -456,12 +508,14 @@ class Explain:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Localize:
+class Localize(Settings):
     """Measure where the model looks against masks: scores and boxes of every mechanism, beside controls."""
 
-    source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth")
-    images: str = required("folder (or file, or glob) of images")
-    masks: str = required("folder of masks, one an image: PNG, trimap or PASCAL VOC XML; or with body/ and part/")
+    source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth", path="reads")
+    images: str = required("folder (or file, or glob) of images", path="reads")
+    masks: str = required(
+        "folder of masks, one an image: PNG, trimap or PASCAL VOC XML; or with body/ and part/", path="reads"
+    )
     metrics: list[str] | None = setting(None, "mechanisms, or all; default: the model's own, gls_cos for plain")
     controls: bool = setting(False, "boxes of the same size too: centre, random place; random patches; whole image")
     faithfulness: bool = setting(False, "deletion and insertion curves too (18 more passes a mechanism)")
@@ -472,7 +526,7 @@ class Localize:
     batch_size: int = setting(32, "images at a time")
     skip_bad: bool = setting(False, "leave unreadable images, and bad masks with theirs, out and list them")
     max_megapixels: float = megapixels()
-    out: str | None = setting(None, "file for the result as JSON")
+    out: str | None = setting(None, "file for the result as JSON", path="file")
     device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
 
     def __post_init__(self) -> None:
@@ -485,10 +539,10 @@ class Localize:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Serve:
+class Serve(Settings):
     """A web page and a JSON API on this machine: drop an image, see the answer and why. Needs glsim[demo]."""
 
-    source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth")
+    source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth", path="reads")
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0: every network this machine is in")
     port: int = setting(7860, "port to listen on (0: any that is free)")
     allowed_hosts: list[str] | None = setting(None, "names it may be called by, besides addresses and localhost")
@@ -498,7 +552,9 @@ class Serve:
     workers: int = setting(2, "threads that decode images")
     max_mb: float = setting(20.0, "megabytes of a request")
     max_megapixels: float = setting(50.0, "megapixels of an image")
-    examples: str | None = setting(None, "folder or glob of images to try on the page; default: drawn birds")
+    examples: str | None = setting(
+        None, "folder or glob of images to try on the page; default: drawn birds", path="reads"
+    )
     device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
 
     def __post_init__(self) -> None:
@@ -511,26 +567,33 @@ class Serve:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
+class Bench(Settings):
     """Time models in turn: answers, training steps, images a second, peak memory, and their ratios."""
 
     methods: list[str] = setting(["plain", "glsim"], "what to measure; options after a colon: glsim:crop_size=112")
-    sources: list[str] = setting([], "trained bundles or exported .onnx to measure instead, at their own image size")
+    sources: list[str] = setting(
+        [], "trained bundles or exported .onnx to measure instead, at their own image size", path="reads"
+    )
     backbones: list[str] = setting(["vit_base_patch16_224"], "timm model names")
     sizes: list[int] = setting([224], "sides of the images in pixels")
     batch_sizes: list[int] = setting([1, 8], "images at a time")
     dtypes: list[str] = setting(["float32"], "float32, bfloat16, float16: of the weights; in training, of autocast")
     compile: Literal["no", "yes", "both"] = setting("no", "compile the models with torch.compile")
-    against: str | None = setting(None, "a method (or source): divide what the others took by what this one took")
+    against: str | None = setting(
+        None, "a method (or source): divide what the others took by what this one took", path="reads"
+    )
     training: bool = setting(True, "time training steps too: forward, backward, SGD")
     memory: bool = setting(True, "measure peak memory too, each row in a process of its own")
     data: str | None = setting(
         None,
         "images (folder or glob): how many a second are read, prepared and answered; with --sources a data set as "
         "for train, whose test images are what is answered (the cost of a model may depend on them)",
+        path="reads",
     )
     images: int = setting(128, "with --sources and --data: test images in every turn, in memory beforehand")
-    loader: str | None = setting(None, "recipe: instead, the images a second that training loads from DATA, and uses")
+    loader: str | None = setting(
+        None, "recipe: instead, the images a second that training loads from DATA, and uses", path="reads"
+    )
     train: dict[str, Any] = setting({}, "with --loader: settings instead of the recipe's, as --train.cache ram")
     seconds: float = setting(15.0, "with --loader: how long loading, model and both together are timed each")
     workers: int | None = setting(None, "processes that load images; default: 2, with --loader those of the recipe")
@@ -539,7 +602,7 @@ class Bench:
     warmup: int = setting(2, "rounds before those, not counted")
     num_classes: int = setting(200, "outputs of the last layer")
     backbone_args: dict[str, Any] = setting({}, "handed to timm, as --backbone-args.depth 6")
-    out: str | None = setting(None, "folder for bench.json and plots")
+    out: str | None = setting(None, "folder for bench.json and plots", path="folder")
     device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
 
     def __post_init__(self) -> None:
@@ -581,7 +644,7 @@ class Bench:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flops:
+class Flops(Settings):
     """Count parameters and floating point operations of a model, or of each way to choose patches; nothing is timed."""
 
     method: str = setting("glsim", f"shown beside plain; one of: {', '.join(METHODS)}")
@@ -609,22 +672,22 @@ class Flops:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Convert:
+class Convert(Settings):
     """Turn a checkpoint of the GLSim, TransFG or FFVT authors into a bundle, reporting every key used or ignored."""
 
-    checkpoint: str = positional(MISSING, "official .pth file")
-    bundle: str = positional(MISSING, "folder to make")
+    checkpoint: str = positional(MISSING, "official .pth file", path="reads")
+    bundle: str = positional(MISSING, "folder to make", path="folder")
     method: Literal["glsim", "transfg", "ffvt"] = setting("glsim", "whose checkpoint it is")
     options: dict[str, Any] = setting({}, "what the file does not hold, as --options.num_heads 12 --options.stride 12")
-    labels: str | None = setting(None, "text file with one class name a line, in the order of the logits")
+    labels: str | None = setting(None, "text file with one class name a line, in the order of the logits", path="reads")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export:
+class Export(Settings):
     """Write a model as one graph that runs without glsim (ONNX, torch.export), and hold it to the model's answers."""
 
-    source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth")
-    out: str = required("file to write: model.onnx, or model.pt2 for torch.export")
+    source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth", path="reads")
+    out: str = required("file to write: model.onnx, or model.pt2 for torch.export", path="file")
     format: Literal["onnx", "torch"] | None = setting(None, "default: by the ending of --out")
     precision: Literal["float32", "int8"] = setting(
         "float32", "int8: ONNX with weights of 8 bits, smaller and faster on CPUs; its answers are no longer the same"
@@ -641,10 +704,10 @@ class Export:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Push:
+class Push(Settings):
     """Send a bundle to the Hugging Face Hub, with its licence; load it there as hf-hub:owner/name."""
 
-    run: str = positional(MISSING, "bundle folder")
+    run: str = positional(MISSING, "bundle folder", path="reads")
     repository: str = positional(MISSING, "owner/name; made where it is not there yet")
     licence: str | None = setting(None, "of the weights, by the Hub's name for it: apache-2.0, cc-by-nc-4.0, ..")
     data_licence: str | None = setting(None, "of the images; default: what the bundle says")
@@ -661,11 +724,11 @@ class Push:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Doctor:
+class Doctor(Settings):
     """Look through a data set before training: bad files, duplicates, leaks, labels, sizes, memory; writes a page."""
 
-    data: str = positional(MISSING, "folder or CSV, as for train")
-    out: str = setting("doctor.html", "page to write; an older one is replaced")
+    data: str = positional(MISSING, "folder or CSV, as for train", path="reads")
+    out: str = setting("doctor.html", "page to write; an older one is replaced", path="file")
     near: int = setting(32, "pictures are nearly the same when at most so many of the 256 bits of their hash differ")
     min_images: int = setting(5, "training images a class should have")
     test_fraction: float = setting(0.2, "share held out as test where the data has no split of its own")
@@ -694,13 +757,15 @@ class Doctor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Datasets:
+class Datasets(Settings):
     """List the data sets glsim knows by name, or prepare one in a folder for --dataset NAME."""
 
     action: Literal["list", "prepare"] = positional("list", "list, or prepare NAME")
     name: str | None = positional(None, "synthetic, or a name of the list")
-    root: str | None = setting(None, "folder to make, or to fill")
-    source: list[str] | None = setting(None, "the publisher's archives, or the folder they were unpacked in")
+    root: str | None = setting(None, "folder to make, or to fill", path="folder")
+    source: list[str] | None = setting(
+        None, "the publisher's archives, or the folder they were unpacked in", path="reads"
+    )
     partial: bool = setting(False, "leave out listed images that are not there, and accept other counts")
     classes: int = setting(8, "synthetic: how many species")
     train: int = setting(60, "synthetic: training images a class")
@@ -713,10 +778,10 @@ class Datasets:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quickstart:
+class Quickstart(Settings):
     """Train plain ViT and GLSim on the embedded synthetic birds, evaluate and explain them, write a report."""
 
-    out: str = setting("quickstart", "folder for data, runs and report")
+    out: str = setting("quickstart", "folder for data, runs and report", path="folder")
     epochs: int = setting(16, "passes over train, for each of the two models")
     train: int = setting(120, "training images a species")
     test: int = setting(40, "test images a species")
@@ -728,17 +793,26 @@ class Quickstart:
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """The keys of a recipe (YAML). Raises ConfigError naming the file and any key that `Train` does not have."""
-    path = Path(path)
+    path = Path(expand(str(path)))
     try:
         values = yaml.safe_load(read_text(path))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"recipe {path} cannot be read: {error}") from error
+    except yaml.MarkedYAMLError as error:
+        where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"recipe {path} cannot be read: {error.problem or one_line(error)}{where}") from error
+    except RecursionError:
+        raise ConfigError(f"recipe {path} cannot be read: lists and objects too deep inside each other") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"recipe {path} cannot be read: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"recipe {path} holds no 'key: value' lines")
     known = {f.name for f in dataclasses.fields(Train)} - {"resume"}
     unknown = sorted(str(k) for k in set(values) - known)
     if unknown:
         raise ConfigError(f"recipe {path}: unknown {', '.join(unknown)}; known keys: {', '.join(sorted(known))}")
+    for name, hint in typing.get_type_hints(Train).items():
+        value = values.get(name)
+        if hint in (str, str | None) and value is not None and not isinstance(value, str):
+            raise ConfigError(f"recipe {path}: {name}: {value} is no text in YAML; put it between quotes")
     return values
 
 
@@ -771,6 +845,10 @@ def to_recipe(settings: Train) -> str:
     values = dataclasses.asdict(settings)
     del values["resume"]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _is_list(path: str) -> bool:
+    return path.lower().endswith((".csv", ".parquet")) and not Path(path).is_dir()
 
 
 def _at_least(settings: Any, least: float, *names: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from glsim.bundle import CONFIG, save
 from glsim.config import Convert
-from glsim.files import read_text
+from glsim.files import one_line, read_text
 from glsim.official import convert_official
 from glsim.types import ConfigError, DataError
 
@@ -25,7 +25,7 @@ def run(s: Convert) -> dict[str, Any]:
         try:
             labels = read_text(s.labels).splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"labels file {s.labels} cannot be read: {error}") from error
+            raise DataError(f"labels file {s.labels} cannot be read: {one_line(error)}") from error
     model = convert_official(s.checkpoint, s.method, **s.options)
     save(model, s.bundle, labels, converted_from=Path(s.checkpoint).name)
     return {"bundle": s.bundle, "options": model.config["options"], **model.conversion._asdict()}

@@ -393,9 +393,11 @@ def _rows_of_list(file: Path) -> list[_Row]:
     missing = {base: [row for row in rows if not (base / row.key).is_file()] for base in bases}
     base = min(bases, key=lambda base: len(missing[base]))
     if missing[base]:
-        first = "".join(f"\n  {row.where}: {row.key}" for row in missing[base][:5])
         looked = f"{folder} and the folders in it" if published else str(folder)
-        raise DataError(f"{file}: {len(missing[base])} of {len(rows)} images are missing below {looked}; first:{first}")
+        raise DataError(
+            f"{file}: {len(missing[base])} of {len(rows)} images are missing below {looked}; first:",
+            details=[f"{row.where}: {row.key}" for row in missing[base][:5]],
+        )
     return [row._replace(path=base / row.key) for row in rows]
 
 

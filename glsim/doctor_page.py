@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from glsim.copies import PAIRS
+from glsim.files import printable
 from glsim.images import BadImage, cores, read_image
 from glsim.memory import SLACK, as_gib
 
@@ -74,8 +75,7 @@ figcaption, .note {{ font-size: .8rem; line-height: 1.35; overflow-wrap: anywher
 
 
 def _text(value: Any) -> str:
-    # A file name may hold bytes that are no text.
-    return html.escape(str(value).encode("utf-8", "backslashreplace").decode())
+    return html.escape(printable(value))
 
 
 def _breakable(name: Any) -> str:

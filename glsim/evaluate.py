@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import time
@@ -27,7 +25,7 @@ from glsim.confidence import calibration_error, reliability, risk_coverage
 from glsim.config import Eval
 from glsim.data import ImageList, hold_out_val, is_split, read_data, split_hash
 from glsim.figures import draw_confidence, draw_confusion
-from glsim.files import make_folder, write_text
+from glsim.files import csv_text, make_folder, write_text
 from glsim.images import BadImage, find_bad, limited
 from glsim.mistakes import find_mistakes, write_page
 from glsim.predict import answers
@@ -269,16 +267,15 @@ def sure_answers(result: Evaluation, taxonomy: Taxonomy, threshold: float) -> di
 
 
 def predictions_table(images: ImageList, result: Evaluation, root: str | Path | None = None) -> str:
-    """One line an image, as CSV. Paths are as they were given, or count from `root` (a list's folder)."""
-    labels, text = images.classes, io.StringIO()
+    """One line an image, by `csv_text`. Paths are as they were given, or count from `root` (a list's folder)."""
+    labels = images.classes
     if root is not None:
         root = located(root)
         root = root.parent if root.is_file() else root
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "label", "prediction", "confidence"])
+    rows: list[list[object]] = [["path", "label", "prediction", "confidence"]]
     for path, label, guess, p in zip(
         images.paths, images.labels, result.predictions.tolist(), result.confidences.tolist(), strict=True
     ):
         shown = path if root is None else Path(os.path.relpath(path, root)).as_posix()
-        writer.writerow([shown, labels[label], labels[guess], f"{p:.6f}"])
-    return text.getvalue()
+        rows.append([shown, labels[label], labels[guess], f"{p:.6f}"])
+    return csv_text(rows)

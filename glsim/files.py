@@ -11,18 +11,29 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from glsim.types import DataError
+from glsim.types import ConfigError, DataError, GlsimError
 
 JSON_DEPTH = 64  # lists and objects inside each other; Python's own limit ends in a RecursionError far from the file
 ERROR_LENGTH = 500  # characters that a library's error may add to a message
-# C0 and C1 controls, line separators, and marks that reorder the text around them
-_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# C0 and C1 controls, line separators, marks that reorder the text around them, and what has no width
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]")
+_WORKER = "Original Traceback (most recent call last):"
+_FORMULA = re.compile(r"'*\s*[=+\-@\uff1d\uff0b\uff0d\uff20\t\r\n]")  # as spreadsheets read the start of a cell
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def expand(path: str) -> str:
+    """A path with `~` (or `~user`) at its start as the home folder, also behind `hf:`, `wds:` and `local-dir:`."""
+    kind, home, rest = re.fullmatch(r"((?:hf:|wds:|local-dir:)?)(~?)(.*)", path, re.DOTALL).groups()  # type: ignore[union-attr]
+    return kind + os.path.expanduser(home + rest) if home else path  # noqa: PTH111 (which raises for no such user)
+
 
 MARKER = ".glsim"  # a file in each folder that was made for what glsim writes
 _JUNK = {  # what systems put beside people's files: NAS boxes, Windows, macOS, Linux, Python
@@ -188,6 +199,32 @@ def make_parent(path: str | Path) -> None:
         (place / MARKER).touch()
 
 
+def check_writable(path: str | Path, folder: bool = False) -> None:
+    """Hold that a file (or a `folder`) can be written at `path`, below folders that may still have to be made.
+
+    Nothing is left behind. Raises ConfigError where something else is there, GlsimError where the system refuses.
+    """
+    path = Path(path)
+    try:
+        if path.is_symlink() and not path.exists():
+            raise ConfigError(f"{path} is a link to what is not there; name another")
+        if folder and path.exists() and not path.is_dir():
+            raise ConfigError(f"{path} is a file; name a folder")
+        if not folder and path.is_dir():
+            raise ConfigError(f"{path} is a folder; name a file")
+        if not folder and path.exists() and not path.is_file():
+            raise ConfigError(f"{path} is not a regular file; name another")
+        place = path if folder else path.parent
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            raise ConfigError(f"{path} lies below {place}, which is a file; name another")
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise GlsimError(f"{path} cannot be written: {one_line(error)}; name another") from error
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Write a file whole or not at all: yields a temporary name beside it, renamed to `path` once the disk has it.
@@ -225,12 +262,16 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, to_json(value, indent=2) + "\n")
 
 
-def to_json(value: Any, indent: int | None = None) -> str:
-    """A value as a JSON text. Numbers that JSON has not (NaN, infinity) become null."""
+def to_json(value: Any, indent: int | None = None, ascii: bool = False) -> str:  # noqa: A002
+    """A value as a JSON text; with `ascii`, in nothing else.
+
+    Numbers that JSON has not (NaN, infinity) become null, and what is unseen in a text is escaped.
+    """
     try:
-        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(value, indent=indent, ensure_ascii=ascii, allow_nan=False)
     except ValueError:
-        return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(_finite(value), indent=indent, ensure_ascii=ascii, allow_nan=False)
+    return _UNSEEN.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
 
 
 def _finite(value: Any) -> Any:
@@ -260,6 +301,55 @@ def shorten(text: object, length: int = ERROR_LENGTH) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, on one line of at most ERROR_LENGTH characters; its type where it says nothing."""
-    first = next((line for line in str(error).splitlines() if line.strip()), "")
+    """What an exception says, on one line of at most ERROR_LENGTH characters; its type where it says nothing.
+
+    One that comes from a worker process of torch holds the worker's traceback: what was said there is its end.
+    """
+    text = str(error)
+    if _WORKER in text:
+        text = text.rpartition(f"{type(error).__name__}: ")[2]
+        text = text.splitlines()[-1] if _WORKER in text else text
+    first = next((line for line in text.splitlines() if line.strip()), "")
     return printable(shorten(first.strip())) if first else type(error).__name__
+
+
+def shown(value: Any) -> Any:
+    """A value with every text in it, keys too, as `printable` shows it."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {shown(key): shown(inside) for key, inside in value.items()}
+    return type(value)(map(shown, value)) if type(value) in (list, tuple) else value
+
+
+def csv_text(rows: Iterable[Iterable[object]]) -> str:
+    """Rows as CSV for people and their spreadsheets: texts `printable`, and with an apostrophe before what a
+    spreadsheet would take for a formula. Numbers stay as they are. `csv_plain` takes the apostrophe off again."""
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([_cell(cell) for cell in row] for row in rows)
+    return file.getvalue()
+
+
+def csv_plain(cell: str) -> str:
+    """A cell of `csv_text` without the apostrophe that keeps it from being a formula."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
+
+
+def _cell(cell: object) -> object:
+    if cell is None or isinstance(cell, bool | int | float):
+        return cell
+    text = printable(cell)
+    return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
+
+
+def markdown(text: object) -> str:
+    """A text on one line of Markdown, in which nothing is markup."""
+    marked = re.sub(r"[\\`*\[\]<>|~$]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)", r"\\\g<0>", printable(text))
+    return re.sub(r"^(\s*\d*)([-+#=]|(?<=\d)[.)])(?=[\s=#+-]|$)", r"\1\\\2", marked)
+
+
+def code_span(text: object) -> str:
+    """A text on one line of Markdown as code, whatever backticks it holds."""
+    inside = printable(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", inside)), default=0))
+    return f"{fence} {inside} {fence}" if len(fence) > 1 else f"`{inside}`"

@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelHubMixin, get_token, snapshot_download
 
+from glsim.files import one_line
 from glsim.types import ConfigError, DataError, GlsimError
 
 
@@ -43,7 +44,7 @@ def fetch(name: str, names: Sequence[str]) -> Path:
     try:
         found = HubFiles.from_pretrained(repository, revision=revision or None, names=names)
     except Exception as error:  # of the HTTP library's own classes too, and whatever the mixin meets in a config
-        raise DataError(f"hf-hub:{name} cannot be had: {_first_line(error)}") from error
+        raise DataError(f"hf-hub:{name} cannot be had: {one_line(error)}") from error
     return Path(found.files[names[0]]).parent
 
 
@@ -57,8 +58,4 @@ def push(files: Mapping[str, str | Path], name: str, message: str, private: bool
     try:
         return str(HubFiles(files).push_to_hub(name, commit_message=message, private=private))
     except Exception as error:  # a refused connection is of another class with every HTTP library that the Hub's had
-        raise GlsimError(f"{name} could not be pushed: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise GlsimError(f"{name} could not be pushed: {one_line(error)}") from error

@@ -6,7 +6,6 @@ first estimate is biased towards 1, so HSIC is estimated without bias (Nguyen et
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from glsim.backbone import Backbone, Model
 from glsim.figures import save_figure
-from glsim.files import write_text
+from glsim.files import write_json
 from glsim.types import ConfigError, DataError
 
 LEAST = 4  # images, for the estimate of HSIC
@@ -142,7 +141,7 @@ def measures(backbone: Backbone, tokens: Tensor) -> Tensor:
 def write(model: Model, batches: Iterable[Tensor], folder: Path) -> dict[str, Any]:
     """`analyse`, written into `folder` as layers.json and layers.png; returns it, with the paths."""
     found = analyse(model, batches)
-    write_text(folder / TABLE, json.dumps(found, indent=2, allow_nan=False) + "\n")
+    write_json(folder / TABLE, found)
     draw(found, folder / PICTURE)
     return {"picture": str(folder / PICTURE), "table": str(folder / TABLE), **found}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +19,7 @@ from glsim.catalog import xml_boxes
 from glsim.config import Localize
 from glsim.crop import placed
 from glsim.data import find_images
-from glsim.files import make_parent, write_text
+from glsim.files import make_parent, write_json
 from glsim.images import BadImage, limited, read_image, read_stored
 from glsim.pictures import selections_of, spell_out, title_of
 from glsim.road import NOISE, SHARES, faithfulness, under
@@ -76,7 +75,7 @@ def run(s: Localize, progress: bool = True) -> dict[str, Any]:
         "skipped": skipped,
     }
     if s.out is not None:
-        write_text(s.out, json.dumps(result, indent=2) + "\n")
+        write_json(s.out, result)
     return result
 
 

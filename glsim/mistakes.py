@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageOps
 from glsim.backbone import Model
 from glsim.bundle import preprocessing_of
 from glsim.data import ImageList
-from glsim.files import write_text
+from glsim.files import printable, write_text
 from glsim.images import BadImage, read_image
 from glsim.pictures import BOX_COLOUR, TITLES, Explanation, explanations, overlay, to_photograph
 from glsim.predict import to_original
@@ -265,5 +265,4 @@ def _example(c: int, names: Sequence[str], examples: dict[int, str]) -> str:
 
 
 def _text(value: Any) -> str:
-    # A file name may hold bytes that are no text.
-    return html.escape(str(value).encode("utf-8", "backslashreplace").decode())
+    return html.escape(printable(value))

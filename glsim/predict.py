@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +20,7 @@ from glsim.backbone import Model, StagedModel
 from glsim.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of, threshold_of
 from glsim.config import Predict
 from glsim.data import ImageDataset, find_images
-from glsim.files import make_parent, write_text
+from glsim.files import csv_text, expand, make_parent, printable, to_json, write_text
 from glsim.heads import lead
 from glsim.images import BadImage, limited, sharing
 from glsim.taxonomy import decide, flat, read_taxonomy
@@ -142,6 +139,7 @@ class Predictor:
 
     def loader(self, images: Sequence[str | Path | Image.Image]) -> DataLoader:
         """Batches (B, 3, H, W) of what can be read, with every image's size (width, height) or its BadImage."""
+        images = [expand(image) if isinstance(image, str) else image for image in images]
         transform = _WithSize(eval_transform(self.preprocessing))
         dataset: Any = ImageDataset(images, transform, keep_bad=True, max_pixels=self.max_pixels)
         workers = max(0, min(self.workers, len(images) - 1))
@@ -305,38 +303,36 @@ def as_text(predictions: Sequence[Prediction]) -> str:
     """A line an image: path, then classes with probabilities, then the box; a verdict before them, if there is one."""
     lines = []
     for a in predictions:
-        answers = ", ".join(f"{name} {p:.1%}" for name, p in zip(a.labels, a.probabilities, strict=True))
+        answers = ", ".join(f"{printable(name)} {p:.1%}" for name, p in zip(a.labels, a.probabilities, strict=True))
         if a.verdict is not None:
             sure = f"{a.verdict.level} {a.verdict.label} {a.verdict.probability:.1%}"
-            answers = f"{sure if a.verdict.level else a.verdict.label} ({answers})"
-        lines.append(f"{a.path}: {answers}" + (f"  crop {','.join(map(str, a.box))}" if a.box else ""))
+            answers = f"{printable(sure if a.verdict.level else a.verdict.label)} ({answers})"
+        lines.append(f"{printable(a.path)}: {answers}" + (f"  crop {','.join(map(str, a.box))}" if a.box else ""))
     return "".join(line + "\n" for line in lines)
 
 
 def as_jsonl(predictions: Sequence[Prediction]) -> str:
     """One JSON object a line."""
-    return "".join(json.dumps(a.as_dict(), ensure_ascii=False) + "\n" for a in predictions)
+    return "".join(to_json(a.as_dict()) + "\n" for a in predictions)
 
 
 def as_csv(predictions: Sequence[Prediction]) -> str:
-    """One row an image and rank: path, rank, label, probability, left, top, right, bottom.
+    """One row an image and rank, as `csv_text` writes it: path, rank, label, probability, left, top, right, bottom.
 
     Where the method chooses, also second_pass (true or false); where there are verdicts, also verdict, level and
     verdict_probability.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     more = ["second_pass"] * any(a.second_pass is not None for a in predictions)
     more += ["verdict", "level", "verdict_probability"] * any(a.verdict is not None for a in predictions)
-    writer.writerow(["path", "rank", "label", "probability", "left", "top", "right", "bottom", *more])
+    rows: list[list[object]] = [["path", "rank", "label", "probability", "left", "top", "right", "bottom", *more]]
     for a in predictions:
         said = [str(a.second_pass).lower()] if a.second_pass is not None else []
         said += (
             [a.verdict.label, a.verdict.level or "", f"{a.verdict.probability:.6f}"] if a.verdict is not None else []
         )
         for rank, (name, p) in enumerate(zip(a.labels, a.probabilities, strict=True), start=1):
-            writer.writerow([a.path, rank, name, f"{p:.6f}", *(a.box or ("",) * 4), *said])
-    return text.getvalue()
+            rows.append([a.path, rank, name, f"{p:.6f}", *(a.box or ("",) * 4), *said])
+    return csv_text(rows)
 
 
 FORMATS: dict[str, Callable[[Sequence[Prediction]], str]] = {"text": as_text, "jsonl": as_jsonl, "csv": as_csv}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from glsim.bundle import CARD, CONFIG, METRICS_FILE, UNKNOWN, WEIGHTS, card, load_bundle, read_config
 from glsim.config import Push
-from glsim.files import read_json
+from glsim.files import read_json, to_json
 from glsim.hub import push
 from glsim.types import ConfigError, DataError
 
@@ -37,7 +36,7 @@ def run(s: Push) -> dict[str, Any]:
     metrics = read_json(file) if file.is_file() else None
     files: dict[str, str | Path] = {
         WEIGHTS: folder / WEIGHTS,
-        CONFIG: json.dumps(config, indent=2) + "\n",
+        CONFIG: to_json(config, indent=2) + "\n",
         CARD: card(config, metrics),
     }
     if metrics is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import math
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from glsim import datasets, evaluate, pictures, train
 from glsim.bundle import load, preprocessing_of
 from glsim.config import Datasets, Eval, Explain, Quickstart, Train
 from glsim.data import ImageDataset, read_data
-from glsim.files import make_folder, write_text
+from glsim.files import make_folder, write_json, write_text
 from glsim.transforms import eval_transform, mask_transform
 from glsim.types import ConfigError
 
@@ -78,7 +77,7 @@ def run(s: Quickstart, progress: bool = True) -> dict[str, Any]:
     }
     for method in accuracy:
         (report / method / "curve.png").write_bytes((out / method / "curve.png").read_bytes())
-    write_text(report / "report.json", json.dumps(result, indent=2) + "\n")
+    write_json(report / "report.json", result)
     write_text(report / "report.html", as_html(result, s))
     return result
 

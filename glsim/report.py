@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import glob
-import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 from glsim.bundle import CONFIG, METRICS_FILE
 from glsim.config import Report, Train, read_recipe
 from glsim.figures import save_figure
-from glsim.files import make_folder, write_text
+from glsim.files import csv_plain, csv_text, make_folder, markdown, write_text
 from glsim.reproduce import STATE, plain, summary
 from glsim.train import FREE, PREDICTIONS, RECIPE
 from glsim.types import ConfigError, DataError
@@ -201,10 +200,11 @@ def read_predictions(run: Run) -> dict[str, tuple[str, str]]:
     file = run.folder / PREDICTIONS
     try:
         with file.open(encoding="utf-8", newline="") as lines:
-            answers = {row["path"]: (row["label"], row["prediction"]) for row in csv.DictReader(lines)}
+            rows = [{name: csv_plain(cell) for name, cell in row.items()} for row in csv.DictReader(lines)]
+        answers = {row["path"]: (row["label"], row["prediction"]) for row in rows}
     except FileNotFoundError:
         raise DataError(f"{run.folder} has no {PREDICTIONS}: it was trained by an earlier glsim; train again") from None
-    except (OSError, UnicodeDecodeError, KeyError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError, AttributeError, KeyError, csv.Error) as error:
         raise DataError(f"{file} cannot be read: {error!r}") from error
     right = sum(label == prediction for label, prediction in answers.values())
     if (right, len(answers)) != (run.test["correct"], run.test["count"]):
@@ -223,7 +223,7 @@ def as_markdown(r: dict[str, Any]) -> str:
     ]
     for data in r["data"]:
         counts = sorted({row["count"] for row in data["rows"]})
-        lines += ["", f"## {data['name']} ({' or '.join(map(str, counts))} test images)", ""]
+        lines += ["", f"## {markdown(data['name'])} ({' or '.join(map(str, counts))} test images)", ""]
         columns = ["method", "backbone", "lr", "settings", "seeds", "top-1", "per-class mean", "right"]
         columns += ["best on test"] * ("best on test" in data["rows"][0])
         cells = [_cells(row) for row in data["rows"]]
@@ -232,7 +232,7 @@ def as_markdown(r: dict[str, Any]) -> str:
         lines += _table(columns, [[c[name] for name in columns] for c in cells])
         if data["comparisons"]:
             base = data["comparisons"][0]["baseline"]
-            lines += ["", f"### Against {base}", ""]
+            lines += ["", f"### Against {markdown(base)}", ""]
             rows = [
                 [pair["other"], x["seed"], x["only_other"], x["only_baseline"], f"{x['p']:.3g}"]
                 for pair in data["comparisons"]
@@ -248,24 +248,22 @@ def as_markdown(r: dict[str, Any]) -> str:
         ]
         lines += ["though these were independent, which they are not: its p is too small."]
     if r["left_out"]:
-        lines += ["", "Left out:", "", *(f"- {what}" for what in r["left_out"])]
+        lines += ["", "Left out:", "", *(f"- {markdown(what)}" for what in r["left_out"])]
     return "\n".join(lines) + "\n"
 
 
 def as_csv(r: dict[str, Any]) -> str:
-    """The tables for programs, one line a group; shares from 0 to 1."""
-    text = io.StringIO()
+    """The tables as `csv_text` writes them, one line a group; shares from 0 to 1."""
     best = ["best on test"] * any("best on test" in row for data in r["data"] for row in data["rows"])
-    writer = csv.writer(text, lineterminator="\n")
     measured = ("top1_mean", "top1_std", "per_class_mean_mean", "per_class_mean_std", "correct", "count")
-    writer.writerow(["data", "method", "backbone", "lr", "settings", "seeds", *measured, *best])
+    rows: list[list[object]] = [["data", "method", "backbone", "lr", "settings", "seeds", *measured, *best]]
     for data in r["data"]:
         for row in data["rows"]:
             numbers = [row[name][part] for name in ("top1", "per_class_mean") for part in ("mean", "std")]
             what = [data["name"], row["method"], row["backbone"], row["lr"], _settings(row), _words(row["seeds"])]
             more = [row["best on test"]["top1"]] if best else []
-            writer.writerow([*what, *numbers, _words(row["correct"]), row["count"], *more])
-    return text.getvalue()
+            rows.append([*what, *numbers, _words(row["correct"]), row["count"], *more])
+    return csv_text(rows)
 
 
 def draw(r: dict[str, Any], path: Path) -> None:
@@ -315,8 +313,8 @@ def _words(values: Iterable[Any]) -> str:
 
 
 def _table(columns: list[str], rows: list[list[Any]]) -> list[str]:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return [f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
+    head, *lines = [f"| {' | '.join(map(markdown, line))} |" for line in [columns, *rows]]
+    return [head, f"|{' --- |' * len(columns)}", *lines]
 
 
 def _read_json(file: Path) -> dict[str, Any]:

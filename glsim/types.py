@@ -19,16 +19,33 @@ Shape legend, used in every docstring:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+LONGEST, MOST = 2000, 50  # characters of a message or of a line of its details, and lines of details
+
+
 class GlsimError(Exception):
-    """Something a person can put right. The command line prints it without a traceback and exits with `exit_code`."""
+    """Something a person can put right. The command line prints it without a traceback and exits with `exit_code`.
+
+    `details` are lines shown below the message: what there is one of each, a file or a key. Both are bounded, for what
+    is told may come from a file: of a longer message the middle is left out, of more lines the last.
+    """
 
     exit_code = 1
+
+    def __init__(self, *said: Any, details: Iterable[object] = ()) -> None:
+        super().__init__(*(bounded(part) if isinstance(part, str) else part for part in said))
+        lines = [bounded(str(line)) for line in details]
+        left = len(lines) - MOST
+        self.details = tuple(lines if left <= 0 else [*lines[:MOST], f".. and {left:,} more"])
+
+    def __str__(self) -> str:
+        return "\n  ".join([super().__str__(), *self.details])
 
 
 class ConfigError(GlsimError, ValueError):
@@ -44,7 +61,7 @@ class DataError(GlsimError, ValueError):
 
 
 class DataWarning(UserWarning):
-    """What a reader of data left out or put together, in one sentence. The command line shows it as one line."""
+    """What a person should know of their data, though the work goes on: on the command line a note, and in its JSON."""
 
 
 EMBEDDINGS = {
@@ -84,6 +101,14 @@ class Output(NamedTuple):
     aux: dict[
         str, Any
     ] = {}  # training: inputs of the method's own losses; else `embeddings` (EMBEDDINGS), `unsure` (B,)
+
+
+def bounded(text: str, length: int = LONGEST) -> str:
+    """A text of at most `length` characters and a remark: of a longer one the middle is left out, and counted."""
+    if len(text) <= length:
+        return text
+    head, tail = length * 3 // 4, length // 4
+    return f"{text[:head]} .. ({len(text) - head - tail:,} characters left out) .. {text[-tail:]}"
 
 
 def choose(name: Any, choices: Any, what: str) -> Any:
