@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from glsim.catalog import SETS
+from glsim.cookbook import find_recipe
 from glsim.models import METHODS
 from glsim.types import EMBEDDINGS, ConfigError, choose
 
@@ -155,7 +156,7 @@ class Train:
 class Reproduce:
     """Run a recipe by the paper's protocol: choose the lr on images held out of train, then train several seeds."""
 
-    recipe: str = positional(MISSING, "YAML file, as for train")
+    recipe: str = positional(MISSING, "YAML file, or the name of one that glsim recipes lists, as for train")
     data: str = required("folder or CSV, as for train")
     out: str = required("folder for all the runs; the same command goes on where it was interrupted")
     lrs: list[float] = setting([], "learning rates to choose from; default: the recipe's, and nothing is chosen")
@@ -699,9 +700,17 @@ class Quickstart:
         _at_least(self, 1, "epochs", "train", "test")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recipes:
+    """List the recipes of the package, which train and reproduce take by name: claim, data, method, hardware."""
+
+
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The keys of a recipe (YAML). Raises ConfigError naming the file and any key that `Train` does not have."""
-    path = Path(path)
+    """The keys of a recipe: a YAML file by its path, or one of the package by name.
+
+    Raises ConfigError naming the file and any key that `Train` does not have.
+    """
+    path = find_recipe(path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -11,7 +11,7 @@ FLOORS = [
     {"files"},
     {
         *("attention", "backbone", "selection", "crop", "heads", "losses", "confidence"),
-        *("transforms", "images", "stores", "figures", "synthetic", "catalog", "environment", "hub"),
+        *("transforms", "images", "stores", "figures", "synthetic", "catalog", "cookbook", "environment", "hub"),
         *("where", "road"),
     },
     {"models"},
