@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from filelock import FileLock, SoftFileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError
 
 from glsim.files import MARKER, make_folder, write_text
@@ -26,6 +28,7 @@ from glsim.types import ConfigError, DataError, GlsimError
 
 CHECKPOINT, STATE = "checkpoint", "state.json"
 LOCK, HOLDER = ".lock", ".holder"  # there while a run is at work
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # a file system that has none says one of them
 FORMAT = 2  # of state.json and of how randomness follows from the seed; a run of another one cannot go on
 
 
@@ -40,23 +43,31 @@ def held(out: Path, accelerator: Accelerator) -> Iterator[None]:
     """Inside, the folder `out` belongs to this run alone; it is made where it is not there.
 
     The first process of the run holds the kernel's lock on `out`/.lock, which ends with that process, however it ends.
+    Where the file system has no locks, a file stands for one, which outlives a killed run; a warning says so.
     A folder in which nothing was made is removed again. Raises ConfigError naming the process that holds `out`, and
     OSError where nothing can be written, in all processes of the run alike.
     """
     file, holder, fresh = out / LOCK, out / HOLDER, not out.exists()
-    lock = FileLock(file)
+    lock: BaseFileLock = FileLock(file, fallback_to_soft=False)
     problem: Exception | None = None
     if accelerator.is_main_process:
         try:
             make_folder(out)
-            lock.acquire(timeout=0)
+            try:
+                lock.acquire(timeout=0)
+            except OSError as error:  # a Timeout too, which has no number
+                if error.errno not in NO_LOCKS:
+                    raise
+                lock = SoftFileLock(out / f".soft{LOCK}")  # `file` is there already, by the attempt to lock it
+                warnings.warn(f"flock not supported on this filesystem, {lock.lock_file} has to do", stacklevel=3)
+                lock.acquire(timeout=0)
             with suppress(OSError):  # a full disk: then nobody knows who holds it
                 holder.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}")
         except Timeout:
             who = holder.read_text() if holder.exists() else "another process"
             advice = "wait for it, end it, or name another --out"
-            if isinstance(lock, SoftFileLock):  # a file system without locks, where a file has to do
-                advice += f"; if it is dead, remove {file}"
+            if isinstance(lock, SoftFileLock):
+                advice += f"; if it is dead, remove {lock.lock_file}"
             problem = ConfigError(f"{out} is in use by {who}; {advice}")
         except OSError as error:
             problem = error
@@ -69,8 +80,7 @@ def held(out: Path, accelerator: Accelerator) -> Iterator[None]:
         if lock.is_locked:
             with suppress(OSError):  # a folder that can no longer be written
                 holder.unlink(missing_ok=True)
-                if not isinstance(lock, SoftFileLock):  # first, for then somebody else may hold it
-                    file.unlink()
+                file.unlink()  # first, for then somebody else may hold it
             lock.release()
             with suppress(OSError):  # it is not empty
                 if list(out.iterdir()) == [out / MARKER]:

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from glsim import __version__, config
+from glsim.cookbook import find_recipe
 from glsim.files import check_writable, expand, one_line, printable, shown, to_json
 from glsim.types import ConfigError, DataWarning, GlsimError, bounded
 
@@ -318,6 +319,15 @@ def show_datasets(r: dict[str, Any], _: Any) -> str:
     return "\n".join(lines)
 
 
+def show_recipes(r: dict[str, Any], _: Any) -> str:
+    """A paragraph a recipe: name, method, data, what its header claims, and on what hardware."""
+    lines = []
+    for recipe in r["recipes"]:
+        lines += [f"{recipe['name']}: {recipe['method']} on {recipe['data']}. {recipe['title']}"]
+        lines += [f"    {key}: {recipe[key]}" for key in ("claim", "hardware")]
+    return "\n".join([*lines, "", "next: glsim train --recipe NAME --data DATA --out RUN (path and source: --json)"])
+
+
 def show_quickstart(r: dict[str, Any], _: Any) -> str:
     """Both accuracies, what the crops hold, where the report is."""
     lines = [f"{'':8}  test top-1"]
@@ -360,6 +370,7 @@ VERBS = {
     "quickstart": Verb(config.Quickstart, "glsim.quickstart:run", show_quickstart, progress=True),
     "train": Verb(config.Train, "glsim.train:run", show_train, progress=True),
     "reproduce": Verb(config.Reproduce, "glsim.reproduce:run", show_reproduce, progress=True),
+    "recipes": Verb(config.Recipes, "glsim.cookbook:run", show_recipes),
     "report": Verb(config.Report, "glsim.report:run", show_report),
     "eval": Verb(config.Eval, "glsim.evaluate:run", show_eval),
     "calibrate": Verb(config.Calibrate, "glsim.calibrate:run", show_calibrate, progress=True),
@@ -631,8 +642,9 @@ def parse(name: str, verb: Verb, words: list[str]) -> Any:
 
     class ReadRecipe(ActionConfigFile):
         def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-            config.read_recipe(values)
-            super().__call__(parser, cfg, expand(values), option_string)
+            path = str(find_recipe(expand(values)))
+            config.read_recipe(path)
+            super().__call__(parser, cfg, path, option_string)
 
     fields = dataclasses.fields(verb.settings)
     positionals = [f.name.upper() for f in fields if f.metadata.get("positional")]
@@ -646,7 +658,9 @@ def parse(name: str, verb: Verb, words: list[str]) -> Any:
     )
     recipes = verb.settings is config.Train
     if recipes:
-        parser.add_argument("--recipe", action=ReadRecipe, help="YAML file with any of the options below")
+        parser.add_argument(
+            "--recipe", action=ReadRecipe, help="YAML file with options below, or a name: glsim recipes"
+        )
     hints = typing.get_type_hints(verb.settings)
     for f in fields:
         add_option(parser, f, hints[f.name], recipes)

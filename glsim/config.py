@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from glsim.catalog import SETS
+from glsim.cookbook import find_recipe
 from glsim.files import expand, one_line, read_text
 from glsim.images import MAX_MEGAPIXELS
 from glsim.models import METHODS
@@ -203,7 +204,9 @@ class Train(Settings):
 class Reproduce(Settings):
     """Run a recipe by the paper's protocol: choose the lr on images held out of train, then train several seeds."""
 
-    recipe: str = positional(MISSING, "YAML file, as for train", path="reads")
+    recipe: str = positional(
+        MISSING, "YAML file, or the name of one that glsim recipes lists, as for train", path="reads"
+    )
     data: str = required("folder or CSV, as for train", path="reads")
     out: str = required("folder for all the runs; the same command goes on where it was interrupted", path="folder")
     lrs: list[float] = setting([], "learning rates to choose from; default: the recipe's, and nothing is chosen")
@@ -791,9 +794,17 @@ class Quickstart(Settings):
         _at_least(self, 1, "epochs", "train", "test")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recipes(Settings):
+    """List the recipes of the package, which train and reproduce take by name: claim, data, method, hardware."""
+
+
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The keys of a recipe (YAML). Raises ConfigError naming the file and any key that `Train` does not have."""
-    path = Path(expand(str(path)))
+    """The keys of a recipe: a YAML file by its path, or one of the package by name.
+
+    Raises ConfigError naming the file and any key that `Train` does not have.
+    """
+    path = find_recipe(expand(str(path)))
     try:
         values = yaml.safe_load(read_text(path))
     except yaml.MarkedYAMLError as error:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import platform
+import re
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +20,7 @@ from glsim import __version__
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Date, command line, commit, versions and device of this process, as plain values."""
-    name = f"cpu ({platform.machine()}, threads: {torch.get_num_threads()})"
+    name = f"cpu ({processor()}, threads: {torch.get_num_threads()})"
     if device.type != "cpu":
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     packages = ("torch", "torchvision", "timm", "accelerate")
@@ -33,6 +35,19 @@ def environment(device: torch.device) -> dict[str, Any]:
         },
         "device": name,
     }
+
+
+def processor() -> str:
+    """The model of the processor and the vector instructions that torch uses on it, which decide how sums are rounded.
+
+    As far as the system tells; at least the machine's kind.
+    """
+    model = platform.machine()
+    with suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        if found := re.search(r"^model name\s*:\s*(.+)$", text, re.M):
+            model = found[1].strip()
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def commit(root: Path) -> str | None:

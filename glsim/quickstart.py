@@ -16,7 +16,7 @@ from glsim import datasets, evaluate, pictures, train
 from glsim.bundle import load, preprocessing_of
 from glsim.config import Datasets, Eval, Explain, Quickstart, Train
 from glsim.data import ImageDataset, read_data
-from glsim.files import make_folder, write_json, write_text
+from glsim.files import make_folder, read_json, write_json, write_text
 from glsim.transforms import eval_transform, mask_transform
 from glsim.types import ConfigError
 
@@ -71,6 +71,7 @@ def run(s: Quickstart, progress: bool = True) -> dict[str, Any]:
     result = {
         "test_top1": accuracy,
         "crops": crops,
+        "environment": read_json(out / "glsim" / train.RUN)["starts"][-1],
         "seconds": {**seconds, "all": round(time.perf_counter() - start, 1)},
         "report": str(report / "report.html"),
         "pictures": str(report / "pictures"),
@@ -127,7 +128,9 @@ def as_html(r: dict[str, Any], s: Quickstart) -> str:
         f"<tr><td>{html.escape(name)}</td><td>{value:.1%}</td><td>{r['seconds'][name]:.0f} s</td></tr>"
         for name, value in r["test_top1"].items()
     )
-    c = r["crops"]
+    c, about, images = r["crops"], r["environment"], s.test * BIRDS["classes"]
+    versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "torchvision", "timm"))
+    errors = ", ".join(f"{math.sqrt(p * (1 - p) / images):.1%}" for p in r["test_top1"].values())
     curves = "".join(
         f'<figure><img src="{m}/curve.png" alt="learning curve of {m}"><figcaption>{m}</figcaption></figure>'
         for m in r["test_top1"]
@@ -149,6 +152,9 @@ th {{ text-align: left }} img {{ max-width: 100% }} figure {{ margin: 1rem 0 }} 
 <p>{BIRDS["classes"]} species of drawn birds that differ in one small part each. Both models were trained from scratch,
 {s.epochs} epochs on {s.train} images a species, and tested on {s.test} images a species.</p>
 <table><tr><th>method</th><th>test top-1</th><th>training</th></tr>{rows}</table>
+<p>Trained on {html.escape(about["device"])} with {html.escape(versions)}. Another processor,
+number of threads or release adds the same sums in another order, and training lets the difference grow: expect other
+accuracies there, by about one standard error ({errors} on {images} images), now and then by two.</p>
 <p>The crop GLSim chose holds the part that tells the species (at least {c["threshold"]:.0%} of its pixels) in
 <b>{c["glsim"]:.1%}</b> of the test images; a box of the same area at a random place in {c["random"]:.1%}, in the
 centre in {c["centre"]:.1%}. The crops cover {c["area"]:.0%} of the image on average.</p>

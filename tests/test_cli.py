@@ -186,6 +186,8 @@ def test_quickstart_end_to_end(capsys, tmp_path):
     assert code == 0
     assert "plain" in text and "crops that hold the part" in text and "report.html" in text
     page = (out / "report" / "report.html").read_text()
+    measured = json.loads((out / "plain" / "run.json").read_text())["starts"][0]
+    assert f"Trained on {measured['device']} with torch {measured['versions']['torch']}, " in page
     pictures = [part.split('"')[0] for part in page.split('src="')[1:]]
     assert len(pictures) == 5 and all((out / "report" / p).is_file() for p in pictures)
     assert call(capsys, "quickstart", "--out", out, *words)[0] == 2  # never into a folder that holds something

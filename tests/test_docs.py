@@ -25,7 +25,7 @@ from glsim.backbone import build_backbone
 from glsim.config import Train
 from glsim.crop import BOX_RULES, CONTROLS
 from glsim.losses import TERMS
-from glsim.selection import NEEDS_ATTENTION
+from glsim.selection import NEEDS_ATTENTION, find_metric
 from glsim.synthetic import species
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -355,19 +355,53 @@ def test_a_metric_takes_15_lines_and_is_the_one_that_is_used(workplace):
     assert (peaks // 64 < 16).all() and (peaks % 64 < 16).all()
 
 
-def test_every_key_that_parity_names_is_there():
-    text = (ROOT / "docs" / "parity.md").read_text(encoding="utf-8")
-    here = "\n".join(line.rpartition("|")[0].rpartition(" | ")[2] for line in text.splitlines() if line.startswith("|"))
+def parity():
+    """The rows of parity.md: (there, here)."""
+    for line in (ROOT / "docs" / "parity.md").read_text(encoding="utf-8").splitlines():
+        cells = re.fullmatch(r"\| (.+?) \| (.+) \|", line)
+        if cells and cells.groups() != ("there", "here"):
+            yield pytest.param(*cells.groups(), id=cells[1])
+
+
+@pytest.mark.parametrize(("there", "here"), list(parity()))
+def test_what_parity_says_is_here_is_here(there, here):
+    """A row names a key, an option, a method, a metric or a verb that exists, or it is left out for a reason."""
+    names = re.findall(r"`([^`]+)`", here)
+    assert names or here.startswith("left out: "), f"{there}: nothing here that can be looked up"
+    for name in names:
+        assert is_here(name), f"parity.md names {name}"
+
+
+def is_here(name):
+    if launched := re.fullmatch(r"(?:accelerate launch -m glsim\.cli|glsim) (.+)", name):
+        verb, words = cli.split_verb([word for word in launched[1].split() if word != ".."])
+        there = {f.name for f in dataclasses.fields(cli.VERBS[verb].settings)} if verb in cli.VERBS else set()
+        options = [word for word in words if word.startswith("--")]
+        return verb in cli.VERBS and {option[2:].partition(".")[0].replace("-", "_") for option in options} <= there
+    if name.startswith("backbone_args."):
+        return name.partition(".")[2] in inspect.signature(VisionTransformer).parameters
+    if name.startswith("options."):
+        return name.partition(".")[2] in set(create_model_options())
     fields = {f.name for f in dataclasses.fields(Train)}
-    options = set(create_model_options())
-    for name in re.findall(r"`options\.(\w+)`", here):
-        assert name in options, f"parity.md names options.{name}"
-    arguments = set(inspect.signature(VisionTransformer).parameters)
-    for name in re.findall(r"`backbone_args\.(\w+)`", here):
-        assert name in arguments, f"parity.md names backbone_args.{name}"
-    known = fields | set(glsim.METHODS) | set(glsim.METRICS) | set(CONTROLS) | {"none"} | WORDS
-    for name in re.findall(r"`(\w+)`", here):
-        assert name in known, f"parity.md names {name}"
+    if name in fields | set(glsim.METHODS) | set(CONTROLS) | {"none"} | WORDS:
+        return True
+    try:
+        return bool(find_metric(name))
+    except glsim.ConfigError:
+        return False
+
+
+def test_a_row_of_parity_cannot_name_what_is_not_there():
+    for name in (
+        "glsim demo",
+        "glsim explain --blocks",
+        "options.topo",
+        "backbone_args.x",
+        "maws:head=3",
+        "lrr",
+        "planned",
+    ):
+        assert not is_here(name), name
 
 
 # Values, not keys.

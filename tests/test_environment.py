@@ -6,7 +6,7 @@ import subprocess
 import pytest
 import torch
 
-from glsim.environment import commit, environment
+from glsim.environment import commit, environment, processor
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
@@ -42,4 +42,6 @@ def test_versions_device_command_and_date():
     assert (
         about["versions"]["torch"] == torch.__version__.split("+")[0] or about["versions"]["torch"] == torch.__version__
     )
-    assert about["device"].startswith("cpu (") and about["date"].endswith("+00:00") and "pytest" in about["command"]
+    assert about["device"] == f"cpu ({processor()}, threads: {torch.get_num_threads()})"
+    assert torch.backends.cpu.get_cpu_capability() in processor()
+    assert about["date"].endswith("+00:00") and "pytest" in about["command"]
