@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests run beside each other, one on a core
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests need no network, and must not wait for one
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,6 +85,18 @@ def small_model(
             if isinstance(module, torch.nn.Linear) and not module.weight.any():
                 torch.nn.init.normal_(module.weight, std=0.5)
     return model
+
+
+def assert_same_weights(one, other):
+    """Two models hold the same tensors under the same names, bit by bit.
+
+    What they answer is compared with a tolerance: how a number is summed up may depend on where a tensor lies.
+    """
+    import torch
+
+    ours, theirs = one.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
 
 
 @pytest.fixture(scope="session")

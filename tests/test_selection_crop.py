@@ -444,12 +444,13 @@ def test_of_two_equal_components_the_one_further_down(grid):
         width = min(i + 1, cols - i - 2)
         masks[i, :, i + 1 - width : i + 1] = True
         masks[i, :, i + 2 : i + 2 + width] = True
-    for mask in masks:
+    masks = masks[:: max(1, len(masks) // 12)]
+    for mask, found in zip(masks, largest_component(masks.flatten(1), grid).unflatten(1, grid), strict=True):
         columns = mask[0].nonzero().flatten().tolist()
         gap = next(c for c in range(columns[0], columns[-1]) if not mask[0, c])
         expected = mask.clone()
         expected[:, :gap] = False
-        assert torch.equal(largest_component(mask.flatten()[None], grid)[0].unflatten(0, grid), expected)
+        assert torch.equal(found, expected)
 
 
 # --- Boxes ----------------------------------------------------------------------------------------------------------
