@@ -8,7 +8,7 @@ What is measured is the tests, not the package: two suites are alike where they 
 to a fault run first and stop at the first failure; only where they find nothing does the whole suite run, with --whole.
 A failure counts where the same test passes without the fault. A fault whose text is no longer there is named `stale`:
 it has to be put where the code went. The out file holds a line of JSON for each fault, and what stands there is not run
-again, so that the same command goes on.
+again, so that the same command goes on. Needs a system that can fork.
 """
 
 from __future__ import annotations
@@ -17,22 +17,29 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "glsim"
+LIBRARIES = ("torch", "torchvision.transforms.v2", "timm", "accelerate", "torchmetrics", "matplotlib.pyplot", "onnx")
 
 
 class Fault(NamedTuple):
-    """A text that is replaced by another one, and the test files that are nearest, the likeliest first."""
+    """A text that is replaced by another one, and the tests that are nearest: files by name, words of pytest."""
 
     kind: str
     file: str  # below the package
@@ -47,7 +54,7 @@ FAULTS = (
         "crop.py",
         "return cut(start, count, side), cut(end + 1, count, side)",
         "return cut(start, count, side), cut(end, count, side)",
-        "selection_crop models",
+        "selection_crop",
     ),
     Fault(
         "left and top swapped",
@@ -56,21 +63,21 @@ FAULTS = (
         "    return torch.stack((left, top, right, bottom), dim=1)",
         "    left, right = bounds(cols.amin(1), cols.amax(1), grid[1], image_size[1])\n"
         "    return torch.stack((top, left, bottom, right), dim=1)",
-        "selection_crop models",
+        "selection_crop",
     ),
     Fault(
         "missing clamp",
         "crop.py",
         "sides.append(((start - margin).clamp(min=0), (end + margin).clamp(max=side)))",
         "sides.append(((start - margin).clamp(min=0), end + margin))",
-        "selection_crop models",
+        "selection_crop",
     ),
     Fault(
         "wrong index dtype",
         "selection.py",
         "return scores, scores.topk(k, dim=-1).indices",
         "return scores, scores.topk(k, dim=-1).indices.int()",
-        "selection_crop models",
+        "selection_crop models -k 'dtype or pick or glsim'",
     ),
     Fault(
         "softmax along the wrong axis",
@@ -98,35 +105,35 @@ FAULTS = (
         "selection.py",
         "@torch.no_grad()\ndef score(",
         "def score(",
-        "models",
+        "models -k 'scores_that_only_choose'",
     ),
     Fault(
         "no other image in the pair",
         "attention.py",
         "x.roll(1, dims=0)",
         "x.roll(0, dims=0)",
-        "models",
+        "models -k 'paired_attention or dcal'",
     ),
     Fault(
         "positions of other tokens",
         "backbone.py",
         "torch.cat((still, places))[index][:, None]",
         "torch.cat((still, places))[index.flip(1)][:, None]",
-        "backbone models",
+        "backbone models -k 'rotary or dinov3 or eva02'",
     ),
     Fault(
         "parameter without a gradient",
         "models/dcal.py",
         "(torch.stack((whole, local, pair)), self.uncertainty)",
         "(torch.stack((whole, local, pair)), self.uncertainty.detach())",
-        "models",
+        "models -k dcal",
     ),
     Fault(
         "wrong epsilon",
         "heads.py",
         "                module.eps = norm_eps",
         "                module.eps = 1e-3",
-        "models golden",
+        "models golden -k 'shape or glsim or aggregator'",
     ),
     Fault(
         "wrong reduction",
@@ -292,12 +299,18 @@ def main() -> int:
         return print_table([read_lines(file) for file in arguments.table], [file.stem for file in arguments.table])
     if arguments.out is None:
         parser.error("--out or --table is needed")
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}  # one thread: it forks
+    for library in LIBRARIES:
+        import_module(library)
     done = read_lines(arguments.out)
-    chosen = [fault for fault in FAULTS if fault.kind not in done and fault.kind in (arguments.only or [fault.kind])]
-    with copied(arguments.commit) as clean, copied(arguments.commit) as planted:
+    chosen = [fault for fault in FAULTS if fault.kind in (arguments.only or [fault.kind])]
+    with copied(arguments.commit) as tree:
         for fault in chosen:
+            before = done.get(fault.kind)
+            if before and (before["result"] != "missed" or before["where"] != "nearest" or not arguments.whole):
+                continue
             began = time.perf_counter()
-            found = try_fault(fault, clean, planted, arguments.whole, arguments.limit)
+            found = try_fault(fault, tree, arguments.whole, arguments.limit)
             line = {"kind": fault.kind, "file": fault.file, **found, "seconds": round(time.perf_counter() - began)}
             with arguments.out.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(line) + "\n")
@@ -313,10 +326,9 @@ def copied(commit: str | None) -> Iterator[Path]:
         tree.mkdir()
         git = ["git", "-C", str(ROOT)]
         if commit is None:
-            names = subprocess.run(
-                [*git, "ls-files", "-co", "-z", "--exclude-standard"], check=True, capture_output=True
-            )
-            for name in filter(None, names.stdout.decode().split("\0")):
+            words = [*git, "ls-files", "-co", "-z", "--exclude-standard"]
+            listed = subprocess.run(words, check=True, capture_output=True)
+            for name in filter(None, listed.stdout.decode().split("\0")):
                 if (ROOT / name).is_file():
                     (tree / name).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copy(ROOT / name, tree / name)
@@ -328,50 +340,70 @@ def copied(commit: str | None) -> Iterator[Path]:
         yield tree
 
 
-def try_fault(fault: Fault, clean: Path, planted: Path, whole: bool, limit: float) -> dict[str, str]:
-    """Plant `fault` in the copy `planted`, run its tests, take it out again; `result`: found, missed or stale."""
-    file = planted / PACKAGE / fault.file
+def try_fault(fault: Fault, tree: Path, whole: bool, limit: float) -> dict[str, str]:
+    """Plant `fault` in `tree`, run its tests, take it out again; `result`: found, missed or stale."""
+    file = tree / PACKAGE / fault.file
     before = file.read_text(encoding="utf-8")
     if before.count(fault.old) != 1:
-        return {"result": "stale"}
-    file.write_text(before.replace(fault.old, fault.new), encoding="utf-8")
-    try:
-        nearest = [f"tests/test_{name}.py" for name in fault.tests.split()]
-        for tests in (nearest, ["tests"])[: 1 + whole]:
-            if failed := first_failure(clean, planted, tests, limit):
-                return {"result": "found", "by": failed, "where": "nearest" if tests == nearest else "whole suite"}
-        return {"result": "missed", "where": "whole suite" if whole else "nearest"}
-    finally:
-        file.write_text(before, encoding="utf-8")
+        return {"result": "stale", "where": "nowhere"}
+    files, _, words = fault.tests.partition(" -")
+    nearest = [f"tests/test_{name}.py" for name in files.split()] + shlex.split(words and f"-{words}")
+    anyway: list[str] = []  # tests that fail without it too
+    for where, tests in {"nearest": nearest, "whole suite": ["tests"]}.items():
+        if where == "whole suite" and not whole:
+            break
+        while True:
+            file.write_text(before.replace(fault.old, fault.new), encoding="utf-8")
+            failed = first_failure(tree, [*tests, *(f"--deselect={name}" for name in anyway)], limit)
+            file.write_text(before, encoding="utf-8")
+            if failed is None:
+                break
+            if failed == "no end" or first_failure(tree, [failed], limit) is None:
+                return {"result": "found", "by": failed, "where": where}
+            if failed in anyway:
+                raise SystemExit(f"{failed} fails without a fault too, and cannot be left out")
+            anyway.append(failed)
+    return {"result": "missed", "where": "whole suite" if whole else "nearest"}
 
 
-def first_failure(clean: Path, planted: Path, tests: list[str], limit: float) -> str | None:
-    """The first test that fails with the fault in place and passes without it."""
-    ours: list[str] = []  # tests that fail anyway
-    while True:
-        failed = run(planted, [*tests, *(f"--deselect={name}" for name in ours)], limit)
-        if failed is None or failed == "no end" or not run(clean, [failed.partition(" ")[0]], limit):
-            return failed
-        if failed in ours:
-            raise SystemExit(f"{failed} fails without a fault too, and cannot be left out")
-        ours.append(failed)
+def first_failure(tree: Path, words: list[str], limit: float) -> str | None:
+    """The first test that fails in `tree`, a file that cannot be imported, "no end" after `limit` s; None: all pass.
 
-
-def run(tree: Path, words: list[str], limit: float) -> str | None:
-    """The first test that fails in `tree`, a file that cannot be imported, "no end" after `limit` s; None: all pass."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-rfE", "--color=no", *words]
-    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "COLUMNS": "1000"}
-    try:
-        done = subprocess.run(
-            command, cwd=tree, env=environment, capture_output=True, text=True, errors="replace", timeout=limit
-        )
-    except subprocess.TimeoutExpired:
+    Runs in a fork of this process, which has the libraries in memory already and nothing of the package.
+    """
+    log = tree.parent / "log"
+    child = os.fork()
+    if not child:
+        os.setpgrp()
+        with log.open("wb") as out:
+            os.dup2(out.fileno(), 1)
+            os.dup2(out.fileno(), 2)
+        os.chdir(tree)
+        os.environ |= {"PYTHONPATH": str(tree), "COLUMNS": "1000"}
+        sys.path.insert(0, str(tree))
+        code = 70
+        try:
+            quiet = ["-q", "--color=no", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+            code = pytest.main(["-x", "-rfE", *quiet, *words])
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    end = time.monotonic() + limit
+    while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < end:
+        time.sleep(0.2)
+    if not ended[0]:
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
         return "no end"
-    if done.returncode == 0:
+    if os.waitstatus_to_exitcode(ended[1]) in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
         return None
-    names = re.findall(r"^(?:FAILED|ERROR) (tests/\S+?\.py(?:::.+?)?)(?: - .*)?$", done.stdout, re.M)
+    said = log.read_text(encoding="utf-8", errors="replace")
+    names = re.findall(r"^(?:FAILED|ERROR) (tests/\S+?\.py(?:::.+?)?)(?: - .*)?$", said, re.M)
     if not names:
-        raise SystemExit(f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        raise SystemExit(f"the tests ended with {os.waitstatus_to_exitcode(ended[1])}:\n{said[-3000:]}")
     return names[0]
 
 

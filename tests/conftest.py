@@ -4,12 +4,17 @@ import os
 from importlib import import_module
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests run beside each other, one on a core
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests need no network, and must not wait for one
+
+# The same examples on every machine and at every run; how long one takes says nothing on a busy machine.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

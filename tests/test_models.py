@@ -306,13 +306,15 @@ def also_slow(cases, default):
     return [pytest.param(*case, marks=[] if case in default else pytest.mark.slow) for case in cases]
 
 
-TRACED = list(product(["gls_cos", "attention"], ["vit_tiny_patch16_224", *sorted(ROTARY)[1:], "vit_base_patch16_siglip_224"]))
+TRACED = list(
+    product(["gls_cos", "attention"], ["vit_tiny_patch16_224", *sorted(ROTARY)[1:], "vit_base_patch16_siglip_224"])
+)
 
 
 @pytest.mark.parametrize(("metric", "backbone"), also_slow(TRACED, [TRACED[2], TRACED[4]]))
 def test_compile_and_export_take_the_whole_model(metric, backbone):
     """A pooled vector, then rotary positions; GLSim with a class token is among all methods below."""
-    model = small_model(backbone=backbone, metric=metric)
+    model = small_model(backbone=backbone, metric=metric, args={"depth": 1})
     images = pictures(3, 3, 64, 64)
     torch._dynamo.reset()
     with torch.inference_mode():
