@@ -1,6 +1,8 @@
 """Shared by all tests: small models, and where the reference material lies."""
 
 import os
+import random
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -24,6 +26,15 @@ SMALL = {"depth": 2, "embed_dim": 64, "num_heads": 2}
 def needs(path):
     """Skip mark for tests that need reference material which does not come with the package."""
     return pytest.mark.skipif(not path.exists(), reason=f"reference material {path.name} is not here")
+
+
+@pytest.fixture(autouse=True)
+def same_chance():
+    """What a test draws without a seed of its own does not depend on the tests before it: they run in any order."""
+    random.seed(0)
+    np.random.seed(0)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
 
 
 @pytest.fixture
