@@ -1,14 +1,22 @@
 """Shared by all tests: small models, and where the reference material lies."""
 
 import os
+import random
+import sys
 from importlib import import_module
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests run beside each other, one on a core
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests need no network, and must not wait for one
+
+# The same examples on every machine and at every run; how long one takes says nothing on a busy machine.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -18,6 +26,15 @@ SMALL = {"depth": 2, "embed_dim": 64, "num_heads": 2}
 def needs(path):
     """Skip mark for tests that need reference material which does not come with the package."""
     return pytest.mark.skipif(not path.exists(), reason=f"reference material {path.name} is not here")
+
+
+@pytest.fixture(autouse=True)
+def same_chance():
+    """What a test draws without a seed of its own does not depend on the tests before it: they run in any order."""
+    random.seed(0)
+    np.random.seed(0)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -84,6 +101,18 @@ def small_model(
             if isinstance(module, torch.nn.Linear) and not module.weight.any():
                 torch.nn.init.normal_(module.weight, std=0.5)
     return model
+
+
+def assert_same_weights(one, other):
+    """Two models hold the same tensors under the same names, bit by bit.
+
+    What they answer is compared with a tolerance: how a number is summed up may depend on where a tensor lies.
+    """
+    import torch
+
+    ours, theirs = one.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
 
 
 @pytest.fixture(scope="session")

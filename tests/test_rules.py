@@ -68,7 +68,8 @@ def test_published_is_glsim(rules, args):
         one, other = ruled(images()), glsim(images())
         f, _ = rules.in_layers(ruled.backbone, images())
         told = ruled.backbone(images())
-    assert torch.equal(one.logits, other.logits) and torch.equal(one.selection.boxes, other.selection.boxes)
+    torch.testing.assert_close(one.logits, other.logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(one.selection.boxes, other.selection.boxes)
     torch.testing.assert_close(f.cls, told.cls)
     torch.testing.assert_close(f.patches, told.patches)
     assert f.grid == told.grid
@@ -80,8 +81,10 @@ def test_mirrored_shows_the_published_crop_from_the_other_side(rules):
     with torch.inference_mode():
         one, other = rule(images()), published(images())
     assert torch.equal(one.selection.boxes, other.selection.boxes)
-    assert torch.equal(one.crops, other.crops.flip(-1)) and not torch.equal(one.crops, other.crops)
-    assert not torch.equal(one.logits, other.logits)
+    torch.testing.assert_close(one.crops, other.crops.flip(-1), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(one.crops, other.crops, atol=1e-2) and not torch.allclose(
+        one.logits, other.logits, atol=1e-4
+    )
 
 
 def test_detail_is_seen_in_the_crop_alone(rules):

@@ -5,6 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from glsim import METRICS, ConfigError, Features
 from glsim.crop import (
@@ -386,17 +388,31 @@ def chosen(mask):
     return {i for i, value in enumerate(mask.tolist()) if value}
 
 
-@pytest.mark.parametrize("grid", [(1, 1), (1, 9), (9, 1), (2, 3), (4, 4), (5, 9), (9, 5), (14, 14), (3, 20)])
-def test_largest_component_agrees_with_a_flood_fill(grid):
-    g = generator(grid[0] * 100 + grid[1])
-    density = torch.rand(60, 1, generator=g)
-    masks = torch.rand(60, grid[0] * grid[1], generator=g) < density
-    masks[0], masks[1] = True, False
-    masks[2], masks[2, -1] = False, True
-    masks[3], masks[3, 0] = False, True
-    found = largest_component(masks, grid)
-    assert found.dtype == torch.bool and found.shape == masks.shape
-    for mask, component in zip(masks, found, strict=True):
+@st.composite
+def masks(draw, most=9):
+    """(rows, cols) of bool, any share of it True."""
+    rows, cols = draw(st.integers(1, most)), draw(st.integers(1, most))
+    places = draw(st.lists(st.booleans(), min_size=rows * cols, max_size=rows * cols))
+    return torch.tensor(places).view(rows, cols)
+
+
+@given(st.lists(masks(), min_size=1, max_size=3))
+def test_largest_component_agrees_with_a_flood_fill(given_masks):
+    for mask in given_masks:
+        grid = tuple(mask.shape)
+        both = torch.stack((mask, mask.flip(0, 1))).flatten(1)  # no image sees the other
+        found = largest_component(both, grid)
+        assert found.dtype == torch.bool and found.shape == both.shape
+        for one, component in zip(both, found, strict=True):
+            assert chosen(component) == flood(one.tolist(), grid)
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (3, 20)])
+def test_largest_component_of_larger_grids(grid):
+    g = generator(grid[0])
+    several = torch.rand(40, grid[0] * grid[1], generator=g) < torch.rand(40, 1, generator=g)
+    several[0], several[1] = True, False
+    for mask, component in zip(several, largest_component(several, grid), strict=True):
         assert chosen(component) == flood(mask.tolist(), grid)
 
 
@@ -444,12 +460,13 @@ def test_of_two_equal_components_the_one_further_down(grid):
         width = min(i + 1, cols - i - 2)
         masks[i, :, i + 1 - width : i + 1] = True
         masks[i, :, i + 2 : i + 2 + width] = True
-    for mask in masks:
+    masks = masks[:: max(1, len(masks) // 4)]
+    for mask, found in zip(masks, largest_component(masks.flatten(1), grid).unflatten(1, grid), strict=True):
         columns = mask[0].nonzero().flatten().tolist()
         gap = next(c for c in range(columns[0], columns[-1]) if not mask[0, c])
         expected = mask.clone()
         expected[:, :gap] = False
-        assert torch.equal(largest_component(mask.flatten()[None], grid)[0].unflatten(0, grid), expected)
+        assert torch.equal(found, expected)
 
 
 # --- Boxes ----------------------------------------------------------------------------------------------------------
@@ -466,14 +483,24 @@ def naive_box(indices, grid, size, rule):
     return [min(cols) * patch_w, min(rows) * patch_h, right, bottom]
 
 
+@st.composite
+def chosen_patches(draw):
+    """Some patches of a grid, and the image (H, W) that it lies over."""
+    grid = draw(st.tuples(st.integers(1, 14), st.integers(1, 14)))
+    patch = draw(st.tuples(st.integers(1, 16), st.integers(1, 16)))
+    indices = draw(st.lists(st.integers(0, grid[0] * grid[1] - 1), min_size=1, max_size=8, unique=True))
+    return indices, grid, (grid[0] * patch[0], grid[1] * patch[1])
+
+
 @pytest.mark.parametrize("rule", sorted(BOX_RULES))
-@pytest.mark.parametrize(("grid", "size"), [((4, 4), (64, 64)), ((3, 7), (48, 112)), ((14, 14), (196, 196))])
-@pytest.mark.parametrize("k", [1, 2, 8])
-def test_boxes_agree_with_a_loop(rule, grid, size, k):
-    g = generator(k)
-    indices = torch.stack([torch.randperm(grid[0] * grid[1], generator=g)[:k] for _ in range(50)])
-    boxes = boxes_from_indices(indices, grid, size, rule)
-    assert boxes.tolist() == [naive_box(row, grid, size, rule) for row in indices.tolist()]
+@given(chosen_patches())
+@example(([15, 10], (4, 4), (64, 64)))
+@example(([20], (3, 7), (48, 112)))
+def test_boxes_agree_with_a_loop(rule, patches):
+    indices, grid, size = patches
+    boxes = boxes_from_indices(torch.tensor([indices, indices[:1] * len(indices)]), grid, size, rule)
+    assert boxes.dtype == torch.int64
+    assert boxes.tolist() == [naive_box(row, grid, size, rule) for row in (indices, indices[:1])]
     assert (boxes[:, 2] > boxes[:, 0]).all() and (boxes[:, 3] > boxes[:, 1]).all()
 
 
@@ -498,17 +525,13 @@ def naive_mask_box(mask, size, padding):
     ]
 
 
-@pytest.mark.parametrize("padding", [0.0, 0.05, 0.1, 0.9])
-@pytest.mark.parametrize(("grid", "size"), [((4, 4), (64, 64)), ((3, 7), (48, 112)), ((30, 20), (30, 20))])
-def test_boxes_around_masks_agree_with_a_loop(padding, grid, size):
-    g = generator(int(100 * padding))
-    masks = torch.rand(60, *grid, generator=g) < torch.rand(60, 1, 1, generator=g) ** 2 * 0.3
-    masks[0], masks[1] = False, True
-    masks[2] = False
-    masks[2, -1, -1] = True
-    boxes = boxes_from_mask(masks, size, padding)
+@given(masks(), st.integers(1, 16), st.integers(1, 16), st.sampled_from([0.0, 0.05, 0.1, 0.9]))
+def test_boxes_around_masks_agree_with_a_loop(mask, high, wide, padding):
+    size = (mask.shape[0] * high, mask.shape[1] * wide)
+    several = torch.stack((mask, torch.zeros_like(mask), mask.flip(0, 1)))
+    boxes = boxes_from_mask(several, size, padding)
     assert boxes.dtype == torch.int64
-    assert boxes.tolist() == [naive_mask_box(mask, size, padding) for mask in masks.tolist()]
+    assert boxes.tolist() == [naive_mask_box(rows, size, padding) for rows in several.tolist()]
 
 
 def test_select_gathers_it_all():

@@ -194,6 +194,7 @@ def test_an_epoch_holds_every_image_once_in_whole_steps():
     assert [i for batch in batches for _, i in batch] == seen[12:]
     batches.epoch, batches.start = 1, 0
     assert [i for batch in batches for _, i in batch] != seen
+    assert [i for batch in TrainBatches(23, 3, 2, seed=6) for _, i in batch] != seen  # the order follows from the seed
     assert TrainBatches(4, 8, 1, seed=0).batch_size == 4
 
 

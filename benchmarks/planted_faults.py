@@ -1,0 +1,435 @@
+"""Plant one fault at a time in a copy of the package, and see whether its tests find it.
+
+    python benchmarks/planted_faults.py --out new.jsonl                    # the tree this file is in
+    python benchmarks/planted_faults.py --out old.jsonl --commit 4f54875   # package and tests of a commit
+    python benchmarks/planted_faults.py --table old.jsonl new.jsonl        # found and not found, side by side
+
+What is measured is the tests, not the package: two suites are alike where they find the same faults. The tests nearest
+to a fault run first and stop at the first failure; only where they find nothing does the whole suite run, with --whole.
+A failure counts where the same test passes without the fault. A fault whose text is no longer there is named `stale`:
+it has to be put where the code went. The out file holds a line of JSON for each fault, and what stands there is not run
+again, so that the same command goes on. Needs a system that can fork.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "glsim"
+LIBRARIES = ("torch", "torchvision.transforms.v2", "timm", "accelerate", "torchmetrics", "matplotlib.pyplot", "onnx")
+
+
+class Fault(NamedTuple):
+    """A text that is replaced by another one, and the tests that are nearest: files by name, words of pytest."""
+
+    kind: str
+    file: str  # below the package
+    old: str
+    new: str
+    tests: str
+
+
+FAULTS = (
+    Fault(
+        "off by one in a box",
+        "crop.py",
+        "return cut(start, count, side), cut(end + 1, count, side)",
+        "return cut(start, count, side), cut(end, count, side)",
+        "selection_crop",
+    ),
+    Fault(
+        "left and top swapped",
+        "crop.py",
+        "    left, right = bounds(cols.amin(1), cols.amax(1), grid[1], image_size[1])\n"
+        "    return torch.stack((left, top, right, bottom), dim=1)",
+        "    left, right = bounds(cols.amin(1), cols.amax(1), grid[1], image_size[1])\n"
+        "    return torch.stack((top, left, bottom, right), dim=1)",
+        "selection_crop",
+    ),
+    Fault(
+        "missing clamp",
+        "crop.py",
+        "sides.append(((start - margin).clamp(min=0), (end + margin).clamp(max=side)))",
+        "sides.append(((start - margin).clamp(min=0), end + margin))",
+        "selection_crop",
+    ),
+    Fault(
+        "wrong index dtype",
+        "selection.py",
+        "return scores, scores.topk(k, dim=-1).indices",
+        "return scores, scores.topk(k, dim=-1).indices.int()",
+        "selection_crop models -k 'dtype or pick or glsim'",
+    ),
+    Fault(
+        "softmax along the wrong axis",
+        "selection.py",
+        "taken = logits[..., 0].softmax(dim=-1) if f.num_prefix",
+        "taken = logits[..., 0].softmax(dim=-2) if f.num_prefix",
+        "selection_crop golden",
+    ),
+    Fault(
+        "missing normalisation",
+        "selection.py",
+        "one = F.normalize(f.cls.to(f.patches.dtype), dim=-1, eps=EPS)",
+        "one = f.cls.to(f.patches.dtype)",
+        "selection_crop golden",
+    ),
+    Fault(
+        "wrong sign",
+        "selection.py",
+        "return -(f.cls[:, None] - f.patches).square().mean(dim=-1)[:, None]",
+        "return (f.cls[:, None] - f.patches).square().mean(dim=-1)[:, None]",
+        "selection_crop golden",
+    ),
+    Fault(
+        "missing detach",
+        "selection.py",
+        "@torch.no_grad()\ndef score(",
+        "def score(",
+        "models -k 'scores_that_only_choose'",
+    ),
+    Fault(
+        "no other image in the pair",
+        "attention.py",
+        "x.roll(1, dims=0)",
+        "x.roll(0, dims=0)",
+        "models -k 'paired_attention or dcal'",
+    ),
+    Fault(
+        "positions of other tokens",
+        "backbone.py",
+        "torch.cat((still, places))[index][:, None]",
+        "torch.cat((still, places))[index.flip(1)][:, None]",
+        "backbone models -k 'rotary or dinov3 or eva02'",
+    ),
+    Fault(
+        "parameter without a gradient",
+        "models/dcal.py",
+        "(torch.stack((whole, local, pair)), self.uncertainty)",
+        "(torch.stack((whole, local, pair)), self.uncertainty.detach())",
+        "models -k dcal",
+    ),
+    Fault(
+        "wrong epsilon",
+        "heads.py",
+        "                module.eps = norm_eps",
+        "                module.eps = 1e-3",
+        "models golden -k 'shape or glsim or aggregator'",
+    ),
+    Fault(
+        "wrong reduction",
+        "losses.py",
+        "return torch.where(same, 1 - cos, (cos - margin).clamp(min=0)).mean()",
+        "return torch.where(same, 1 - cos, (cos - margin).clamp(min=0)).sum()",
+        "losses",
+    ),
+    Fault(
+        "weight decay on norms and biases",
+        "train.py",
+        "        momentum=s.momentum,\n",
+        "        momentum=s.momentum,\n        filter_bias_and_bn=False,\n",
+        "train -k decay",
+    ),
+    Fault(
+        "no warm-up",
+        "train.py",
+        "warmup = min(s.warmup_steps, steps // 2)",
+        "warmup = 0",
+        "train -k 'schedule or warm'",
+    ),
+    Fault(
+        "wrong text of a licence",
+        "train.py",
+        'start, licence = "nothing", "none, trained from nothing"',
+        'start, licence = "nothing", "apache-2.0"',
+        "hub -k 'licence or origin or says'",
+    ),
+    Fault(
+        "seed ignored",
+        "batches.py",
+        "return np.random.default_rng([self.seed, epoch]).permutation(self.images)",
+        "return np.random.default_rng([epoch]).permutation(self.images)",
+        "train -k 'seed or epoch_holds'",
+    ),
+    Fault(
+        "stale cache",
+        "images.py",
+        "return _members(shard, stat.st_mtime_ns, stat.st_size)",
+        "return _members(shard)",
+        "sources -k anew",
+    ),
+    Fault(
+        "wrong split",
+        "data.py",
+        "return part(False), part(True)",
+        "return part(True), part(False)",
+        "data -k 'hold_out or split'",
+    ),
+    Fault(
+        "order of the labels",
+        "data.py",
+        "sorted({(row.class_id, row.label) for row in basis})",
+        "sorted({(row.class_id, row.label) for row in basis}, reverse=True)",
+        "data",
+    ),
+    Fault(
+        "model left in training mode",
+        "bundle.py",
+        "    model.config = {**kept, **model.config}\n    return model.eval()",
+        "    model.config = {**kept, **model.config}\n    return model.train()",
+        "bundle -k 'copied or same or overrides'",
+    ),
+    Fault(
+        "wrong preprocessing at load",
+        "bundle.py",
+        "    if stored is not None:\n",
+        "    if stored is None:\n",
+        "bundle predict train -k 'preprocessing or pixels or travels or goes_with or wrong or split or transform'",
+    ),
+    Fault(
+        "rename left out",
+        "checkpoint.py",
+        "                final.rename(old)\n",
+        "                shutil.rmtree(final)\n",
+        "train -k 'rename or crash'",
+    ),
+    Fault(
+        "exception swallowed",
+        "index.py",
+        "            if bad and not skip_bad:\n                raise bad[0]\n",
+        "",
+        "index -k bad",
+    ),
+    Fault(
+        "wrong exit code",
+        "types.py",
+        "    exit_code = 3\n",
+        "    exit_code = 1\n",
+        "cli data -k 'exit or bad_data'",
+    ),
+    Fault(
+        "key of the JSON left out",
+        "evaluate.py",
+        '        "split_drawn": s.split != "all" and not is_split(data),\n',
+        "",
+        "cli evaluate -k 'drew or json or one_image'",
+    ),
+    Fault(
+        "row written twice",
+        "evaluate.py",
+        '        writer.writerow([shown, labels[label], labels[guess], f"{p:.6f}"])\n',
+        '        writer.writerows([[shown, labels[label], labels[guess], f"{p:.6f}"]] * 2)\n',
+        "train evaluate -k 'every_answer_on_test'",
+    ),
+    Fault(
+        "box in pixels of the wrong image",
+        "predict.py",
+        "scale = (size[0] / width, size[1] / height)",
+        "scale = (size[1] / height, size[0] / width)",
+        "predict",
+    ),
+    Fault(
+        "wrong tolerance",
+        "export.py",
+        "TOLERANCE = 1e-4  #",
+        "TOLERANCE = 1e-1  #",
+        "export -k 'otherwise or program'",
+    ),
+    Fault(
+        "wrong level of an interval",
+        "where.py",
+        "RESAMPLES, LEVEL = 1000, 0.95",
+        "RESAMPLES, LEVEL = 1000, 0.90",
+        "where",
+    ),
+    Fault(
+        "best taken for worst",
+        "reproduce.py",
+        'return max(finished, key=lambda row: (row["val"]["correct"], -row["lr"]))["lr"]',
+        'return min(finished, key=lambda row: (row["val"]["correct"], -row["lr"]))["lr"]',
+        "reproduce -k 'chosen_on_val'",
+    ),
+    Fault(
+        "copies found by half of their hash",
+        "copies.py",
+        "            near = distance <= most\n",
+        "            near = distance <= 2 * most\n",
+        "doctor -k near",
+    ),
+    Fault(
+        "threshold not strict",
+        "confidence.py",
+        "good = (curve.wrong <= allowed)[:end].nonzero()",
+        "good = (curve.wrong <= allowed).nonzero()",
+        "confidence -k threshold",
+    ),
+)
+
+
+def main() -> int:
+    """Parse, plant and run, or print the table; returns 4 where the two suites of a table differ."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="JSON lines, one a fault")
+    parser.add_argument("--commit", help="package and tests of this commit instead of those here")
+    parser.add_argument("--whole", action="store_true", help="the whole suite where the nearest tests find nothing")
+    parser.add_argument("--only", nargs="+", metavar="KIND", help="these faults alone")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds of one run of tests; more is a hang: found")
+    parser.add_argument("--table", nargs="+", type=Path, metavar="OUT", help="print what was found, in columns")
+    arguments = parser.parse_args()
+    if arguments.table:
+        return print_table([read_lines(file) for file in arguments.table], [file.stem for file in arguments.table])
+    if arguments.out is None:
+        parser.error("--out or --table is needed")
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}  # one thread: it forks
+    for library in LIBRARIES:
+        import_module(library)
+    done = read_lines(arguments.out)
+    chosen = [fault for fault in FAULTS if fault.kind in (arguments.only or [fault.kind])]
+    with copied(arguments.commit) as tree:
+        for fault in chosen:
+            before = done.get(fault.kind)
+            if before and (before["result"] != "missed" or before["where"] != "nearest" or not arguments.whole):
+                continue
+            began = time.perf_counter()
+            found = try_fault(fault, tree, arguments.whole, arguments.limit)
+            line = {"kind": fault.kind, "file": fault.file, **found, "seconds": round(time.perf_counter() - began)}
+            with arguments.out.open("a", encoding="utf-8") as out:
+                out.write(json.dumps(line) + "\n")
+            print(f"{fault.kind}: {found['result']} {found.get('by', '')}", flush=True)
+    return 0
+
+
+@contextmanager
+def copied(commit: str | None) -> Iterator[Path]:
+    """A folder with a copy of the tree, or of `commit`; reference material that lies beside the tree lies there too."""
+    with tempfile.TemporaryDirectory() as place:
+        tree = Path(place, "tree")
+        tree.mkdir()
+        git = ["git", "-C", str(ROOT)]
+        if commit is None:
+            words = [*git, "ls-files", "-co", "-z", "--exclude-standard"]
+            listed = subprocess.run(words, check=True, capture_output=True)
+            for name in filter(None, listed.stdout.decode().split("\0")):
+                if (ROOT / name).is_file():
+                    (tree / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(ROOT / name, tree / name)
+        else:
+            archive = subprocess.run([*git, "archive", commit], check=True, capture_output=True)
+            subprocess.run(["tar", "x", "-C", str(tree)], input=archive.stdout, check=True)
+        if (ROOT.parent / "shared").is_dir():
+            Path(place, "shared").symlink_to(ROOT.parent / "shared")
+        yield tree
+
+
+def try_fault(fault: Fault, tree: Path, whole: bool, limit: float) -> dict[str, str]:
+    """Plant `fault` in `tree`, run its tests, take it out again; `result`: found, missed or stale."""
+    file = tree / PACKAGE / fault.file
+    before = file.read_text(encoding="utf-8")
+    if before.count(fault.old) != 1:
+        return {"result": "stale", "where": "nowhere"}
+    files, _, words = fault.tests.partition(" -")
+    nearest = [f"tests/test_{name}.py" for name in files.split()] + shlex.split(words and f"-{words}")
+    anyway: list[str] = []  # tests that fail without it too
+    for where, tests in {"nearest": nearest, "whole suite": ["tests"]}.items():
+        if where == "whole suite" and not whole:
+            break
+        while True:
+            file.write_text(before.replace(fault.old, fault.new), encoding="utf-8")
+            failed = first_failure(tree, [*tests, *(f"--deselect={name}" for name in anyway)], limit)
+            file.write_text(before, encoding="utf-8")
+            if failed is None:
+                break
+            if failed == "no end" or first_failure(tree, [failed], limit) is None:
+                return {"result": "found", "by": failed, "where": where}
+            if failed in anyway:
+                raise SystemExit(f"{failed} fails without a fault too, and cannot be left out")
+            anyway.append(failed)
+    return {"result": "missed", "where": "whole suite" if whole else "nearest"}
+
+
+def first_failure(tree: Path, words: list[str], limit: float) -> str | None:
+    """The first test that fails in `tree`, a file that cannot be imported, "no end" after `limit` s; None: all pass.
+
+    Runs in a fork of this process, which has the libraries in memory already and nothing of the package.
+    """
+    log = tree.parent / "log"
+    child = os.fork()
+    if not child:
+        os.setpgrp()
+        with log.open("wb") as out:
+            os.dup2(out.fileno(), 1)
+            os.dup2(out.fileno(), 2)
+        os.chdir(tree)
+        os.environ |= {"PYTHONPATH": str(tree), "COLUMNS": "1000"}
+        sys.path.insert(0, str(tree))
+        code = 70
+        try:
+            quiet = ["-q", "--color=no", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+            code = pytest.main(["-x", "-rfE", *quiet, *words])
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    end = time.monotonic() + limit
+    while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < end:
+        time.sleep(0.2)
+    if not ended[0]:
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return "no end"
+    if os.waitstatus_to_exitcode(ended[1]) in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
+        return None
+    said = log.read_text(encoding="utf-8", errors="replace")
+    names = re.findall(r"^(?:FAILED|ERROR) (tests/\S+?\.py(?:::.+?)?)(?: - .*)?$", said, re.M)
+    if not names:
+        raise SystemExit(f"the tests ended with {os.waitstatus_to_exitcode(ended[1])}:\n{said[-3000:]}")
+    return names[0]
+
+
+def read_lines(file: Path) -> dict[str, dict[str, str]]:
+    """What an out file holds, by kind of fault; nothing where it is not there yet."""
+    if not file.exists():
+        return {}
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return {line["kind"]: line for line in lines}
+
+
+def print_table(suites: list[dict[str, dict[str, str]]], names: list[str]) -> int:
+    """Which suite found which fault, as a table of markdown; 4 where they differ."""
+    print(f"| fault | file | {' | '.join(names)} |\n|---|---|{'---|' * len(names)}")
+    differ = False
+    for fault in FAULTS:
+        rows = [suite.get(fault.kind, {"result": "not run"}) for suite in suites]
+        differ |= len({row["result"] for row in rows}) > 1
+        cells = [
+            f"{row['result']}: `{row['by'].rpartition('::')[2]}`" if "by" in row else row["result"] for row in rows
+        ]
+        print(f"| {fault.kind} | `{fault.file}` | {' | '.join(cells)} |")
+    counts = [sum(suite.get(f.kind, {}).get("result") == "found" for f in FAULTS) for suite in suites]
+    print(f"| found of {len(FAULTS)} | | {' | '.join(map(str, counts))} |")
+    return 4 if differ else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
