@@ -87,13 +87,17 @@ def _is_argument(value: Any) -> bool:
         return len(value) <= LONGEST and all(map(_is_argument, value))
     if type(value) is int:
         return abs(value) <= LARGEST_ARGUMENT
-    return value is None or isinstance(value, bool) or (isinstance(value, str) and len(value) <= LONGEST) or (
-        isinstance(value, float) and math.isfinite(value)
+    return (
+        value is None
+        or isinstance(value, bool)
+        or (isinstance(value, str) and len(value) <= LONGEST)
+        or (isinstance(value, float) and math.isfinite(value))
     )
 
 
 TEXT = Kind(f"a text of 1 to {LONGEST} characters", lambda v: isinstance(v, str) and 0 < len(v) <= LONGEST)
 SIZE = listed(whole(1, LARGEST_SIDE), 2)
+LABELS = Kind("a list of names, each of them once", _are_labels)
 COUNT, SHARE = whole(0), number(0, 1)
 ARGUMENTS = Kind(
     f"an object of plain values, whole numbers up to {LARGEST_ARGUMENT}",
@@ -109,7 +113,7 @@ CONFIG_KEYS: dict[str, Any] = {
     "backbone_args": ARGUMENTS,
     "options": ARGUMENTS,
     "format": whole(0),
-    "label_names": maybe(Kind("a list of names, each of them once", _are_labels)),
+    "label_names": maybe(LABELS),
     "preprocessing": {
         "image_size": SIZE,
         "resize_ratio": number(1, LARGEST_SIDE),
