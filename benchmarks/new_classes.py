@@ -149,7 +149,7 @@ def calibrate(model: Model, data: Path, workers: int) -> dict[str, Any]:
     both = join([splits["val"], splits["test"]])
     logits, labels = answers(model, both, workers), torch.tensor(both.labels)
     val, test = slice(0, len(splits["val"])), slice(len(splits["val"]), None)
-    temperature = fit_temperature(logits[val], labels[val])
+    temperature = fit_temperature(logits[val], labels[val]).value
     scaled = logits[test] / temperature
     return {
         "val": len(splits["val"]),

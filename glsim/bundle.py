@@ -7,12 +7,9 @@ Loading a bundle never unpickles anything; the publishers' `.pth` files are read
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import threading
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +19,45 @@ from huggingface_hub import EvalResult, ModelCardData
 from safetensors import SafetensorError, safe_open
 from timm.models import get_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch import Tensor
 
 from glsim.backbone import Model, to_pair
-from glsim.files import code_span, expand, make_folder, markdown, shown, to_json, write_text
+from glsim.files import (
+    code_span,
+    expand,
+    make_folder,
+    markdown,
+    one_line,
+    open_regular,
+    printable,
+    read_json,
+    replacing,
+    shown,
+    to_json,
+    write_json,
+    write_text,
+)
 from glsim.graphs import open_graph
 from glsim.hub import fetch
 from glsim.models import create_model, resample_positions
 from glsim.official import OFFICIAL, convert_official
 from glsim.transforms import Preprocessing
-from glsim.types import ConfigError, DataError
+from glsim.types import ConfigError, DataError, GlsimError
+from glsim.untrusted import (
+    FORMAT,
+    MEASURED,
+    MODEL_KEYS,
+    TooLarge,
+    check_config,
+    check_finite,
+    no_larger_than,
+    read_metrics,
+    some,
+)
 
-FORMAT = 2  # raised when config.json or the weight names change; `load` keeps reading the older ones
 FILES = WEIGHTS, CONFIG, METRICS_FILE, CARD = "model.safetensors", "config.json", "metrics.json", "README.md"
 WHERE_FROM = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}  # for timm
-MODEL_KEYS = ("method", "backbone", "num_classes", "image_size", "backbone_args", "options")
 UNKNOWN = "unknown"  # a licence that nobody told
-LARGEST_SIDE = 4096  # pixels of an image that a bundle may ask for
-HOTTEST = 1e6  # a temperature, and one over it the coldest: the softmax stays finite
-# The largest numbers in a config; timm makes a list of the layers before it makes the first.
-LARGEST = {"backbone_args": 65536, "options": LARGEST_SIDE}
 
 
 def default_preprocessing(backbone: str, image_size: Sequence[int]) -> Preprocessing:
@@ -57,7 +72,8 @@ def save(model: Model, folder: str | Path, labels: list[str] | None = None, **in
 
     `labels` are the class names in the order of the logits. `info`: `preprocessing` (a `Preprocessing`), `metrics` (a
     dict, written to `metrics.json`), `licence` (of `data`, `backbone`, `model`: names by which they are known),
-    anything else that JSON can hold goes into `config.json`.
+    anything else that JSON can hold goes into `config.json`. Raises ConfigError, with nothing written, for a config
+    that `load` would refuse.
     """
     folder = Path(expand(str(folder)))
     config = dict(model.config)
@@ -83,15 +99,18 @@ def save(model: Model, folder: str | Path, labels: list[str] | None = None, **in
         "licence": {"data": UNKNOWN, "backbone": UNKNOWN, **config.get("licence", {}), **info.pop("licence", {})},
         **info,
     }
+    try:
+        check_config(config, folder / CONFIG)
+    except DataError as error:
+        raise ConfigError(f"this would be a bundle that cannot be loaded: {error}") from error
     folder = make_folder(folder)
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    temporary = folder / (WEIGHTS + ".tmp")
-    safetensors.torch.save_file(weights, temporary, metadata={"format": "pt", "sha256": digest(weights)})
-    temporary.replace(folder / WEIGHTS)
+    with replacing(folder / WEIGHTS) as temporary:
+        safetensors.torch.save_file(weights, temporary, metadata={"format": "pt", "sha256": digest(weights)})
     if metrics is not None:
-        write_text(folder / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
+        write_json(folder / METRICS_FILE, metrics)
     write_text(folder / CARD, card(config, metrics))
-    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    write_json(folder / CONFIG, config)
     return folder
 
 
@@ -130,9 +149,7 @@ def load(source: str | Path, **overrides: Any) -> Model:
     if path.is_file() and path.suffix == ".onnx":
         if overrides:
             raise ConfigError(f"{path} is exported and takes no {', '.join(overrides)}; export the bundle again")
-        graph = open_graph(path)
-        check_config(graph.config, path)
-        return graph
+        return open_graph(path)
     what = "is no bundle folder, .pth or .onnx file" if path.exists() else "does not exist"
     raise DataError(f"{source} {what}; give a bundle folder, hf-hub:owner/name, local-dir:path, official .pth or .onnx")
 
@@ -140,14 +157,10 @@ def load(source: str | Path, **overrides: Any) -> Model:
 def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a bundle; DataError when it is missing, not one of ours, or a link to somewhere else."""
     check_inside(folder)
-    path = folder / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return check_config(read_json(folder / CONFIG), folder / CONFIG)
     except FileNotFoundError:
         raise DataError(f"{folder} is no bundle: it has no {CONFIG}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    return check_config(config, path)
 
 
 def check_inside(folder: Path) -> None:
@@ -165,53 +178,6 @@ def check_inside(folder: Path) -> None:
             raise DataError(f"{path} is no file")
 
 
-def check_config(config: Any, path: Path) -> dict[str, Any]:
-    """`config`, read from `path`, whatever its origin; DataError names what it lacks or what cannot be."""
-    missing = [k for k in (*MODEL_KEYS, "preprocessing") if not isinstance(config, dict) or k not in config]
-    if missing:
-        raise DataError(f"{path} is no glsim config: it lacks {', '.join(missing)}")
-    kinds = {"method": str, "backbone": str, "num_classes": int, "image_size": list, "backbone_args": dict}
-    kinds |= {"options": dict, "preprocessing": dict, "format": int, "licence": dict, "data": dict}
-    kinds |= {"calibration": dict, "training": dict, "pretrained_cfg": dict}
-    wrong = [k for k, kind in kinds.items() if k in config and not isinstance(config[k], kind)]
-    size, names = config["image_size"], config.get("label_names")
-    if "image_size" not in wrong and not _is_size(size):
-        wrong.append("image_size")
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        wrong.append("label_names")
-    temperature = config.get("calibration", {}).get("temperature", 1.0) if "calibration" not in wrong else 1.0
-    if not isinstance(temperature, int | float) or not 1 / HOTTEST <= temperature <= HOTTEST:
-        wrong.append("calibration")
-    if wrong:
-        raise DataError(f"{path} is damaged: {', '.join(f'{k}={config[k]!r}' for k in wrong)}")
-    if config.get("format", 0) > FORMAT:
-        raise DataError(f"{path} has format {config['format']}, this glsim reads up to {FORMAT}; upgrade glsim")
-    if names is not None and len(names) != config["num_classes"]:
-        raise DataError(f"{path} is damaged: {len(names)} label_names for {config['num_classes']} classes")
-    try:
-        p = Preprocessing.from_dict(config["preprocessing"])
-    except ConfigError as error:
-        raise DataError(f"{path} is damaged: {error}") from error
-    for key, most in LARGEST.items():
-        if _largest(config[key]) > most:
-            raise DataError(f"{path} was refused: {key} hold a number above {most}")
-    if not _is_size(list(p.resize)):
-        raise DataError(f"{path} was refused: images of {p.resize} pixels; up to {LARGEST_SIDE} a side are read")
-    return config
-
-
-def _is_size(size: list[Any]) -> bool:
-    """Whether these are height and width of an image that a bundle may ask for."""
-    return len(size) == 2 and all(type(side) is int and 1 <= side <= LARGEST_SIDE for side in size)
-
-
-def _largest(value: Any) -> float:
-    """The largest number anywhere in a value from JSON, without its sign."""
-    if isinstance(value, dict | list):
-        return max(map(_largest, value.values() if isinstance(value, dict) else value), default=0)
-    return abs(value) if isinstance(value, int | float) else 0
-
-
 def load_bundle(folder: Path, **overrides: Any) -> Model:
     """Load a bundle folder in eval mode; see `load`."""
     config = read_config(folder)
@@ -223,25 +189,34 @@ def load_bundle(folder: Path, **overrides: Any) -> Model:
     weights = read_weights(folder)
     arguments = {k: config[k] for k in MODEL_KEYS if k != "options"} | config["options"] | overrides
     try:
-        with no_larger_than(4 * sum(w.numel() for w in weights.values()) + 10_000_000):  # resampled positions may grow
+        with no_larger_than(weights.values()):
             model = create_model(**arguments, pretrained=False)
     except TooLarge as error:
         raise DataError(f"{folder / CONFIG} was refused: its model is far larger than {WEIGHTS}") from error
-    except (AttributeError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:  # timm, of odd arguments
-        raise DataError(f"{folder / CONFIG} is damaged: no model can be built from it: {error}") from error
+    except GlsimError:
+        raise
+    except Exception as error:  # timm's and torch's, of odd arguments, have no class in common but this one
+        raise DataError(f"{folder / CONFIG} is damaged: no model can be built from it: {one_line(error)}") from error
     if list(model.config["image_size"]) != list(config["image_size"]):
         weights = resample_positions(weights, model.backbone.net)
         kept["preprocessing"] = {**kept["preprocessing"], "image_size": model.config["image_size"]}
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise DataError(f"{folder / WEIGHTS} does not fit its {CONFIG}: {' '.join(str(error).split())}") from error
+    own = model.state_dict()
+    unfit = {
+        "missing": own.keys() - weights.keys(),
+        "of another shape": [k for k, v in weights.items() if k in own and own[k].shape != v.shape],
+        "not part of the model": weights.keys() - own.keys(),
+    }
+    if any(unfit.values()):
+        told = "; ".join(f"{what}: {some(sorted(names))}" for what, names in unfit.items() if names)
+        raise DataError(f"{folder / WEIGHTS} does not fit its {CONFIG}; {told}")
+    model.load_state_dict(weights)
     model.config = {**kept, **model.config}
     return model.eval()
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a bundle; DataError when the file is missing, cut short, no safetensors, or a byte has changed.
+    """The tensors of a bundle; DataError when the file is missing, cut short, no safetensors, a byte has changed, or a
+    number is not finite.
 
     Bundles of the first versions hold no checksum and are read without.
     """
@@ -253,36 +228,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise DataError(f"{folder} is no bundle: it has no {WEIGHTS}") from None
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} is damaged: {error}") from error
+        raise DataError(f"{path} is damaged: {one_line(error)}") from error
     if written is not None and written != digest(weights):
         raise DataError(f"{path} is damaged: its weights are not those that were saved; copy it again")
+    check_finite(weights, path)
     return weights
-
-
-class TooLarge(Exception):
-    """A network has more parameters than it may."""
-
-
-@contextmanager
-def no_larger_than(elements: int) -> Iterator[None]:
-    """Inside, TooLarge ends the making of networks in this thread when they have more than `elements` parameters.
-
-    It is raised before they are given values, so that memory merely asked for is never used.
-    """
-    left, thread = elements, threading.get_ident()
-
-    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        nonlocal left
-        if parameter is not None and threading.get_ident() == thread:
-            left -= parameter.numel()
-            if left < 0:
-                raise TooLarge
-
-    handle = register_module_parameter_registration_hook(count)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def init_from(model: Model, source: str | Path) -> list[str]:
@@ -314,13 +264,18 @@ def _init_from_npz(model: Model, path: Path) -> list[str]:
         raise ConfigError(f"{path}: .npz files hold the weights of a ViT, {model.config['backbone']!r} is none")
     before = {k: v.clone() for k, v in net.state_dict().items()}
     try:
+        open_regular(path).close()  # numpy would wait for a FIFO
         net.load_pretrained(str(path))
+        check_finite(net.state_dict(), path)
+    except GlsimError:
+        net.load_state_dict(before)
+        raise
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         net.load_state_dict(before)
-        raise DataError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
+        raise DataError(f"{path} cannot be read: {one_line(error)}") from error
     except (RuntimeError, AssertionError, IndexError, TypeError) as error:
         net.load_state_dict(before)
-        raise ConfigError(f"{path} does not fit {model.config['backbone']!r}: {error}") from error
+        raise ConfigError(f"{path} does not fit {model.config['backbone']!r}: {one_line(error)}") from error
     kept = sorted(k for k in model.state_dict() if not k.startswith("backbone."))
     model.initialised(kept)
     return kept
@@ -363,9 +318,8 @@ def amend(folder: str | Path, options: dict[str, Any], **info: Any) -> None:
     folder = Path(folder)
     config = read_config(folder)
     config |= {"options": config["options"] | options, **info}
-    metrics = folder / METRICS_FILE
-    write_text(folder / CARD, card(config, json.loads(metrics.read_text()) if metrics.exists() else None))
-    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    write_text(folder / CARD, card(check_config(config, folder / CONFIG), read_metrics(folder / METRICS_FILE)))
+    write_json(folder / CONFIG, config)
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -386,7 +340,7 @@ def card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
     config, metrics = shown(dict(config)), shown(metrics)  # a card is for people
     labels, licence, training = (config.get(k) or {} for k in ("label_names", "licence", "training"))
     data, p = config.get("data") or {}, Preprocessing.from_dict(config["preprocessing"])
-    measured = {k: v for k, v in (metrics or {}).items() if isinstance(v, dict) and "top1" in v}
+    measured = {k: v for k, v in (metrics or {}).items() if isinstance(v, dict) and set(MEASURED) <= set(v)}
     title = f"{config['method']} on {config['backbone']}"
     results = [
         EvalResult("image-classification", data["source"], data["source"], "accuracy", v["top1"], dataset_split=k)
@@ -406,9 +360,6 @@ def card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
     named = ", ".join(map(markdown, list(labels)[:20])) + (f", .. ({len(labels)} in all)" if len(labels) > 20 else "")
     size, resize = (" x ".join(map(str, side)) for side in (p.image_size, p.resize))
     lines = [
-        "---",
-        head.to_yaml(),
-        "---",
         f"# {markdown(title)}",
         "",
         f"Tells {config['num_classes']} classes apart in images of {size} pixels" + (f": {named}." if named else "."),
@@ -422,15 +373,19 @@ def card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
         counts = ", ".join(f"{count} {markdown(split)}" for split, count in data["counts"].items())
         source, drawn = code_span(data["source"]), code_span(data["split_hash"][:16])
         lines.append(f"- Data: {source}, {counts} images, split hash {drawn}")
-    if training:
+    if {"start", "epochs", "optimizer", "lr", "batch_size", "seed"} <= set(training):
         lines.append(
             f"- Training: from {markdown(start)}; {training['epochs']} epochs of {markdown(training['optimizer'])}, "
             f"learning rate {training['lr']}, {training['batch_size']} images a step, seed {training['seed']}"
         )
-    if calibration := config.get("calibration"):
+    calibration = config.get("calibration") or {}
+    if {"count", "data"} <= set(calibration):
         lines.append(f"- Calibrated on {calibration['count']} images of {code_span(calibration['data'])}")
         if calibration.get("threshold") is not None and "coverage" in calibration:
             lines[-1] += f"; `--reject` answers {calibration['coverage']:.0%} of them, the confident ones"
+        if calibration.get("threshold") is not None and {"answered", "answered_correct"} <= set(calibration):
+            wrong = calibration["answered"] - calibration["answered_correct"]
+            lines[-1] += f" ({calibration['answered']} answers, {wrong} of them wrong)"
     for split, result in measured.items():
         lines.append(
             f"- {markdown(split)}: top-1 {result['top1']:.2%} ({result['correct']} of {result['count']}), top-5 "
@@ -442,4 +397,4 @@ def card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
     )
     lines += ["", "```python", "import glsim", 'for answer in glsim.Predictor("PATH_TO_THIS_FOLDER")(["image.jpg"]):']
     lines += ["    print(answer.labels[0], answer.probabilities[0])", "```", ""]
-    return "\n".join(lines)
+    return "\n".join(["---", head.to_yaml(), "---", *map(printable, lines)])  # a label may hold line ends

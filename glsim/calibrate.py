@@ -20,14 +20,17 @@ from glsim.backbone import Model, StagedModel
 from glsim.batches import make_loader
 from glsim.bundle import amend, load, pick_device, preprocessing_of
 from glsim.catalog import prepared
-from glsim.confidence import calibration_error, find_threshold, graded
+from glsim.confidence import NO_ANSWER, are_answers, calibration_error, find_threshold, graded, largest_rate
 from glsim.config import Calibrate
 from glsim.data import split_hash
 from glsim.evaluate import read_split
 from glsim.heads import lead
 from glsim.images import limited
 from glsim.transforms import eval_transform
-from glsim.types import ConfigError
+from glsim.types import ConfigError, DataError
+
+COLDEST = 5.0  # logarithm of the highest temperature that is looked for, and of one over the lowest
+WIDEST = 2.0  # a temperature that may as well be so many times higher or lower is not taken
 
 
 class Answers(NamedTuple):
@@ -42,7 +45,8 @@ class Answers(NamedTuple):
 def run(s: Calibrate, progress: bool = True) -> dict[str, Any]:
     """The verb: fit temperature, margin and threshold, write them into the bundle; returns them, as plain values.
 
-    Raises ConfigError when `s.source` is no bundle folder, DataError for images that do not fit the model.
+    The temperature stays 1 where the images cannot tell it, and `temperature_kept` says why. Raises ConfigError when
+    `s.source` is no bundle folder, DataError for images that do not fit the model.
     """
     folder = Path(s.source)
     if not folder.is_dir():
@@ -68,7 +72,8 @@ def run(s: Calibrate, progress: bool = True) -> dict[str, Any]:
             "correct_first": count_right(said.first, said.labels),
             "correct_second": count_right(said.logits, said.labels),
         }
-    temperature = fit_temperature(logits, said.labels)
+    fitted = fit_temperature(logits, said.labels)
+    temperature = fitted.value
     found |= {
         "data": Path(s.data).name,
         "split": s.split,
@@ -76,6 +81,8 @@ def run(s: Calibrate, progress: bool = True) -> dict[str, Any]:
         "count": len(said.labels),
         "correct": count_right(logits, said.labels),
         "temperature": temperature,
+        "temperature_interval": fitted.interval,
+        "temperature_kept": fitted.why_not,
         "nll": [float(F.cross_entropy(logits / t, said.labels)) for t in (1.0, temperature)],
         "ece": [calibration_error(*graded(logits / t, said.labels)) for t in (1.0, temperature)],
     }
@@ -88,6 +95,7 @@ def run(s: Calibrate, progress: bool = True) -> dict[str, Any]:
             "coverage": float(answered.float().mean()),
             "answered": int(answered.sum()),
             "answered_correct": int(right[answered].sum()),
+            "error_at_most": largest_rate(int((~right[answered]).sum()), int(answered.sum())),
         }
     amend(folder, {"margin": found["margin"]} if staged else {}, calibration=found)
     return {"bundle": str(folder), **found}
@@ -95,7 +103,10 @@ def run(s: Calibrate, progress: bool = True) -> dict[str, Any]:
 
 @torch.no_grad()
 def ask(model: Model, loader: Any, progress: bool = False) -> Answers:
-    """Answer every image of `loader` (images (B, 3, H, W), labels (B,)); a `StagedModel` after one pass and two."""
+    """Answer every image of `loader` (images (B, 3, H, W), labels (B,)); a `StagedModel` after one pass and two.
+
+    Raises DataError where an answer is no number.
+    """
     device = next(model.parameters()).device
     rows: list[tuple[Tensor, ...]] = []
     for images, labels in tqdm(loader, unit="batch", disable=not progress):
@@ -106,7 +117,11 @@ def ask(model: Model, loader: Any, progress: bool = False) -> Answers:
             rows.append((labels, second.float().cpu(), first.float().cpu()))
         else:
             rows.append((labels, model(images).logits.float().cpu()))
-    return Answers(*(torch.cat(column) for column in zip(*rows, strict=True)))
+    said = Answers(*(torch.cat(column) for column in zip(*rows, strict=True)))
+    wrong = sum(int((~are_answers(logits)).sum()) for logits in said[1:] if logits is not None)
+    if wrong:
+        raise DataError(f"{wrong} of {len(said.labels)} images: {NO_ANSWER}")
+    return said
 
 
 def find_margin(first: Tensor, second: Tensor, labels: Tensor, max_loss: float) -> tuple[float | None, Tensor]:
@@ -127,19 +142,59 @@ def find_margin(first: Tensor, second: Tensor, labels: Tensor, max_loss: float) 
     return margin, lead(first) < margin
 
 
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The number that `logits` (images, C) are to be divided by for the best likelihood of `labels` (images,)."""
-    inverse = torch.zeros((), requires_grad=True)  # its logarithm: convex in the inverse, positive by its exponent
-    optimizer = torch.optim.LBFGS([inverse], max_iter=100, line_search_fn="strong_wolfe")
+class Temperature(NamedTuple):
+    """What logits are to be divided by, and how well the images tell."""
 
-    def step() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(logits * inverse.exp(), labels)
-        loss.backward()
-        return loss
+    value: float  # 1 where `why_not` says that it cannot be told
+    interval: tuple[float, float] | None = None  # of 95 %, by the curvature of the likelihood
+    why_not: str | None = None
 
-    optimizer.step(step)
-    return float((-inverse.detach()).clamp(-5, 5).exp())
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> Temperature:
+    """The number that `logits` (images, C) are to be divided by for the best likelihood of `labels` (images,).
+
+    The mean log-loss is convex in the inverse b of the temperature, its slope the mean over images of E[z] - z_label,
+    where E is over the softmax of b z. So it has a minimum at a b above 0 if and only if the slope is below 0 at b = 0
+    (labels have more than the mean logit) and above 0 for b without end (some label has less than the largest logit).
+    Else, and where the images leave the temperature open by more than a factor of `WIDEST`, it stays 1.
+    """
+    gaps = logits.double() - logits.double().gather(1, labels[:, None])  # (images, C), 0 at the label
+
+    def slope(inverse: float) -> tuple[float, float]:
+        """The slope of the summed log-loss, and its curvature."""
+        p = (inverse * gaps).softmax(dim=1)
+        means = (p * gaps).sum(dim=1)
+        return float(means.sum()), float((p * gaps**2).sum() - (means**2).sum())
+
+    count = len(labels)
+    if not bool((gaps > 0).any()):
+        return Temperature(
+            1.0, None, f"all {count} images are answered right, and the likelihood only grows as it falls to 0"
+        )
+    if slope(0.0)[0] >= 0:
+        return Temperature(
+            1.0,
+            None,
+            f"labels of {count} images have no more than the mean logit, and the likelihood only grows with it",
+        )
+    low, high = -COLDEST, COLDEST  # logarithms of the inverse
+    if slope(math.exp(low))[0] >= 0 or slope(math.exp(high))[0] <= 0:
+        return Temperature(
+            1.0, None, f"the best one for {count} images is not in {math.exp(-COLDEST):.4f} to {math.exp(COLDEST):.0f}"
+        )
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(math.exp(middle))[0] < 0 else (low, middle)
+    inverse = math.exp(low)
+    information = slope(inverse)[1] * inverse**2  # of the logarithm of the temperature
+    off = 1.96 / math.sqrt(information) if information > 0 else math.inf
+    if off > math.log(WIDEST):
+        return Temperature(
+            1.0,
+            None,
+            f"{count} images are too few: it may be {WIDEST:g} times the best one, {1 / inverse:.3g}, or less",
+        )
+    return Temperature(1 / inverse, (math.exp(-off) / inverse, math.exp(off) / inverse))
 
 
 def count_right(logits: Tensor, labels: Tensor) -> int:

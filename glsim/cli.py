@@ -125,6 +125,10 @@ def show_answered(threshold: float, coverage: float, count: int, correct: int) -
 def show_calibrate(r: dict[str, Any], _: Any) -> str:
     """What the fit changed."""
     lines = [f"{r['count']} images of {r['split']}: temperature {r['temperature']:.3f}"]
+    if r["temperature_kept"] is not None:
+        lines[0] += f", kept at 1: {r['temperature_kept']}; calibrate on more images"
+    else:
+        lines[0] += " ({:.3f} to {:.3f}, 95 %)".format(*r["temperature_interval"])
     lines.append(
         "expected calibration error {:.2%} -> {:.2%}, mean log-loss {:.4f} -> {:.4f}".format(*r["ece"], *r["nll"])
     )
@@ -139,6 +143,9 @@ def show_calibrate(r: dict[str, Any], _: Any) -> str:
         lines.append(f"no threshold keeps the error at {r['max_error']:g} points: --reject will not work")
     elif "max_error" in r:
         lines.append(show_answered(r["threshold"], r["coverage"], r["answered"], r["answered_correct"]))
+        lines.append(
+            f"that rests on {r['count']} images: up to {r['error_at_most']:.1%} of such answers may be wrong (95 %)"
+        )
     return "\n".join([*lines, f"written: {r['bundle']}"])
 
 

@@ -6,18 +6,25 @@ Selective classification: Geifman and El-Yaniv, arXiv 1705.08500; area under the
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
+NO_ANSWER = "the model's answer is no number: its weights or its arithmetic overflow"
 BINS = 15  # of the expected calibration error, as in Guo et al., arXiv 1706.04599
 
 
 def calibration_error(confidences: Tensor, right: Tensor) -> float:
     """Expected calibration error over 15 bins: mean distance of confidence and accuracy."""
     return float(binary_calibration_error(confidences.clamp(0, 1), right.long(), n_bins=BINS))
+
+
+def are_answers(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Of which images the logits (images, C) are numbers that a softmax can take: bool (images,)."""
+    return (logits.float() / temperature).isfinite().all(dim=1)
 
 
 def graded(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,6 +93,18 @@ def risk_coverage(confidences: Tensor, right: Tensor) -> RiskCoverage:
     answered = torch.arange(1, len(values) + 1, dtype=torch.double)
     wrong = (~right.bool())[order].double().cumsum(0)
     return RiskCoverage(values[last], answered[last], wrong[last])
+
+
+def largest_rate(wrong: int, count: int) -> float:
+    """The error rate that `wrong` of `count` answers leave possible: the upper end of Wilson's interval, 95 % one-sided.
+
+    1 without answers. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22, 1927.
+    """
+    if not count:
+        return 1.0
+    z, rate = 1.6449, wrong / count
+    spread = z * math.sqrt(rate * (1 - rate) / count + z**2 / (4 * count**2))
+    return min(1.0, (rate + z**2 / (2 * count) + spread) / (1 + z**2 / count))
 
 
 def find_threshold(confidences: Tensor, right: Tensor, max_error: float) -> tuple[float | None, Tensor]:

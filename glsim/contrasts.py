@@ -19,9 +19,10 @@ from torch import Tensor
 
 from glsim.backbone import Model
 from glsim.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of
+from glsim.confidence import NO_ANSWER
 from glsim.config import Explain
 from glsim.data import find_images
-from glsim.images import read_any
+from glsim.images import BadImage, read_any
 from glsim.pictures import GREY, SIDE, Page, Photograph, cell, photographs, targets_of, to_photograph, view_of
 from glsim.sources import clean_label
 from glsim.transforms import eval_transform
@@ -147,6 +148,12 @@ def run(s: Explain) -> dict[str, Any]:
 
     for path, (seen, view), target in photographs(paths, targets, views_of, s.skip_bad, skipped):
         c = attribute(model, seen[None], a, b)
+        if not (np.isfinite(c.maps).all() and np.isfinite(c.probabilities).all()):
+            bad = BadImage(path, NO_ANSWER)
+            if not s.skip_bad:
+                raise bad
+            skipped.append(str(bad))
+            continue
         draw(view, c, names, "/".join(path.parts[-2:]), target, s.alpha, s.power)
         told = {
             "difference": float(c.differences[0]),

@@ -21,7 +21,7 @@ from glsim.backbone import Model
 from glsim.batches import make_loader, read
 from glsim.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of, threshold_of
 from glsim.catalog import prepared
-from glsim.confidence import calibration_error, reliability, risk_coverage
+from glsim.confidence import NO_ANSWER, are_answers, calibration_error, reliability, risk_coverage
 from glsim.config import Eval
 from glsim.data import ImageList, hold_out_val, is_split, read_data, split_hash
 from glsim.figures import draw_confidence, draw_confusion
@@ -91,13 +91,14 @@ def evaluate(
     """Run `model` over batches (images (B, 3, H, W), labels (B,)); every image of a sharded loader counts once.
 
     With `flip` the logits of each image and of its mirror image are averaged. Confidences are the softmax of the
-    logits divided by `temperature`.
+    logits divided by `temperature`. Raises DataError naming the first image whose answer is no number.
     """
     model.eval()
     taxonomy = taxonomy or flat(range(num_classes))
     start = time.perf_counter()
     truth: deque[Tensor] = deque()
     columns: list[list[Tensor]] = []
+    answered: list[Tensor] = []
 
     def batches() -> Iterator[Tensor]:
         for images, labels in read(loader):
@@ -108,12 +109,18 @@ def evaluate(
         for output in answers(model, batches(), flip):
             own = (output.logits.float(), truth.popleft(), *[v for k, v in output.aux.items() if k == "unsure"])
             logits, labels, *again = (t.cpu() for t in accelerator.gather(own))
+            answered.append(are_answers(logits, temperature))
             probabilities = (logits / temperature).softmax(dim=1)
             best = probabilities.max(dim=1)
             true = probabilities.gather(1, labels[:, None])[:, 0]
             in_top5 = (logits.topk(min(5, num_classes)).indices == labels[:, None]).any(dim=1)
             columns.append([best.indices, best.values, true, labels, in_top5, *taxonomy.best(probabilities), *again])
-    count = len(getattr(loader, "dataset", ())) or None  # processes fill up their last batches with the first images
+    dataset: Any = getattr(loader, "dataset", ())
+    count = len(dataset) or None  # processes fill up their last batches with the first images
+    wrong = (~torch.cat(answered)[:count]).nonzero()[:, 0].tolist()
+    if wrong:
+        first = getattr(dataset, "images", {wrong[0]: f"image {wrong[0]}"})[wrong[0]]
+        raise DataError(f"{first}: {NO_ANSWER}; so for {len(wrong)} of {len(torch.cat(answered)[:count])} images")
     predictions, confidences, true_confidences, labels, in_top5, groups, group_confidences, *again = (
         torch.cat(column)[:count] for column in zip(*columns, strict=True)
     )

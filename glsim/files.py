@@ -108,11 +108,15 @@ def read_json(path: str | Path, kind: type | None = dict) -> Any:
 def parse_json(text: str | bytes, kind: type | None = dict) -> Any:
     """The value of a JSON text, held to what `read_json` says; ValueError tells what is wrong."""
 
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{shorten(constant, 20)} is no JSON")
+
+    def number(text: str) -> float:
+        value = float(text)
+        return value if math.isfinite(value) else refuse(text)
 
     try:
-        value = json.loads(text, parse_constant=refuse)
+        value = json.loads(text, parse_constant=refuse, parse_float=number)
     except RecursionError:
         raise ValueError(f"more than {JSON_DEPTH} levels of lists and objects") from None
     level = [value]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from glsim.backbone import Model
+from glsim.files import one_line, open_regular, parse_json, printable, shorten
 from glsim.types import ConfigError, DataError, Output, Selection
+from glsim.untrusted import check_config
 
 IMAGES, LOGITS, BOXES, GIVEN, UNSURE = "images", "logits", "boxes", "given", "unsure"  # inputs and outputs
 
@@ -39,7 +41,7 @@ class GraphModel(Model):
             asked = {value.name: values[value.name] for value in session.get_inputs()}
             wanted = asked if rows.all() else {name: value[rows] for name, value in asked.items()}
             names = [value.name for value in session.get_outputs()]
-            for name, part in zip(names, session.run(names, wanted), strict=True):
+            for name, part in zip(names, _run(session, names, wanted, self.path), strict=True):
                 values.setdefault(name, np.zeros((len(images), *part.shape[1:]), part.dtype))[rows] = part
             rows = rows & values.get(UNSURE, False)
             if not rows.any():
@@ -65,33 +67,98 @@ def as_output(logits: Tensor, boxes: Tensor | None = None) -> Output:
 def open_graph(path: Path) -> GraphModel:
     """The graph `path` and those that follow it, in eval mode; `config` is what its metadata says.
 
-    Raises ConfigError without ONNX Runtime and DataError for a file that is no graph, damaged, or not one of ours.
+    Raises ConfigError without ONNX Runtime and DataError for a file that is no graph, damaged, not one of ours, or does
+    not answer as its metadata says: it is asked once, for two images.
     """
     sessions = [_session(path)]
+    metadata = sessions[0].get_modelmeta().custom_metadata_map
     try:
-        metadata = sessions[0].get_modelmeta().custom_metadata_map
-        config = {key: json.loads(value) for key, value in metadata.items()}
-        following = config.pop("graphs", [])
-        if not all(isinstance(name, str) and name == Path(name).name not in ("", "..") for name in following):
-            raise DataError(f"{path} was refused: the graphs that follow it must lie beside it, not in {following}")
-    except (ValueError, TypeError, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path} was not exported by glsim: its metadata cannot be read: {error}") from error
+        config = {key: parse_json(value, None) for key, value in metadata.items()}
+    except ValueError as error:
+        raise DataError(f"{path} was not exported by glsim: its metadata cannot be read: {one_line(error)}") from error
+    following = config.pop("graphs", [])
+    if not (isinstance(following, list) and all(isinstance(name, str) for name in following)):
+        raise DataError(f"{path} is damaged: graphs={printable(shorten(following, 80))}; a list of names is needed")
+    if any(name != Path(name).name or name in ("", "..", path.name) for name in following) or len(following) > 1:
+        raise DataError(
+            f"{path} was refused: one graph may follow it, of a name of its own and beside it, not "
+            f"{printable(shorten(following, 80))}"
+        )
     for name in following:
         sessions.append(_session(path.with_name(name)))
         other = sessions[-1].get_modelmeta().custom_metadata_map.get("weights")
         if other != metadata.get("weights"):
             raise DataError(f"{path.with_name(name)} was exported from another model than {path}; export it again")
+    check_graphs(sessions, config, path)
+    return GraphModel(sessions, config, path).eval()
+
+
+def check_graphs(sessions: list[Any], config: dict[str, Any], path: Path) -> None:
+    """DataError unless inputs and outputs have the names, types and shapes that `export` gives them for this config.
+
+    They are declared, and they are what two images get: a declaration may lie.
+    """
     known = {IMAGES}
     for session in sessions:
-        asked, known = {value.name for value in session.get_inputs()}, known
-        if not asked <= known:
-            raise DataError(f"{path} was not exported by glsim: a graph asks for {', '.join(sorted(asked - known))}")
-        known = known | {value.name for value in session.get_outputs()}
-    if LOGITS not in known:
-        raise DataError(f"{path} was not exported by glsim: its outputs are {', '.join(sorted(known - {IMAGES}))}")
-    return GraphModel(sessions, config, path).eval()
+        asked, told = ({value.name for value in values} for values in (session.get_inputs(), session.get_outputs()))
+        if not asked <= known or not told <= {LOGITS, BOXES, GIVEN, UNSURE} or LOGITS not in told:
+            raise DataError(
+                f"{path} was not exported by glsim: a graph asks for {_names(asked)}, and its outputs are {_names(told)}"
+            )
+        known |= told
+    check_config(config, path)
+    height, width = config["image_size"]
+    kinds: dict[str, tuple[str, type, tuple[int | None, ...]]] = {  # None: any, for the batch or as the graph has it
+        IMAGES: ("tensor(float)", np.float32, (None, 3, height, width)),
+        LOGITS: ("tensor(float)", np.float32, (None, config["num_classes"])),
+        BOXES: ("tensor(int64)", np.int64, (None, 4)),
+        GIVEN: ("tensor(float)", np.float32, (None, None)),
+        UNSURE: ("tensor(bool)", np.bool_, (None,)),
+    }
+    for value in (value for session in sessions for value in (*session.get_inputs(), *session.get_outputs())):
+        kind, _, shape = kinds[value.name]
+        declared = [side if isinstance(side, int) else None for side in value.shape]
+        if value.type != kind or not _fits(declared, shape) or declared[0] is not None:
+            raise DataError(
+                f"{path} does not fit its metadata: {value.name} is {value.type} {_shape(value.shape)}; {kind} "
+                f"{_shape(shape)} is needed, for any number of images"
+            )
+    values: dict[str, Any] = {IMAGES: np.zeros((2, 3, height, width), np.float32)}
+    for session in sessions:
+        names = [value.name for value in session.get_outputs()]
+        inputs = {value.name: values[value.name] for value in session.get_inputs()}
+        for name, found in zip(names, _run(session, names, inputs, path), strict=True):
+            _, dtype, shape = kinds[name]
+            wanted = (2, *shape[1:])
+            if not isinstance(found, np.ndarray) or found.dtype != dtype or not _fits(found.shape, wanted):
+                raise DataError(
+                    f"{path} does not fit its metadata: for two images it gives {name} of {_shape(np.shape(found))}; "
+                    f"{_shape(wanted)} is needed"
+                )
+            if dtype == np.float32 and not np.isfinite(found).all():
+                raise DataError(f"{path} was refused: {name} of a blank image are no numbers; export the bundle again")
+            values[name] = found
+
+
+def _fits(shape: Sequence[int | None], wanted: Sequence[int | None]) -> bool:
+    """Whether both have as many sides, and the same where neither is None."""
+    return len(shape) == len(wanted) and all(a == b for a, b in zip(shape, wanted, strict=True) if None not in (a, b))
+
+
+def _names(names: set[str]) -> str:
+    return printable(shorten(", ".join(sorted(names)) or "none", 200))
+
+
+def _shape(sides: Any) -> str:
+    return "(" + ", ".join(printable(shorten(side, 40)) if side is not None else "any" for side in sides) + ")"
+
+
+def _run(session: Any, names: list[str], inputs: dict[str, np.ndarray], path: Path) -> list[Any]:
+    """The outputs `names` of a session; DataError for whatever fails inside of ONNX Runtime."""
+    try:
+        return session.run(names, inputs)
+    except Exception as error:  # ONNX Runtime's exceptions have no class in common but this one
+        raise DataError(f"{path} fails in ONNX Runtime: {one_line(error)}") from error
 
 
 def _session(path: Path) -> Any:
@@ -103,6 +170,7 @@ def _session(path: Path) -> Any:
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3  # errors only
     try:
+        open_regular(path).close()  # ONNX Runtime would wait for a FIFO
         return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's exceptions have no class in common but this one
-        raise DataError(f"{path} cannot be read: {next(iter(str(error).splitlines()), '')}") from error
+    except Exception as error:  # as `_run`
+        raise DataError(f"{path} cannot be read: {one_line(error)}") from error

@@ -8,7 +8,6 @@ similarity is the cosine. faiss searches them, exactly.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import warnings
 from collections.abc import Iterable, Sequence
@@ -28,14 +27,26 @@ from tqdm import tqdm
 from glsim.backbone import Model
 from glsim.bundle import digest, load
 from glsim.catalog import prepared
+from glsim.confidence import NO_ANSWER, are_answers
 from glsim.config import IndexAdd, IndexBuild, IndexEval, IndexQuery
 from glsim.data import ImageList, find_images
 from glsim.evaluate import read_splits
-from glsim.files import make_folder, write_text
+from glsim.files import (
+    make_folder,
+    one_line,
+    printable,
+    read_bytes,
+    read_json,
+    shorten,
+    to_json,
+    write_bytes,
+    write_text,
+)
 from glsim.images import BadImage, limited
 from glsim.predict import Predictor, embedding_of, giving
 from glsim.sources import clean_label
-from glsim.types import ConfigError, DataError, GlsimError
+from glsim.types import EMBEDDINGS, ConfigError, DataError, GlsimError
+from glsim.untrusted import COUNT, LABELS, TEXT, Kind, check_kinds, whole
 
 FORMAT = 1
 TABLE, VECTORS, LOCK = "index.json", "vectors", ".lock"
@@ -43,6 +54,23 @@ RECALLS = (1, 5, 10)
 TEMPERATURE = 0.07  # of the neighbours' votes (Wu et al., arXiv 1805.01978, section 3.4)
 DRAWS = 5  # times the images of a new class are drawn anew, for the mean and the deviation of an accuracy
 KEPT = 0.95  # share of images of known classes that the proposed threshold lets pass
+
+
+def _is_image(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and TEXT.holds(value[0]) and COUNT.holds(value[1])
+
+
+KEYS = {  # of `index.json`
+    "format": whole(1),
+    "embedding": Kind(f"one of {', '.join(EMBEDDINGS)}", lambda v: isinstance(v, str) and v in EMBEDDINGS),
+    "weights": TEXT,
+    "source": TEXT,
+    "vectors": TEXT,
+    "classes": LABELS,
+    "images": Kind(
+        "a list of [path, number of the class]", lambda v: isinstance(v, list) and bool(v) and all(map(_is_image, v))
+    ),
+}
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -102,13 +130,12 @@ class Index:
             "classes": list(self.classes),
             "images": [[path, int(label)] for path, label in zip(self.paths, self.labels, strict=True)],
         }
-        temporary, file = folder / f"{VECTORS}.tmp", folder / TABLE
+        file = folder / TABLE
         with FileLock(folder / LOCK):
-            if (json.loads(file.read_text(encoding="utf-8"))["vectors"] if file.exists() else None) != self.stored:
+            if (read_json(file).get("vectors") if file.exists() else None) != self.stored:
                 raise GlsimError(f"{folder} was changed by somebody else meanwhile; nothing was written, try again")
-            temporary.write_bytes(data)
-            temporary.replace(folder / name)
-            write_text(file, json.dumps(table, ensure_ascii=False) + "\n")
+            write_bytes(folder / name, data)
+            write_text(file, to_json(table) + "\n")
             for old in folder.glob(f"{VECTORS}-*.safetensors"):
                 if old.name != name:
                     old.unlink()
@@ -118,44 +145,44 @@ def read_index(folder: str | Path) -> Index:
     """The index in `folder`. Raises DataError for one that is missing, damaged or of a later format."""
     folder = Path(folder)
     try:
-        table = json.loads((folder / TABLE).read_text(encoding="utf-8"))
+        table = read_json(folder / TABLE)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{folder} is no index: it has no {TABLE}; make one with glsim index build") from None
-    except (ValueError, OSError) as error:
-        raise DataError(f"{folder / TABLE} is damaged: {error}") from error
-    try:
-        if table["format"] > FORMAT:
-            raise DataError(f"{folder} has format {table['format']}, this glsim reads up to {FORMAT}; upgrade glsim")
-        name, classes = str(table["vectors"]), tuple(map(str, table["classes"]))
-        paths = tuple(str(path) for path, _ in table["images"])
-        labels = np.array([int(label) for _, label in table["images"]], np.int64)
-        index = Index(
-            embedding=str(table["embedding"]),
-            weights=str(table["weights"]),
-            source=str(table["source"]),
-            classes=classes,
-            labels=labels,
-            paths=paths,
-            vectors=np.empty((0, 0), np.float32),
-            stored=name,
+    missing = [key for key in KEYS if key not in table]
+    if missing:
+        raise DataError(f"{folder / TABLE} is damaged: it lacks {', '.join(missing)}")
+    check_kinds(table, KEYS, folder / TABLE)
+    if table["format"] > FORMAT:
+        raise DataError(f"{folder} has format {table['format']}, this glsim reads up to {FORMAT}; upgrade glsim")
+    name, classes, images = table["vectors"], table["classes"], table["images"]
+    if len({path for path, _ in images}) < len(images) or max(label for _, label in images) >= len(classes):
+        raise DataError(
+            f"{folder / TABLE} is damaged: an image is there twice, or of none of its {len(classes)} classes"
         )
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{folder / TABLE} is damaged: {type(error).__name__} {error}") from error
     if Path(name).name != name:
         raise DataError(f"{folder / TABLE} was refused: its vectors lie outside, in {name!r}")
     try:
-        data = (folder / name).read_bytes()
+        data = read_bytes(folder / name)
         if name != f"{VECTORS}-{hashlib.sha256(data).hexdigest()}.safetensors":
             raise DataError(f"{folder / name} is damaged: its hash is not that of its name")
         vectors = safetensors.numpy.load(data)["vectors"]
     except (OSError, SafetensorError, KeyError) as error:
-        raise DataError(f"{folder / name} is damaged or missing: {error}") from error
-    fits = vectors.ndim == 2 and vectors.dtype == np.float32 and len(vectors) == len(labels)
-    if not fits or not classes or not len(labels) or labels.min() < 0 or labels.max() >= len(classes):
-        raise DataError(f"{folder} is damaged: {len(labels)} images, {len(classes)} classes, vectors {vectors.shape}")
-    return replace(index, vectors=vectors)
+        raise DataError(f"{folder / name} is damaged or missing: {one_line(error)}") from error
+    if vectors.ndim != 2 or vectors.dtype != np.float32 or len(vectors) != len(images):
+        raise DataError(f"{folder / name} is damaged: {vectors.dtype} {vectors.shape} for {len(images)} images")
+    lengths = np.linalg.norm(vectors, axis=1)
+    if not (np.isfinite(lengths).all() and lengths.max() < 1.01):  # zeros stay zeros
+        raise DataError(f"{folder / name} was refused: not every vector has unit length; build the index again")
+    return Index(
+        embedding=table["embedding"],
+        weights=table["weights"],
+        source=table["source"],
+        classes=tuple(classes),
+        labels=np.array([label for _, label in images], np.int64),
+        paths=tuple(path for path, _ in images),
+        vectors=vectors,
+        stored=name,
+    )
 
 
 # --- searching --------------------------------------------------------------------------------------------------------
@@ -228,6 +255,15 @@ def encode(
     seen = 0
     with tqdm(total=len(paths), unit="image", disable=not progress) as bar:
         for output, items in predictor.outputs(paths):
+            vectors = None
+            if output is not None:
+                vectors = embedding_of(output, embedding)
+                real = are_answers(output.logits) & vectors.isfinite().all(dim=1)
+                told = iter(real.tolist())
+                items = [
+                    item if isinstance(item, BadImage) or next(told) else BadImage(path, NO_ANSWER)
+                    for item, path in zip(items, paths[seen:], strict=False)
+                ]
             bad = [item for item in items if isinstance(item, BadImage)]
             if bad and not skip_bad:
                 raise bad[0]
@@ -235,15 +271,15 @@ def encode(
             places += [seen + i for i, item in enumerate(items) if not isinstance(item, BadImage)]
             seen += len(items)
             bar.update(len(items))
-            if output is not None:
-                best = output.logits.float().softmax(dim=1).max(dim=1)
-                energy = output.logits.float().logsumexp(dim=1)
-                tensors = (embedding_of(output, embedding), best.indices, best.values, energy)
+            if output is not None and vectors is not None:
+                logits = output.logits.float()[real]
+                best = logits.softmax(dim=1).max(dim=1)
+                tensors = (vectors[real], best.indices, best.values, logits.logsumexp(dim=1))
                 parts.append(tuple(t.cpu().numpy() for t in tensors))
-    if not parts:
+    if not places:
         raise DataError(f"none of the {len(paths)} images can be read" + f"; the first: {skipped[0]}" * bool(skipped))
-    vectors, guesses, confidences, energies = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return Encoded(places, unit(vectors), guesses, confidences, energies, skipped)
+    all_vectors, guesses, confidences, energies = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return Encoded(places, unit(all_vectors), guesses, confidences, energies, skipped)
 
 
 def open_index(
@@ -252,18 +288,37 @@ def open_index(
     """An index and the model it was made with; ConfigError when the model found is another one."""
     need_faiss()
     index = read_index(folder)
-    if source is None:
-        beside = Path(folder) / index.source
-        if not beside.exists() and ":" not in index.source:  # a folder that moved, no hf-hub:owner/name
-            raise DataError(f"{folder}: its model is no longer at {beside}; say where it is with --source")
-        source = str(beside) if beside.exists() else index.source
-    model = load(source)
+    beside = Path(folder) / index.source
+    if source is None and not beside.exists():  # what a file names is not fetched unless somebody asks for it
+        if ":" in index.source:
+            told = printable(shorten(index.source, 200))
+            raise DataError(
+                f"{folder}: its model is {told}, and nothing is fetched because a file says so; ask for it yourself with "
+                f"--source {told}"
+            )
+        raise DataError(f"{folder}: its model is no longer at {printable(beside)}; say where it is with --source")
+    model = load(source if source is not None else beside)
     if digest(model.state_dict()) != index.weights:
         raise ConfigError(
-            f"{folder} was made with another model than {source}: vectors of two models cannot be compared; name its "
+            f"{folder} was made with another model than {source or beside}: vectors of two models cannot be compared; name its "
             "own model with --source, or make an index of this one with glsim index build"
         )
+    width = widths(model, index.embedding).get(index.embedding)
+    if width != index.vectors.shape[1]:
+        raise DataError(
+            f"{folder} is damaged: its vectors have {index.vectors.shape[1]} numbers, those of its model "
+            f"({index.embedding}) {width}; build the index again"
+        )
     return index, Predictor(model, 1, batch_size, workers, device, embedding=index.embedding)
+
+
+@torch.inference_mode()
+def widths(model: Model, embedding: str) -> dict[str, int]:
+    """How many numbers each embedding has that `model` gives where `embedding` is asked for."""
+    height, width = model.config["image_size"]
+    blank = torch.zeros(1, 3, height, width, device=next(model.parameters()).device)
+    told = giving(model, embedding)(blank).aux.get("embeddings", {})
+    return {name: vectors.shape[1] for name, vectors in told.items()}
 
 
 def start_index(model: Model, source: str, folder: str | Path, embedding: str | None) -> Index:
@@ -271,14 +326,11 @@ def start_index(model: Model, source: str, folder: str | Path, embedding: str | 
     if Path(source).exists():
         source = Path(os.path.relpath(source, folder)).as_posix()
     weights = digest(model.state_dict())
-    with torch.inference_mode():
-        height, width = model.config["image_size"]
-        blank = torch.zeros(1, 3, height, width, device=next(model.parameters()).device)
-        told = giving(model, embedding or "fused")(blank).aux.get("embeddings", {})
+    told = widths(model, embedding or "fused")
     name = embedding or ("fused" if "fused" in told else "global")
     if name not in told:
         raise ConfigError(f"{model.config['method']} has no embedding {name!r}; it has: {', '.join(told) or 'none'}")
-    return Index(name, weights, source, (), np.empty(0, np.int64), (), np.empty((0, told[name].shape[1]), np.float32))
+    return Index(name, weights, source, (), np.empty(0, np.int64), (), np.empty((0, told[name]), np.float32))
 
 
 # --- verbs ------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import pickle
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +19,11 @@ import torch
 from torch import Tensor
 
 from glsim.backbone import Model, to_pair
+from glsim.files import one_line, open_regular
 from glsim.models import create_model, resample_positions
 from glsim.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from glsim.types import ConfigError, DataError, choose
+from glsim.types import ConfigError, DataError, GlsimError, choose
+from glsim.untrusted import TooLarge, check_config, check_finite, no_larger_than, some
 
 
 class Conversion(NamedTuple):
@@ -50,6 +54,7 @@ GLSIM_FIXED = {
     "adapter": None,
     "deit_recipe": False,
 }
+MOST_BLOCKS = 1000
 GLSIM_BLOCK = {"proj": "attn.proj", "norm1": "norm1", "norm2": "norm2", "pwff.fc1": "mlp.fc1", "pwff.fc2": "mlp.fc2"}
 
 
@@ -60,18 +65,29 @@ def convert_official(path: str | Path, method: str = "glsim", **overrides: Any) 
     is damaged, holds anything but tensors and arguments, lacks weights, or was trained with an option unknown here.
     """
     path = Path(path)
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            file = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise DataError(f"{path} was refused: it holds more than tensors and arguments ({_unsafe(error)})") from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    file = _read(path)
     if not isinstance(file, dict) or not isinstance(file.get("model"), dict):
         raise DataError(f'{path} is no official checkpoint: it has no "model" with weights')
+    wrong = [str(k) for k, v in file["model"].items() if not isinstance(k, str) or not _is_weight(v)]
+    if wrong:
+        raise DataError(f"{path} is damaged: no weights under {some(wrong)}")
     published = {k.removeprefix("model."): v for k, v in file["model"].items()}
+    check_finite(published, path)
     arguments = vars(file["config"]) if isinstance(file.get("config"), argparse.Namespace) else {}
-    model, used, ignored = choose(method, OFFICIAL, "published method")(path, published, arguments, overrides)
+    read = choose(method, OFFICIAL, "published method")
+    try:
+        with no_larger_than(published.values()):
+            model, used, ignored = read(path, published, arguments, overrides)
+        model.config["preprocessing"] = _published_preprocessing(arguments, model, path).as_dict()
+        check_config(model.config, path)
+    except TooLarge as error:
+        raise DataError(
+            f"{path} was refused: its keys and arguments name a model far larger than its weights"
+        ) from error
+    except GlsimError:
+        raise
+    except Exception as error:  # of shapes and arguments of any kind
+        raise DataError(f"{path} is damaged: no model can be built from it: {one_line(error)}") from error
     weights = {ours: weight for ours, (_, weight) in used.items()}
     own = model.state_dict()
     missing = sorted(set(own) - set(weights))
@@ -80,13 +96,43 @@ def convert_official(path: str | Path, method: str = "glsim", **overrides: Any) 
     left = {k: ignored.get(k, "not part of this model") for k in published if k not in names}
     if missing or wrong:
         raise DataError(
-            f"{path} does not hold this model; missing: {', '.join(missing) or 'none'}; "
-            f"of another shape: {', '.join(wrong) or 'none'}; ignored: {', '.join(left) or 'none'}; {len(names)} used"
+            f"{path} does not hold this model; missing: {some(missing) or 'none'}; "
+            f"of another shape: {some(wrong) or 'none'}; ignored: {some(left) or 'none'}; {len(names)} used"
         )
     model.load_state_dict(weights)
     model.conversion = Conversion(names, left, missing)
-    model.config["preprocessing"] = _published_preprocessing(arguments, model).as_dict()
     return model.eval()
+
+
+def _read(path: Path) -> Any:
+    """What a `.pth` file holds; DataError for one that is damaged, compressed, or holds more than it may."""
+    try:
+        with open_regular(path) as file:
+            if zipfile.is_zipfile(file):  # torch stores tensors as they are: what is compressed may become gigabytes
+                with zipfile.ZipFile(file) as archive:
+                    if sum(entry.file_size for entry in archive.infolist()) > os.fstat(file.fileno()).st_size:
+                        raise DataError(
+                            f"{path} was refused: its tensors are larger than the file; torch.save it again"
+                        )
+            file.seek(0)
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                return torch.load(file, map_location="cpu", weights_only=True)
+    except GlsimError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise DataError(f"{path} was refused: it holds more than tensors and arguments ({_unsafe(error)})") from error
+    except Exception as error:  # a damaged pickle or archive raises nearly anything
+        raise DataError(f"{path} cannot be read: {one_line(error)}") from error
+
+
+def _is_weight(value: Any) -> bool:
+    """Whether it is a tensor of which every number is stored: not one repeated to any size, nor sparse."""
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    return (
+        dense
+        and not (value.is_quantized or value.is_complex())
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
 
 
 def _read_glsim(path: Path, published: dict[str, Tensor], args: dict[str, Any], overrides: dict[str, Any]) -> tuple:
@@ -201,7 +247,7 @@ def _read_vit(
         raise DataError(f"{path} is no {method} checkpoint: {error} is missing") from error
     depth = _count(published, layers + "layer.") + 1
     heads = overrides.pop("num_heads", max(1, dim // 64))
-    if dim % heads:
+    if type(heads) is not int or heads < 1 or dim % heads:
         raise ConfigError(f"num_heads={heads}: the width of {path} is {dim}, which that does not divide")
     if overrides.pop("patch_size", patch) != patch:
         raise ConfigError(f"patch_size: {path} was made for patches of {patch} pixels")
@@ -250,10 +296,14 @@ OFFICIAL = {"glsim": _read_glsim, "transfg": _read_transfg, "ffvt": _read_ffvt}
 
 
 def _count(published: dict[str, Tensor], prefix: str) -> int:
-    return len({k[len(prefix) :].split(".")[0] for k in published if k.startswith(prefix)})
+    """The blocks that keys name under `prefix`; TooLarge where no model has so many."""
+    count = len({k[len(prefix) :].split(".")[0] for k in published if k.startswith(prefix)})
+    if count > MOST_BLOCKS:
+        raise TooLarge
+    return count
 
 
-def _published_preprocessing(args: Mapping[str, Any], model: Model) -> Preprocessing:
+def _published_preprocessing(args: Mapping[str, Any], model: Model, path: Path) -> Preprocessing:
     """The authors' evaluation pipeline: square resize to 1.34 S (Cars: S / 0.875), ImageNet or 0.5 statistics."""
     size = to_pair(model.config["image_size"])
     resize = args.get("test_resize_size") or args.get("resize_size")
@@ -262,7 +312,10 @@ def _published_preprocessing(args: Mapping[str, Any], model: Model) -> Preproces
     ratio = resize / args["image_size"] if resize else 1 / 0.875 if args.get("dataset_name") == "cars" else 1.34
     half = args.get("custom_mean_std")
     mean, std = ((0.5,) * 3, (0.5,) * 3) if half else (IMAGENET_MEAN, IMAGENET_STD)
-    return Preprocessing(size, ratio, mean, std)
+    try:
+        return Preprocessing(size, ratio, mean, std)
+    except ConfigError as error:
+        raise DataError(f"{path} is damaged: {error}") from error
 
 
 def _unsafe(error: Exception) -> str:

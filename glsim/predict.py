@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from glsim.backbone import Model, StagedModel
 from glsim.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of, threshold_of
+from glsim.confidence import NO_ANSWER, are_answers
 from glsim.config import Predict
 from glsim.data import ImageDataset, find_images
 from glsim.files import csv_text, expand, make_parent, printable, to_json, write_text
@@ -112,7 +113,11 @@ class Predictor:
             sizes = [item for item in items if not isinstance(item, BadImage)]
             predictions = iter(self.predictions(output, sizes) if output is not None else ())
             for item, path in zip(items, paths, strict=False):
-                yield item if isinstance(item, BadImage) else next(predictions)._replace(path=path)
+                answer = item if isinstance(item, BadImage) else next(predictions)
+                if isinstance(answer, Prediction):
+                    yield answer._replace(path=path)
+                else:
+                    yield item if isinstance(item, BadImage) else BadImage(path or "image", answer.reason)
 
     def outputs(
         self, images: Sequence[str | Path | Image.Image]
@@ -152,9 +157,15 @@ class Predictor:
             pin_memory=self.device.type != "cpu",
         )
 
-    def predictions(self, output: Output, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
-        """The answers that the model's `output` for a batch stands for; `sizes` (width, height) are of its images."""
+    def predictions(self, output: Output, sizes: Sequence[tuple[int, int]]) -> list[Prediction | BadImage]:
+        """The answers that the model's `output` for a batch stands for; `sizes` (width, height) are of its images.
+
+        A BadImage stands in the place of an answer that is no number.
+        """
         probabilities = (output.logits.float() / self.temperature).softmax(dim=1)
+        real = are_answers(output.logits, self.temperature)
+        if self.embedding:
+            real &= embedding_of(output, self.embedding).isfinite().all(dim=1)
         top = probabilities.topk(self.top_k)
         nothing = [None] * len(sizes)
         verdicts = self.verdicts(probabilities, self.threshold) if self.threshold is not None else nothing
@@ -171,8 +182,12 @@ class Predictor:
                 vector,
                 verdict,
             )
-            for indices, values, box, size, again, vector, verdict in zip(
-                top.indices.tolist(), top.values.tolist(), boxes, sizes, unsure, vectors, verdicts, strict=True
+            if answered
+            else BadImage("image", NO_ANSWER)
+            for answered, indices, values, box, size, again, vector, verdict in zip(
+                *(real.tolist(), top.indices.tolist(), top.values.tolist()),
+                *(boxes, sizes, unsure, vectors, verdicts),
+                strict=True,
             )
         ]
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from glsim.bundle import CARD, CONFIG, METRICS_FILE, UNKNOWN, WEIGHTS, card, load_bundle, read_config
 from glsim.config import Push
-from glsim.files import read_json, to_json
+from glsim.files import to_json
 from glsim.hub import push
 from glsim.types import ConfigError, DataError
+from glsim.untrusted import read_metrics
 
 
 def run(s: Push) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def run(s: Push) -> dict[str, Any]:
     config["licence"] = licence
     config["pretrained_cfg"] = {**config.get("pretrained_cfg", {}), "license": licence["model"]}
     file = folder / METRICS_FILE
-    metrics = read_json(file) if file.is_file() else None
+    metrics = read_metrics(file)
     files: dict[str, str | Path] = {
         WEIGHTS: folder / WEIGHTS,
         CONFIG: to_json(config, indent=2) + "\n",

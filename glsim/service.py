@@ -254,28 +254,37 @@ class Service:
             for job in jobs:
                 job.future.set_exception(told)
             return
-        self._count(answered=len(jobs), batches=1)
+        failed = sum(isinstance(answer, BadImage) for answer in answers)
+        self._count(answered=len(jobs) - failed, failed=failed, batches=1)
         for job, answer in zip(jobs, answers, strict=True):
+            if isinstance(answer, BadImage):
+                job.future.set_exception(answer)
+                continue
             p, k = answer.prediction, job.wish.top_k
             p = p._replace(labels=p.labels[:k], probabilities=p.probabilities[:k])
             job.future.set_result(answer._replace(prediction=p))
 
     @torch.inference_mode()
-    def _ask(self, decoded: list[Decoded], wish: Wish) -> list[Answer]:
+    def _ask(self, decoded: list[Decoded], wish: Wish) -> list[Answer | BadImage]:
         images = torch.stack([d.image for d in decoded]).to(self.predictor.device)
         sizes = [d.size for d in decoded]
         own = {"metric": wish.metric} if self.any_metric else {}
         with changed(self.model, **own, top_o=wish.top_o):
             if not wish.explain:
-                return [Answer(p, None) for p in self.predictor.predictions(self.model(images), sizes)]
+                predictions = self.predictor.predictions(self.model(images), sizes)
+                return [p if isinstance(p, BadImage) else Answer(p, None) for p in predictions]
             output, ((metric, selection, _),) = selections_of(self.model, images, [wish.metric])
         heatmaps = to_heatmap(selection.scores, selection.grid, (images.shape[-2], images.shape[-1])).cpu().numpy()
         predictions = self.predictor.predictions(output, sizes)
-        used = [self.decides(wish.metric) and p.second_pass is not False for p in predictions]
-        boxes = selection.boxes.tolist()
+        decides, boxes = self.decides(wish.metric), selection.boxes.tolist()
+
+        def why(p: Prediction, heatmap: np.ndarray, box: list[int], size: tuple[int, int]) -> Why:
+            looked = decides and p.second_pass is not False
+            return Why(metric, heatmap, to_original(box, size, self.preprocessing), looked)
+
         return [
-            Answer(p, Why(metric, heatmap, to_original(box, size, self.preprocessing), looked))
-            for p, heatmap, box, size, looked in zip(predictions, heatmaps, boxes, sizes, used, strict=True)
+            p if isinstance(p, BadImage) else Answer(p, why(p, *seen))
+            for p, *seen in zip(predictions, heatmaps, boxes, sizes, strict=True)
         ]
 
     def _count(self, **more: int) -> None:

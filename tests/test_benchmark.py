@@ -400,7 +400,7 @@ def test_bundles_that_cannot_be_measured(run_folder, birds, tmp_path, capsys):
     glsim.save(glsim.load(run_folder), damaged)
     (damaged / "metrics.json").write_text("{")
     (row,) = benchmark.run(Bench(sources=[str(damaged)], batch_sizes=[1], **fast), False)["rows"]
-    assert "metrics.json cannot be read" in row["error"]
+    assert "metrics.json is damaged or cannot be read" in row["error"]
 
 
 def test_memory_of_a_bundle_is_measured_in_a_process_of_its_own(run_folder):

@@ -109,7 +109,7 @@ def test_damage_is_named(bundle, tmp_path):
         glsim.load(tmp_path)
     a = damaged("a")
     (a / "config.json").write_text("{")
-    with pytest.raises(DataError, match=r"a/config.json cannot be read"):
+    with pytest.raises(DataError, match=r"a/config.json is damaged or cannot be read"):
         glsim.load(a)
     b = damaged("b")
     (b / "config.json").write_text('{"method": "glsim"}')
@@ -157,13 +157,14 @@ def test_a_bundle_cannot_make_timm_read_other_files(bundle, part, key):
     [
         *(("options", None), ("num_classes", "5"), ("format", "9"), ("image_size", 64)),
         *(("training", 5), ("pretrained_cfg", [1]), ("calibration", "abc"), ("calibration", [1])),
-        *(("calibration", {"temperature": t}) for t in (0, -1.0, float("nan"), float("inf"), 1e-320, "2", None)),
+        *(("calibration", {"temperature": t}) for t in (0, -1.0, True, 10**400, 1e-320, "2", None)),
     ],
 )
 def test_a_config_of_the_wrong_types_is_named(bundle, key, value):
     config = json.loads((bundle / "config.json").read_text())
     (bundle / "config.json").write_text(json.dumps(config | {key: value}))
-    with pytest.raises(DataError, match=f"is damaged: {key}="):
+    key = "calibration.temperature" if isinstance(value, dict) else key
+    with pytest.raises(DataError, match=rf"config.json is damaged: {key}=.*is needed"):
         glsim.load(bundle)
 
 
@@ -222,7 +223,7 @@ def test_a_file_that_leads_out_of_the_bundle_is_refused(bundle, tmp_path):
     assert glsim.load(tmp_path / "best").config["note"] == "hello"
     (bundle / "config.json").unlink()
     (bundle / "config.json").symlink_to("config.json")
-    with pytest.raises(DataError, match=r"config.json cannot be read"):
+    with pytest.raises(DataError, match=r"config.json is damaged or cannot be read"):
         glsim.load(bundle)
     (bundle / "config.json").unlink()
     os.mkfifo(bundle / "config.json")  # reading it would wait for ever
@@ -305,7 +306,7 @@ def test_a_config_that_names_nonsense_is_refused_at_once(bundle, change):
 
 def test_a_config_nested_too_deep_is_refused(bundle):
     (bundle / "config.json").write_text("[" * 100_000)
-    with pytest.raises(DataError, match=r"config.json cannot be read"):
+    with pytest.raises(DataError, match=r"config.json is damaged or cannot be read"):
         glsim.load(bundle)
 
 

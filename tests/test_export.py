@@ -230,7 +230,7 @@ def test_a_model_that_answers_early_is_two_graphs(tmp_path):
     for name in ("../model.2.onnx", "..", "", "/etc/model.onnx"):
         helper.set_model_props(told, {"graphs": json.dumps([name])})
         onnx.save(told, out)
-        with pytest.raises(DataError, match="was refused: the graphs that follow it must lie beside it"):
+        with pytest.raises(DataError, match="was refused: one graph may follow it, of a name of its own and beside it"):
             glsim.load(out)
 
 
@@ -328,7 +328,7 @@ def test_damage_and_strangers_are_refused(file, tmp_path):
     for name in ("cut", "empty", "pickle"):
         with pytest.raises(DataError, match=rf"{name}.onnx (cannot be read|was not exported)"):
             glsim.load(tmp_path / f"{name}.onnx")
-    with pytest.raises(DataError, match="was not exported by glsim: its outputs are answers"):
+    with pytest.raises(DataError, match="was not exported by glsim: .*its outputs are answers"):
         glsim.load(foreign(tmp_path / "foreign.onnx"))
     with pytest.raises(DataError, match="was not exported by glsim: its metadata cannot be read"):
         glsim.load(foreign(tmp_path / "foreign.onnx", {"graphs": "{"}))

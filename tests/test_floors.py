@@ -13,7 +13,7 @@ FLOORS = [
         *("transforms", "images", "stores", "figures", "synthetic", "catalog", "cookbook", "environment", "hub"),
         *("where", "road"),
     },
-    {"models"},
+    {"models", "untrusted"},
     {
         *("config", "adapt", "data", "taxonomy", "sources", "copies", "bundle", "official", "graphs"),
         *("batches", "checkpoint", "cost"),

@@ -8,6 +8,7 @@ for options of the encoder.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -83,7 +84,7 @@ def _check_kind(name: str, value: Any, default: Any) -> None:
     kinds = {int: (int, "a whole number"), float: (int | float, "a number"), str: (str, "a name")}
     if default is not None:
         kind, words = kinds[type(default)]
-        if not isinstance(value, kind) or isinstance(value, bool):
+        if not isinstance(value, kind) or isinstance(value, bool) or (kind is not str and not abs(value) < math.inf):
             raise ConfigError(f"{name}={value!r}: {words} is needed")
 
 
