@@ -41,7 +41,7 @@ from glsim.images import BadImage, open_image
 from glsim.pictures import title_of
 from glsim.selection import METRICS
 from glsim.service import Service, Wish
-from glsim.types import ConfigError
+from glsim.types import ConfigError, GlsimError
 
 try:
     import h11
@@ -62,6 +62,7 @@ except ImportError as error:
 HEAD_SECONDS = 10  # for the head of a request to come in
 READ_SECONDS = 30  # for its body
 SEND_SECONDS = 60  # for an answer to be fetched
+LINGER_SECONDS = 2  # for a refusal to be, while what is still being sent is thrown away
 TICK_SECONDS = 0.25  # how often these are looked at
 CONNECTIONS = 200  # at a time, besides one for each place in the queue
 REQUESTS = 16  # whose bytes may be on their way together, where the queue is not longer
@@ -161,7 +162,7 @@ class Site:
             return await self.form(request)
         if kind.startswith("image/") or kind == "application/octet-stream":
             return [(None, b"".join([chunk async for chunk in self.body(request)]))]
-        said = f"Content-Type {kind!r}" if kind else "no Content-Type"
+        said = f"Content-Type {quoted(kind)}" if kind else "no Content-Type"
         raise HTTPException(
             415, f"{said}: send images as multipart/form-data, or the bytes of one as image/.. or octet-stream"
         )
@@ -218,7 +219,8 @@ class Site:
             raise
         except Exception as error:
             log_error(f"{printable(name)} could not be answered", error)
-            return {"path": name, "error": f"the model failed: {type(error).__name__}", "status": 500}
+            said = one_line(error) if isinstance(error, GlsimError) else type(error).__name__
+            return {"path": name, "error": f"the model failed: {said}", "status": 500}
 
     async def refuse(self, request: Request, error: Exception) -> Response:
         """Say why. What is still on its way is read first, within limits: a client that writes does not listen."""
@@ -336,13 +338,13 @@ class Guard:
         except ValueError:
             name = ""
         if name not in self.names and not is_address(name):
-            return f"called by the name {name!r}; allow it with --allowed-hosts, or call by address or localhost"
+            return f"called by the name {quoted(name)}; allow it with --allowed-hosts, or call by address or localhost"
         try:
             same = origin is None or urlsplit(origin).netloc == host
         except ValueError:
             same = False
         if not same:
-            return f"sent by a page of {origin}; only the page of this server may"
+            return f"sent by a page of {quoted(origin)}; only the page of this server may"
         return None
 
 
@@ -366,6 +368,7 @@ class Connection(H11Protocol):
         super().__init__(*args, **options)
         self.limits, self.others = limits, others
         self.stage: tuple[Any, float | None] = ((None, ""), None)  # which part of which request, seconds it may take
+        self.ended = False
         self.since, self.received = 0.0, 0  # when that began, bytes that have come in it
 
     # --- what uvicorn calls ---------------------------------------------------------------------------------------
@@ -387,6 +390,8 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Some bytes of it."""
+        if self.ended:
+            return
         self.received += len(data)
         super().data_received(data)
         self.look()
@@ -410,7 +415,9 @@ class Connection(H11Protocol):
     def look(self) -> None:
         """See whose turn it is."""
         theirs = self.conn.their_state
-        if self.transport.get_write_buffer_size():
+        if self.ended:
+            stage, seconds = "end", LINGER_SECONDS
+        elif self.transport.get_write_buffer_size():
             stage, seconds = "answer", SEND_SECONDS
         elif theirs is h11.IDLE:
             stage, seconds = "head", HEAD_SECONDS
@@ -445,22 +452,25 @@ class Connection(H11Protocol):
             oldest.end(503, "too many connections at a time; try again in a moment")
 
     def end(self, status: int, error: str) -> None:
-        """Say why, to a client that has said something and has no answer yet, and close."""
-        self.others.discard(self)
-        if self.received and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+        """Say why, to a client that has said something and has no answer yet, and close; the second time at once."""
+        told = self.received and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and not self.ended
+        if told:
             response = say(status, error)
             response.headers.update({**HEADERS, "Connection": "close"})
             head = h11.Response(status_code=status, headers=response.raw_headers, reason=STATUS_PHRASES[status])
             with contextlib.suppress(h11.LocalProtocolError):  # to a request that takes no body
                 for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
                     self.transport.write(self.conn.send(event) or b"")
+        self.ended = True
         if self.cycle is not None:  # who reads the body hears that there is no client any more
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        if self.transport.get_write_buffer_size():
-            self.transport.abort()  # close would wait until all is fetched
+        if told:
+            self.flow.resume_reading()  # a client that is writing loses what it was told where nobody reads
+            self.transport.write_eof()
+            self.look()
         else:
-            self.transport.close()
+            self.transport.abort()  # close would wait until all is fetched
 
 
 class Json(JSONResponse):
@@ -476,6 +486,11 @@ def say(status: int, error: str, headers: Mapping[str, str] | None = None) -> Js
     return Json({"error": printable(shorten(error))}, status, headers)
 
 
+def quoted(text: str) -> str:
+    """What a client sent, in a sentence to it whose end it is to see."""
+    return repr(shorten(text, 100))
+
+
 def log_error(what: str, error: Exception) -> None:
     """Say on the server's side what failed and where; a client's text cannot act on a terminal."""
     lines = "".join(traceback.format_exception(error)).splitlines()
@@ -489,7 +504,7 @@ def wish_of(query: QueryParams) -> Wish:
     for name, value in query.multi_items():
         if name not in kinds or name in values:
             raise ConfigError(
-                f"query: {name!r} {'twice' if name in values else 'is unknown'}; known: {', '.join(kinds)}"
+                f"query: {quoted(name)} {'twice' if name in values else 'is unknown'}; known: {', '.join(kinds)}"
             )
         values[name] = kinds[name](value)
     return Wish(**values)
@@ -498,14 +513,14 @@ def wish_of(query: QueryParams) -> Wish:
 def whole(value: str) -> int:
     """A whole number."""
     if not (value.isascii() and value.isdigit() and len(value) < 10):
-        raise ConfigError(f"query: {value!r} is no whole number")
+        raise ConfigError(f"query: {quoted(value)} is no whole number")
     return int(value)
 
 
 def yes_or_no(value: str) -> bool:
     """True or false."""
     if value.lower() not in ("1", "true", "0", "false"):
-        raise ConfigError(f"query: {value!r} is neither true nor false")
+        raise ConfigError(f"query: {quoted(value)} is neither true nor false")
     return value.lower() in ("1", "true")
 
 
@@ -607,7 +622,7 @@ def prepared(s: Serve) -> Iterator[tuple[Site, uvicorn.Server, socket.socket, st
                 lifespan="off",
                 interface="asgi3",
                 log_config=None,
-                log_level="warning",
+                log_level="error",  # warnings are of what clients send
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -248,7 +247,7 @@ def test_an_image_without_an_answer_spoils_no_other(run_folder, photos, tmp_path
     real = glsim.Predictor.stream
 
     def refuses(self, paths):
-        if any(path.endswith("x.png") for path in paths):
+        if any(str(path).endswith("x.png") for path in paths):
             raise DataError("an answer that is not finite\nand more")
         return real(self, paths)
 
