@@ -2,7 +2,8 @@
 
 The list of images is cut into parts. A worker is an actor that holds the model; it answers one part at a time and
 renames the finished file to its own name, so a part is there whole or not at all. What a killed worker had in hand Ray
-gives to another; a job that was stopped finds its parts there and goes on with the others.
+gives to another; a job that was stopped finds its parts there and goes on with the others. A part says in its footer
+whose it is; one that does not, or is damaged, is made again.
 """
 
 from __future__ import annotations
@@ -11,14 +12,20 @@ import hashlib
 import json
 import logging
 import os
+import re
+import signal
+import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import psutil
 import torch
 from filelock import FileLock, Timeout
 from PIL import Image
@@ -28,14 +35,17 @@ from glsim.backbone import Model
 from glsim.bundle import MODEL_KEYS, digest, labels_of, load, preprocessing_of, temperature_of
 from glsim.config import Predict
 from glsim.data import LISTS, as_listed, find_images, is_image, read_columns
-from glsim.files import make_folder, one_line, open_regular
+from glsim.files import make_folder, one_line, open_regular, parse_json, printable, read_bytes, shorten, write_bytes
 from glsim.images import EXTENSIONS, BadImage
 from glsim.predict import Prediction, Predictor
 from glsim.stores import is_uri, locate, open_uri
 from glsim.types import ConfigError, DataError, GlsimError
 
 JOB, LOCK = "job.json", ".lock"  # what the parts in a folder belong to; there while they are made
-FORMAT = 1
+FORMAT = 2  # in 1, parts did not say whose they are
+OWNER = b"glsim"  # the key in a part's footer: job, number of the part, how many of its images could not be read
+LEFT = re.compile(r"\.(part-\d+\.parquet|job\.json)\..+")  # what `put` writes to first
+READERS = 32  # threads that read footers, each of which is a wait for a store
 TRIES = 5  # times a part goes to another worker because one died over it, before the job gives up
 STALE = 3600  # seconds after which a file that a worker began in a store is taken to be of a dead one
 LIST = "a list needs a column path"
@@ -51,29 +61,33 @@ def run(s: Predict, progress: bool = True) -> dict[str, Any]:
     predictor(Image.new("RGB", (64, 64)))  # says what is wrong with the settings, before any worker
     out = folder_uri(str(s.out))
     parts = [paths[i : i + s.part_size] for i in range(0, len(paths), s.part_size)]
-    start, answered, errors = time.perf_counter(), 0, 0
+    start, looked_at = time.perf_counter(), 0  # images, in this run
     first = (0, 0.0)  # images, and seconds, when the first part was done
     last = 0.0
-    with held(out, job_of(s, model, paths)), cluster(ray, s):
-        done = finished(out) & set(range(len(parts)))
+    with held(out, job := job_of(s, model, paths)):
+        done, again = finished(out, parts, job)
+        errors = sum(done.values())
         todo = [{"part": i, "paths": part} for i, part in enumerate(parts) if i not in done]
-        batches = answer_parts(ray, s, model, out, todo) if todo else iter(())
         before = sum(len(parts[i]) for i in done)
-        with tqdm(total=len(paths), initial=before, unit="image", disable=not progress) as bar:
+        with (
+            cluster(ray, s) if todo else nullcontext(),
+            tqdm(total=len(paths), initial=before, unit="image", disable=not progress) as bar,
+        ):
             try:
-                for batch in batches:
-                    answered += int(batch["images"].sum())
+                for batch in answer_parts(ray, s, model, out, todo) if todo else ():
+                    looked_at += int(batch["images"].sum())
                     errors += int(batch["errors"].sum())
                     bar.update(int(batch["images"].sum()))
                     last = time.perf_counter() - start
-                    first = first if first[0] else (answered, last)
+                    first = first if first[0] else (looked_at, last)
             except ray.exceptions.RayError as error:
-                why = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+                lines = [line for line in str(error).splitlines() if line.strip()]
+                why = printable(shorten(lines[-1])) if lines else type(error).__name__
                 raise GlsimError(
                     f"Ray stopped: {why}; finished parts stay in {s.out}, the same command goes on"
                 ) from error
     seconds = time.perf_counter() - start
-    steady = round((answered - first[0]) / (last - first[1]), 2) if answered > first[0] else None
+    steady = round((looked_at - first[0]) / (last - first[1]), 2) if looked_at > first[0] else None
     return {
         "engine": "ray",
         "source": str(s.source),
@@ -81,11 +95,12 @@ def run(s: Predict, progress: bool = True) -> dict[str, Any]:
         "images": len(paths),
         "parts": len(parts),
         "parts_before": len(done),
-        "answered": answered,
+        "parts_again": again,  # name: what was wrong with the one that was there
+        "answered": len(paths) - errors,
         "errors": errors,
         "workers": s.workers,
         "seconds": round(seconds, 2),
-        "images_per_second": round(answered / seconds, 2),
+        "images_per_second": round(looked_at / seconds, 2),  # of this run
         "steady_images_per_second": steady,  # since the first part was done
     }
 
@@ -156,7 +171,7 @@ def images_below(uri: str) -> list[str]:
             return [uri]
         inside = system.get_file_info(FileSelector(path.rstrip("/"), recursive=True))
     except OSError as error:
-        raise DataError(f"{uri}: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{uri}: {one_line(error)}") from error
     files = [f.path for f in inside if f.type == FileType.File]
     below = [f[len(path.rstrip("/")) :] for f in files]
     return sorted(uri.rstrip("/") + f for f in below if is_image(f))
@@ -186,7 +201,7 @@ def as_row(path: str, answer: Prediction | BadImage) -> dict[str, Any]:
     """An answer, or why there is none, as a row of a part; bytes of `path` that are no text become `\\udcff`."""
     path = path.encode("utf-8", "backslashreplace").decode()
     if isinstance(answer, BadImage):
-        return {"path": path, "error": answer.reason}
+        return {"path": path, "error": printable(answer.reason)}
     return {
         "path": path,
         "labels": answer.labels,
@@ -208,19 +223,84 @@ def name_of(part: int) -> str:
     return f"part-{part:06d}.parquet"
 
 
-def finished(out: str) -> set[int]:
-    """The parts that are there."""
+def finished(out: str, parts: Sequence[Sequence[str]], job: dict[str, Any]) -> tuple[dict[int, int], dict[str, str]]:
+    """The parts that are there: number -> images of it that could not be read; and those to be made again, with why.
+
+    A folder in the way of one is put aside, under a name that says so.
+    """
+    done: dict[int, int] = {}
+    again: dict[str, str] = {}
+
+    def look(part: int) -> int | DataError | None:
+        try:
+            return read_part(out, part, len(parts[part]), job)
+        except FileNotFoundError:
+            return None
+        except DataError as error:
+            return error
+
+    there = sorted(numbers(out) & set(range(len(parts))))
+    with ThreadPoolExecutor(READERS) as pool:
+        for part, found in zip(there, pool.map(look, there), strict=True):
+            if isinstance(found, DataError):
+                again[name_of(part)] = str(found) + put_aside(out, name_of(part))
+            elif found is not None:
+                done[part] = found
+    return done, again
+
+
+def numbers(out: str) -> set[int]:
+    """The parts that are there by their names."""
     from pyarrow.fs import FileSelector
 
     system, path = locate(out)
     names = [info.base_name for info in system.get_file_info(FileSelector(path, allow_not_found=True))]
-    numbers = [name.removeprefix("part-").removesuffix(".parquet") for name in names if name.endswith(".parquet")]
-    return {int(number) for number in numbers if number.isdecimal()}
+    return {int(found[1]) for name in names if (found := re.fullmatch(r"part-(\d{6,9})\.parquet", name, re.ASCII))}
+
+
+def read_part(out: str, part: int, images: int, job: dict[str, Any]) -> int:
+    """How many of a part's images could not be read; only its footer is read.
+
+    Raises FileNotFoundError where it is not there, and DataError for what is not that part of that job, whole.
+    """
+    from pyarrow import ArrowException, parquet
+
+    system, path = locate(f"{out}/{name_of(part)}")
+    try:
+        with open_regular(path) if system.type_name == "local" else system.open_input_file(path) as file:
+            footer = parquet.read_metadata(file)
+        told = parse_json((footer.metadata or {}).get(OWNER, b"{}"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ArrowException, ValueError) as error:
+        raise DataError(f"damaged ({one_line(error)})") from error
+    errors = told.pop("errors", None)
+    if told != {"job": id_of(job), "part": part} or not isinstance(errors, int):
+        raise DataError("not of this job")
+    if footer.num_rows != images or footer.schema.to_arrow_schema().names != schema(bool(job["embedding"])).names:
+        raise DataError(f"{footer.num_rows} rows for {images} images, or other columns")
+    return errors
+
+
+def put_aside(out: str, name: str) -> str:
+    """Rename a folder that is in the way of the file `name`; says what it is called now, nothing where there is none.
+
+    All else that may be there is replaced by the file.
+    """
+    system, path = locate(out)
+    if system.type_name != "local" or not (Path(path) / name).is_dir():
+        return ""
+    aside = f".aside-{name}-{uuid.uuid4().hex[:8]}"
+    (Path(path) / name).rename(Path(path) / aside)
+    return f"; it is now {aside}"
 
 
 def put(out: str, name: str, data: bytes | memoryview) -> None:
     """Write a file into the folder `out`, whole or not at all."""
     system, path = locate(out)
+    if system.type_name == "local":
+        write_bytes(f"{path}/{name}", bytes(data))
+        return
     temporary = f"{path}/.{name}.{uuid.uuid4().hex}"
     with system.open_output_stream(temporary) as stream:
         stream.write(data)
@@ -236,6 +316,24 @@ def job_of(s: Predict, model: Model, paths: Sequence[str]) -> dict[str, Any]:
     hashed = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     told = {"model": digest(model.state_dict()), "config": hashed, "images": len(paths), "list": listed}
     return {"format": FORMAT, **told, **kept}
+
+
+def id_of(job: dict[str, Any]) -> str:
+    """A job in a few characters, the same for equal ones."""
+    return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
+
+
+def read_job(out: str) -> dict[str, Any] | None:
+    """The job whose folder `out` is; None where no file says so. Raises DataError where it is damaged."""
+    system, path = locate(f"{out}/{JOB}")
+    try:
+        return parse_json(read_bytes(path) if system.type_name == "local" else open_uri(f"{out}/{JOB}").read())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{out}/{JOB}, which says whose the parts are, is damaged ({one_line(error)}); name another --out"
+        ) from error
 
 
 @contextmanager
@@ -257,7 +355,7 @@ def held(out: str, job: dict[str, Any]) -> Iterator[None]:
     except Timeout:
         raise ConfigError(f"{out} is in use by another job; wait for it, end it, or name another --out") from None
     except OSError as error:
-        raise DataError(f"{out}: {error}") from error
+        raise DataError(f"{out}: {one_line(error)}") from error
     try:
         claim(out, job)
         yield
@@ -273,23 +371,21 @@ def claim(out: str, job: dict[str, Any]) -> None:
     system, path = locate(out)
     try:
         system.create_dir(path, recursive=True)
-        left = [
-            info for info in system.get_file_info(FileSelector(path)) if info.base_name.startswith((".part-", ".job"))
-        ]
-        for info in left:  # of a worker that was killed while it wrote; in a store perhaps of one that writes now
-            if system.type_name == "local" or time.time() - (info.mtime_ns or 0) / 1e9 > STALE:
+        for info in system.get_file_info(FileSelector(path)):
+            # Of a worker that was killed while it wrote; in a store perhaps of one that writes now.
+            old = system.type_name == "local" or time.time() - (info.mtime_ns or 0) / 1e9 > STALE
+            if info.type == FileType.File and LEFT.fullmatch(info.base_name) and old:
                 system.delete_file(info.path)
-        if system.get_file_info(f"{path}/{JOB}").type == FileType.NotFound:
-            if finished(out):
+        older = read_job(out)
+        if older is None:
+            if numbers(out):
                 raise ConfigError(f"{out} holds parts, but no {JOB} that says of what; name another --out")
             put(out, JOB, (json.dumps(job, indent=2) + "\n").encode())
             return
-        older = json.loads(open_uri(f"{out}/{JOB}").read())
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise DataError(f"{out}: {str(error).splitlines()[0]}") from error
-    differ = [f"{k} (was {older.get(k)}, is {job[k]})" for k in job if older.get(k) != job[k]]
+    except OSError as error:
+        raise DataError(f"{out}: {one_line(error)}") from error
+    keys = job if older.get("format") == FORMAT else ["format"]  # of another one, keys may mean something else
+    differ = [f"{k} (was {printable(shorten(older.get(k), 80))}, is {job[k]})" for k in keys if older.get(k) != job[k]]
     if differ:
         raise ConfigError(f"{out} holds another job: {', '.join(differ)}; repeat that one, or name another --out")
 
@@ -318,17 +414,64 @@ def cluster(ray: Any, s: Predict) -> Iterator[None]:
         return
     # A worker occupies one core, and Ray's own steps another.
     local = {"num_cpus": s.workers + 1, "include_dashboard": False} if s.address is None else {}
+    before = set(psutil.Process().children(recursive=True))
     with redirect_stdout(sys.stderr):  # Ray prints there what became of workers, until it is shut down
         try:
             ray.init(s.address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
         except Exception as error:  # Ray raises bare ones, of a machine too busy to start it in time
             ray.shutdown()
-            why = (str(error).splitlines() or [type(error).__name__])[0]
-            raise GlsimError(f"no Ray cluster at {s.address or 'this machine'}: {why}") from error
-        try:
-            yield
-        finally:
-            ray.shutdown()
+            raise GlsimError(f"no Ray cluster at {s.address or 'this machine'}: {one_line(error)}") from error
+        with ended_with_us(before):
+            try:
+                with termination_heard():
+                    yield
+            finally:
+                ray.shutdown()
+
+
+# Ray's agents outlive by up to a minute a job that is killed; the pipe of this process ends with the job.
+WATCH = """
+import sys, psutil
+sys.stdin.read()
+for word in sys.argv[1:]:
+    number, created = word.split(":")
+    try:
+        process = psutil.Process(int(number))
+        if process.create_time() == float(created):
+            process.kill()
+    except psutil.Error:
+        pass
+"""
+
+
+@contextmanager
+def ended_with_us(before: set[psutil.Process]) -> Iterator[None]:
+    """Inside, what this process has started since `before` ends when it ends, even when it is killed."""
+    started = []
+    for process in set(psutil.Process().children(recursive=True)) - before:
+        with suppress(psutil.Error):
+            started.append(f"{process.pid}:{process.create_time()}")
+    command = [sys.executable, "-c", WATCH, *started]
+    watch = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        yield
+    finally:
+        watch.kill()
+        watch.communicate()
+
+
+@contextmanager
+def termination_heard() -> Iterator[None]:
+    """Inside, SIGTERM is what Ctrl-C is, so that Ray is shut down; the handler set by `ray.init` ends in an abort."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def gpu_share(gpus: float, workers: int) -> float:
@@ -390,15 +533,28 @@ class Worker:
     def answer(self, part: int, paths: list[str]) -> tuple[int, int]:
         """Write one part; how many images it has, and how many of them could not be read."""
         import pyarrow as pa
-        from pyarrow import fs, parquet
+        from pyarrow import parquet
 
-        system, folder = locate(self.out)
-        if system.get_file_info(f"{folder}/{name_of(part)}").type == fs.FileType.File:
-            # Written by a worker that was killed before it could say so.
-            column = parquet.read_table(open_uri(f"{self.out}/{name_of(part)}"), columns=["error"]).column("error")
-            return len(column), len(column) - column.null_count
-        rows = [as_row(path, a) for path, a in zip(paths, self.predictor.stream(paths), strict=True)]
+        job = read_job(self.out)
+        if job is None:
+            raise DataError(f"{self.out}: {JOB} has gone, which says whose the parts are")
+        with suppress(FileNotFoundError, DataError):  # written by a worker that was killed before it could say so
+            return len(paths), read_part(self.out, part, len(paths), job)
+        rows = [as_row(path, a) for path, a in zip(paths, self.answers(paths), strict=True)]
+        errors = sum("error" in row for row in rows)
+        told = json.dumps({"job": id_of(job), "part": part, "errors": errors}).encode()
+        columns = schema(self.embedding is not None).with_metadata({OWNER: told})
         sink = pa.BufferOutputStream()
-        parquet.write_table(pa.Table.from_pylist(rows, schema(self.embedding is not None)), sink)
+        parquet.write_table(pa.Table.from_pylist(rows, columns), sink)
         put(self.out, name_of(part), memoryview(sink.getvalue()))
-        return len(rows), sum("error" in row for row in rows)
+        return len(rows), errors
+
+    def answers(self, paths: list[str]) -> list[Prediction | BadImage]:
+        """What there is to say of each image; one of which the model has no answer spoils no other."""
+        try:
+            return list(self.predictor.stream(paths))
+        except DataError as error:
+            if len(paths) == 1:
+                return [BadImage(paths[0], one_line(error))]
+            half = len(paths) // 2
+            return self.answers(paths[:half]) + self.answers(paths[half:])

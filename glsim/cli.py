@@ -154,10 +154,11 @@ def show_predict(r: dict[str, Any], s: config.Predict) -> str:
     if r.get("engine") == "ray":
         before = f", {r['parts_before']} of {r['parts']} parts were there" * bool(r["parts_before"])
         steady = f" ({r['steady_images_per_second']} once started)" if r["steady_images_per_second"] else ""
-        speed = f"{r['answered']} answered in {r['seconds']} s, {r['images_per_second']} images/s{steady}{before}"
-        return printable(
-            f"{r['out']}: {r['images']} images in {r['parts']} parts; {speed}; {r['errors']} could not be read"
-        )
+        for name, why in r["parts_again"].items():
+            put(printable(f"{name} was made again: {why}"), sys.stderr)
+        counts = f"{r['answered']} answered, {r['errors']} could not be read"
+        speed = f"{r['seconds']} s, {r['images_per_second']} images/s{steady}{before}"
+        return printable(f"{r['out']}: {r['images']} images in {r['parts']} parts; {counts}; {speed}")
     from glsim.predict import FORMATS, Prediction, Verdict
 
     answers = [

@@ -17,9 +17,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+import traceback
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -32,14 +35,16 @@ from glsim import synthetic
 from glsim.bundle import load
 from glsim.config import Serve
 from glsim.data import find_images
+from glsim.files import one_line, printable, read_bytes, shorten, to_json
 from glsim.graphs import GraphModel
 from glsim.images import BadImage, open_image
 from glsim.pictures import title_of
 from glsim.selection import METRICS
 from glsim.service import Service, Wish
-from glsim.types import ConfigError
+from glsim.types import ConfigError, GlsimError
 
 try:
+    import h11
     import python_multipart  # noqa: F401  (Starlette reads forms with it)
     import uvicorn
     from starlette.applications import Starlette
@@ -50,12 +55,20 @@ try:
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 except ImportError as error:
     raise ConfigError(f"serve needs more libraries ({error}): pip install 'glsim[demo]'") from error
 
-READ_SECONDS = 30  # for a whole request to come in
+HEAD_SECONDS = 10  # for the head of a request to come in
+READ_SECONDS = 30  # for its body
+SEND_SECONDS = 60  # for an answer to be fetched
+LINGER_SECONDS = 2  # for a refusal to be, while what is still being sent is thrown away
+TICK_SECONDS = 0.25  # how often these are looked at
+CONNECTIONS = 200  # at a time, besides one for each place in the queue
+REQUESTS = 16  # whose bytes may be on their way together, where the queue is not longer
 GRACE_SECONDS = 10  # for what was taken in to be answered when the server is stopped
 DRAIN_SECONDS, DRAIN_TIMES = 5, 4  # how long, and how many times the limit, a refused request is still listened to
+NAME_LENGTH = 255  # characters of a file's name that an answer repeats
 EXAMPLES, THUMBNAIL = 8, 192  # how many, and pixels of the longer side
 PAGE = {
     "/": ("index.html", "text/html"),
@@ -98,12 +111,18 @@ class Site:
             Route("/predict", self.predict, methods=["POST"]),
             Route("/health", self.health),
             Route("/model", self.model),
-            Route("/examples/{index:int}", self.example),
-            Route("/thumbnails/{index:int}", self.thumbnail),
+            Route("/examples/{index}", self.example),
+            Route("/thumbnails/{index}", self.thumbnail),
             *(Route(path, self.file) for path in PAGE),
         ]
-        app = Starlette(routes=routes, exception_handlers={HTTPException: self.refuse, ConfigError: self.refuse})
+        told = dict.fromkeys((HTTPException, ConfigError, Exception), self.refuse)
+        app = Starlette(routes=routes, exception_handlers=told)
+        app.router.redirect_slashes = False
         return Guard(app, {*(self.s.allowed_hosts or []), self.s.host, "localhost", socket.gethostname()})
+
+    def limits(self) -> Limits:
+        """What those may take who are not being answered."""
+        return Limits(CONNECTIONS + self.s.queue, max(REQUESTS, self.s.queue) * self.max_bytes, self.max_bytes)
 
     # --- POST /predict --------------------------------------------------------------------------------------------
 
@@ -111,16 +130,13 @@ class Site:
         """Answer one or many images; what is asked of them stands in the query."""
         wish = wish_of(request.query_params)
         self.service.check(wish)
-        held = self.hold(1)
         try:
-            async with asyncio.timeout(READ_SECONDS):
-                files = await self.files(request)
-            held += self.hold(len(files) - 1)
-            found = await asyncio.gather(*(self.answer(*file, wish) for file in files), return_exceptions=True)
-        except TimeoutError:
-            raise HTTPException(408, f"the request did not come in whole within {READ_SECONDS} s") from None
+            files = await self.files(request)
         except ClientDisconnect:
             return Response(status_code=400)  # nobody reads it
+        held = self.hold(len(files))  # not before the body is there: who sends slowly takes nobody's place
+        try:
+            found = await asyncio.gather(*(self.answer(*file, wish) for file in files), return_exceptions=True)
         finally:
             self.room += held
         rows = []
@@ -129,8 +145,8 @@ class Site:
                 raise row
             rows.append(row)
         if len(rows) == 1 and "error" in rows[0]:
-            return JSONResponse(rows[0], rows[0]["status"])
-        return JSONResponse({"predictions": rows})
+            return Json(rows[0], rows[0]["status"])
+        return Json({"predictions": rows})
 
     def hold(self, images: int) -> int:
         """Take up room for `images` and return how many; refused where there is not enough."""
@@ -146,7 +162,7 @@ class Site:
             return await self.form(request)
         if kind.startswith("image/") or kind == "application/octet-stream":
             return [(None, b"".join([chunk async for chunk in self.body(request)]))]
-        said = f"Content-Type {kind!r}" if kind else "no Content-Type"
+        said = f"Content-Type {quoted(kind)}" if kind else "no Content-Type"
         raise HTTPException(
             415, f"{said}: send images as multipart/form-data, or the bytes of one as image/.. or octet-stream"
         )
@@ -157,13 +173,17 @@ class Site:
         parser.spool_max_size = self.max_bytes + 1  # all of it stays in memory
         try:
             form = await parser.parse()
+        except (ClientDisconnect, HTTPException):
+            raise
         except MultiPartException as error:
             what = "options go into the query, as /predict?top_k=3" if "fields" in error.message else error.message
             raise HTTPException(400, f"form: {what}") from None
+        except Exception as error:  # of a charset that cannot decode names, and what else a client may think of
+            raise HTTPException(400, f"form: {one_line(error)}") from None
         files: list[tuple[str | None, bytes]] = []
         for _, file in form.multi_items():
             assert not isinstance(file, str)  # max_fields
-            files.append((file.filename, await file.read()))
+            files.append((printable(shorten(file.filename, NAME_LENGTH)), await file.read()))
             await file.close()
         if not files:
             raise HTTPException(400, "form: no file in it; as curl -F images=@photo.jpg")
@@ -198,8 +218,9 @@ class Site:
         except ConfigError:
             raise
         except Exception as error:
-            log.exception("an image could not be answered")
-            raise HTTPException(500, f"the model failed: {type(error).__name__}") from error
+            log_error(f"{printable(name)} could not be answered", error)
+            said = one_line(error) if isinstance(error, GlsimError) else type(error).__name__
+            return {"path": name, "error": f"the model failed: {said}", "status": 500}
 
     async def refuse(self, request: Request, error: Exception) -> Response:
         """Say why. What is still on its way is read first, within limits: a client that writes does not listen."""
@@ -212,8 +233,10 @@ class Site:
                         if left < 0:
                             break
         if isinstance(error, HTTPException):
-            return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-        return JSONResponse({"error": str(error)}, 400)
+            return say(error.status_code, error.detail, error.headers)
+        if isinstance(error, ConfigError):
+            return say(400, str(error))
+        return say(500, f"the server failed: {type(error).__name__}")  # `Guard` says more, to whom it concerns
 
     # --- GET ------------------------------------------------------------------------------------------------------
 
@@ -221,7 +244,7 @@ class Site:
         """Whether the model can answer, how much waits, what was done."""
         counts, alive = self.service.counts, self.service.alive
         body = {"status": "ok" if alive else "the model's thread has ended", "waiting": self.s.queue - self.room}
-        return JSONResponse({**body, "room": self.room, **asdict(counts)}, 200 if alive else 503)
+        return Json({**body, "room": self.room, **asdict(counts)}, 200 if alive else 503)
 
     async def model(self, _: Request) -> Response:
         """What the page has to know."""
@@ -238,7 +261,7 @@ class Site:
             for m in service.metrics()
         ]
         rows, cols = service.model.backbone.grid
-        return JSONResponse(
+        return Json(
             {
                 "name": self.s.source if self.s.source.startswith("hf-hub:") else Path(self.s.source).resolve().name,
                 "method": config["method"],
@@ -267,10 +290,10 @@ class Site:
 
     def find(self, request: Request) -> Example:
         """The example that a path names."""
-        index = request.path_params["index"]
-        if index >= len(self.examples):
+        found = {str(index): example for index, example in enumerate(self.examples)}.get(request.path_params["index"])
+        if found is None:
             raise HTTPException(404, f"there are {len(self.examples)} examples, counted from 0")
-        return self.examples[index]
+        return found
 
     async def file(self, request: Request) -> Response:
         """The page, its style, its script."""
@@ -290,15 +313,22 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it."""
-        wrong = self.wrong(Headers(scope=scope))
+        started = False
 
         async def send_with_headers(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
-        app = JSONResponse({"error": wrong}, 403) if wrong else self.app
-        await app(scope, receive, send_with_headers)
+        try:
+            wrong = self.wrong(Headers(scope=scope))
+            await (say(403, wrong) if wrong else self.app)(scope, receive, send_with_headers)
+        except Exception as error:  # whatever it was: the client is told in the way of all other errors
+            log_error("a request failed", error)
+            if not started:
+                await say(500, f"the server failed: {type(error).__name__}")(scope, receive, send_with_headers)
 
     def wrong(self, headers: Headers) -> str | None:
         """Why a request is not meant for us."""
@@ -308,14 +338,163 @@ class Guard:
         except ValueError:
             name = ""
         if name not in self.names and not is_address(name):
-            return f"called by the name {name!r}; allow it with --allowed-hosts, or call by address or localhost"
+            return f"called by the name {quoted(name)}; allow it with --allowed-hosts, or call by address or localhost"
         try:
             same = origin is None or urlsplit(origin).netloc == host
         except ValueError:
             same = False
         if not same:
-            return f"sent by a page of {origin}; only the page of this server may"
+            return f"sent by a page of {quoted(origin)}; only the page of this server may"
         return None
+
+
+class Limits(NamedTuple):
+    """How much all connections may take together."""
+
+    connections: int
+    bytes: int  # of bodies that come in and of answers that are not fetched yet
+    request: int  # bytes of one body; what comes after them is not kept
+
+
+class Connection(H11Protocol):
+    """A connection that is ended where its client takes too long, or where there are too many.
+
+    A client's part is the head of a request, its body, and fetching the answer; each has a time limit, however busily
+    bytes trickle. Above `limits`, the connection goes that waits longest for its client, of the address that has most
+    such. One whose request is being answered is left alone.
+    """
+
+    def __init__(self, *args: Any, limits: Limits, others: set[Connection], **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.limits, self.others = limits, others
+        self.stage: tuple[Any, float | None] = ((None, ""), None)  # which part of which request, seconds it may take
+        self.ended = False
+        self.since, self.received = 0.0, 0  # when that began, bytes that have come in it
+
+    # --- what uvicorn calls ---------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: Any) -> None:
+        """A client is there."""
+        super().connection_made(transport)
+        self.others.add(self)
+        self.look()
+        if len(self.others) > self.limits.connections:
+            self.drop_one()
+        self.timer = self.loop.call_later(TICK_SECONDS, self.tick)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It has gone."""
+        self.timer.cancel()
+        self.others.discard(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Some bytes of it."""
+        if self.ended:
+            return
+        self.received += len(data)
+        super().data_received(data)
+        self.look()
+        if sum(other.weight for other in self.others) > self.limits.bytes:
+            self.drop_one()
+
+    def send_400_response(self, msg: str) -> None:
+        """What it says is no HTTP."""
+        self.end(400, msg)
+
+    def shutdown(self) -> None:
+        """The server stops: what is being answered is waited for."""
+        self.look()
+        if self.stage[0][1] in ("head", "body"):
+            self.end(503, "the server stops")
+        else:
+            super().shutdown()
+
+    # --- time and room --------------------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """See whose turn it is."""
+        theirs = self.conn.their_state
+        if self.ended:
+            stage, seconds = "end", LINGER_SECONDS
+        elif self.transport.get_write_buffer_size():
+            stage, seconds = "answer", SEND_SECONDS
+        elif theirs is h11.IDLE:
+            stage, seconds = "head", HEAD_SECONDS
+        elif theirs is h11.SEND_BODY:
+            stage, seconds = "body", READ_SECONDS
+        else:
+            stage, seconds = "", None
+        if ((self.cycle, stage), seconds) != self.stage:
+            if stage != "body":
+                self.received = 0
+            self.stage, self.since = ((self.cycle, stage), seconds), self.loop.time()
+
+    @property
+    def weight(self) -> int:
+        """Bytes that are kept for this client until it has done its part."""
+        return min(self.received, self.limits.request) + self.transport.get_write_buffer_size()
+
+    def tick(self) -> None:
+        """End the connection where its client has taken too long."""
+        self.look()
+        (_, stage), seconds = self.stage
+        if seconds is not None and self.loop.time() - self.since > seconds:
+            self.end(408, f"the {stage} of the request did not come in whole within {seconds:g} s")
+        self.timer = self.loop.call_later(TICK_SECONDS, self.tick)
+
+    def drop_one(self) -> None:
+        """Make room."""
+        waiting = [other for other in self.others if other.stage[1] is not None]
+        addresses = Counter(other.client and other.client[0] for other in waiting)
+        if waiting:
+            oldest = min(waiting, key=lambda other: (-addresses[other.client and other.client[0]], other.since))
+            oldest.end(503, "too many connections at a time; try again in a moment")
+
+    def end(self, status: int, error: str) -> None:
+        """Say why, to a client that has said something and has no answer yet, and close; the second time at once."""
+        told = self.received and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and not self.ended
+        if told:
+            response = say(status, error)
+            response.headers.update({**HEADERS, "Connection": "close"})
+            head = h11.Response(status_code=status, headers=response.raw_headers, reason=STATUS_PHRASES[status])
+            with contextlib.suppress(h11.LocalProtocolError):  # to a request that takes no body
+                for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
+                    self.transport.write(self.conn.send(event) or b"")
+        self.ended = True
+        if self.cycle is not None:  # who reads the body hears that there is no client any more
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if told:
+            self.flow.resume_reading()  # a client that is writing loses what it was told where nobody reads
+            self.transport.write_eof()
+            self.look()
+        else:
+            self.transport.abort()  # close would wait until all is fetched
+
+
+class Json(JSONResponse):
+    """A value as JSON that is valid whatever stands in it."""
+
+    def render(self, content: Any) -> bytes:
+        """The bytes."""
+        return to_json(content).encode("utf-8", "backslashreplace")
+
+
+def say(status: int, error: str, headers: Mapping[str, str] | None = None) -> Json:
+    """An error as every client gets it: JSON, and short whatever the client sent."""
+    return Json({"error": printable(shorten(error))}, status, headers)
+
+
+def quoted(text: str) -> str:
+    """What a client sent, in a sentence to it whose end it is to see."""
+    return repr(shorten(text, 100))
+
+
+def log_error(what: str, error: Exception) -> None:
+    """Say on the server's side what failed and where; a client's text cannot act on a terminal."""
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    log.error("%s", "\n".join([what, *map(printable, lines)]))
 
 
 def wish_of(query: QueryParams) -> Wish:
@@ -325,7 +504,7 @@ def wish_of(query: QueryParams) -> Wish:
     for name, value in query.multi_items():
         if name not in kinds or name in values:
             raise ConfigError(
-                f"query: {name!r} {'twice' if name in values else 'is unknown'}; known: {', '.join(kinds)}"
+                f"query: {quoted(name)} {'twice' if name in values else 'is unknown'}; known: {', '.join(kinds)}"
             )
         values[name] = kinds[name](value)
     return Wish(**values)
@@ -334,14 +513,14 @@ def wish_of(query: QueryParams) -> Wish:
 def whole(value: str) -> int:
     """A whole number."""
     if not (value.isascii() and value.isdigit() and len(value) < 10):
-        raise ConfigError(f"query: {value!r} is no whole number")
+        raise ConfigError(f"query: {quoted(value)} is no whole number")
     return int(value)
 
 
 def yes_or_no(value: str) -> bool:
     """True or false."""
     if value.lower() not in ("1", "true", "0", "false"):
-        raise ConfigError(f"query: {value!r} is neither true nor false")
+        raise ConfigError(f"query: {quoted(value)} is neither true nor false")
     return value.lower() in ("1", "true")
 
 
@@ -373,7 +552,7 @@ def find_examples(source: str | None, max_pixels: int) -> list[Example]:
         return [as_example(f"bird {i}.jpg", as_jpeg(bird.image), bird.image) for i, bird in enumerate(birds, start=1)]
     paths = find_images(source)
     chosen = [paths[i * len(paths) // EXAMPLES] for i in range(EXAMPLES)] if len(paths) > EXAMPLES else paths
-    contents = [path.read_bytes() for path in chosen]
+    contents = [read_bytes(path) for path in chosen]
     return [
         as_example(path.name, content, open_image(path, content, max_pixels))
         for path, content in zip(chosen, contents, strict=True)
@@ -438,12 +617,12 @@ def prepared(s: Serve) -> Iterator[tuple[Site, uvicorn.Server, socket.socket, st
             site = Site(service, s, find_examples(s.examples, int(s.max_megapixels * 1e6)))
             config = uvicorn.Config(
                 site.app(),
-                http="h11",
+                http=partial(Connection, limits=site.limits(), others=set()),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="off",
                 interface="asgi3",
                 log_config=None,
-                log_level="warning",
+                log_level="error",  # warnings are of what clients send
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,

@@ -84,7 +84,7 @@ class Counts:
 
     answered: int = 0  # images
     refused: int = 0  # images that could not be read, or of which the model was asked what it cannot do
-    failed: int = 0  # images that the model failed on
+    failed: int = 0  # images that the model failed on, or of which no picture could be drawn
     batches: int = 0
 
 
@@ -193,6 +193,13 @@ class Service:
 
     def draw(self, decoded: Decoded, answer: Answer) -> dict[str, Any]:
         """The pictures of an answer, as data URLs: the photograph, the coloured map to lay over it, the crop."""
+        try:
+            return self._draw(decoded, answer)
+        except Exception:
+            self._count(answered=-1, failed=1)
+            raise
+
+    def _draw(self, decoded: Decoded, answer: Answer) -> dict[str, Any]:
         why, photo = answer.why, decoded.photo
         assert why is not None and photo is not None
         scale = MAP / max(photo.size)
@@ -244,22 +251,27 @@ class Service:
         return batch
 
     def _answer(self, jobs: list[Job]) -> None:
-        """Answer images that share a wish, but for `top_k`."""
+        """Answer images that share a wish, but for `top_k`. Where that fails, each alone: one spoils no other."""
         try:
             answers = self._ask([job.decoded for job in jobs], jobs[0].wish)
         except Exception as error:  # the thread has to outlive whatever one batch does to it
+            if len(jobs) > 1 and not isinstance(error, ConfigError):
+                for job in jobs:
+                    self._answer([job])
+                return
             self._count(**{"refused" if isinstance(error, ConfigError) else "failed": len(jobs)})
             # asyncio hands on no StopIteration: who awaits it would wait for ever.
             told = RuntimeError("StopIteration") if isinstance(error, StopIteration) else error
             for job in jobs:
                 job.future.set_exception(told)
             return
-        failed = sum(isinstance(answer, BadImage) for answer in answers)
-        self._count(answered=len(jobs) - failed, failed=failed, batches=1)
+        self._count(batches=1)
         for job, answer in zip(jobs, answers, strict=True):
-            if isinstance(answer, BadImage):
+            if isinstance(answer, BadImage):  # an answer that is no number
+                self._count(failed=1)
                 job.future.set_exception(answer)
                 continue
+            self._count(answered=1)
             p, k = answer.prediction, job.wish.top_k
             p = p._replace(labels=p.labels[:k], probabilities=p.probabilities[:k])
             job.future.set_result(answer._replace(prediction=p))

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any, BinaryIO
 from urllib.parse import quote
 
-from glsim.files import read_bytes
+from glsim.files import one_line, read_bytes
 from glsim.types import ConfigError
 
 
@@ -37,9 +37,7 @@ def _system(root: str) -> tuple[Any, str]:
     try:
         return FileSystem.from_uri(quote(root, safe=":/@?&="))
     except pyarrow.ArrowInvalid as error:
-        raise ConfigError(
-            f"{root}: {str(error).splitlines()[0]}; s3://, gs://, abfs://, hdfs:// and file:/// work"
-        ) from error
+        raise ConfigError(f"{root}: {one_line(error)}; s3://, gs://, abfs://, hdfs:// and file:/// work") from error
 
 
 def open_uri(uri: str) -> BinaryIO:

@@ -3,8 +3,8 @@
 import csv
 import json
 import os
+import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -86,7 +86,7 @@ def job(run_folder, images, out, **more):
 
 def test_rows_are_the_answers_of_the_local_engine(run_folder, photos, tmp_path, here):
     result = job(run_folder, [photos], tmp_path / "out", embedding="fused", top_k=2)
-    assert (result["images"], result["parts"], result["answered"], result["errors"]) == (7, 3, 7, 1)
+    assert (result["images"], result["parts"], result["answered"], result["errors"]) == (7, 3, 6, 1)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         ".glsim",
         "job.json",
@@ -118,13 +118,144 @@ def test_a_stopped_job_goes_on_with_what_is_missing(run_folder, photos, tmp_path
     (out / ".part-000002.parquet.0123").write_bytes(b"half a fil")  # a worker was killed while it wrote
     here.clear()
     result = job(run_folder, [photos], out)
-    assert here == [0, 2] and (result["parts_before"], result["answered"]) == (1, 4)
+    assert here == [0, 2] and (result["parts_before"], result["answered"], result["errors"]) == (1, 6, 1)
     assert rows(out) == expected and (out / "part-000001.parquet").stat().st_mtime_ns == kept
     assert len(list(out.iterdir())) == 5
     here.clear()
-    assert job(run_folder, [photos], out)["answered"] == 0 and not here
+    result = job(run_folder, [photos], out)
+    assert (result["answered"], result["errors"], result["images_per_second"]) == (6, 1, 0) and not here
     worker = bulk.Worker(load(run_folder), bulk.folder_uri(str(out)), None)
     assert worker.answer(1, ["never looked at"] * 3) == (3, 1)  # Ray asks again for a part that was just finished
+
+
+def test_answered_and_errors_are_all_images_in_text_too(run_folder, photos, tmp_path, here):
+    out = tmp_path / "out"
+    text = cli.show_predict(job(run_folder, [photos], out), None)
+    assert "7 images in 3 parts; 6 answered, 1 could not be read; " in text
+    (out / "part-000001.parquet").unlink()  # the one with the bad image
+    text = cli.show_predict(job(run_folder, [photos], out), None)
+    assert "6 answered, 1 could not be read; " in text and text.endswith("2 of 3 parts were there")
+
+
+def folder(file):
+    file.mkdir()
+    (file / "kept").write_text("not ours")
+
+
+def linked(file):
+    file.symlink_to("nowhere")
+
+
+def swapped(file):
+    shutil.copy(file.with_name("part-000002.parquet"), file)
+
+
+def short(file):
+    shutil.copy(file.with_name("part-000002.parquet"), file)
+    table = parquet.read_table(file)
+    told = {bulk.OWNER: table.schema.metadata[bulk.OWNER].replace(b'"part": 2', b'"part": 1')}
+    parquet.write_table(table.replace_schema_metadata(told), file)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda file: file.write_bytes(b"garbage"), r"damaged \("),
+        (lambda file: file.write_bytes(b""), r"damaged \("),
+        (lambda file: file.write_bytes(b"PAR1" + bytes(100) + b"PAR1"), r"damaged \("),
+        (lambda file: file.write_bytes(file.with_name("part-000000.parquet").read_bytes()[:-50]), r"damaged \("),
+        (os.mkfifo, r"damaged \(.*not a regular file"),
+        (folder, r"damaged \(.*a folder, not a file.*; it is now \.aside-part-000001\.parquet-\w{8}$"),
+        (lambda file: parquet.write_table(pa.table({"x": [1, 2, 3]}), file), "not of this job"),
+        (swapped, "not of this job"),
+        (short, "1 rows for 3 images"),
+        (linked, None),  # to nothing: as if it were not there
+    ],
+)
+def test_a_part_is_not_trusted_by_its_name(run_folder, photos, tmp_path, here, capsys, spoil, said):
+    out = tmp_path / "out"
+    job(run_folder, [photos], out)
+    expected, file = rows(out), out / "part-000001.parquet"
+    file.unlink()
+    spoil(file)
+    here.clear()
+    result = job(run_folder, [photos], out)
+    assert here == [1] and rows(out) == expected and (result["parts_before"], result["answered"]) == (2, 6)
+    assert list(result["parts_again"]) == [file.name] * bool(said)
+    if said:
+        assert re.search(said, result["parts_again"][file.name]), result["parts_again"]
+        cli.show_predict(result, None)
+        assert capsys.readouterr().err.startswith("part-000001.parquet was made again: ")
+    assert [f.read_text() for f in out.glob(".aside*/kept")] == ["not ours"] * (spoil is folder)
+
+
+def test_parts_of_another_job_are_made_again(run_folder, photos, tmp_path, here):
+    for name, top_k in (("a", 2), ("b", 3)):
+        job(run_folder, [photos], tmp_path / name, top_k=top_k)
+    shutil.copy(tmp_path / "a" / "part-000000.parquet", tmp_path / "b")
+    here.clear()
+    assert job(run_folder, [photos], tmp_path / "b", top_k=3)["parts_again"] == {
+        "part-000000.parquet": "not of this job"
+    }
+    assert here == [0] and {len(row["labels"]) for row in rows(tmp_path / "b") if not row["error"]} == {3}
+
+
+@pytest.mark.parametrize("name", [".part-x", ".part-000000.parquet.0123", ".job.json.9.tmp", "part-x.parquet", ".x"])
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, linked])
+def test_nothing_that_lies_about_is_in_the_way(run_folder, photos, tmp_path, here, name, make):
+    (tmp_path / "out").mkdir()
+    make(tmp_path / "out" / name)
+    assert job(run_folder, [photos / "sub"], tmp_path / "out")["answered"] == 2
+    assert (tmp_path / "out" / name).is_symlink() or (tmp_path / "out" / name).exists()
+
+
+@pytest.mark.parametrize(
+    ("write", "error", "said"),
+    [
+        (lambda file: file.write_text("[]"), DataError, r"job\.json, which says .* is damaged \(wanted an object"),
+        (lambda file: file.write_text("null"), DataError, "wanted an object"),
+        (lambda file: file.write_text(""), DataError, "is damaged"),
+        (lambda file: file.write_text("{"), DataError, "is damaged"),
+        (lambda file: file.write_text("[" * 100_000), DataError, "more than 64 levels"),
+        (lambda file: file.write_text('{"format": NaN}'), DataError, "NaN is no JSON"),
+        (lambda file: file.write_bytes(b"\xff\x00\x9b"), DataError, "is damaged"),
+        (Path.mkdir, DataError, "a folder, not a file"),
+        (os.mkfifo, DataError, "not a regular file"),
+        (lambda file: file.write_text("{}"), ConfigError, r"another job: format \(was None, is 2\);"),
+        (
+            lambda file: file.write_text('{"format": 1, "model": "x"}'),
+            ConfigError,
+            r"another job: format \(was 1, is 2\);",
+        ),
+        (lambda file: file.write_text('{"format": 2}'), ConfigError, r"another job: model \(was None"),
+        (
+            lambda file: file.write_text(json.dumps({"format": 2, "model": "\x1b[2J" + "x" * 10_000})),
+            ConfigError,
+            r"model \(was \\x1b\[2Jx+ \.\. \(9,924 more characters\), is",
+        ),
+    ],
+)
+def test_a_damaged_job_file_is_one_sentence(run_folder, photos, tmp_path, here, write, error, said):
+    out = tmp_path / "out"
+    out.mkdir()
+    write(out / "job.json")
+    with pytest.raises(error, match=said) as caught:
+        job(run_folder, [photos], out)
+    assert not here and len(str(caught.value)) < 1500
+
+
+def test_an_image_without_an_answer_spoils_no_other(run_folder, photos, tmp_path, here, monkeypatch):
+    real = glsim.Predictor.stream
+
+    def refuses(self, paths):
+        if any(str(path).endswith("x.png") for path in paths):
+            raise DataError("an answer that is not finite\nand more")
+        return real(self, paths)
+
+    monkeypatch.setattr(glsim.Predictor, "stream", refuses)
+    assert job(run_folder, [photos], tmp_path / "out", part_size=7)["errors"] == 2
+    errors = {Path(row["path"]).name: row["error"] for row in rows(tmp_path / "out") if row["error"]}
+    assert set(errors) == {"d.jpg", "x.png"} and errors["x.png"] == "an answer that is not finite"
 
 
 def test_a_folder_holds_one_job(run_folder, photos, tmp_path, here):
@@ -371,7 +502,7 @@ def test_a_killed_worker_loses_nothing(run_folder, many, tmp_path):
     text, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     result = json.loads(text)
-    assert (result["images"], result["answered"], result["errors"], result["parts"]) == (160, 160, 2, 32)
+    assert (result["images"], result["answered"], result["errors"], result["parts"]) == (160, 158, 2, 32)
     assert not first.is_running() or first.status() == psutil.STATUS_ZOMBIE
     check_against_the_local_engine(run_folder, many, out)
 
@@ -405,16 +536,28 @@ def test_a_part_that_kills_every_worker_ends_the_job_and_spoils_no_other(run_fol
 
 
 @pytest.mark.slow
-def test_a_killed_job_goes_on(run_folder, many, tmp_path):
+def test_a_terminated_job_shuts_ray_down(run_folder, many, tmp_path):
     out = tmp_path / "out"
     process = start(run_folder, many, out)
-    family = [psutil.Process(process.pid)]
+    wait_for_parts(process, out, 1)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    text, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and json.loads(text)["exit_code"] == 130, errors
+    assert "Traceback" not in errors and "SIGTERM received" not in errors
+    assert not psutil.wait_procs(family, timeout=20)[1]
+    assert not list(out.glob(".*"))
+
+
+@pytest.mark.slow
+def test_a_killed_job_leaves_nothing_running_and_goes_on(run_folder, many, tmp_path):
+    out = tmp_path / "out"
+    process = start(run_folder, many, out)
     wait_for_parts(process, out, 3)
-    family += family[0].children(recursive=True)
-    for p in family:
-        p.send_signal(signal.SIGKILL)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()  # alone
     process.communicate()
-    psutil.wait_procs(family, timeout=30)
+    assert not psutil.wait_procs(family, timeout=30)[1]
     before = {file.name: file.stat().st_mtime_ns for file in out.glob("*.parquet")}
     assert 3 <= len(before) < 32
     process = start(run_folder, many, out)

@@ -17,6 +17,7 @@ import threading
 import time
 import uuid
 import zlib
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -32,6 +33,7 @@ from glsim import cli
 from glsim.config import Serve
 from glsim.graphs import GraphModel
 from glsim.images import open_image
+from glsim.predict import Predictor
 from glsim.selection import METRICS, needs_attention
 
 serve = pytest.importorskip("glsim.serve", reason="the extra demo is not installed", exc_type=glsim.ConfigError)
@@ -376,19 +378,191 @@ def test_a_large_upload_is_refused_before_it_is_read(site):
     assert ask(site, "/health")[1]["room"] == 8
 
 
-def test_a_client_that_leaves_or_dawdles_gives_its_place_back(run_folder, monkeypatch):
-    monkeypatch.setattr(serve, "READ_SECONDS", 0.5)
-    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/jpeg\r\nContent-Length: 1000\r\n\r\nabc"
-    with serve.running(Serve(source=str(run_folder), port=0, queue=2)) as url:
-        monkeypatch.setattr(serve, "DRAIN_SECONDS", 0.1)
-        assert b" 408 " in raw(url, head).splitlines()[0]
-        address = urlsplit(url)
-        connection = socket.create_connection((address.hostname, address.port))
-        connection.sendall(head)
-        wait_for(lambda: ask(url, "/health")[1]["room"] == 1)
-        connection.close()
-        wait_for(lambda: ask(url, "/health")[1]["room"] == 2)
+HEAD = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/jpeg\r\n"
+BODY = HEAD + b"Content-Length: 1000\r\n\r\n"
+
+
+@contextmanager
+def dawdling(url, count, sent):
+    """Open connections that have sent `sent` and nothing more."""
+    address = urlsplit(url)
+    with ExitStack() as stack:
+        opened = [
+            stack.enter_context(socket.create_connection((address.hostname, address.port), 20)) for _ in range(count)
+        ]
+        for connection in opened:
+            connection.sendall(sent)
+        yield opened
+
+
+def said_at_the_end(connection):
+    """What comes until the server closes, also where it does so in the midst of something."""
+    said = b""
+    with suppress(ConnectionResetError):
+        while piece := connection.recv(65536):
+            said += piece
+    return said
+
+
+@pytest.mark.parametrize("sent", [b"", b"P", HEAD, BODY, BODY + b"ab"], ids=["nothing", "P", "head", "empty", "body"])
+def test_who_sends_slowly_closes_the_server_for_nobody(run_folder, sent):
+    """More of them than there are places, and than there may be connections."""
+    with serve.running(Serve(source=str(run_folder), port=0, queue=4)) as url, dawdling(url, 300, sent):
+        start = time.monotonic()
+        for _ in range(3):
+            assert ask(url, "/predict", *form([("a.jpg", GOOD)] * 4))[0] == 200
+        assert ask(url, "/health")[1]["room"] == 4
+        assert time.monotonic() - start < serve.HEAD_SECONDS / 2
+
+
+@pytest.mark.parametrize(
+    ("sent", "drop", "said"),
+    [
+        (b"", b"", b""),
+        (b"P", b"O", b"the head of the request did not come in whole within 0.5 s"),
+        (HEAD, b"x", b"the head of the request did not come in whole within 0.5 s"),
+        (BODY, b"", b"the body of the request did not come in whole within 0.5 s"),
+        (BODY, b"y", b"the body of the request did not come in whole within 0.5 s"),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n", b"y", b'"status": "ok"'),
+    ],
+    ids=["nothing", "a method", "a head", "no body", "a body", "a body nobody asked for"],
+)
+def test_what_does_not_come_in_whole_ends(run_folder, monkeypatch, sent, drop, said):
+    """However busily it trickles."""
+    for name in ("HEAD_SECONDS", "READ_SECONDS", "LINGER_SECONDS"):
+        monkeypatch.setattr(serve, name, 0.5)
+    with serve.running(Serve(source=str(run_folder), port=0, queue=2)) as url, dawdling(url, 3, sent) as opened:
+        start = time.monotonic()
+        with suppress(OSError):
+            while time.monotonic() < start + 10:
+                opened[0].sendall(drop)
+                time.sleep(0.05)
+                if not drop:
+                    break
+        found = [said_at_the_end(connection) for connection in opened]
+        assert all(said in answer for answer in found[1:]) and time.monotonic() - start < 5
+        assert all(not answer or b"content-security-policy" in answer.lower() for answer in found)
+        if b"did not" in said:
+            assert found[1].startswith(b"HTTP/1.1 408 ") and b"application/json" in found[1]
         assert ask(url, "/predict", GOOD, JPEG)[0] == 200
+
+
+def test_who_does_not_fetch_the_answer_is_not_waited_for(run_folder, monkeypatch):
+    monkeypatch.setattr(serve, "SEND_SECONDS", 0.5)
+    asked = b"GET /examples/0 HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000  # 30 MB of answers
+    with serve.running(Serve(source=str(run_folder), port=0)) as url, dawdling(url, 1, asked) as (connection,):
+        time.sleep(2)
+        assert said_at_the_end(connection).count(b"HTTP/1.1 200 OK") < 1000
+
+
+def test_bytes_on_their_way_are_bounded_and_the_oldest_go_first(run_folder, monkeypatch):
+    monkeypatch.setattr(serve, "REQUESTS", 2)
+    sent = HEAD + b"Content-Length: 1000000\r\n\r\n" + bytes(900_000)
+    settings = Serve(source=str(run_folder), port=0, queue=2, max_mb=1)
+    with serve.running(settings) as url, dawdling(url, 1, sent) as first, dawdling(url, 4, sent) as later:
+        assert b" 503 " in said_at_the_end(first[0]).splitlines()[0]
+        assert ask(url, "/predict", GOOD, JPEG)[0] == 200
+        kept = 0
+        for connection in [*first, *later]:
+            connection.setblocking(False)
+            try:
+                connection.recv(1)
+            except BlockingIOError:
+                kept += 1
+            except OSError:
+                pass
+        assert kept <= 2
+
+
+def test_one_address_does_not_push_out_another(run_folder, monkeypatch):
+    monkeypatch.setattr(serve, "CONNECTIONS", 4)
+    settings = Serve(source=str(run_folder), port=0, queue=1, host="0.0.0.0")
+    with serve.running(settings) as url:
+        port = urlsplit(url).port
+        other = socket.create_connection(("127.0.0.1", port), 20, source_address=("127.0.0.2", 0))
+        with other, dawdling(url, 20, b"P"):
+            other.sendall(BODY + b"ab")
+            assert ask(url, "/health")[0] == 200
+            other.sendall(bytes(998))
+            assert b" 415 " in other.recv(65536).splitlines()[0]
+
+
+def test_a_client_that_leaves_takes_no_place(site):
+    with dawdling(site, 1, BODY):
+        assert ask(site, "/health")[1]["room"] == 8
+    assert ask(site, "/predict", GOOD, JPEG)[0] == 200
+
+
+NAMED = b'--q\r\nContent-Disposition: form-data; name="i"; filename="%s"\r\n\r\nx\r\n--q--\r\n'
+DIGITS = b"9" * 6000
+UNFORESEEN = {  # what is sent, status, what is said
+    "a number of 6,000 digits": (b"GET /examples/%s HTTP/1.1" % DIGITS, 404, b"there are 5 examples"),
+    "of a thumbnail": (b"GET /thumbnails/%s HTTP/1.1" % DIGITS, 404, b"there are 5 examples"),
+    "another script's digit": (b"GET /examples/%D9%A1 HTTP/1.1", 404, b"there are 5 examples"),
+    "no text": (b"GET /%00%ff%1b HTTP/1.1", 404, b"Not Found"),
+    "a slash behind": (b"GET /health/ HTTP/1.1", 404, b"Not Found"),
+    "a method of its own": (b"BREW /predict HTTP/1.1", 405, b"Method Not Allowed"),
+    "trace": (b"TRACE / HTTP/1.1", 405, b"Method Not Allowed"),
+    "everything": (b"OPTIONS * HTTP/1.1", 404, b"Not Found"),
+    "a proxy's": (b"CONNECT evil.example:80 HTTP/1.1", 404, b"Not Found"),
+    "another server's": (b"GET http://evil.example/health HTTP/1.1", 404, b"Not Found"),
+    "no HTTP": (b"\x16\x03\x01\x02\x00\x01", 400, b"Invalid HTTP request"),
+    "HTTP 0.9": (b"GET /", 400, b"Invalid HTTP request"),
+    "a path of 200 kB": (b"GET /%s HTTP/1.1" % (b"a" * 200_000), 400, b"Invalid HTTP request"),
+    "a header of 200 kB": (b"GET / HTTP/1.1\r\nX: %s" % (b"a" * 200_000), 400, b"Invalid HTTP request"),
+    "a long length": (b"POST /predict HTTP/1.1\r\nContent-Length: " + DIGITS, 400, b"Invalid HTTP request"),
+    "no length": (b"POST /predict HTTP/1.1\r\nContent-Length: -1", 400, b"Invalid HTTP request"),
+    "unknown coding": (b"POST /predict HTTP/1.1\r\nTransfer-Encoding: gzip", 400, b"Invalid HTTP request"),
+    "a long option": (b"POST /predict?top_k=%s HTTP/1.1\r\nContent-Length: 0" % DIGITS, 400, b"is no whole number"),
+    "a long seed": (
+        b"POST /predict?metric=random:seed=%s HTTP/1.1\r\nContent-Length: 0" % DIGITS,
+        400,
+        b"random:seed=9",
+    ),
+    "a long origin": (b"GET /health HTTP/1.1\r\nOrigin: http://%s" % DIGITS, 403, b"sent by a page of 'http://999"),
+    "a long type": (
+        b"POST /predict HTTP/1.1\r\nContent-Type: %s\r\nContent-Length: 0" % DIGITS,
+        415,
+        b"send images as",
+    ),
+}
+for charset, name, said in (
+    (b"undefined", b"a", b"form: "),
+    (b"utf-7", b"a\x1b[2J\xff", b"\\\\x1b[2J"),
+    (b"unicode_escape", rb"\ud800\n\x9b", b"\\\\ud800\\\\n\\\\x9b"),
+    (DIGITS, b"n" * 1000, b" .. (745 more characters)"),
+):
+    body = NAMED % name
+    head = b"POST /predict HTTP/1.1\r\nContent-Type: multipart/form-data; boundary=q; charset=" + charset
+    UNFORESEEN[f"a name in {charset[:20].decode()}"] = (
+        head + b"\r\nContent-Length: %d\r\nHost: localhost\r\nConnection: close\r\n\r\n" % len(body) + body,
+        400 if charset == b"undefined" else 415,
+        said,
+    )
+
+
+@pytest.mark.parametrize("case", UNFORESEEN)
+def test_whatever_is_asked_the_answer_is_short_json(site, case, caplog):
+    asked, status, said = UNFORESEEN[case]
+    end = b"" if b"Host:" in asked else b"\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    with dawdling(site, 1, asked + end) as (connection,):
+        head, _, body = said_at_the_end(connection).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status) and b"content-security-policy: " in head.lower()
+    assert b"content-type: application/json" in head.lower() and said in body and json.loads(body)["error"]
+    assert len(body) < 1500 and not set(body) & set(range(32)) and not caplog.text
+
+
+def test_a_failure_of_the_server_itself_is_json_too(site, monkeypatch, caplog):
+    def broken(*_):
+        raise KeyError("\x1b[2J nothing of this is for the client")
+
+    monkeypatch.setattr(serve, "wish_of", broken)
+    status, said, headers = ask(site, "/predict", GOOD, JPEG)
+    assert (status, said) == (500, {"error": "the server failed: KeyError"})
+    assert "content-security-policy" in headers and "nothing of this" in caplog.text
+    monkeypatch.setattr(serve.Guard, "wrong", broken)
+    assert ask(site, "/health")[:2] == (500, {"error": "the server failed: KeyError"})
+    assert "\x1b" not in caplog.text
 
 
 def test_nothing_is_written_to_disk(site, monkeypatch):
@@ -501,6 +675,43 @@ def test_a_model_that_fails_once_answers_the_next(run_folder, monkeypatch, caplo
         assert ask(url, "/predict", GOOD, JPEG)[0] == 200
         health = ask(url, "/health")[1]
         assert (health["failed"], health["answered"], health["room"]) == (1, 1, 64)
+
+
+def test_an_image_that_the_model_fails_on_spoils_no_other(run_folder, monkeypatch, caplog):
+    """Neither where it makes the whole batch fail, nor where its answer is no number."""
+    real, dark = Predictor.predictions, []
+
+    def spoilt(self, output, sizes):
+        found = real(self, output, sizes)
+        if (30, 30) in sizes:
+            raise RuntimeError("\x1b[2J no such image")
+        nan = (float("nan"),) * 3
+        return [p._replace(probabilities=nan) if size == (31, 31) else p for p, size in zip(found, sizes, strict=True)]
+
+    for side in (30, 31):
+        file = io.BytesIO()
+        scene((side, side)).save(file, "PNG")
+        dark.append(file.getvalue())
+    monkeypatch.setattr(Predictor, "predictions", spoilt)
+    with serve.running(Serve(source=str(run_folder), port=0, max_wait_ms=300)) as url:
+        files = [("a.jpg", GOOD), ("raises\x1b.png", dark[0]), ("nan.png", dark[1]), ("b.jpg", GOOD), ("no", b"no")]
+        status, said, _ = ask(url, "/predict", *form(files))
+        rows = said["predictions"]
+        assert status == 200 and [row.get("status") for row in rows] == [None, 500, 500, None, 415]
+        assert rows[1]["error"] == "the model failed: RuntimeError" and "not finite" in rows[2]["error"]
+        assert ask(url, "/predict", dark[1], JPEG)[0] == 500
+        health = ask(url, "/health")[1]
+        assert (health["answered"], health["failed"], health["refused"]) == (2, 3, 1)
+    assert "no such image" in caplog.text and "\x1b" not in caplog.text
+
+
+def test_pictures_that_cannot_be_drawn_are_a_failure(run_folder, monkeypatch):
+    monkeypatch.setattr("glsim.service.as_url", lambda *_: 1 / 0)
+    with serve.running(Serve(source=str(run_folder), port=0)) as url:
+        status, said, _ = ask(url, "/predict?explain=1", *form([("a.jpg", GOOD)]))
+        assert status == 500 and said["path"] == "a.jpg" and "ZeroDivisionError" in said["error"]
+        health = ask(url, "/health")[1]
+        assert (health["answered"], health["failed"], health["room"]) == (0, 1, 64)
 
 
 # --- who may ask ------------------------------------------------------------------------------------------------------
