@@ -30,7 +30,7 @@ from glsim.bundle import digest, load
 from glsim.catalog import prepared
 from glsim.config import IndexAdd, IndexBuild, IndexEval, IndexQuery
 from glsim.data import ImageList, find_images
-from glsim.evaluate import read_splits
+from glsim.evaluate import read_splits, take_split
 from glsim.files import write_text
 from glsim.images import BadImage
 from glsim.predict import Predictor, embedding_of, giving
@@ -391,11 +391,8 @@ def evaluate(s: IndexEval, progress: bool = True) -> dict[str, Any]:
 
 
 def find_split(model: Model, s: IndexBuild | IndexEval) -> ImageList:
-    """The images asked for, of any classes; DataError when there is no such split."""
-    splits = read_splits(model, prepared(s.data, s.dataset))
-    if s.split not in splits:
-        raise DataError(f"{s.data} has no split {s.split!r}; it has: {', '.join(splits)}")
-    return splits[s.split]
+    """The images asked for, of any classes; DataError when there is no such split, or none in it."""
+    return take_split(read_splits(model, prepared(s.data, s.dataset)), s.split, s.data)
 
 
 def describe(index: Index) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import repeat
@@ -17,10 +16,10 @@ from glsim.batches import TrainBatches, read, train_loader
 from glsim.config import Bench, change_recipe
 from glsim.environment import environment
 from glsim.evaluate import make_accelerator
-from glsim.files import write_text
+from glsim.files import write_json
 from glsim.losses import objective
 from glsim.models import create_model
-from glsim.train import make_optimizer, make_preprocessing, read_splits, train_images
+from glsim.train import make_optimizer, make_preprocessing, one_value_told, read_splits, train_images
 from glsim.transforms import batch_mixing
 
 KINDS = ("loading", "model", "together")
@@ -35,7 +34,7 @@ def run(s: Bench, progress: bool = True) -> dict[str, Any]:
     that load included. `cache_seconds` is what it took to fill the cache.
     """
     more = {} if s.workers is None else {"workers": s.workers}
-    t = change_recipe(str(s.loader), s.train, data=s.data, out="-", pretrained=False, resume=False, **more)
+    t = change_recipe(str(s.loader), s.train, data=s.data, out="-", pretrained=False, resume=False, test=False, **more)
     images = read_splits(t)[0]["train"]
     accelerator = make_accelerator(s.device, t.precision)
     classes = len(images.classes)
@@ -83,12 +82,13 @@ def run(s: Bench, progress: bool = True) -> dict[str, Any]:
     }
     for kind in tqdm(KINDS, disable=not progress):
         source, use = works[kind]
-        result[kind] = images_per_second(source(), use, s.seconds)
+        with one_value_told(batches):
+            result[kind] = images_per_second(source(), use, s.seconds)
     result["waits"] = "model" if result["loading"] < result["model"] else "loader"
     result["environment"] = environment(accelerator.device)
     if s.out is not None:
         Path(s.out).mkdir(parents=True, exist_ok=True)
-        write_text(Path(s.out) / "bench.json", json.dumps(result, indent=2) + "\n")
+        write_json(Path(s.out) / "bench.json", result)
     return result
 
 
