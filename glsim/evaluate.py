@@ -186,18 +186,14 @@ def read_splits(model: Model, data: str | Path, classes: Sequence[str] | None = 
 def take_split(splits: Mapping[str, ImageList], split: str, data: str | Path) -> ImageList:
     """The images of `split` of the data set `data`, or of all splits, to measure or to keep.
 
-    Raises DataError when there is no such split, or no image in it.
+    Raises DataError when there is no such split, or none of a class could be held out for it.
     """
     if split == "all":
         return join(splits.values())
-    if split not in splits:
-        hint = "; train with --val-fraction 0.1 to hold some images out" if split == "val" else ""
-        raise DataError(f"{data} has no split {split!r}; it has: {', '.join(splits)}{hint}")
-    if not len(splits[split]):
-        raise DataError(
-            f"{data}: the split {split!r} is empty, for what is held out leaves a class its last image; give the "
-            f"classes two images or more, or the data a {split} split of its own"
-        )
+    if not len(splits.get(split, ())):
+        there = ", ".join(name for name, images in splits.items() if len(images))
+        hint = "; training with --val-fraction 0.2 holds some out, of classes with two images or more"
+        raise DataError(f"{data} has no split {split!r}; it has: {there}{hint if split == 'val' else ''}")
     return splits[split]
 
 
