@@ -46,6 +46,7 @@ from glsim.types import ConfigError, DataError, GlsimError
 CHECKPOINT, STATE = "checkpoint", "state.json"
 MODEL, AVERAGED, OPTIMIZER, CONTENTS = "model", "averaged", "optimizer", "contents"  # .safetensors
 LOCK, HOLDER = ".lock", ".holder"  # there while a run is at work
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of an optimiser's state
 FORMAT = 3  # of the checkpoint and of how randomness follows from the seed; a run of another one cannot go on
 
 
@@ -237,25 +238,34 @@ def _read(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def _without_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """A nest of dictionaries, lists and tensors as JSON can hold it; the tensors go into `tensors`."""
+    """The state of an optimiser as JSON can hold it; its tensors go into `tensors`."""
     if isinstance(value, Tensor):
         name = str(len(tensors))
         tensors[name] = value.clone()  # two names for the same memory are no safetensors
         return {"tensor": name}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, Mapping):  # whose keys need not be texts
         return {"pairs": [[key, _without_tensors(inside, tensors)] for key, inside in value.items()]}
-    return [_without_tensors(v, tensors) for v in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, tuple):
+        return {"tuple": [_without_tensors(inside, tensors) for inside in value]}
+    return [_without_tensors(inside, tensors) for inside in value] if isinstance(value, list) else value
 
 
 def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What `_without_tensors` was given; a tuple comes back as a list."""
+    """What `_without_tensors` was given."""
     if isinstance(value, list):
         return [_with_tensors(inside, tensors) for inside in value]
     if not isinstance(value, dict):
         return value
-    if "tensor" in value:
-        return tensors[value["tensor"]]
-    return {key: _with_tensors(inside, tensors) for key, inside in value["pairs"]}
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dtype":
+        return {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}[content]
+    if kind == "tuple":
+        return tuple(_with_tensors(content, tensors))
+    return {key: _with_tensors(inside, tensors) for key, inside in content}
 
 
 def _to_disk(folder: Path) -> None:
@@ -275,7 +285,7 @@ def fingerprints(paths: Sequence[Path], accelerator: Accelerator) -> Tensor:
         try:
             with open_file(path) as file:
                 found = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8))  # type: ignore[arg-type]
-        except (OSError, tarfile.TarError) as error:
+        except (OSError, ValueError, tarfile.TarError) as error:
             raise BadImage(path, f"cannot be read: {getattr(error, 'strerror', None) or one_line(error)}") from error
         return int.from_bytes(found.digest(), "big", signed=True)
 

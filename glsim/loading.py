@@ -19,7 +19,7 @@ from glsim.evaluate import make_accelerator
 from glsim.files import write_json
 from glsim.losses import objective
 from glsim.models import create_model
-from glsim.train import make_optimizer, make_preprocessing, one_value_told, read_splits, train_images
+from glsim.train import explaining, make_optimizer, make_preprocessing, read_splits, train_images
 from glsim.transforms import batch_mixing
 
 KINDS = ("loading", "model", "together")
@@ -82,7 +82,7 @@ def run(s: Bench, progress: bool = True) -> dict[str, Any]:
     }
     for kind in tqdm(KINDS, disable=not progress):
         source, use = works[kind]
-        with one_value_told(batches):
+        with explaining(batches, t.workers):
             result[kind] = images_per_second(source(), use, s.seconds)
     result["waits"] = "model" if result["loading"] < result["model"] else "loader"
     result["environment"] = environment(accelerator.device)

@@ -157,10 +157,12 @@ def _is_row(row: Any) -> bool:
     """Whether this is what is kept of a run."""
     if not isinstance(row, dict) or not isinstance(row.get("state"), str):
         return False
-    measured = [row[split] for split in ("val", "test") if split in row]
-    if not all(isinstance(m, dict) and all(isinstance(m.get(k), int | float) for k in MEASURED) for m in measured):
-        return False
-    return "lr" in row and "seed" in row
+    return {"lr", "seed"} <= row.keys() and all(is_measured(row[split]) for split in ("val", "test") if split in row)
+
+
+def is_measured(result: Any) -> bool:
+    """Whether this is what is kept of a measurement."""
+    return isinstance(result, dict) and all(isinstance(result.get(name), int | float) for name in MEASURED)
 
 
 def _measured(result: dict[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ from glsim.data import ImageDataset, ImageList, hold_out, read_data, split_hash
 from glsim.environment import environment
 from glsim.evaluate import drop_bad, evaluate, make_accelerator, predictions_table, take_split
 from glsim.figures import draw_curve
-from glsim.files import printable, read_json, write_json, write_text
+from glsim.files import one_line, printable, read_json, write_json, write_text
 from glsim.images import BadImage, find_bad
 from glsim.losses import objective
 from glsim.models import create_model
@@ -142,7 +142,7 @@ def _fit(s: Train, out: Path, accelerator: Accelerator, progress: bool) -> dict[
     total, quiet = s.epochs * batches.steps, not (progress and accelerator.is_main_process)
     with (
         stop_signal(accelerator) as stop,
-        one_value_told(batches),
+        explaining(batches, s.workers),
         tqdm(total=total, initial=step, unit="step", disable=quiet, mininterval=often) as bar,
     ):
         for epoch in range(step // batches.steps, s.epochs):
@@ -213,10 +213,11 @@ def _fit(s: Train, out: Path, accelerator: Accelerator, progress: bool) -> dict[
 
 
 @contextmanager
-def one_value_told(batches: TrainBatches) -> Iterator[None]:
-    """Inside, normalising over a single value, which torch refuses, is a ConfigError that says what to change.
+def explaining(batches: TrainBatches, workers: int) -> Iterator[None]:
+    """Inside, what torch says of two settings that do not suit model or machine is said as what to change in them.
 
-    Whether it comes to that depends on the size of the last map of the backbone, which no setting tells.
+    ConfigError where a norm is left a single value, which depends on the last map of the backbone and so on no setting
+    alone; GlsimError where one of the `workers`, the processes that load images, was killed.
     """
     try:
         yield
@@ -228,6 +229,14 @@ def one_value_told(batches: TrainBatches) -> Iterator[None]:
             "value a channel, which has no deviation; try a larger batch_size or image_size, a smaller accumulate "
             f"({batches.images} training images are shared by {batches.group} batches a step), freeze=backbone, or a "
             "backbone without batch norm"
+        ) from error
+    except RuntimeError as error:  # raised wherever the main process is when the signal of its end comes
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise GlsimError(
+            f"one of the {workers} processes that load images was killed, most often because memory ran out "
+            f"({one_line(error)}); try fewer --workers (0: none) or a smaller batch_size; a run that has saved "
+            "something goes on with --resume"
         ) from error
 
 

@@ -191,6 +191,19 @@ def test_other_settings_or_images_are_refused_by_name(recipe, birds, tmp_path, m
     with pytest.raises(ConfigError, match="split_hash="):
         reproduce.run(replace(s, data=str(other)), progress=False)
     reproduce.run(replace(s, train={"workers": 3}), progress=False)  # changes nothing in the runs
+    whole = json.loads((tmp_path / "r" / "reproduce.json").read_text())
+    seed = whole["runs"]["seed_1"]
+    for damaged in (
+        {k: v for k, v in whole.items() if k != "plan"},
+        {**whole, "runs": []},
+        {**whole, "runs": {"seed_1": seed}},
+        {**whole, "runs": {**whole["runs"], "seed_1": []}},
+        {**whole, "runs": {**whole["runs"], "seed_1": {**seed, "test": {"correct": None}}}},
+        [],
+    ):
+        (tmp_path / "r" / "reproduce.json").write_text(json.dumps(damaged))
+        with pytest.raises(DataError, match="reproduce.json is damaged"):
+            reproduce.run(s, progress=False)
     (tmp_path / "r" / "reproduce.json").write_text("{")
     with pytest.raises(DataError, match="reproduce.json is damaged"):
         reproduce.run(s, progress=False)
