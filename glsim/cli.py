@@ -44,6 +44,8 @@ def show_skipped(r: dict[str, Any], what: str = "unreadable images") -> list[str
 def show_train(r: dict[str, Any], s: config.Train) -> str:
     """Accuracies and where the bundle is."""
     lines = [f"trained {r['epoch']} epochs: loss {r['train_loss']:.3f}, {r['images_per_second']} images/s"]
+    if r["batch_size"] < s.batch_size:
+        lines.append(f"batch_size {s.batch_size} was cut to {r['batch_size']}: train has no more images for a step")
     for name in ("val", "test"):
         if name in r:
             lines.append(f"{name}: top-1 {r[name]['top1']:.2%} ({r[name]['correct']} of {r[name]['count']})")
@@ -104,9 +106,16 @@ def show_eval(r: dict[str, Any], s: config.Eval) -> str:
     if len(r["per_class"]) <= 30:
         width = max(len(name) for name in r["per_class"])
         lines += [f"  {name:{width}}  {right:4d} of {count}" for name, (right, count) in r["per_class"].items()]
+    if r["confused"]:
+        lines.append("most often confused:")
+        lines += [f"  {x['label']} taken for {x['prediction']}: {x['count']} of {x['of']}" for x in r["confused"][:5]]
     lines += show_skipped(r)
     lines += [f"mistakes: {r['errors']}"] * bool(r["errors"])
-    return "\n".join(lines + ([f"written: {s.out}"] if s.out else []))
+    if s.out is not None:
+        lines.append(f"written: {s.out}")
+        if "confusion.png" not in r["written"]:
+            lines[-1] += f" (confusion.csv, but no confusion.png: {len(r['per_class'])} classes cannot be read in it)"
+    return "\n".join(lines)
 
 
 def show_confidence(ece: float, aurc: float, curve: list[dict[str, float]]) -> str:

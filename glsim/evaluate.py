@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from glsim.confidence import NO_ANSWER, are_answers, calibration_error, reliabil
 from glsim.config import Eval
 from glsim.data import ImageList, hold_out_val, is_split, read_data, split_hash
 from glsim.figures import draw_confidence, draw_confusion
-from glsim.files import csv_text, make_folder, write_text
+from glsim.files import csv_text, make_folder, write_json, write_text
 from glsim.images import BadImage, find_bad, limited
 from glsim.mistakes import find_mistakes, write_page
 from glsim.predict import answers
@@ -34,13 +33,13 @@ from glsim.taxonomy import Taxonomy, decide, flat, read_taxonomy
 from glsim.transforms import eval_transform
 from glsim.types import ConfigError, DataError
 
-MOST_CLASSES_DRAWN = 60
+MOST_CLASSES_DRAWN = 60  # in confusion.png; more names and numbers cannot be read
+MOST_CONFUSED = 20  # pairs of classes that the summary names
 
 
 class Evaluation(NamedTuple):
     """What a model said of every image of a split, in the split's order."""
 
-    confusion: Tensor  # (C, C) counts, rows are true classes
     correct_top5: int
     labels: Tensor  # (images,)
     predictions: Tensor  # (images,)
@@ -56,10 +55,18 @@ class Evaluation(NamedTuple):
         """Whether the prediction is the label (images,)."""
         return self.predictions == self.labels
 
+    def confusions(self) -> Tensor:
+        """How often each class is taken for which: rows of (label, prediction, images), in order, without zeros.
+
+        Not as a matrix (C, C), which of 10,000 classes would hold 100 million numbers.
+        """
+        pairs, counts = torch.stack((self.labels, self.predictions), dim=1).unique(dim=0, return_counts=True)
+        return torch.cat((pairs, counts[:, None]), dim=1)
+
     def summary(self, classes: tuple[str, ...] | list[str]) -> dict[str, Any]:
         """Top-1, top-5, mean and standard deviation over the classes that have images, exact counts, calibration
         error, area under the risk-coverage curve: plain values."""
-        right, count = self.confusion.diagonal(), self.confusion.sum(dim=1)
+        right, count = (y.bincount(minlength=len(classes)) for y in (self.labels[self.right], self.labels))
         of_classes = right[count > 0] / count[count > 0]
         total = int(count.sum())
         return {
@@ -125,7 +132,6 @@ def evaluate(
         torch.cat(column)[:count] for column in zip(*columns, strict=True)
     )
     return Evaluation(
-        multiclass_confusion_matrix(predictions, labels, num_classes),
         int(in_top5.sum()),
         labels,
         predictions,
@@ -180,17 +186,28 @@ def read_splits(model: Model, data: str | Path, classes: Sequence[str] | None = 
     return hold_out_val(splits, seen["val_fraction"], seen["split_seed"])
 
 
+def take_split(splits: Mapping[str, ImageList], split: str, data: str | Path) -> ImageList:
+    """The images of `split` of the data set `data`, or of all splits, to measure or to keep.
+
+    Raises DataError when there is no such split, or none of a class could be held out for it.
+    """
+    if split == "all":
+        return join(splits.values())
+    if not len(splits.get(split, ())):
+        there = ", ".join(name for name, images in splits.items() if len(images))
+        hint = "; training with --val-fraction 0.2 holds some out, of classes with two images or more"
+        raise DataError(f"{data} has no split {split!r}; it has: {there}{hint if split == 'val' else ''}")
+    return splits[split]
+
+
 def read_split(model: Model, data: str | Path, split: str) -> tuple[ImageList, dict[str, ImageList]]:
     """The images of `split`, or all, and all splits, as the run that trained `model` saw them, val held out of train.
 
-    Raises DataError when there is no such split, or when the classes are not those of `model`.
+    Raises DataError as `take_split` does, or when the classes are not those of `model`.
     """
     named, labels = model.config.get("label_names"), labels_of(model)
     splits = read_splits(model, data, named)
-    if split != "all" and split not in splits:
-        hint = "; train with --val-fraction 0.1 to hold some images out" * (split == "val")
-        raise DataError(f"{data} has no split {split!r}; it has: {', '.join(splits)} (and all){hint}")
-    images = join(splits.values()) if split == "all" else splits[split]
+    images = take_split(splits, split, data)
     if named is None and len(images.classes) != len(labels):
         raise DataError(f"{data} has {len(images.classes)} classes, the model {len(labels)} without names")
     return images, splits
@@ -231,8 +248,10 @@ def run(s: Eval) -> dict[str, Any]:
         "risk_coverage": curve.points(),
         "answered": sure_answers(result, taxonomy, threshold) if threshold is not None else None,
         "levels": by_level(result, taxonomy) if s.taxonomy is not None else None,
+        "confused": most_confused(result, labels),
         "skipped": [str(b) for b in bad],
         "errors": None,
+        "written": [],
     }
     if s.errors is not None and accelerator.is_main_process:
         numbers = (t.tolist() for t in (result.predictions, result.confidences, result.true_confidences))
@@ -241,12 +260,16 @@ def run(s: Eval) -> dict[str, Any]:
         summary["errors"] = str(page)
     if s.out is not None and accelerator.is_main_process:
         folder = Path(s.out)
-        write_text(folder / "evaluation.json", json.dumps(summary, indent=2) + "\n")
+        drawn = ["confusion.png"] if len(labels) <= MOST_CLASSES_DRAWN else []
+        summary["written"] = ["evaluation.json", "predictions.csv", "confidence.png", "confusion.csv", *drawn]
+        write_json(folder / "evaluation.json", summary)
         write_text(folder / "predictions.csv", predictions_table(images, result))
+        write_text(folder / "confusion.csv", confusion_table(result, labels))
         bins = reliability(result.confidences, result.right)
         draw_confidence(bins, curve, summary["ece"], threshold, folder / "confidence.png")
-        if len(labels) <= MOST_CLASSES_DRAWN:
-            draw_confusion(result.confusion, labels, folder / "confusion.png")
+        if drawn:
+            confusion = multiclass_confusion_matrix(result.predictions, result.labels, len(labels))
+            draw_confusion(confusion, labels, folder / "confusion.png")
     return summary
 
 
@@ -271,6 +294,20 @@ def sure_answers(result: Evaluation, taxonomy: Taxonomy, threshold: float) -> di
     by_level = [{"level": name, **counted(levels == i, right[:, i])} for i, name in enumerate(taxonomy.levels)]
     chosen = right.gather(1, levels.clamp(min=0)[:, None])[:, 0]
     return {"threshold": threshold, **counted(levels >= 0, chosen), "levels": by_level}
+
+
+def most_confused(result: Evaluation, labels: Sequence[str]) -> list[dict[str, Any]]:
+    """The classes most often taken for another one: label, prediction, images of the label so answered, and in all."""
+    images = result.labels.bincount().tolist()
+    wrong = [row for row in result.confusions().tolist() if row[0] != row[1]]
+    worst = sorted(wrong, key=lambda row: -row[2])[:MOST_CONFUSED]
+    return [{"label": labels[y], "prediction": labels[x], "count": n, "of": images[y]} for y, x, n in worst]
+
+
+def confusion_table(result: Evaluation, labels: Sequence[str]) -> str:
+    """The confusion matrix as CSV: one line for each pair of label and prediction that occurs."""
+    rows = [[labels[y], labels[x], n] for y, x, n in result.confusions().tolist()]
+    return csv_text([["label", "prediction", "count"], *rows])
 
 
 def predictions_table(images: ImageList, result: Evaluation, root: str | Path | None = None) -> str:

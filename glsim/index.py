@@ -30,7 +30,7 @@ from glsim.catalog import prepared
 from glsim.confidence import NO_ANSWER, are_answers
 from glsim.config import IndexAdd, IndexBuild, IndexEval, IndexQuery
 from glsim.data import ImageList, find_images
-from glsim.evaluate import read_splits
+from glsim.evaluate import read_splits, take_split
 from glsim.files import (
     make_folder,
     one_line,
@@ -292,16 +292,14 @@ def open_index(
     if source is None and not beside.exists():  # what a file names is not fetched unless somebody asks for it
         if ":" in index.source:
             told = printable(shorten(index.source, 200))
-            raise DataError(
-                f"{folder}: its model is {told}, and nothing is fetched because a file says so; ask for it yourself with "
-                f"--source {told}"
-            )
+            advice = f"nothing is fetched because a file says so; ask for it yourself with --source {told}"
+            raise DataError(f"{folder}: its model is {told}, and {advice}")
         raise DataError(f"{folder}: its model is no longer at {printable(beside)}; say where it is with --source")
     model = load(source if source is not None else beside)
     if digest(model.state_dict()) != index.weights:
         raise ConfigError(
-            f"{folder} was made with another model than {source or beside}: vectors of two models cannot be compared; name its "
-            "own model with --source, or make an index of this one with glsim index build"
+            f"{folder} was made with another model than {source or beside}: vectors of two models cannot be compared; "
+            "name its own model with --source, or make an index of this one with glsim index build"
         )
     width = widths(model, index.embedding).get(index.embedding)
     if width != index.vectors.shape[1]:
@@ -452,11 +450,8 @@ def evaluate(s: IndexEval, progress: bool = True) -> dict[str, Any]:
 
 
 def find_split(model: Model, s: IndexBuild | IndexEval) -> ImageList:
-    """The images asked for, of any classes; DataError when there is no such split."""
-    splits = read_splits(model, prepared(s.data, s.dataset))
-    if s.split not in splits:
-        raise DataError(f"{s.data} has no split {s.split!r}; it has: {', '.join(splits)}")
-    return splits[s.split]
+    """The images asked for, of any classes; DataError when there is no such split, or none in it."""
+    return take_split(read_splits(model, prepared(s.data, s.dataset)), s.split, s.data)
 
 
 def describe(index: Index) -> dict[str, Any]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import repeat
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +15,10 @@ from glsim.batches import TrainBatches, read, train_loader
 from glsim.config import Bench, change_recipe
 from glsim.environment import environment
 from glsim.evaluate import make_accelerator
-from glsim.files import make_folder, write_text
+from glsim.files import make_folder, write_json
 from glsim.losses import objective
 from glsim.models import create_model
-from glsim.train import make_optimizer, make_preprocessing, read_splits, train_images
+from glsim.train import explaining, make_optimizer, make_preprocessing, read_splits, train_images
 from glsim.transforms import batch_mixing
 
 KINDS = ("loading", "model", "together")
@@ -35,7 +33,7 @@ def run(s: Bench, progress: bool = True) -> dict[str, Any]:
     that load included. `cache_seconds` is what it took to fill the cache.
     """
     more = {} if s.workers is None else {"workers": s.workers}
-    t = change_recipe(str(s.loader), s.train, data=s.data, out="-", pretrained=False, resume=False, **more)
+    t = change_recipe(str(s.loader), s.train, data=s.data, out="-", pretrained=False, resume=False, test=False, **more)
     images = read_splits(t)[0]["train"]
     accelerator = make_accelerator(s.device, t.precision)
     classes = len(images.classes)
@@ -83,12 +81,12 @@ def run(s: Bench, progress: bool = True) -> dict[str, Any]:
     }
     for kind in tqdm(KINDS, disable=not progress):
         source, use = works[kind]
-        result[kind] = images_per_second(source(), use, s.seconds)
+        with explaining(batches, t.workers):
+            result[kind] = images_per_second(source(), use, s.seconds)
     result["waits"] = "model" if result["loading"] < result["model"] else "loader"
     result["environment"] = environment(accelerator.device)
     if s.out is not None:
-        make_folder(s.out)
-        write_text(Path(s.out) / "bench.json", json.dumps(result, indent=2) + "\n")
+        write_json(make_folder(s.out) / "bench.json", result)
     return result
 
 

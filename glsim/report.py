@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,9 @@ from matplotlib.figure import Figure
 from glsim.bundle import CONFIG, METRICS_FILE
 from glsim.config import Report, Train, read_recipe
 from glsim.figures import save_figure
-from glsim.files import csv_plain, csv_text, make_folder, markdown, write_text
-from glsim.reproduce import STATE, plain, summary
-from glsim.train import FREE, PREDICTIONS, RECIPE
+from glsim.files import csv_plain, csv_text, make_folder, markdown, read_json, read_text, write_text
+from glsim.reproduce import STATE, is_measured, summary
+from glsim.train import FREE, PREDICTIONS, RECIPE, plain
 from glsim.types import ConfigError, DataError
 
 
@@ -76,8 +77,10 @@ def find_runs(given: Sequence[str]) -> tuple[list[Run], list[str]]:
         for folder in found:
             inner = [folder]
             if (folder / STATE).is_file():
-                state = _read_json(folder / STATE)
-                inner = [folder / name for name in state.get("runs", {}) if name.startswith("seed_")]
+                rows = _read_json(folder / STATE).get("runs")
+                if not isinstance(rows, dict):
+                    raise DataError(f"{folder / STATE} is damaged: it has no runs")
+                inner = [folder / name for name in rows if name.startswith("seed_")]
             folders |= dict.fromkeys(path.resolve() for path in inner)
     runs, left_out = [], []
     for folder in folders:
@@ -88,7 +91,9 @@ def find_runs(given: Sequence[str]) -> tuple[list[Run], list[str]]:
         if "test" not in metrics:
             left_out.append(f"{folder}: not measured on test (not finished, no test split, or trained without --test)")
             continue
-        data = _read_json(folder / CONFIG)["data"]
+        data: dict[str, Any] = _read_json(folder / CONFIG).get("data", {})
+        if not is_measured(metrics["test"]) or not _is_told(data):
+            raise DataError(f"{folder} is damaged: its {METRICS_FILE} or {CONFIG} is not what training writes")
         kept = plain(settings, *FREE, "seed") | {"split": data["split_hash"][:8]}
         runs.append(Run(folder, settings.dataset or data["source"], settings.seed, kept, metrics["test"]))
     if not runs:
@@ -199,8 +204,8 @@ def read_predictions(run: Run) -> dict[str, tuple[str, str]]:
     """Label and prediction of every test image by its path; DataError when they do not agree with the run's metrics."""
     file = run.folder / PREDICTIONS
     try:
-        with file.open(encoding="utf-8", newline="") as lines:
-            rows = [{name: csv_plain(cell) for name, cell in row.items()} for row in csv.DictReader(lines)]
+        lines = csv.DictReader(io.StringIO(read_text(file), newline=""))
+        rows = [{name: csv_plain(cell) for name, cell in row.items()} for row in lines]
         answers = {row["path"]: (row["label"], row["prediction"]) for row in rows}
     except FileNotFoundError:
         raise DataError(f"{run.folder} has no {PREDICTIONS}: it was trained by an earlier glsim; train again") from None
@@ -319,6 +324,10 @@ def _table(columns: list[str], rows: list[list[Any]]) -> list[str]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file} cannot be read: {error}") from error
+        return read_json(file)
+    except FileNotFoundError as error:
+        raise DataError(f"{file} is missing") from error
+
+
+def _is_told(data: Any) -> bool:
+    return isinstance(data, dict) and all(isinstance(data.get(name), str) for name in ("source", "split_hash"))

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 from collections.abc import Iterator
@@ -16,15 +15,15 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import yaml
 from accelerate import Accelerator
 
 from glsim import train
 from glsim.checkpoint import Interrupted, held
-from glsim.config import Reproduce, Train, change_recipe, to_recipe
-from glsim.data import split_hash
-from glsim.evaluate import make_accelerator
-from glsim.files import write_text
+from glsim.config import Reproduce, Train, change_recipe
+from glsim.data import hold_out, split_hash
+from glsim.evaluate import make_accelerator, take_split
+from glsim.files import one_line, printable, read_json, write_json
+from glsim.train import plain
 from glsim.types import ConfigError, DataError, GlsimError
 
 STATE = "reproduce.json"
@@ -45,8 +44,9 @@ def run(s: Reproduce, progress: bool = True) -> dict[str, Any]:
     fixed = {"data": s.data, "out": s.out, "seed": s.seeds[0], "val_fraction": 0.0, "test": True}
     base = change_recipe(s.recipe, s.train, **fixed)
     splits, _ = train.read_splits(replace(base, skip_bad=False))
-    if "test" not in splits:
-        raise DataError(f"{s.data} has no split 'test' to measure the seeds on; it has: {', '.join(splits)}")
+    if len(s.lrs) > 1:
+        held_out = {"val": hold_out(splits["train"], s.val_fraction, base.split_seed)[1]}
+        take_split(held_out | splits, "val", s.data)
     plan = {
         "lrs": s.lrs or [base.lr],
         "seeds": s.seeds,
@@ -67,7 +67,7 @@ def _follow(plan: dict[str, Any], base: Train, out: Path, accelerator: Accelerat
 
     def keep() -> None:
         if main:
-            write_text(out / STATE, json.dumps(state, indent=2) + "\n")
+            write_json(out / STATE, state)
 
     def finish(name: str, **changes: Any) -> dict[str, Any]:
         row = state["runs"][name]
@@ -102,11 +102,6 @@ def _follow(plan: dict[str, Any], base: Train, out: Path, accelerator: Accelerat
     return {"out": str(out), **state}
 
 
-def plain(s: Train, *without: str) -> dict[str, Any]:
-    """The settings as JSON and YAML hold them, some left out."""
-    return {k: v for k, v in yaml.safe_load(to_recipe(s)).items() if k not in without}
-
-
 def choose_lr(runs: dict[str, dict[str, Any]]) -> float:
     """The lr with the most right answers on val after the last epoch; of equals the smallest.
 
@@ -134,24 +129,40 @@ def summary(measured: list[dict[str, Any]]) -> dict[str, Any]:
 def _read(out: Path, plan: dict[str, Any]) -> dict[str, Any]:
     """What `reproduce.json` holds, or the beginning; ConfigError when it was started by another plan."""
     file = out / STATE
+    several = plan["lrs"] if len(plan["lrs"]) > 1 else []
+    only = None if several else plan["lrs"][0]
+    first = {"state": "waiting", "seed": plan["seeds"][0]}
+    runs = {f"lr_{lr}": {**first, "lr": lr} for lr in several}
+    runs |= {f"seed_{seed}": {"state": "waiting", "seed": seed, "lr": only} for seed in plan["seeds"]}
     if not file.exists():
-        several = plan["lrs"] if len(plan["lrs"]) > 1 else []
-        only = None if several else plan["lrs"][0]
-        first = {"state": "waiting", "seed": plan["seeds"][0]}
-        runs = {f"lr_{lr}": {**first, "lr": lr} for lr in several}
-        runs |= {f"seed_{seed}": {"state": "waiting", "seed": seed, "lr": only} for seed in plan["seeds"]}
         return {"plan": plan, "runs": runs, "lr": only, "test": None}
+    state, advice = read_json(file), "remove it, finished runs are kept"
     try:
-        state = json.loads(file.read_text(encoding="utf-8"))
         kept = Train(**state["plan"]["train"], data="-", out="-")  # settings of later versions: their defaults
         before = plain(kept, *OWN) | {k: v for k, v in state["plan"].items() if k != "train"}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} is damaged: {error!r}; remove it, finished runs are kept") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"{file} is damaged: {one_line(error)}; {advice}") from error
     now = {**plan["train"], **{k: v for k, v in plan.items() if k != "train"}}
     changed = [f"{k}={v!r} (was {before.get(k)!r})" for k, v in now.items() if v != before.get(k)]
     if changed:
-        raise ConfigError(f"{out} was started with other settings: {', '.join(changed)}; name another --out")
+        said = printable(", ".join(changed))
+        raise ConfigError(f"{out} was started with other settings: {said}; name another --out")
+    rows = state.get("runs")
+    if not isinstance(rows, dict) or rows.keys() != runs.keys() or not all(map(_is_row, rows.values())):
+        raise DataError(f"{file} is damaged: its runs are not those of its plan; {advice}")
     return state
+
+
+def _is_row(row: Any) -> bool:
+    """Whether this is what is kept of a run."""
+    if not isinstance(row, dict) or not isinstance(row.get("state"), str):
+        return False
+    return {"lr", "seed"} <= row.keys() and all(is_measured(row[split]) for split in ("val", "test") if split in row)
+
+
+def is_measured(result: Any) -> bool:
+    """Whether this is what is kept of a measurement."""
+    return isinstance(result, dict) and all(isinstance(result.get(name), int | float) for name in MEASURED)
 
 
 def _measured(result: dict[str, Any]) -> dict[str, Any]:

@@ -344,7 +344,7 @@ class Guard:
         except ValueError:
             same = False
         if not same:
-            return f"sent by a page of {quoted(origin)}; only the page of this server may"
+            return f"sent by a page of {quoted(origin or '')}; only the page of this server may"
         return None
 
 

@@ -6,6 +6,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,13 +30,26 @@ from glsim.backbone import Model
 from glsim.batches import CachedImages, TrainBatches, make_loader, mix, read, train_loader
 from glsim.bundle import CONFIG, METRICS_FILE, UNKNOWN, WHERE_FROM, default_preprocessing, init_from, read_config, save
 from glsim.catalog import SETS, prepared
-from glsim.checkpoint import CHECKPOINT, Interrupted, held, load_checkpoint, save_checkpoint, stop_signal, writing
+from glsim.checkpoint import (
+    CHECKPOINT,
+    Interrupted,
+    Parts,
+    find_checkpoint,
+    fingerprints,
+    held,
+    load_checkpoint,
+    read_progress,
+    reading,
+    save_checkpoint,
+    stop_signal,
+    writing,
+)
 from glsim.config import Train, read_recipe, to_recipe
 from glsim.data import ImageDataset, ImageList, hold_out_val, read_data, split_hash
 from glsim.environment import environment
-from glsim.evaluate import drop_bad, evaluate, make_accelerator, predictions_table
+from glsim.evaluate import drop_bad, evaluate, make_accelerator, predictions_table, take_split
 from glsim.figures import draw_curve
-from glsim.files import write_text
+from glsim.files import one_line, printable, read_json, write_json, write_text
 from glsim.images import BadImage, find_bad, limited
 from glsim.losses import objective
 from glsim.models import create_model
@@ -43,15 +58,8 @@ from glsim.types import ConfigError, DataError, GlsimError
 
 RECIPE, LOG, CURVE, BAD_IMAGES = "train.yaml", "log.jsonl", "curve.png", "bad_images.txt"
 RUN, PREDICTIONS = "run.json", "predictions_test.csv"
-FREE = {
-    "workers",
-    "out",
-    "data",
-    "cache",
-    "tracker",
-    "data_licence",
-    "max_megapixels",
-}  # change nothing; the split hash watches the data
+# Settings that change nothing; the data is watched by hashes.
+FREE = {"workers", "out", "data", "cache", "tracker", "data_licence", "max_megapixels"}
 
 
 @limited
@@ -73,6 +81,9 @@ def run(s: Train, progress: bool = True) -> dict[str, Any]:
 
 def _fit(s: Train, out: Path, accelerator: Accelerator, progress: bool) -> dict[str, Any]:
     splits, bad = read_splits(s)
+    used = [name for name in splits if s.test or name != "test"]
+    paths = [path for name in used for path in splits[name].paths]
+    contents = fingerprints(paths, accelerator)
     classes = splits["train"].classes
     set_seed(s.seed)
     model = create_model(
@@ -89,28 +100,27 @@ def _fit(s: Train, out: Path, accelerator: Accelerator, progress: bool) -> dict[
     loader = train_loader(train_images(s, splits["train"], p, copies), batches, s.workers)
     mixing = batch_mixing(s.mixup, s.cutmix, len(classes))
     watched = {
-        name: accelerator.prepare(make_loader(images, eval_transform(p), s.batch_size, s.workers))
-        for name, images in splits.items()
-        if name not in ({"train"} if s.test else {"train", "test"})
+        name: accelerator.prepare(make_loader(splits[name], eval_transform(p), s.batch_size, s.workers))
+        for name in used
+        if name != "train"
     }
     optimizer = make_optimizer(s, model)
     ema = ModelEmaV3(model, decay=s.ema, use_warmup=True, device=accelerator.device) if s.ema else None
-    if ema is not None:
-        accelerator.register_for_checkpointing(ema)
     wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     schedule = make_schedule(s, optimizer, s.epochs * batches.steps)
-    final: Any = ema.module if ema is not None else model
+    averaged = ema.module if ema is not None else None
+    final: Any = model if averaged is None else averaged
     final.config = model.config
 
-    data_hash = split_hash(splits, s.data)
-    state = load_checkpoint(accelerator, out, data_hash) if s.resume else {}
+    parts, data_hash = Parts(model, optimizer, averaged, contents), split_hash(splits, s.data)
+    state = load_checkpoint(accelerator, out, parts, data_hash, paths) if s.resume else {}
     history, step = state.get("history", []), state.get("step", 0)
     tally = Tally(accelerator, state.get("tally"))
     accelerator.wait_for_everyone()  # every process has looked at `out` before the first writes to it
     if accelerator.is_main_process:
         write_text(out / RECIPE, to_recipe(s))
         write_text(out / BAD_IMAGES, "".join(f"{b}\n" for b in bad))
-        write_text(out / RUN, _run_record(s, accelerator, data_hash))
+        write_json(out / RUN, _run_record(s, accelerator, data_hash))
     named = {"name": out.name}
     accelerator.init_trackers("glsim", _flat(s), {"trackio": named, "wandb": named})
     about = {
@@ -122,18 +132,19 @@ def _fit(s: Train, out: Path, accelerator: Accelerator, progress: bool) -> dict[
             "test_fraction": s.test_fraction,
             "val_fraction": s.val_fraction,
         },
-        **provenance(s, model, accelerator.num_processes),
+        **provenance(s, model, batches.size),
     }
 
     def keep() -> None:
         tally.check(batches, splits["train"], s.lr)
-        progress = {"step": step, "history": history, "tally": tally.sums(), "split_hash": data_hash}
-        save_checkpoint(accelerator, out, progress)
+        done = {"step": step, "history": history, "tally": tally.sums()}
+        save_checkpoint(accelerator, out, {"settings": plain(s), "split_hash": data_hash, **done}, parts)
 
     often = 0.2 if sys.stderr.isatty() else 30.0  # seconds between looks; a log file needs fewer
     total, quiet = s.epochs * batches.steps, not (progress and accelerator.is_main_process)
     with (
         stop_signal(accelerator) as stop,
+        explaining(batches, s.workers),
         tqdm(total=total, initial=step, unit="step", disable=quiet, mininterval=often) as bar,
     ):
         for epoch in range(step // batches.steps, s.epochs):
@@ -199,8 +210,36 @@ def _fit(s: Train, out: Path, accelerator: Accelerator, progress: bool) -> dict[
                 raise Interrupted(_stopped(out, step, total))
     for tracker in accelerator.trackers:  # accelerator.end_training() would part the processes too
         tracker.finish()
-    result = json.loads((out / METRICS_FILE).read_text())
-    return {"out": str(out), **result, "splits": list(splits), "skipped": [str(b) for b in bad]}
+    result = {"out": str(out), **read_json(out / METRICS_FILE), "batch_size": batches.batch_size}
+    return {**result, "splits": list(splits), "skipped": [str(b) for b in bad]}
+
+
+@contextmanager
+def explaining(batches: TrainBatches, workers: int) -> Iterator[None]:
+    """Inside, what torch says of two settings that do not suit model or machine is said as what to change in them.
+
+    ConfigError where a norm is left a single value, which depends on the last map of the backbone and so on no setting
+    alone; GlsimError where one of the `workers`, the processes that load images, was killed.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ConfigError(
+            f"batches of {batches.batch_size} {'image' if batches.batch_size == 1 else 'images'} leave batch norm one "
+            "value a channel, which has no deviation; try a larger batch_size or image_size, a smaller accumulate "
+            f"({batches.images} training images are shared by {batches.group} batches a step), freeze=backbone, or a "
+            "backbone without batch norm"
+        ) from error
+    except RuntimeError as error:  # raised wherever the main process is when the signal of its end comes
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise GlsimError(
+            f"one of the {workers} processes that load images was killed, most often because memory ran out "
+            f"({one_line(error)}); try fewer --workers (0: none) or a smaller batch_size; a run that has saved "
+            "something goes on with --resume"
+        ) from error
 
 
 class Diverged(GlsimError):
@@ -268,8 +307,9 @@ class Tally:
             )
 
 
-def provenance(s: Train, model: Model, processes: int) -> dict[str, Any]:
-    """What a run's bundle says of how its weights came about, and of the licences of what went into them."""
+def provenance(s: Train, model: Model, step: int) -> dict[str, Any]:
+    """What a run's bundle says of how its weights came about, `step` images at a time, and of the licences of what
+    went into them."""
     start, licence = "nothing", "none, trained from nothing"
     if s.init_from is not None:
         start, licence = Path(s.init_from).name, UNKNOWN
@@ -287,7 +327,7 @@ def provenance(s: Train, model: Model, processes: int) -> dict[str, Any]:
             "epochs": s.epochs,
             "optimizer": s.optimizer,
             "lr": s.lr,
-            "batch_size": s.batch_size * s.accumulate * processes,
+            "batch_size": step,
             "seed": s.seed,
         },
         "licence": {"data": s.data_licence or named, "backbone": licence},
@@ -301,18 +341,16 @@ def _stopped(out: Path, step: int, total: int) -> str:
 def read_splits(s: Train) -> tuple[dict[str, ImageList], list[BadImage]]:
     """The splits to train, watch and test on, and the unreadable files left out of them (with `skip_bad`)."""
     splits = read_data(prepared(s.data, s.dataset), seed=s.split_seed, test_fraction=s.test_fraction)
-    if "train" not in splits:
-        raise DataError(f"{s.data} has no split 'train'; it has: {', '.join(splits)}")
-    if s.test and "test" not in splits:
-        raise DataError(f"{s.data} has no split 'test' for --test; it has: {', '.join(splits)}")
+    take_split(splits, "train", s.data)
     if len(splits["train"].classes) < 2:
         raise DataError(f"{s.data} has one class, {splits['train'].classes[0]!r}; there is nothing to tell apart")
     if s.val_fraction:
         if "val" in splits:
             raise ConfigError(f"{s.data} has a val split of its own; leave val_fraction at 0")
         splits = hold_out_val(splits, s.val_fraction, s.split_seed)
-        if "val" not in splits:
-            raise DataError(f"{s.data} has no class with an image to spare for val: leave val_fraction at 0")
+        take_split(splits, "val", s.data)
+    if s.test:
+        take_split(splits, "test", s.data)
     bad = []
     if s.skip_bad:
         bad = find_bad([path for images in splits.values() for path in images.paths])
@@ -369,21 +407,34 @@ def make_schedule(s: Train, optimizer: Any, steps: int) -> Scheduler:
 
 
 def check_out(s: Train, out: Path) -> None:
-    """A run is never overwritten; resuming with other settings is an error that names them."""
+    """A run is never overwritten; resuming with other settings than its checkpoint has is an error that names them."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out={out} is a file; name a folder")
-    go_on = f"glsim train --recipe {out / RECIPE} --resume"
     if not s.resume:
         if (out / CONFIG).exists() or any(out.glob(f"{CHECKPOINT}*")):
+            go_on = f"glsim train --recipe {out / RECIPE} --resume"
             raise ConfigError(f"{out} already holds a run: go on with {go_on}, or name another --out")
         return
-    if not (out / RECIPE).exists():
-        raise ConfigError(f"nothing to resume: {out} has no {RECIPE}")
-    saved = yaml.safe_load(to_recipe(Train(**read_recipe(out / RECIPE))))  # settings of later versions: their defaults
-    now = yaml.safe_load(to_recipe(s))
-    changed = [f"{k}={now[k]!r} (was {saved.get(k)!r})" for k in now if k not in FREE and now[k] != saved.get(k)]
+    folder = find_checkpoint(out)
+    if folder is None and not (out / RECIPE).exists():
+        raise ConfigError(
+            f"nothing to resume: {out} has no {RECIPE}; of a run that was moved, name the folder: --out NEW"
+        )
+    # Not train.yaml, which anybody may edit; it is all there is of a run that has saved nothing yet.
+    with reading(folder or out, out):
+        saved = read_progress(out)["settings"] if folder else read_recipe(out / RECIPE)
+        before = plain(Train(**saved))  # settings of later versions: their defaults
+    changed = [f"{k}={v!r} (was {before[k]!r})" for k, v in plain(s, *FREE).items() if v != before[k]]
     if changed:
-        raise ConfigError(f"{out} was started with other settings: {', '.join(changed)}; go on with {go_on}")
+        raise ConfigError(
+            f"{out} was started with other settings: {printable(', '.join(changed))}; go on with the old ones, or "
+            f"start a new run with another --out, from these weights with --init-from {out}"
+        )
+
+
+def plain(s: Train, *without: str) -> dict[str, Any]:
+    """The settings as JSON and YAML hold them, some left out."""
+    return {k: v for k, v in yaml.safe_load(to_recipe(s)).items() if k not in without}
 
 
 def _flat(s: Train) -> dict[str, Any]:
@@ -391,13 +442,15 @@ def _flat(s: Train) -> dict[str, Any]:
     return {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(s).items()}
 
 
-def _run_record(s: Train, accelerator: Accelerator, data_hash: str) -> str:
+def _run_record(s: Train, accelerator: Accelerator, data_hash: str) -> dict[str, Any]:
     """`run.json`: seed, split hash, and under which conditions the run was started and resumed."""
     file = Path(s.out) / RUN
-    before = json.loads(file.read_text())["starts"] if s.resume and file.exists() else []
+    before = read_json(file).get("starts") if s.resume and file.exists() else []
+    if not isinstance(before, list):
+        raise DataError(f"{file} is damaged: it has no list of starts; remove it")
     start = environment(accelerator.device)
     start |= {"processes": accelerator.num_processes, "precision": s.precision}
-    return json.dumps({"seed": s.seed, "split_hash": data_hash, "starts": [*before, start]}, indent=2) + "\n"
+    return {"seed": s.seed, "split_hash": data_hash, "starts": [*before, start]}
 
 
 def make_preprocessing(s: Train, model: Model) -> Preprocessing:

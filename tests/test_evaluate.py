@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import small_model
 from PIL import ImageOps
 
 import glsim
-from glsim import evaluate
+from glsim import cli, evaluate
 from glsim.batches import make_loader
 from glsim.bundle import preprocessing_of
 from glsim.config import Eval, Predict
@@ -51,7 +52,7 @@ def test_no_method_lets_images_of_a_batch_meet(method, birds):
         )
         for size in (1, 9)
     )
-    assert torch.equal(alone.confusion, together.confusion) and alone.correct_top5 == together.correct_top5
+    assert torch.equal(alone.confusions(), together.confusions()) and alone.correct_top5 == together.correct_top5
     assert torch.allclose(alone.confidences, together.confidences, atol=1e-5)
     assert torch.allclose(alone.true_confidences, together.true_confidences, atol=1e-5)
 
@@ -112,11 +113,46 @@ def test_flip_of_the_verbs(run_folder, birds, tmp_path):
     assert [p for _, p in plain] != [p for _, p in flipped]
 
 
+def test_the_confusion_is_a_table_at_any_size_and_a_picture_where_it_can_be_read(
+    tmp_path, monkeypatch, run_folder, birds
+):
+    s = Eval(source=str(run_folder), data=str(birds), split="all", workers=0, out=str(tmp_path / "small"))
+    result = evaluate.run(s)
+    for folder, most in (("small", 60), ("large", 2)):
+        monkeypatch.setattr(evaluate, "MOST_CLASSES_DRAWN", most)
+        s = replace(s, out=str(tmp_path / folder))
+        result = evaluate.run(s)
+        assert sorted(result["written"]) == sorted(p.name for p in (tmp_path / folder).iterdir())
+        assert ("confusion.png" in result["written"]) == (folder == "small")
+        assert ("no confusion.png: 3 classes" in cli.show_eval(result, s)) == (folder == "large")
+        with (tmp_path / folder / "confusion.csv").open() as file:
+            table = {(row["label"], row["prediction"]): int(row["count"]) for row in csv.DictReader(file)}
+        assert table == Counter(answers(tmp_path / folder, "label", "prediction"))
+    wrong = sorted(((n, pair) for pair, n in table.items() if pair[0] != pair[1]), key=lambda row: -row[0])
+    assert [x["count"] for x in result["confused"]] == [n for n, _ in wrong]
+    for x in result["confused"]:
+        assert x["count"] == table[x["label"], x["prediction"]] and x["of"] == 9
+        assert f"  {x['label']} taken for {x['prediction']}: {x['count']} of 9" in cli.show_eval(result, s)
+
+
+def test_ten_thousand_classes_are_counted_without_their_square():
+    """A hundred million cells would be 800 MB, and a file of 200."""
+    count, classes = 20_000, [f"c{i}" for i in range(10_000)]
+    labels = torch.arange(count) % 10_000
+    predictions = torch.where(torch.arange(count) < 30, 5, labels)
+    nothing = torch.zeros(count)
+    result = evaluate.Evaluation(count, labels, predictions, nothing, nothing, 1.0, nothing, nothing)
+    assert result.summary(classes)["correct"] == count - 29
+    table = evaluate.confusion_table(result, classes)
+    assert len(table.splitlines()) == 1 + 10_000 + 29 and "\nc3,c5,1\n" in table
+    assert len(evaluate.most_confused(result, classes)) == evaluate.MOST_CONFUSED
+
+
 def test_mean_and_deviation_over_classes():
-    confusion = torch.tensor([[3, 1, 0, 0], [0, 2, 2, 0], [0, 0, 4, 0], [0, 0, 0, 0]])
+    labels = torch.tensor([0] * 4 + [1] * 4 + [2] * 4)
+    predictions = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2, 2])
     nothing = torch.zeros(12)
-    summary = evaluate.Evaluation(confusion, 12, nothing, nothing, nothing, nothing, 1.0, nothing, nothing).summary(
-        "abcd"
-    )
+    result = evaluate.Evaluation(12, labels, predictions, nothing, nothing, 1.0, nothing, nothing)
+    summary = result.summary("abcd")
     assert summary["per_class_mean"] == pytest.approx((0.75 + 0.5 + 1) / 3)  # d has no images
     assert summary["per_class_std"] == pytest.approx((((0 + 0.25**2 + 0.25**2) / 3) ** 0.5), abs=1e-6)

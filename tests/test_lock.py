@@ -59,7 +59,8 @@ def test_a_living_run_keeps_others_out_and_a_killed_one_does_not(birds, tmp_path
         child.kill()
         child.wait()
     epochs = json.loads((out / "checkpoint" / "state.json").read_text())["step"] // 3 + 1
-    (out / "train.yaml").write_text((out / "train.yaml").read_text().replace("epochs: 500", f"epochs: {epochs}"))
+    state = out / "checkpoint" / "state.json"
+    state.write_text(state.read_text().replace('"epochs": 500', f'"epochs": {epochs}'))
     assert (
         train.run(settings(birds, out, **{**changes, "epochs": epochs}, resume=True), progress=False)["epoch"] == epochs
     )

@@ -186,10 +186,25 @@ def test_twice_the_same_run_is_no_second_seed(tmp_path):
         report.run(Report(runs=[a, b]))
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("config.json", text) for text in ("[]", "{}", '{"data": 1}', '{"data": {"source": 1, "split_hash": 2}}')),
+        *(("metrics.json", text) for text in ("[]", '{"test": []}', '{"test": {"correct": "x"}}', '{"test": NaN}')),
+        *(("reproduce.json", text) for text in ("", "[]", "{}", '{"runs": []}')),
+    ],
+)
+def test_a_file_that_holds_something_else_is_named(tmp_path, name, content):
+    make_run(tmp_path / "a", range(4))
+    (tmp_path / "a" / name).write_text(content)
+    with pytest.raises(DataError, match=f"a.* is damaged.*|{name}"):
+        report.run(Report(runs=[str(tmp_path / "a")]))
+
+
 def test_damaged_files_are_named(tmp_path):
     a = make_run(tmp_path / "a", range(4))
     (tmp_path / "a" / "metrics.json").write_text("{")
-    with pytest.raises(DataError, match="metrics.json cannot be read"):
+    with pytest.raises(DataError, match="metrics.json is damaged"):
         report.run(Report(runs=[a]))
     (tmp_path / "a" / "train.yaml").write_text(yaml.safe_dump({"lrate": 1}))
     with pytest.raises(ConfigError, match="train.yaml: unknown lrate"):

@@ -39,16 +39,16 @@ class FakeTraining:
     def __init__(self, monkeypatch, kill_at=None, diverge=()):
         self.kill_at, self.diverge, self.points, self.seen = kill_at, diverge, 0, []
         monkeypatch.setattr(train, "run", self.run)
-        monkeypatch.setattr(reproduce, "write_text", self.write)
+        monkeypatch.setattr(reproduce, "write_json", self.write)
 
     def point(self):
         self.points += 1
         if self.points == self.kill_at:
             raise Killed
 
-    def write(self, path, text):
+    def write(self, path, value):
         self.point()
-        path.write_text(text)
+        path.write_text(json.dumps(value))
         self.point()
 
     def run(self, s, progress):
@@ -165,7 +165,7 @@ def test_data_without_a_test_split_is_refused(recipe, tmp_path):
     for name in "ab":
         (tmp_path / "data" / "train" / name).mkdir(parents=True)
         (tmp_path / "data" / "train" / name / "1.jpg").touch()
-    with pytest.raises(DataError, match="has no split 'test' to measure the seeds on; it has: train"):
+    with pytest.raises(DataError, match="has no split 'test'; it has: train"):
         reproduce.run(ask(recipe, tmp_path / "data", tmp_path / "r"), progress=False)
     assert not (tmp_path / "r").exists()
 
@@ -186,10 +186,24 @@ def test_other_settings_or_images_are_refused_by_name(recipe, birds, tmp_path, m
     for split in ("train", "test"):
         for name in "ab":
             (other / split / name).mkdir(parents=True)
-            (other / split / name / "1.jpg").touch()
+            for number in "12":
+                (other / split / name / f"{number}.jpg").touch()
     with pytest.raises(ConfigError, match="split_hash="):
         reproduce.run(replace(s, data=str(other)), progress=False)
     reproduce.run(replace(s, train={"workers": 3}), progress=False)  # changes nothing in the runs
+    whole = json.loads((tmp_path / "r" / "reproduce.json").read_text())
+    seed = whole["runs"]["seed_1"]
+    for damaged in (
+        {k: v for k, v in whole.items() if k != "plan"},
+        {**whole, "runs": []},
+        {**whole, "runs": {"seed_1": seed}},
+        {**whole, "runs": {**whole["runs"], "seed_1": []}},
+        {**whole, "runs": {**whole["runs"], "seed_1": {**seed, "test": {"correct": None}}}},
+        [],
+    ):
+        (tmp_path / "r" / "reproduce.json").write_text(json.dumps(damaged))
+        with pytest.raises(DataError, match="reproduce.json is damaged"):
+            reproduce.run(s, progress=False)
     (tmp_path / "r" / "reproduce.json").write_text("{")
     with pytest.raises(DataError, match="reproduce.json is damaged"):
         reproduce.run(s, progress=False)

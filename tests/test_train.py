@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, replace
 from functools import partial
 from multiprocessing import get_start_method
 from pathlib import Path
@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from accelerate import tracking
@@ -30,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torchvision.transforms import v2
 
 import glsim
-from glsim import ConfigError, DataError, cli, evaluate, train
+from glsim import ConfigError, DataError, checkpoint, cli, evaluate, train
 from glsim import batches as batches_module
 from glsim.adapt import adapt, merged
 from glsim.batches import TrainBatches, make_loader, read, train_loader
@@ -44,6 +45,14 @@ from glsim.transforms import Preprocessing, train_transform
 
 def settings(birds, out, **changes):
     return Train(data=str(birds), out=str(out), **{**TINY, "test": True, **changes})
+
+
+@pytest.fixture(scope="module")
+def averaged_run(birds, tmp_path_factory):
+    """A finished run with averaged weights: every part that a checkpoint can have is there."""
+    out = tmp_path_factory.mktemp("averaged") / "r"
+    train.run(settings(birds, out, ema=0.5), progress=False)
+    return out
 
 
 def test_a_run_folder_is_a_bundle_with_everything_beside_it(run_folder, birds):
@@ -71,8 +80,8 @@ def test_eval_prints_what_training_measured(run_folder, birds, tmp_path):
     assert len(rows) == 10
     right = sum(row.split(",")[1] == row.split(",")[2] for row in rows[1:])
     assert right == result["correct"]
-    names = {".glsim", "evaluation.json", "predictions.csv", "confusion.png", "confidence.png"}
-    assert {p.name for p in (tmp_path / "e").iterdir()} == names
+    names = {"evaluation.json", "predictions.csv", "confusion.png", "confusion.csv", "confidence.png"}
+    assert {p.name for p in (tmp_path / "e").iterdir()} == names | {".glsim"} and names == set(result["written"])
 
 
 def test_metrics_by_hand():
@@ -88,7 +97,7 @@ def test_metrics_by_hand():
     assert (summary["count"], summary["correct"], summary["correct_top5"]) == (5, 3, 4)
     assert summary["per_class_mean"] == pytest.approx((1 + 0.5 + 1 + 0) / 4)  # classes without images do not count
     assert summary["per_class"]["b"] == [1, 2] and summary["per_class"]["d"] == [0, 0]
-    assert result.confusion[6, 2] == 1 and result.confusion[1, 0] == 1
+    assert result.confusions().tolist() == [[0, 0, 1], [1, 0, 1], [1, 1, 1], [2, 2, 1], [6, 2, 1]]
 
 
 def test_same_seed_same_weights_other_seed_others(birds, tmp_path):
@@ -440,30 +449,28 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(birds, tmp_path)
     state.write_text(json.dumps({**progress, "processes": 2}))
     with pytest.raises(ConfigError, match="was trained by 2 processes, now there are 1, whose batches would be others"):
         train.run(settings(birds, tmp_path / "r", epochs=1, resume=True), progress=False)
-    state.write_text(json.dumps(progress))  # written before the number was noted: one
-    assert train.run(settings(birds, tmp_path / "r", epochs=1, resume=True), progress=False)["epoch"] == 1
 
 
 def test_a_checkpoint_of_another_format_is_refused(birds, tmp_path):
     train.run(settings(birds, tmp_path / "r", epochs=1), progress=False)
     state = tmp_path / "r" / "checkpoint" / "state.json"
-    state.write_text(json.dumps({**json.loads(state.read_text()), "format": 1}))
-    with pytest.raises(ConfigError, match="written by another version of glsim"):
+    state.write_text(json.dumps({**json.loads(state.read_text()), "format": 2}))
+    message = r"written by another version of glsim \(format 2, here 3\): finish the run with that one, or start a new"
+    with pytest.raises(ConfigError, match=message):
         train.run(settings(birds, tmp_path / "r", epochs=1, resume=True), progress=False)
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_whole(birds, tmp_path, monkeypatch):
     out = tmp_path / "r"
     whole = train.run(settings(birds, tmp_path / "whole"), progress=False)
-    saves, real = [], torch.save
+    real = checkpoint._write
 
-    def full(obj, f, *args, **kwargs):
-        saves.append(1)
-        if len(saves) > 3:
+    def full(folder, name, tensors):
+        if name == "optimizer" and (out / "checkpoint").exists():
             raise OSError(28, "No space left on device")
-        return real(obj, f, *args, **kwargs)
+        real(folder, name, tensors)
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(checkpoint, "_write", full)
     with pytest.raises(glsim.GlsimError, match=r"r cannot be written: .*No space left on device.*--resume"):
         train.run(settings(birds, out), progress=False)
     monkeypatch.undo()
@@ -577,7 +584,15 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(birds, tmp_path, mon
     monkeypatch.setattr(os, "fsync", fsync)
     train.run(settings(birds, out, epochs=1), progress=False)
     files = [path for path in (out / "checkpoint").rglob("*") if path.is_file()]
-    assert len(files) >= 4 and {path.stat().st_ino for path in files} <= synced
+    assert {path.name for path in files} == {"state.json", *(f"{n}.safetensors" for n in PARTS if n != "averaged")}
+    assert {path.stat().st_ino for path in files} <= synced
+
+
+def plan_epochs(folder, epochs):
+    """Make the run of a checkpoint a longer one."""
+    progress = json.loads((folder / "state.json").read_text())
+    progress["settings"]["epochs"] = epochs
+    (folder / "state.json").write_text(json.dumps(progress))
 
 
 def test_a_second_crash_finds_a_whole_checkpoint_too(birds, tmp_path, monkeypatch):
@@ -585,8 +600,7 @@ def test_a_second_crash_finds_a_whole_checkpoint_too(birds, tmp_path, monkeypatc
     out = tmp_path / "r"
     train.run(settings(birds, out, epochs=1), progress=False)
     (out / "checkpoint").rename(out / "checkpoint.old")
-    recipe = (out / "train.yaml").read_text().replace("epochs: 1", "epochs: 2")
-    (out / "train.yaml").write_text(recipe)
+    plan_epochs(out / "checkpoint.old", 2)
     removed, plain = [], shutil.rmtree
 
     def rmtree(path, *arguments, **named):
@@ -608,6 +622,241 @@ def test_resume_refuses_other_settings_and_runs_are_not_overwritten(run_folder, 
         train.run(settings(birds, run_folder, lr=0.5, resume=True), progress=False)
     with pytest.raises(ConfigError, match=r"nothing to resume: .*nowhere has no train.yaml"):
         train.run(settings(birds, tmp_path / "nowhere", resume=True), progress=False)
+
+
+CHANGED = {  # every setting but those of FREE, with another value
+    "dataset": "cub",
+    "method": "plain",
+    "backbone": "deit_tiny_patch16_224",
+    "pretrained": True,
+    "image_size": 32,
+    "options": {"top_o": 5},
+    "backbone_args": {"depth": 1},
+    "init_from": "x.pth",
+    "val_fraction": 0.5,
+    "test_fraction": 0.3,
+    "test": False,
+    "split_seed": 4,
+    "skip_bad": True,
+    "resize_ratio": 1.5,
+    "resize": "short",
+    "augment": "weak",
+    "crop": "centre",
+    "crop_scale": 0.4,
+    "mean": [0.1, 0.2, 0.3],
+    "std": [0.1, 0.2, 0.3],
+    "repeats": 2,
+    "mixup": 0.2,
+    "cutmix": 0.2,
+    "freeze": "backbone",
+    "lora": 2,
+    "epochs": 5,
+    "batch_size": 4,
+    "accumulate": 2,
+    "save_steps": 1,
+    "optimizer": "sgd",
+    "lr": 0.5,
+    "layer_decay": 0.9,
+    "weight_decay": 0.1,
+    "momentum": 0.5,
+    "warmup_steps": 1,
+    "warmup_lr": 1e-5,
+    "min_lr": 1e-6,
+    "schedule": "step",
+    "decay_epochs": 1.0,
+    "decay_rate": 0.5,
+    "label_smoothing": 0.3,
+    "focal": 1.0,
+    "supcon": 0.1,
+    "clip_grad": 0.0,
+    "ema": 0.5,
+    "precision": "bf16",
+    "grad_checkpointing": True,
+    "compile": True,
+    "seed": 7,
+}
+
+
+def test_no_setting_was_forgotten():
+    assert {*CHANGED, *train.FREE, "resume"} == {f.name for f in fields(Train)}
+
+
+@pytest.mark.parametrize("key", CHANGED)
+def test_an_edited_recipe_is_not_that_of_the_run(run_folder, birds, tmp_path, key, capsys):
+    """What the checkpoint says counts, not what anybody wrote into RUN/train.yaml since."""
+    out = tmp_path / "r"
+    shutil.copytree(run_folder, out)
+    values = yaml.safe_load((out / "train.yaml").read_text())
+    before, values[key] = values[key], CHANGED[key]
+    (out / "train.yaml").write_text(yaml.safe_dump(values))
+    weights = (out / "model.safetensors").read_bytes()
+    assert cli.main(["train", "--recipe", str(out / "train.yaml"), "--out", str(out), "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert "r was started with other settings: " in said and f"{key}={CHANGED[key]!r} (was {before!r})" in said
+    assert "--init-from" in said and (out / "model.safetensors").read_bytes() == weights
+    with pytest.raises(ConfigError, match=f"started with other settings: .*{key}="):  # nor is it by the command line
+        train.run(replace(settings(birds, out), **{key: CHANGED[key], "resume": True}), progress=False)
+
+
+def test_settings_that_change_nothing_may_change(run_folder, birds, tmp_path):
+    out = tmp_path / "r"
+    shutil.copytree(run_folder, out)
+    train.run(settings(birds, out, workers=1, cache="ram", data_licence="mine", resume=True), progress=False)
+    assert yaml.safe_load((out / "train.yaml").read_text())["data_licence"] == "mine"
+
+
+def test_a_run_that_was_moved_is_named_with_out(run_folder, birds, tmp_path, capsys):
+    moved = tmp_path / "moved"
+    shutil.copytree(run_folder, moved)
+    recipe = moved / "train.yaml"
+    recipe.write_text(recipe.read_text().replace(str(run_folder), str(tmp_path / "gone")))
+    words = ["train", "--recipe", str(recipe), "--resume"]
+    assert cli.main(words) == 2
+    assert "nothing to resume" in (said := capsys.readouterr().err) and "moved, name the folder: --out NEW" in said
+    assert not (tmp_path / "gone").exists()
+    assert cli.main([*words, "--out", str(moved)]) == 0
+
+
+def replaced(folder, how):
+    """Change training images of class red_crown in a way; returns the path that has to be named."""
+    a, b = sorted((folder / "train" / "red_crown").iterdir())[1:3]
+    first, second = a.read_bytes(), b.read_bytes()
+    stat = a.stat()
+    if how == "swapped":
+        a.write_bytes(second)
+        b.write_bytes(first)
+    elif how == "another":
+        a.write_bytes(next((folder / "test").rglob("*.jpg")).read_bytes())
+    elif how == "one byte, the same time":
+        a.write_bytes(first[:-1] + bytes([first[-1] ^ 1]))
+        os.utime(a, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    elif how == "drawn over":
+        Image.new("RGB", (64, 64)).save(a)
+    return a
+
+
+@pytest.mark.parametrize("how", ["swapped", "another", "one byte, the same time", "drawn over"])
+def test_an_image_with_another_content_is_named(run_folder, birds, tmp_path, how):
+    data, out = tmp_path / "birds", tmp_path / "r"
+    shutil.copytree(birds, data)
+    shutil.copytree(run_folder, out)
+    path = replaced(data, how)
+    count = 2 if how == "swapped" else 1
+    message = f"trained on other images than the data has now: the content of {count} of 27 files.*first {path}; put"
+    with pytest.raises(ConfigError, match=message):
+        train.run(settings(data, out, resume=True), progress=False)
+
+
+def test_a_copy_with_other_times_is_the_same_data(run_folder, birds, tmp_path):
+    data, out = tmp_path / "copy", tmp_path / "r"
+    shutil.copytree(birds, data, copy_function=shutil.copyfile)
+    shutil.copytree(run_folder, out)
+    assert train.run(settings(data, out, resume=True), progress=False)["epoch"] == 2
+
+
+def test_a_list_in_another_order_is_not_the_same_data(birds, tmp_path):
+    """Which images meet in a step goes by their places."""
+    rows = [f"{p},{p.parent.name},train" for p in sorted((birds / "train").rglob("*.jpg"))]
+    for name, order in (("a", rows), ("b", rows[::-1])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "list.csv").write_text("\n".join(["path,label,split", *order]) + "\n")
+    start = {"epochs": 1, "test": False}
+    train.run(settings(tmp_path / "a" / "list.csv", tmp_path / "r", **start), progress=False)
+    (tmp_path / "a" / "list.csv").write_text((tmp_path / "b" / "list.csv").read_text())
+    with pytest.raises(ConfigError, match="of 18 files, or their order in a list, has changed"):
+        train.run(settings(tmp_path / "a" / "list.csv", tmp_path / "r", resume=True, **start), progress=False)
+
+
+def test_a_file_that_cannot_be_read_is_named_before_training(birds, tmp_path):
+    data = tmp_path / "birds"
+    shutil.copytree(birds, data)
+    images = read_data(data)["train"]
+    victim = images.paths[3]
+    victim.unlink()
+    with pytest.raises(DataError, match=f"{victim}: cannot be read"):
+        checkpoint.fingerprints(images.paths, evaluate.make_accelerator("cpu"))
+
+
+@pytest.fixture(scope="module")
+def single(birds, tmp_path_factory):
+    """One training image a class: nothing can be held out."""
+    folder = tmp_path_factory.mktemp("single") / "data"
+    for split in ("train", "test"):
+        for name in ("red_crown", "orange_beak"):
+            (folder / split / name).mkdir(parents=True)
+            shutil.copy(next((birds / split / name).iterdir()), folder / split / name)
+    return folder
+
+
+def test_nothing_is_measured_on_an_empty_split(single, tmp_path, capsys):
+    """Refused before training, and by each verb that measures or keeps a split, in the same words."""
+    recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe.write_text(yaml.safe_dump({**TINY, "epochs": 1}))
+    start = ["train", "--recipe", str(recipe), "--data", str(single)]
+    assert cli.main([*start, "--out", str(run)]) == 0
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["val_fraction"] = 0.2  # as an earlier version could leave it
+    (run / "config.json").write_text(json.dumps(config))
+    data = ["--data", str(single)]
+    words = [
+        [*start, "--out", str(tmp_path / "x"), "--val-fraction", "0.2"],
+        ["reproduce", str(recipe), *data, "--out", str(tmp_path / "x"), "--lrs", "0.1", "0.2"],
+        ["eval", str(run), *data, "--split", "val"],
+        ["calibrate", str(run), *data],
+    ]
+    if importlib.util.find_spec("faiss"):
+        words.append(["index", "build", str(run), *data, "--split", "val", "--out", str(tmp_path / "x")])
+    for given in words:
+        capsys.readouterr()
+        assert cli.main([*given, "--json"]) == 3, given
+        said = json.loads(capsys.readouterr().out)["error"]
+        assert said.startswith(f"{single} has no split 'val'; it has: train, test; training with --val-fraction"), said
+        assert "of classes with two images or more" in said and not (tmp_path / "x").exists()
+
+
+def test_a_test_split_that_is_asked_for_has_to_be_there(birds, tmp_path):
+    shutil.copytree(birds / "train", tmp_path / "data" / "train")
+    with pytest.raises(DataError, match="data has no split 'test'; it has: train$"):
+        train.run(settings(tmp_path / "data", tmp_path / "r"), progress=False)
+
+
+NORMED = {"method": "plain", "backbone": "resnet18", "backbone_args": {"layers": (1, 1, 1, 1)}, "options": {}}
+
+
+def test_batch_norm_of_one_value_is_told_with_what_to_change(birds, tmp_path, capsys):
+    small = {**NORMED, "image_size": 32, "epochs": 1, "test": False}
+    for changes, said in (
+        ({"batch_size": 1}, "batches of 1 image leave batch norm one value a channel.*larger batch_size or image_size"),
+        ({"accumulate": 18}, r"a smaller accumulate \(18 training images are shared by 18 batches a step\)"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            train.run(settings(birds, tmp_path / "r", **small, **changes), progress=False)
+    works = {**small, "batch_size": 1, "freeze": "backbone"}  # what the message says
+    assert train.run(settings(birds, tmp_path / "r", **works), progress=False)["epoch"] == 1
+
+
+def test_a_killed_process_that_loads_images_is_told(birds, tmp_path, monkeypatch):
+    if get_start_method() != "fork":
+        pytest.skip("what stands for the kernel's killer reaches workers through a fork alone")
+
+    def deadly(image):
+        if torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(3, 64, 64)
+
+    monkeypatch.setattr(train, "train_steps", lambda *_: (v2.Identity(), deadly))
+    message = r"one of the 2 processes that load images was killed, .*memory ran out \(DataLoader.*fewer --workers"
+    with pytest.raises(glsim.GlsimError, match=message):
+        train.run(settings(birds, tmp_path / "r", workers=2), progress=False)
+
+
+def test_a_batch_that_was_cut_is_told_and_the_card_has_what_was_used(birds, tmp_path, capsys):
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "r"
+    recipe.write_text(yaml.safe_dump({**TINY, "epochs": 1, "batch_size": 32, "accumulate": 2}))
+    assert cli.main(["train", "--recipe", str(recipe), "--data", str(birds), "--out", str(out)]) == 0
+    assert "batch_size 32 was cut to 9: train has no more images for a step" in capsys.readouterr().out
+    assert "18 images a step" in (out / "README.md").read_text()
+    assert json.loads((out / "config.json").read_text())["training"]["batch_size"] == 18
 
 
 def test_resume_refuses_other_data_but_lets_it_move(birds, tmp_path):
@@ -966,20 +1215,68 @@ def test_every_answer_on_test_is_kept(run_folder, birds):
     assert sum(label == prediction for _, label, prediction, _ in rows) == right
 
 
-@pytest.mark.parametrize("name", ["state.json", "model.safetensors", "optimizer.bin"])
-def test_a_damaged_checkpoint_is_told_by_name(birds, tmp_path, name):
+PARTS = ("model", "averaged", "optimizer", "contents")
+
+
+@pytest.mark.parametrize("name", ["state.json", *(f"{part}.safetensors" for part in PARTS)])
+@pytest.mark.parametrize("damage", ["cut", "empty", "other", "gone", "folder", "fifo"])
+def test_a_damaged_checkpoint_is_told_by_name(averaged_run, birds, tmp_path, name, damage):
     out = tmp_path / "r"
-    train.run(settings(birds, out, epochs=1), progress=False)
+    shutil.copytree(averaged_run, out)
     file = out / "checkpoint" / name
-    file.write_bytes(file.read_bytes()[:20])
+    whole = file.read_bytes()
+    file.unlink()
+    if damage == "cut":
+        file.write_bytes(whole[:-20])
+    elif damage == "empty":
+        file.touch()
+    elif damage == "other":
+        file.write_bytes(b'{"format": 3, "step": "x"}' if name == "state.json" else safetensors.torch.save({}))
+    elif damage == "folder":
+        file.mkdir()
+    elif damage == "fifo":
+        os.mkfifo(file)
     with pytest.raises(DataError, match="r/checkpoint is damaged: .*; start a new run, with --init-from"):
-        train.run(settings(birds, out, epochs=1, resume=True), progress=False)
+        train.run(settings(birds, out, ema=0.5, resume=True), progress=False)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "adafactor", "adafactorbv", "lamb", "madgrad", "muon"])
+def test_the_state_of_an_optimizer_comes_back_bit_for_bit(birds, tmp_path, name):
+    """What is no tensor too: tuples, dtypes, numbers as keys, Python's random state."""
+
+    def build():
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5))
+        return net, train.make_optimizer(settings(birds, tmp_path, optimizer=name, weight_decay=0.01), net)
+
+    def step(net, optimizer, number):
+        torch.manual_seed(number)
+        optimizer.zero_grad()
+        net(torch.randn(2, 3, 8, 8)).pow(2).mean().backward()
+        optimizer.step()
+
+    whole = build()
+    for number in range(3):
+        step(*whole, number)
+    tensors = {}
+    kept = json.loads(json.dumps(checkpoint._without_tensors(whole[1].state_dict(), tensors)))
+    checkpoint._write(tmp_path, "optimizer", tensors)
+    again = build()
+    again[0].load_state_dict(whole[0].state_dict())
+    again[1].load_state_dict(checkpoint._with_tensors(kept, checkpoint._read(tmp_path, "optimizer")))
+    for number in range(3, 6):
+        step(*whole, number)
+        step(*again, number)
+    for a, b in zip(whole[0].parameters(), again[0].parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_settings_of_a_later_version_do_not_stop_an_older_run(birds, tmp_path):
     whole = train.run(settings(birds, tmp_path / "r", epochs=1), progress=False)
-    recipe = tmp_path / "r" / "train.yaml"
-    recipe.write_text("".join(line for line in recipe.read_text().splitlines(True) if not line.startswith("focal:")))
+    state = tmp_path / "r" / "checkpoint" / "state.json"
+    progress = json.loads(state.read_text())
+    assert progress["settings"].pop("focal") == 0
+    state.write_text(json.dumps(progress))
     assert train.run(settings(birds, tmp_path / "r", epochs=1, resume=True), progress=False)["step"] == whole["step"]
 
 
