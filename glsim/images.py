@@ -7,6 +7,7 @@ memory of all images that are decoded at the same time. Whatever one image raise
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import io
 import math
@@ -122,6 +123,8 @@ class Room:
             yield
         finally:
             _holding.any = False
+            if size > self.size // 8:
+                _give_back_memory()
             with self.changed:
                 self.taken.value -= size
                 self.changed.notify_all()
@@ -129,6 +132,12 @@ class Room:
 
 class _Number:
     value = 0
+
+
+def _give_back_memory() -> None:
+    # glibc keeps what was freed, in each thread apart: four threads held four large images when none was left.
+    with contextlib.suppress(Exception):  # another libc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 _room, _holding = Room(), threading.local()
@@ -261,19 +270,34 @@ def _read(
     max_pixels: int | None = None,
     formats: tuple[str, ...] = _FORMATS,
 ) -> T:
-    start, limit = b"", _max_pixels if max_pixels is None else max_pixels
-    try:
-        with _pillow_quiet(limit), open_file(path) if content is None else io.BytesIO(content) as file:
-            start = file.read(16)
-            with _open(file, start, formats) as image, _room.hold(_check(image, file, limit)):
-                image.load()
-                return use(image)
-    except GlsimError:
-        raise
-    except Exception as error:  # damaged files raise nearly anything: struct.error, zlib.error, IndexError, ...
-        reason = _reason(error, start, limit)
-    # Raised out here so that it does not hold on to the first error, whose traceback keeps the pixels in memory.
-    raise BadImage(path, reason)
+    start, limit = bytearray(), _max_pixels if max_pixels is None else max_pixels
+    with (
+        contextlib.ExitStack() as room
+    ):  # left when nothing holds on to the pixels any more, an error's traceback neither
+        try:
+            return _decode(path, use, content, limit, formats, start, room)
+        except GlsimError:
+            raise
+        except Exception as error:  # damaged files raise nearly anything: struct.error, zlib.error, IndexError, ...
+            reason = _reason(error, bytes(start), limit)
+    raise BadImage(path, reason)  # out here, so that it has no context
+
+
+def _decode(
+    path: str | Path,
+    use: Callable[[Image.Image], T],
+    content: bytes | None,
+    limit: int,
+    formats: tuple[str, ...],
+    start: bytearray,
+    room: contextlib.ExitStack,
+) -> T:
+    with _pillow_quiet(limit), open_file(path) if content is None else io.BytesIO(content) as file:
+        start += file.read(16)
+        with _open(file, bytes(start), formats) as image:
+            room.enter_context(_room.hold(_check(image, file, limit)))
+            image.load()
+            return use(image)
 
 
 def _open(file: BinaryIO, start: bytes, formats: tuple[str, ...]) -> Image.Image:
@@ -385,7 +409,7 @@ def as_shown(image: Image.Image) -> Image.Image:
     return _upright(_flat(image), _orientation(image))
 
 
-BAND = 2**22  # pixels
+BAND = 2**20  # pixels
 
 
 def _flat(image: Image.Image) -> Image.Image:

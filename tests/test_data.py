@@ -661,8 +661,9 @@ def test_dataset(damaged):
     def broken(image: Image.Image) -> None:
         raise BadImage("x", "raised by the transform")
 
+    assert str(ImageDataset(damaged, broken, keep_bad=True)[0]) == "x: raised by the transform"
     with pytest.raises(BadImage, match="raised by the transform"):
-        ImageDataset(damaged, broken, keep_bad=True)[0]
+        ImageDataset(damaged, broken)[0]
 
 
 def test_dataset_in_a_data_loader(damaged):

@@ -13,6 +13,7 @@ import glsim
 from glsim import cli, localize
 from glsim.bundle import preprocessing_of
 from glsim.config import Localize
+from glsim.images import open_image
 from glsim.localize import Masked, as_text, find_masks, measure, read_mask, run, to_view
 from glsim.pictures import selections_of
 from glsim.transforms import Preprocessing
@@ -181,7 +182,7 @@ def test_rows_are_the_models_own_selections(source, birds):
                 torch.testing.assert_close(value, all_at_once[target][row][name], equal_nan=True, atol=1e-5, rtol=1e-5)
     p = preprocessing_of(model)
     for i, image in enumerate(images[:3]):
-        photograph = glsim.pictures.open_image(image.path)
+        photograph = open_image(image.path)
         pixels = glsim.pictures.eval_transform(p)(photograph)[None]
         ((_, selection, _),) = selections_of(model, pixels, [None])[1]
         views = to_view(read_mask(image.masks["part"], photograph.size), p)
@@ -224,7 +225,7 @@ def test_a_border_is_neither_and_draws_are_the_images_own(source, tmp_path):
     share = inside.sum() / counted.sum()
     assert share > 1.2 * inside.float().mean()
     torch.testing.assert_close(rows["whole"]["purity"], share.expand(2))
-    pixels = glsim.pictures.eval_transform(preprocessing_of(model))(glsim.pictures.open_image(images[0].path))[None]
+    pixels = glsim.pictures.eval_transform(preprocessing_of(model))(open_image(images[0].path))[None]
     ((_, selection, _),) = selections_of(model, pixels, [None])[1]
     found = measure_scores(selection.scores, selection.grid, inside[None], counted[None])
     plain = measure_scores(selection.scores, selection.grid, inside[None], torch.ones_like(counted)[None])

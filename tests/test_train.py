@@ -230,8 +230,8 @@ def test_repeated_images_meet_in_their_step_each_time_augmented_anew():
 def test_a_cache_changes_nothing_and_reads_every_file_once(birds, tmp_path, monkeypatch, crop, workers):
     start = {"epochs": 2, "crop": crop, "workers": workers}
     train.run(settings(birds, tmp_path / "a", **start), progress=False)
-    reads, plain = [], batches_module.open_image
-    monkeypatch.setattr(batches_module, "open_image", lambda path: reads.append(path) or plain(path))
+    reads, plain = [], batches_module.read_image
+    monkeypatch.setattr(batches_module, "read_image", lambda path, use: reads.append(path) or plain(path, use))
     train.run(settings(birds, tmp_path / "b", cache="ram", **start), progress=False)
     a, b = (load_file(tmp_path / n / "model.safetensors") for n in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a)
