@@ -127,12 +127,9 @@ def _read(path: Path) -> Any:
 
 def _is_weight(value: Any) -> bool:
     """Whether it is a tensor of which every number is stored: not one repeated to any size, nor sparse."""
-    dense = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
-    return (
-        dense
-        and not (value.is_quantized or value.is_complex())
-        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
-    )
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized or value.is_complex():
+        return False
+    return value.device.type == "cpu" and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def _read_glsim(path: Path, published: dict[str, Tensor], args: dict[str, Any], overrides: dict[str, Any]) -> tuple:
