@@ -210,7 +210,7 @@ FAULTS = (
         "checkpoint.py",
         "                final.rename(old)\n",
         "                shutil.rmtree(final)\n",
-        "train -k 'rename or crash'",
+        "train -k 'rename or crash or every_moment'",
     ),
     Fault(
         "exception swallowed",

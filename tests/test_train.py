@@ -573,6 +573,25 @@ def test_a_crash_between_the_two_renames_loses_nothing(birds, tmp_path):
     assert result["epoch"] == 2
 
 
+def test_at_every_moment_a_whole_checkpoint_exists(birds, tmp_path, monkeypatch):
+    """From the first one on, after whatever is renamed or removed."""
+    out, whole = tmp_path / "r", []
+
+    def looking(function):
+        def then_look(*given, **named):
+            result = function(*given, **named)
+            whole.append(any((out / name / "state.json").exists() for name in ("checkpoint", "checkpoint.old")))
+            return result
+
+        return then_look
+
+    monkeypatch.setattr(Path, "rename", looking(Path.rename))
+    monkeypatch.setattr(shutil, "rmtree", looking(shutil.rmtree))
+    train.run(settings(birds, out, epochs=2), progress=False)
+    first = whole.index(True)
+    assert all(whole[first:]) and len(whole) >= first + 4  # the second one comes by two renames
+
+
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(birds, tmp_path, monkeypatch):
     out, plain, synced = tmp_path / "r", os.fsync, set()
 
