@@ -486,7 +486,7 @@ def say(status: int, error: str, headers: Mapping[str, str] | None = None) -> Js
     return Json({"error": printable(shorten(error))}, status, headers)
 
 
-def quoted(text: str) -> str:
+def quoted(text: object) -> str:
     """What a client sent, in a sentence to it whose end it is to see."""
     return repr(shorten(text, 100))
 
