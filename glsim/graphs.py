@@ -103,7 +103,7 @@ def check_graphs(sessions: list[Any], config: dict[str, Any], path: Path) -> Non
         asked, told = ({value.name for value in values} for values in (session.get_inputs(), session.get_outputs()))
         if not asked <= known or not told <= {LOGITS, BOXES, GIVEN, UNSURE} or LOGITS not in told:
             raise DataError(
-                f"{path} was not exported by glsim: a graph asks for {_names(asked)}, and its outputs are {_names(told)}"
+                f"{path} was not exported by glsim: its inputs are {_names(asked)}, its outputs are {_names(told)}"
             )
         known |= told
     check_config(config, path)

@@ -84,7 +84,8 @@ def _check_kind(name: str, value: Any, default: Any) -> None:
     kinds = {int: (int, "a whole number"), float: (int | float, "a number"), str: (str, "a name")}
     if default is not None:
         kind, words = kinds[type(default)]
-        if not isinstance(value, kind) or isinstance(value, bool) or (kind is not str and not abs(value) < math.inf):
+        finite = not isinstance(value, int | float) or abs(value) < math.inf
+        if not isinstance(value, kind) or isinstance(value, bool) or not finite:
             raise ConfigError(f"{name}={value!r}: {words} is needed")
 
 
