@@ -96,7 +96,7 @@ def risk_coverage(confidences: Tensor, right: Tensor) -> RiskCoverage:
 
 
 def largest_rate(wrong: int, count: int) -> float:
-    """The error rate that `wrong` of `count` answers leave possible: the end of Wilson's interval, 95 % one-sided.
+    """The error rate that `wrong` of `count` answers leave possible: upper end of Wilson's interval, 95 %, one-sided.
 
     1 without answers. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22, 1927.
     """

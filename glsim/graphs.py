@@ -102,8 +102,9 @@ def check_graphs(sessions: list[Any], config: dict[str, Any], path: Path) -> Non
     for session in sessions:
         asked, told = ({value.name for value in values} for values in (session.get_inputs(), session.get_outputs()))
         if not asked <= known or not told <= {LOGITS, BOXES, GIVEN, UNSURE} or LOGITS not in told:
-            what = f"a graph asks for {_names(asked)}, and its outputs are {_names(told)}"
-            raise DataError(f"{path} was not exported by glsim: {what}")
+            raise DataError(
+                f"{path} was not exported by glsim: its inputs are {_names(asked)}, its outputs are {_names(told)}"
+            )
         known |= told
     check_config(config, path)
     height, width = config["image_size"]

@@ -155,9 +155,11 @@ def read_index(folder: str | Path) -> Index:
     if table["format"] > FORMAT:
         raise DataError(f"{folder} has format {table['format']}, this glsim reads up to {FORMAT}; upgrade glsim")
     name, classes, images = table["vectors"], table["classes"], table["images"]
-    if len({path for path, _ in images}) < len(images) or max(label for _, label in images) >= len(classes):
+    paths, labels = ({image[i] for image in images} for i in (0, 1))
+    if len(paths) < len(images) or max(labels) >= len(classes):
         raise DataError(
-            f"{folder / TABLE} is damaged: an image is there twice, or of none of its {len(classes)} classes"
+            f"{folder / TABLE} is damaged: {len(images)} images of {len(paths)} paths, {len(classes)} classes, the "
+            f"last of an image {max(labels)}"
         )
     if Path(name).name != name:
         raise DataError(f"{folder / TABLE} was refused: its vectors lie outside, in {name!r}")
@@ -292,8 +294,10 @@ def open_index(
     if source is None and not beside.exists():  # what a file names is not fetched unless somebody asks for it
         if ":" in index.source:
             told = printable(shorten(index.source, 200))
-            advice = f"nothing is fetched because a file says so; ask for it yourself with --source {told}"
-            raise DataError(f"{folder}: its model is {told}, and {advice}")
+            raise DataError(
+                f"{folder}: its model is {told}, and nothing is fetched because a file says so; ask for it with "
+                f"--source {told}"
+            )
         raise DataError(f"{folder}: its model is no longer at {printable(beside)}; say where it is with --source")
     model = load(source if source is not None else beside)
     if digest(model.state_dict()) != index.weights:

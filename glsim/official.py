@@ -82,7 +82,7 @@ def convert_official(path: str | Path, method: str = "glsim", **overrides: Any) 
         check_config(model.config, path)
     except TooLarge as error:
         raise DataError(
-            f"{path} was refused: its keys and arguments name a model far larger than its weights"
+            f"{path} was refused: its keys and arguments name a far larger model than its weights"
         ) from error
     except GlsimError:
         raise
@@ -111,9 +111,7 @@ def _read(path: Path) -> Any:
             if zipfile.is_zipfile(file):  # torch stores tensors as they are: what is compressed may become gigabytes
                 with zipfile.ZipFile(file) as archive:
                     if sum(entry.file_size for entry in archive.infolist()) > os.fstat(file.fileno()).st_size:
-                        raise DataError(
-                            f"{path} was refused: its tensors are larger than the file; torch.save it again"
-                        )
+                        raise DataError(f"{path} was refused: it is smaller than its tensors; torch.save it again")
             file.seek(0)
             with torch.serialization.safe_globals([argparse.Namespace]):
                 return torch.load(file, map_location="cpu", weights_only=True)

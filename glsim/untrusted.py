@@ -23,6 +23,7 @@ FORMAT = 2  # raised when config.json or the weight names change; `load` keeps r
 MODEL_KEYS = ("method", "backbone", "num_classes", "image_size", "backbone_args", "options")
 LARGEST_SIDE = 4096  # pixels of an image that a bundle may ask for
 LARGEST_ARGUMENT = 65536  # a whole number in the arguments of a model; timm lists the layers before it makes the first
+LARGEST_CROP = 4  # sides of a crop, in sides of the image
 LONGEST = 4096  # characters of a name, entries of an argument
 HOTTEST = 1e6  # a temperature, and one over it the coldest: the softmax stays finite
 
@@ -86,7 +87,7 @@ def _is_argument(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return len(value) <= LONGEST and all(map(_is_argument, value))
     if type(value) is int:
-        return abs(value) <= LARGEST_ARGUMENT
+        return 0 <= value <= LARGEST_ARGUMENT
     return (
         value is None
         or isinstance(value, bool)
@@ -100,7 +101,7 @@ SIZE = listed(whole(1, LARGEST_SIDE), 2)
 LABELS = Kind("a list of names, each of them once", _are_labels)
 COUNT, SHARE = whole(0), number(0, 1)
 ARGUMENTS = Kind(
-    f"an object of plain values, whole numbers up to {LARGEST_ARGUMENT}",
+    f"an object of plain values, whole numbers from 0 to {LARGEST_ARGUMENT}",
     lambda v: isinstance(v, dict) and _is_argument(v),
 )
 
@@ -175,6 +176,10 @@ def check_config(config: Any, path: Path) -> dict[str, Any]:
         )
     if not SIZE.holds(p.resize):
         raise DataError(f"{path} was refused: images of {p.resize} pixels; up to {LARGEST_SIDE} a side are read")
+    crop = config["options"].get("crop_size")
+    sides = crop if isinstance(crop, list | tuple) else [crop]
+    if any(type(side) is int and side > LARGEST_CROP * max(p.image_size) for side in sides):
+        raise DataError(f"{path} was refused: crops of {shorten(crop, 80)} pixels for images of {list(p.image_size)}")
     return config
 
 

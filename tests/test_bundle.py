@@ -6,20 +6,35 @@ import subprocess
 import sys
 import time
 import zipfile
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 import torch
 from conftest import ROOT, SHARED, SMALL, assert_same_weights, needs, small_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import glsim
 from glsim import ConfigError, DataError, GlsimError
-from glsim.bundle import init_from
+from glsim.bundle import (
+    amend,
+    digest,
+    init_from,
+    labels_of,
+    preprocessing_of,
+    read_config,
+    temperature_of,
+    threshold_of,
+)
 from glsim.config import Convert
 from glsim.convert import run as convert
+from glsim.official import convert_official
+from glsim.transforms import Preprocessing
+from glsim.untrusted import MODEL_KEYS
 
 
 @pytest.fixture
@@ -240,6 +255,7 @@ def test_archives_are_not_opened(bundle, tmp_path):
 
 
 HUGE = 10**9
+ONE = torch.zeros(1)
 
 
 @pytest.mark.parametrize(
@@ -287,27 +303,241 @@ HUGE = 10**9
         {"preprocessing": {"image_size": [64, 64], "resize_ratio": float("nan"), "mean": [0.5] * 3, "std": [0.5] * 3}},
         {"preprocessing": {"image_size": [64, 64], "resize_ratio": 1.0, "mean": [0.5] * 3, "std": [0, 0, 0]}},
         {"preprocessing": {"image_size": [64, 64], "resize_ratio": 1.0, "mean": [0.5], "std": [0.5]}},
+        {"preprocessing": {"image_size": [64, 64], "resize_ratio": 1.0, "mean": [0.5] * 3, "std": [1e-320] * 3}},
+        {"preprocessing": {"image_size": [48, 64], "resize_ratio": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}},
+        {"preprocessing": {"image_size": [4096] * 2, "resize_ratio": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}},
+        {"backbone_args": {"depth": 65000, "embed_dim": 2, "num_heads": 1}},
+        {"backbone_args": {"patch_size": 1}, "image_size": [4096, 4096], "preprocessing": {"image_size": [4096, 4096]}},
+        {
+            "backbone": "beit_base_patch16_224",
+            "image_size": [2048, 2048],
+            "preprocessing": {"image_size": [2048, 2048]},
+        },
+        {"backbone": "resnet18", "image_size": [4096, 4096], "preprocessing": {"image_size": [4096, 4096]}},
+        {"backbone_args": {"num_heads": -1}},
+        {"backbone_args": {"proj_drop_rate": 5.0}},
+        {"backbone_args": {"x" * 5000: 1}},
+        {"backbone_args": {f"x{i}": 1 for i in range(5000)}},
+        {"options": {"dropout": 5.0}},
+        {"options": {"crop_size": 4096}},
+        {"label_names": list("aabcd")},
+        {"label_names": ["a", "b", "c", "d", " "]},
+        {"label_names": [str(i) for i in range(100_000)]},
     ],
-    ids=str,
+    ids=lambda change: str(change)[:80],
 )
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_a_config_that_names_nonsense_is_refused_at_once(bundle, change):
     """Whatever it asks for: one of our errors, quickly, and no memory used for what does not fit the weights."""
     config = json.loads((bundle / "config.json").read_text())
     for key, value in change.items():
-        config[key] = config[key] | value if key in ("backbone_args", "options") else value
+        partly = (
+            key in ("backbone_args", "options") or list(value) == ["image_size"] if isinstance(value, dict) else False
+        )
+        config[key] = config[key] | value if partly else value
     (bundle / "config.json").write_text(json.dumps(config))
     start, before = time.perf_counter(), psutil.Process().memory_info().rss
     with pytest.raises(GlsimError) as error:
         glsim.load(bundle)
-    assert str(error.value)
+    assert 0 < len(str(error.value)) < 2000
     assert time.perf_counter() - start < 20 and psutil.Process().memory_info().rss - before < 500 * 2**20
 
 
-def test_a_config_nested_too_deep_is_refused(bundle):
-    (bundle / "config.json").write_text("[" * 100_000)
-    with pytest.raises(DataError, match=r"config.json is damaged or cannot be read"):
+def test_a_config_nested_too_deep_or_without_numbers_is_refused(bundle):
+    config = json.loads((bundle / "config.json").read_text())
+    deep = '{"a":' * 970 + "1" + "}" * 970
+    wrong = [json.dumps(config | {"note": 0}).replace('"note": 0', f'"note": {v}') for v in ("NaN", "1e999", deep)]
+    for text in ("[" * 100_000, "[]", "null", *wrong):
+        (bundle / "config.json").write_text(text)
+        with pytest.raises(DataError, match=r"config.json is damaged or cannot be read"):
+            glsim.load(bundle)
+
+
+ODD = (None, True, 0, -1, 0.5, 1e30, 10**30, "", "x", "a\n# b", "\udcff", [], {}, [1], {"a": 1}, [[0.1] * 9000])
+
+
+def places(value, way=()):
+    """The way to every value inside of one from JSON."""
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield (*way, key)
+        yield from places(value[key], (*way, key))
+
+
+def changed(value, way, odd):
+    value = inside = json.loads(json.dumps(value))
+    for key in way[:-1]:
+        inside = inside[key]
+    inside[way[-1]] = odd
+    return value
+
+
+@pytest.fixture(scope="module")
+def told_all(tmp_path_factory):
+    """A bundle of few numbers in whose config is every key that anything reads."""
+    args = {"depth": 1, "embed_dim": 8, "num_heads": 1, "patch_size": 8}
+    model = glsim.create_model("glsim", "vit_tiny_patch16_224", 3, 32, backbone_args=args, top_o=3, early_loss=0.5)
+    about = {
+        "data": {
+            "source": "birds",
+            "counts": {"train": 4},
+            "split_hash": "0" * 64,
+            "split_seed": 0,
+            "test_fraction": 0.2,
+            "val_fraction": 0.0,
+        },
+        "training": {"start": "nothing", "epochs": 1, "optimizer": "sgd", "lr": 0.1, "batch_size": 4, "seed": 0},
+        "calibration": {
+            "temperature": 1.5,
+            "threshold": 0.5,
+            "max_error": 5.0,
+            "count": 4,
+            "data": "birds",
+            "coverage": 0.5,
+            "answered": 2,
+            "answered_correct": 1,
+        },
+    }
+    measured = {"top1": 0.5, "correct": 2, "count": 4, "top5": 1.0, "per_class_mean": 0.5}
+    return glsim.save(
+        model, tmp_path_factory.mktemp("told") / "bundle", list("abc"), metrics={"test": measured}, **about
+    )
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: ascii(odd)[:12])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_whatever_stands_in_a_config_is_used_or_refused(told_all, tmp_path, odd):
+    """Each value in turn is replaced; then all that reads a config: the model and an answer, the card, thresholds."""
+    folder, image = shutil.copytree(told_all, tmp_path / "b"), Image.new("RGB", (40, 30))
+    good, start = json.loads((folder / "config.json").read_text()), time.perf_counter()
+    kept = 0
+    for way in places(good):
+        (folder / "config.json").write_text(json.dumps(changed(good, way, odd)))
+        try:
+            config = read_config(folder)
+            amend(folder, {}, calibration=config.get("calibration", {}) | {"count": 7})
+            assert "\n# b" not in (folder / "README.md").read_text().partition("\n---\n")[2]
+            read = SimpleNamespace(config=config)
+            assert temperature_of(read) > 0 and len(labels_of(read)) == 3 and preprocessing_of(read)
+            kept += 1
+            threshold_of(read)
+            if way[0] in (*MODEL_KEYS, "preprocessing"):
+                glsim.Predictor(folder)([image])
+        except GlsimError as error:
+            assert 0 < len(str(error)) < 2000
+    assert kept and time.perf_counter() - start < 60
+    (folder / "config.json").write_text(json.dumps(good))
+    measured = json.loads((folder / "metrics.json").read_text())
+    for way in places(measured):
+        (folder / "metrics.json").write_text(json.dumps(changed(measured, way, odd)))
+        try:
+            amend(folder, {})
+        except DataError as error:
+            assert "metrics.json is damaged" in str(error)
+    assert glsim.load(folder)
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"data": {"counts": 1}},
+        {"training": {"epochs": "1"}},
+        {"licence": {"model": 5}},
+        {"labels": list("aabcd")},
+        {"preprocessing": Preprocessing((48, 64), 1.34, (0.5,) * 3, (0.5,) * 3)},
+    ],
+    ids=str,
+)
+def test_what_could_not_be_loaded_is_not_saved(about, tmp_path):
+    with pytest.raises(ConfigError, match="this would be a bundle that cannot be loaded: .*config.json is damaged"):
+        glsim.save(small_model(), tmp_path / "b", **about)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_no_numbers_are_refused(bundle, value):
+    weights = load_file(bundle / "model.safetensors")
+    weights["backbone.net.norm.weight"][3] = value
+    hashed = {"sha256": digest(weights)}
+    save_file(weights, bundle / "model.safetensors", metadata=hashed)
+    with pytest.raises(DataError, match=r"model.safetensors was refused: not every number is finite in backbone.net.n"):
         glsim.load(bundle)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "metrics.json", "README.md"])
+def test_only_regular_files_of_a_bundle_are_opened(bundle, name):
+    (bundle / name).unlink()
+    os.mkfifo(bundle / name)
+    with pytest.raises(DataError, match=f"{name} is no file"):
+        glsim.load(bundle)
+    (bundle / name).unlink()
+    (bundle / name).mkdir()
+    with pytest.raises(DataError, match=f"{name} is no file"):
+        glsim.load(bundle)
+
+
+def test_thousands_of_names_are_counted_instead(bundle):
+    weights = load_file(bundle / "model.safetensors")
+    save_file(weights | {f"more.{i}": torch.zeros(1) for i in range(2000)}, bundle / "model.safetensors")
+    with pytest.raises(DataError, match=r"not part of the model: more.0, .* and 1,995 more$") as error:
+        glsim.load(bundle)
+    assert len(str(error.value)) < 500
+
+
+def official(path, change=lambda weights, arguments: None):
+    """The authors' GLSim file with something changed."""
+    with torch.serialization.safe_globals([Namespace]):
+        file = torch.load(SHARED / "golden" / "glsim_cos.pth", weights_only=True)
+    change(file["model"], vars(file["config"]))
+    torch.save(file, path)
+    return path
+
+
+@needs(SHARED / "golden")
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w, a: w.update({f"model.encoder.blocks.{i}.x": ONE for i in range(500)}), "a far larger model"),
+        (lambda w, a: w.update({f"model.aggregator.blocks.{i}.x": ONE for i in range(5000)}), "a far larger model"),
+        (lambda w, a: a.update(image_size=8192), "a far larger model"),
+        (lambda w, a: a.update(test_resize_size=10**9), "images of .* pixels; up to 4096"),
+        (lambda w, a: a.update(test_resize_size=float("nan")), "resize_ratio=nan"),
+        (lambda w, a: a.update(num_attention_heads=0), "no model can be built"),
+        (lambda w, a: w.update({"model.patch_embedding.weight": ONE}), "no model can be built"),
+        (lambda w, a: w.update({"model.head.weight": ONE.expand(10**9, 16)}), "no weights under model.head.weight"),
+        (lambda w, a: w.update({"model.head.weight": 5, 7: ONE}), "no weights under model.head.weight, 7"),
+        (lambda w, a: w["model.head.weight"].fill_(float("nan")), "not every number is finite in head.weight"),
+        (lambda w, a: [w.pop(k) for k in list(w) if ".proj" in k], r"missing: .* and \d+ more"),
+    ],
+)
+def test_a_checkpoint_that_asks_for_more_than_it_holds_is_refused(tmp_path, change, said):
+    file, start, before = official(tmp_path / "x.pth", change), time.perf_counter(), psutil.Process().memory_info().rss
+    with pytest.raises(DataError, match=rf"x.pth .*{said}") as error:
+        glsim.load(file)
+    assert len(str(error.value)) < 1000
+    assert time.perf_counter() - start < 20 and psutil.Process().memory_info().rss - before < 500 * 2**20
+
+
+@pytest.mark.timeout(60)
+def test_a_compressed_checkpoint_and_one_that_is_no_file_are_refused(tmp_path):
+    torch.save({"model": {"a": torch.zeros(1_000_000)}}, tmp_path / "whole.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "whole.pth") as whole,
+        zipfile.ZipFile(tmp_path / "small.pth", "w", zipfile.ZIP_DEFLATED) as small,
+    ):
+        for name in whole.namelist():
+            small.writestr(name, whole.read(name))
+    with pytest.raises(DataError, match="small.pth was refused: it is smaller than its tensors"):
+        glsim.load(tmp_path / "small.pth")
+    for name in ("fifo.pth", "fifo.onnx", "fifo.npz"):
+        os.mkfifo(tmp_path / name)
+    for name in ("fifo.pth", "fifo.onnx"):
+        with pytest.raises(DataError, match=f"{name} is no bundle folder"):
+            glsim.load(tmp_path / name)
+    with pytest.raises(DataError, match=r"fifo.pth cannot be read: .*not a regular file"):
+        convert_official(tmp_path / "fifo.pth")
+    with pytest.raises(DataError, match=r"fifo.npz cannot be read: .*not a regular file"):
+        init_from(small_model("plain"), tmp_path / "fifo.npz")
 
 
 class Evil:

@@ -203,7 +203,7 @@ def test_the_temperature_is_the_one_the_labels_were_drawn_with():
     logits = 2 * torch.randn(20000, 5, generator=generator)
     labels = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
     for scale in (0.25, 1.0, 3.0):
-        assert calibrate.fit_temperature(logits * scale, labels) == pytest.approx(scale, rel=0.05)
+        assert calibrate.fit_temperature(logits * scale, labels).value == pytest.approx(scale, rel=0.05)
 
 
 def test_calibration_error_by_hand():

@@ -84,8 +84,8 @@ def _check_kind(name: str, value: Any, default: Any) -> None:
     kinds = {int: (int, "a whole number"), float: (int | float, "a number"), str: (str, "a name")}
     if default is not None:
         kind, words = kinds[type(default)]
-        endless = isinstance(value, int | float) and not abs(value) < math.inf
-        if not isinstance(value, kind) or isinstance(value, bool) or endless:
+        finite = not isinstance(value, int | float) or abs(value) < math.inf
+        if not isinstance(value, kind) or isinstance(value, bool) or not finite:
             raise ConfigError(f"{name}={value!r}: {words} is needed")
 
 
