@@ -257,7 +257,7 @@ def test_no_loss_allowed_and_a_model_that_never_stops_early(early, run_folder, b
     assert "margin" not in found and glsim.load(usual).config["calibration"]["temperature"] == found["temperature"]
     with pytest.raises(ConfigError, match=r"max_loss=1.0: .*usual spares no second pass; train with --options.early_l"):
         calibrate.run(Calibrate(source=str(usual), data=str(birds), split="test", max_loss=1.0), False)
-    with pytest.raises(DataError, match=r"no split 'val'.*train with --val-fraction 0.1 to hold some images out"):
+    with pytest.raises(DataError, match=r"no split 'val'.*training with --val-fraction 0.2 holds some out"):
         calibrate.run(Calibrate(source=str(usual), data=str(birds), workers=0), False)
     with pytest.raises(ConfigError, match="writes into the bundle"):
         calibrate.run(Calibrate(source="hf-hub:me/model", data=str(birds)), False)

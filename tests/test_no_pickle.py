@@ -17,6 +17,7 @@ from conftest import ROOT, TINY
 
 from glsim import bulk, cli
 from glsim.checkpoint import AVERAGED, CONTENTS, MODEL, OPTIMIZER, STATE
+from glsim.files import MARKER
 
 BUNDLE = ("model.safetensors", "config.json", "metrics.json", "README.md")
 RUN = ("train.yaml", "run.json", "log.jsonl", "predictions_test.csv", "bad_images.txt", "curve.png")
@@ -127,9 +128,9 @@ def test_a_pickle_of_these_tests_does_act(tmp_path):
 def test_these_are_all_the_files_there_are(ask):
     """A file that is new has to be planted too."""
     run = ask.paper / "seed_1"
-    assert {p.name for p in run.iterdir()} == {*BUNDLE, *RUN, "checkpoint"}
+    assert {p.name for p in run.iterdir()} == {*BUNDLE, *RUN, "checkpoint", MARKER}
     assert {p.name for p in (run / "checkpoint").iterdir()} == set(CHECKPOINT)
-    assert {p.name for p in ask.paper.iterdir()} - {"index"} == {"reproduce.json", "seed_1"}
+    assert {p.name for p in ask.paper.iterdir()} - {"index"} == {"reproduce.json", "seed_1", MARKER}
 
 
 @pytest.mark.parametrize("kind", ["pickle", "torch"])
