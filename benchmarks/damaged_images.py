@@ -11,6 +11,7 @@ among good images in class folders. A tiny model is trained on the good ones; th
 and once on all. Memory is that of the process and all its children, read twenty times a second. One more process reads
 the files one by one and tells the slowest. The exit code is 4 where a verb ended with another code than it should, with
 a traceback, after more than LIMIT seconds a file, or with more than 1 GB beyond its run on the good images.
+Times are those of the clock: run it where nothing else runs.
 """
 
 from __future__ import annotations
