@@ -118,8 +118,8 @@ def ask(model: Model, loader: Any, progress: bool = False) -> Answers:
         else:
             rows.append((labels, model(images).logits.float().cpu()))
     said = Answers(*(torch.cat(column) for column in zip(*rows, strict=True)))
-    wrong = sum(int((~are_answers(logits)).sum()) for logits in said[1:] if logits is not None)
-    if wrong:
+    real = are_answers(said.logits) if said.first is None else are_answers(said.logits) & are_answers(said.first)
+    if wrong := int((~real).sum()):
         raise DataError(f"{wrong} of {len(said.labels)} images: {NO_ANSWER}")
     return said
 

@@ -168,7 +168,7 @@ def _session(path: Path) -> Any:
     except ImportError as error:
         raise ConfigError(f"{path} needs ONNX Runtime ({error}): pip install 'glsim[export]'") from error
     options = runtime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3  # errors only
+    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4  # errors are raised
     try:
         open_regular(path).close()  # ONNX Runtime would wait for a FIFO
         return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -500,7 +500,7 @@ def official(path, change=lambda weights, arguments: None):
         (lambda w, a: w.update({f"model.encoder.blocks.{i}.x": ONE for i in range(500)}), "a far larger model"),
         (lambda w, a: w.update({f"model.aggregator.blocks.{i}.x": ONE for i in range(5000)}), "a far larger model"),
         (lambda w, a: a.update(image_size=8192), "a far larger model"),
-        (lambda w, a: a.update(test_resize_size=10**9), "images of .* pixels; up to 4096"),
+        (lambda w, a: a.update(test_resize_size=10**9), "resize_ratio=15625000"),
         (lambda w, a: a.update(test_resize_size=float("nan")), "resize_ratio=nan"),
         (lambda w, a: a.update(num_attention_heads=0), "no model can be built"),
         (lambda w, a: w.update({"model.patch_embedding.weight": ONE}), "no model can be built"),

@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import glsim
 from glsim import ConfigError, DataError, calibrate, cli, evaluate, train
 from glsim.bundle import amend, read_config
-from glsim.confidence import calibration_error, graded
+from glsim.confidence import calibration_error, graded, largest_rate
 from glsim.config import Calibrate, Eval, Predict, Train
 from glsim.heads import lead
 from glsim.images import BadImage
@@ -206,6 +206,70 @@ def test_the_temperature_is_the_one_the_labels_were_drawn_with():
         assert calibrate.fit_temperature(logits * scale, labels).value == pytest.approx(scale, rel=0.05)
 
 
+def spread(right, wrong, gap=0.5, seed=0):
+    """Logits of so many right answers, sure ones and others, and of wrong ones that the label misses by `gap`."""
+    logits = torch.randn(right + wrong, 5, generator=torch.Generator().manual_seed(seed))
+    labels = torch.arange(right + wrong) % 5
+    rows = torch.arange(right + wrong)
+    logits[rows, labels] = logits.max(dim=1).values + torch.linspace(0.05, 6, right + wrong)
+    logits[rows[right:], (labels[right:] + 1) % 5] = logits[rows[right:], labels[right:]] + gap
+    assert calibrate.count_right(logits, labels) == right
+    return logits, labels
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "why"),
+    [
+        (torch.tensor([[3.0, 1.0]]), [0], "all 1 images are answered right"),
+        (*spread(100, 0), "all 100 images are answered right"),
+        (torch.tensor([[1.0, 1.0], [2.0, 0.0]]), [0, 0], "all 2 images are answered right"),  # a tie is no mistake
+        (torch.zeros(4, 3), [0, 1, 2, 0], "all 4 images are answered right"),
+        (torch.tensor([[3.0, 1.0]]), [1], "labels of 1 images have no more than the mean logit"),
+        (torch.tensor([[0.0, 2.0, 1.0]] * 9), [0] * 9, "labels of 9 images have no more than the mean logit"),
+        (torch.tensor([[3.0, 2.0, 0.0]]), [1], "1 images are too few"),
+        (torch.tensor([[5.0, 0.0]] * 3 + [[0.0, 1e-6]]), [0] * 4, "4 images are too few"),
+        (1e-6 * spread(90, 10)[0], spread(90, 10)[1], "the best one for 100 images is not in 0.0067 to 148"),
+        (1e6 * spread(90, 10)[0], spread(90, 10)[1], "the best one for 100 images is not in 0.0067 to 148"),
+    ],
+)
+def test_where_images_cannot_tell_a_temperature_it_stays_1(logits, labels, why):
+    found = calibrate.fit_temperature(logits, torch.as_tensor(labels))
+    assert found.value == 1.0 and found.interval is None and why in found.why_not
+
+
+@pytest.mark.parametrize("gap", [1e-6, 0.5, 3.0])
+def test_one_mistake_among_many_is_no_reason_to_be_sure(gap):
+    """Next to where the likelihood has no maximum: the temperature is the naive search's, and not extreme."""
+    logits, labels = spread(99, 1, gap)
+    found = calibrate.fit_temperature(logits, labels)
+    tried = torch.logspace(-2, 2, 2001).tolist()
+    naive = min(tried, key=lambda t: float(torch.nn.functional.cross_entropy(logits.double() / t, labels)))
+    assert found.why_not is None and found.value == pytest.approx(naive, rel=0.01)
+    assert 0.1 < found.interval[0] < found.value < found.interval[1] < 4 * found.interval[0]
+    scaled = calibrate.fit_temperature(7 * logits, labels)
+    assert scaled.value == pytest.approx(7 * found.value, rel=1e-4)
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(1)
+    held = 0
+    for _ in range(200):
+        logits = 2 * torch.randn(80, 5, generator=generator)
+        labels = torch.multinomial((logits / 1.5).softmax(1), 1, generator=generator)[:, 0]
+        low, high = calibrate.fit_temperature(logits, labels).interval
+        held += low < 1.5 < high
+    assert 180 <= held <= 199
+
+
+@pytest.mark.parametrize(("wrong", "count", "most"), [(0, 1, 0.7301), (0, 59, 0.0438), (5, 100, 0.0988), (3, 3, 1.0)])
+def test_the_error_that_so_many_answers_leave_possible(wrong, count, most):
+    """Wilson's upper end solves (p - k/n) = z sqrt(p (1 - p) / n)."""
+    found = largest_rate(wrong, count)
+    assert found == pytest.approx(most, abs=1e-4)
+    assert found - wrong / count == pytest.approx(1.6449 * (found * (1 - found) / count) ** 0.5, abs=1e-9)
+    assert largest_rate(0, 0) == 1.0
+
+
 def test_calibration_error_by_hand():
     """Two bins: 3 images of confidence 0.9, two right; 1 of confidence 0.6, wrong."""
     p = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.1, 0.9], [0.4, 0.6]])
@@ -257,10 +321,36 @@ def test_no_loss_allowed_and_a_model_that_never_stops_early(early, run_folder, b
     assert "margin" not in found and glsim.load(usual).config["calibration"]["temperature"] == found["temperature"]
     with pytest.raises(ConfigError, match=r"max_loss=1.0: .*usual spares no second pass; train with --options.early_l"):
         calibrate.run(Calibrate(source=str(usual), data=str(birds), split="test", max_loss=1.0), False)
+    config = json.loads((usual / "config.json").read_text())
+    assert config["calibration"]["temperature_kept"] == found["temperature_kept"]
     with pytest.raises(DataError, match=r"no split 'val'.*training with --val-fraction 0.2 holds some out"):
         calibrate.run(Calibrate(source=str(usual), data=str(birds), workers=0), False)
     with pytest.raises(ConfigError, match="writes into the bundle"):
         calibrate.run(Calibrate(source="hf-hub:me/model", data=str(birds)), False)
+
+
+def test_all_right_keeps_1_and_says_on_what_a_threshold_rests(run_folder, birds, tmp_path, capsys, monkeypatch):
+    """The sure run: each logit of a label is the largest, so that any confidence could be made of it."""
+    usual = shutil.copytree(run_folder, tmp_path / "usual")
+    right = torch.nn.functional.one_hot(torch.arange(9) % 3).float()
+    monkeypatch.setattr(calibrate, "ask", lambda *_: calibrate.Answers(torch.arange(9) % 3, right))
+    words = ["calibrate", str(usual), "--data", str(birds), "--split", "test", "--max-error", "5", "--workers", "0"]
+    assert cli.main(words) == 0
+    printed, card = capsys.readouterr().out, (usual / "README.md").read_text()
+    assert "9 images of test: temperature 1.000, kept at 1: all 9 images are answered right, and" in printed
+    assert "that rests on 9 images: up to 23.1% of such answers may be wrong (95 %)" in printed
+    assert (
+        "Calibrated on 9 images of `birds`; `--reject` answers 100% of them, the confident ones (9 answers, 0" in card
+    )
+    found = read_config(usual)["calibration"]
+    assert found["temperature"] == 1.0 and found["error_at_most"] == pytest.approx(0.2312, abs=1e-4)
+
+
+def test_answers_that_are_no_numbers_calibrate_nothing(early):
+    model = glsim.load(early)
+    model.head.linear.bias.data[0] = torch.inf
+    with pytest.raises(DataError, match="4 of 4 images: the model's answer is no number"):
+        calibrate.ask(model, [(torch.zeros(4, 3, 64, 64), torch.zeros(4, dtype=torch.long))])
 
 
 @pytest.mark.parametrize("workers", [0, 2])

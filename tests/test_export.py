@@ -1,6 +1,7 @@
 """Exported graphs answer like the model they were made from; anything else that calls itself one is refused."""
 
 import json
+import os
 import shutil
 import sys
 
@@ -11,13 +12,17 @@ import pytest
 import torch
 from conftest import small_model
 from onnx import TensorProto, helper
+from PIL import Image
 from test_models import BACKBONES, MAPS, takes
 
 import glsim
 from glsim import ConfigError, DataError, GlsimError, benchmark, cli, export, graphs
-from glsim.config import Bench, Eval, Export
+from glsim.confidence import NO_ANSWER
+from glsim.config import Bench, Eval, Export, Predict
 from glsim.evaluate import run as evaluate
 from glsim.heads import lead
+from glsim.images import BadImage
+from glsim.predict import run as predict
 
 LABELS = list("abcde")
 CLASS_TOKEN, REGISTERS, NEITHER = (
@@ -348,3 +353,136 @@ def test_damage_and_strangers_are_refused(file, tmp_path):
         onnx.save(told, tmp_path / "x.onnx")
         with pytest.raises(DataError, match=message):
             glsim.load(tmp_path / "x.onnx")
+
+
+def graph_of(path, config, nodes, outputs, inputs=(("images", TensorProto.FLOAT, ["b", 3, 64, 64]),), **weights):
+    """A graph with that metadata; `inputs` and `outputs` are (name, type, shape)."""
+    values = [[helper.make_tensor_value_info(*value) for value in part] for part in (inputs, outputs)]
+    tensors = [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()]
+    graph = helper.make_graph(nodes, "g", *values, tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    helper.set_model_props(model, {key: json.dumps(value) for key, value in config.items()})
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def five_logits():
+    """Nodes that give five logits, the mean of the image times a weight, and their weights."""
+    return [
+        helper.make_node("ReduceMean", ["images", "axes"], ["mean"], keepdims=0),
+        helper.make_node("MatMul", ["mean", "w"], ["logits"]),
+    ], {"axes": np.array([2, 3]), "w": np.ones((3, 5), np.float32)}
+
+
+FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
+LOGITS = ("logits", FLOAT, ["b", 5])
+
+
+@pytest.fixture(scope="module")
+def metadata(file):
+    return {p.key: json.loads(p.value) for p in onnx.load(file).metadata_props}
+
+
+def test_a_graph_of_the_right_shapes_is_taken(metadata, tmp_path):
+    nodes, weights = five_logits()
+    graph = glsim.load(graph_of(tmp_path / "m.onnx", metadata, nodes, [LOGITS], **weights))
+    assert torch.equal(graph(torch.ones(3, 3, 64, 64)).logits, torch.full((3, 5), 3.0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_classes": 7, "label_names": list("abcdefg")}, r"logits is .* \(b, 5\); tensor\(float\) \(any, 7\)"),
+        ({"num_classes": 9, "label_names": None}, "does not fit its metadata: logits"),
+        ({"num_classes": 3, "label_names": list("abc")}, "does not fit its metadata: logits"),
+        ({"num_classes": 10**9, "label_names": None}, "does not fit its metadata: logits"),
+        ({"image_size": [96, 96]}, "preprocessing.image_size is"),
+        ({"num_classes": True}, "is damaged: num_classes=True"),
+        ({"calibration": {"temperature": float("nan")}}, "its metadata cannot be read: NaN is no JSON"),
+        ({"graphs": 5}, "is damaged: graphs=5"),
+        ({"graphs": ["a.onnx", "b.onnx"]}, "one graph may follow it"),
+        ({"graphs": ["m.onnx"]}, "one graph may follow it"),
+    ],
+)
+def test_metadata_that_does_not_fit_the_graph_is_refused(metadata, tmp_path, changes, said):
+    nodes, weights = five_logits()
+    path = graph_of(tmp_path / "m.onnx", metadata | changes, nodes, [LOGITS], **weights)
+    with pytest.raises(DataError, match=rf"m.onnx .*{said}"):
+        glsim.load(path)
+
+
+def test_shapes_and_types_that_no_export_has_are_refused(metadata, tmp_path):
+    nodes, weights = five_logits()
+    shape = helper.make_node("Shape", ["images"], ["boxes"])
+    flat = helper.make_node("ReduceSum", ["images"], ["logits"], keepdims=0)
+    cast = [*nodes[:1], helper.make_node("MatMul", ["mean", "w"], ["x"])]
+    cast.append(helper.make_node("Cast", ["x"], ["logits"], to=TensorProto.DOUBLE))
+    wrong = helper.make_node("Reshape", ["images", "to"], ["logits"])
+    lit = [helper.make_node("NonZero", ["images"], ["n"]), helper.make_node("Transpose", ["n"], ["boxes"])]
+    named = helper.make_node("Shape", ["images"], ["x"])
+    images = "images", FLOAT, ["b", 3, 64, 64]
+    for name, given, outputs, inputs, more, said in (
+        ("rank", [flat], [("logits", FLOAT, [])], [images], {}, r"logits is tensor\(float\) \(\)"),
+        ("dtype", cast, [("logits", TensorProto.DOUBLE, ["b", 5])], [images], weights, r"logits is tensor\(double\)"),
+        ("size", nodes, [LOGITS], [("images", FLOAT, ["b", 3, 32, 32])], weights, "images is .*32"),
+        ("batch", nodes, [("logits", FLOAT, [1, 5])], [("images", FLOAT, [1, 3, 64, 64])], weights, "any number of im"),
+        (
+            "boxes",
+            [*nodes, shape],
+            [LOGITS, ("boxes", INT64, [4])],
+            [images],
+            weights,
+            r"boxes is tensor\(int64\) \(4\)",
+        ),
+        ("more", [*nodes, named], [LOGITS, ("x", INT64, [4])], [images], weights, "its outputs are logits, x"),
+        ("lit", [*nodes, *lit], [LOGITS, ("boxes", INT64, ["n", 4])], [images], weights, r"for two images .*\(0, 4\)"),
+        ("inside", [wrong], [LOGITS], [images], {"to": np.array([-1, 5])}, "fails in ONNX Runtime"),
+    ):
+        path = graph_of(tmp_path / f"{name}.onnx", metadata, given, outputs, inputs, **more)
+        with pytest.raises(DataError, match=rf"{name}.onnx .*{said}"):
+            glsim.load(path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_graph_whose_weights_are_no_numbers_is_refused(metadata, tmp_path, value):
+    nodes, weights = five_logits()
+    weights["w"][0, 0] = value
+    with pytest.raises(DataError, match="logits of a blank image are no numbers"):
+        glsim.load(graph_of(tmp_path / "m.onnx", metadata, nodes, [LOGITS], **weights))
+
+
+def test_an_answer_that_is_no_number_is_an_error_of_its_image(metadata, tmp_path, birds):
+    """The logits of a bright image overflow, those of a dark one do not: in predict, and in eval."""
+    nodes, weights = five_logits()
+    nodes[1].input[0] = "large"
+    nodes.insert(1, helper.make_node("Exp", ["scaled"], ["large"]))
+    nodes.insert(1, helper.make_node("Mul", ["mean", "ten"], ["scaled"]))
+    plain = metadata | {"preprocessing": metadata["preprocessing"] | {"mean": [0.0] * 3, "std": [1.0] * 3}}
+    path = graph_of(tmp_path / "m.onnx", plain, nodes, [LOGITS], ten=np.float32(200), **weights)
+    images = [Image.new("RGB", (64, 64), colour) for colour in ("black", "white", (20, 20, 20))]
+    for i, image in enumerate(images):
+        image.save(tmp_path / f"{i}.png")
+    paths = [str(tmp_path / f"{i}.png") for i in range(3)]
+    said = list(glsim.Predictor(path).stream(paths))
+    assert [isinstance(answer, BadImage) for answer in said] == [False, True, False]
+    assert str(said[1]) == f"{paths[1]}: {NO_ANSWER}"
+    with pytest.raises(BadImage, match=r"1.png: the model's answer is no number"):
+        predict(Predict(source=str(path), images=paths, workers=0), progress=False)
+    result = predict(Predict(source=str(path), images=paths, workers=0, skip_bad=True), progress=False)
+    assert [a["path"] for a in result["predictions"]] == [paths[0], paths[2]] and len(result["skipped"]) == 1
+    json.dumps(result, allow_nan=False)
+    for split, names in (("train", "abcde"), ("test", "abcde")):
+        for i, name in enumerate(names):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            images[1 if split == "test" and i == 3 else 0].save(tmp_path / "data" / split / name / "x.png")
+    with pytest.raises(DataError, match=r"d/x.png: the model's answer is no number: .*; so for 1 of 5 images"):
+        evaluate(Eval(source=str(path), data=str(tmp_path / "data"), workers=0))
+
+
+@pytest.mark.timeout(60)
+def test_a_graph_that_is_no_file_is_refused(metadata, tmp_path):
+    nodes, weights = five_logits()
+    path = graph_of(tmp_path / "m.onnx", metadata | {"graphs": ["m.2.onnx"]}, nodes, [LOGITS], **weights)
+    os.mkfifo(tmp_path / "m.2.onnx")
+    with pytest.raises(DataError, match=r"m.2.onnx cannot be read: .*not a regular file"):
+        glsim.load(path)

@@ -1,4 +1,6 @@
+import hashlib
 import json
+import os
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +11,8 @@ from threading import Event
 
 import numpy as np
 import pytest
+import safetensors.numpy
+import safetensors.torch
 import torch
 from conftest import scene, small_model
 
@@ -146,6 +150,67 @@ def test_images_are_added_once_and_belong_to_one_class(tmp_path):
         start.add(["c", "b"], ["/n/1", "/n/1"], cloud(2))
 
 
+def stored(folder, data):
+    """An index of three images whose vectors file is `data`, with the right hash."""
+    make(cloud(3), [0, 1, 1], ["a", "b"]).save(folder)
+    name = f"vectors-{hashlib.sha256(data).hexdigest()}.safetensors"
+    (folder / name).write_bytes(data)
+    spoil(folder, vectors=name)
+    return folder
+
+
+NO_UNIT = [np.full((3, 8), v, np.float32) for v in (np.nan, np.inf, 1e30, 5.0)]
+
+
+@pytest.mark.parametrize(
+    ("vectors", "said"),
+    [
+        *((v, "was refused: not every vector has unit length") for v in NO_UNIT),
+        (cloud(3).astype(np.float64), r"is damaged: float64 \(3, 8\) for 3 images"),
+        (cloud(3).astype(np.float16), "is damaged: float16"),
+        (cloud(4), r"is damaged: float32 \(4, 8\) for 3 images"),
+        (cloud(3)[0], "is damaged: float32"),
+    ],
+)
+def test_vectors_of_another_kind_are_refused(tmp_path, vectors, said):
+    with pytest.raises(DataError, match=said):
+        read_index(stored(tmp_path, safetensors.numpy.save({"vectors": vectors})))
+
+
+def test_vectors_of_bfloat16_or_another_name_are_refused(tmp_path):
+    for data in (
+        safetensors.torch.save({"vectors": torch.zeros(3, 8, dtype=torch.bfloat16)}),
+        safetensors.numpy.save({"other": cloud(3)}),
+        b"no tensors",
+    ):
+        with pytest.raises(DataError, match=r"vectors-.* is damaged"):
+            read_index(stored(tmp_path, data))
+
+
+@pytest.mark.timeout(60)
+def test_only_regular_files_of_an_index_are_opened(tmp_path):
+    make(cloud(3), [0, 1, 1], ["a", "b"]).save(tmp_path)
+    for file in (next(tmp_path.glob("vectors-*")), tmp_path / "index.json"):
+        file.unlink()
+        os.mkfifo(file)
+        with pytest.raises(DataError, match=rf"{file.name} is damaged or .*not a regular file"):
+            read_index(tmp_path)
+
+
+def test_a_model_that_a_file_names_is_not_fetched(tmp_path, monkeypatch):
+    make(cloud(3), [0, 1, 1], ["a", "b"]).save(tmp_path)
+    asked = []
+    monkeypatch.setattr(index, "load", lambda source: asked.append(source) or small_model())
+    for source in ("hf-hub:owner/x", "local-dir:/x", "https://x/m.pth"):
+        spoil(tmp_path, source=source)
+        with pytest.raises(DataError, match=f"its model is {source}, and nothing is fetched .* --source {source}$"):
+            index.query(IndexQuery(index=str(tmp_path), images=["x.jpg"]), False)
+    assert not asked
+    with pytest.raises(ConfigError, match="was made with another model than hf-hub:owner/x"):
+        index.query(IndexQuery(index=str(tmp_path), images=["x.jpg"], source="hf-hub:owner/x"), False)
+    assert asked == ["hf-hub:owner/x"]
+
+
 def test_an_interrupted_change_leaves_the_older_state(tmp_path, monkeypatch):
     make(cloud(3), [0, 1, 1], ["a", "b"]).save(tmp_path)
     old = read_index(tmp_path)
@@ -216,6 +281,17 @@ def spoil(folder, **changes):
         ({"images": [["/x/0.jpg", 7]]}, "is damaged: 1 images of 1 paths, 2 classes, the last of an image 7"),
         ({"images": [["/x/0.jpg"]]}, "is damaged"),
         ({"images": [["a", 0], ["b", 1], ["c", -1]]}, "is damaged"),
+        ({"images": [["a", 0], ["a", 1], ["c", 1]]}, "3 images of 2 paths"),
+        ({"images": [["a", True], ["b", 1], ["c", 1]]}, "is damaged: images="),
+        ({"images": [["a", 10**30], ["b", 1], ["c", 1]]}, "is damaged"),
+        ({"images": [[5, 0], ["b", 1], ["c", 1]]}, "is damaged: images="),
+        ({"images": []}, "is damaged: images="),
+        ({"classes": ["a", "a"]}, "is damaged: classes="),
+        ({"classes": ["a", ""]}, "is damaged: classes="),
+        ({"classes": "ab"}, "is damaged: classes="),
+        ({"embedding": "other"}, "is damaged: embedding='other'"),
+        ({"format": True}, "is damaged: format=True"),
+        ({"source": 5}, "is damaged: source=5"),
         ({"vectors": "../outside.safetensors"}, "was refused: its vectors lie outside"),
         ({"vectors": "vectors-0.safetensors"}, "damaged or missing"),
     ],
@@ -281,6 +357,40 @@ def test_a_class_of_five_images_is_recognised_at_once(here):
         assert a["neighbours"][0]["label"] == "view" and "views/train/view" in a["neighbours"][0]["path"]
     again = index.add(IndexAdd(index=folder, images=[str(views / "train")], workers=0), progress=False)
     assert (again["added"], again["there_before"]) == (0, 5)  # by the names of their folders, which is the same class
+
+
+def test_vectors_of_another_width_are_refused(here, birds):
+    folder, image = here / "run" / "index", str(next((birds / "test").rglob("*.jpg")))
+    before = read_index(folder)
+    wide = replace(before, vectors=cloud(len(before.labels), before.vectors.shape[1] + 1))
+    wide.save(folder)
+    for ask in (
+        lambda: index.query(IndexQuery(index=str(folder), images=[image], workers=0), False),
+        lambda: index.add(IndexAdd(index=str(folder), images=[image], workers=0), False),
+        lambda: index.evaluate(IndexEval(index=str(folder), data=str(birds), workers=0), False),
+    ):
+        with pytest.raises(
+            DataError, match=r"is damaged: its vectors have 65 numbers, those of its model \(fused\) 64"
+        ):
+            ask()
+
+
+def test_an_answer_that_is_no_number_gives_no_vector(here, birds, monkeypatch):
+    paths = sorted((birds / "test").rglob("*.jpg"))[:3]
+    predictor = glsim.Predictor(here / "run", embedding="fused")
+    outputs = predictor.outputs
+
+    def spoilt(images):
+        for output, items in outputs(images):
+            output.logits[1] = torch.nan
+            yield output, items
+
+    monkeypatch.setattr(predictor, "outputs", spoilt)
+    with pytest.raises(BadImage, match=f"{paths[1].name}: the model's answer is no number"):
+        index.encode(predictor, paths, "fused")
+    encoded = index.encode(predictor, paths, "fused", skip_bad=True)
+    assert encoded.places == [0, 2] and len(encoded.vectors) == len(encoded.guesses) == 2
+    assert len(encoded.skipped) == 1 and np.isfinite(encoded.confidences).all()
 
 
 def test_an_image_far_from_every_class_is_unknown(here, birds):
