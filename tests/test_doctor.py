@@ -358,7 +358,7 @@ def test_wrong_settings_and_missing_data(capsys, data, tmp_path):
         ([data, "--backbone", "vit_none"], 2, "vit_none"),
         ([data, "--near", "-1"], 2, "near=-1: at least 0"),
         ([data, "--optimizer", "best"], 2, "unknown optimizer 'best'"),
-        ([data, "--out", tmp_path], 2, "name a file, in a folder that is there"),
+        ([data, "--out", tmp_path], 2, "is a folder; name a file"),
         ([data, "--out", tmp_path / "none" / "page.html"], 2, "name a file, in a folder that is there"),
     ):
         got = cli.main(["doctor", *WORDS, "--out", str(tmp_path / "page.html"), *map(str, words)])

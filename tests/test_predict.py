@@ -102,18 +102,19 @@ def test_formats_hold_the_same(run_folder, photos, tmp_path):
 
 
 def test_a_file_whose_name_is_no_text_does_not_lose_the_others(run_folder, photos, tmp_path):
-    name = os.fsdecode(b"a\xff.png")
+    name, seen = os.fsdecode(b"a\xff.png"), tmp_path / "seen"
+    seen.mkdir()
     try:
-        open_image(photos / "0.png").save(tmp_path / name, "PNG")
+        open_image(photos / "0.png").save(seen / name, "PNG")
     except OSError:
         pytest.skip("this file system takes text only")
     for ending in ("jsonl", "csv", "txt"):
         out = tmp_path / "new" / "folder" / f"answers.{ending}"  # made before anything is computed
-        run(Predict(source=str(run_folder), images=[str(tmp_path)], out=str(out), workers=0), False)
+        run(Predict(source=str(run_folder), images=[str(seen)], out=str(out), workers=0), False)
         assert "a\\udcff.png" in out.read_text(encoding="utf-8")
     told = json.loads((out.parent / "answers.jsonl").read_text(encoding="utf-8"))
-    assert told["path"] == str(tmp_path / name)
-    (answer,) = glsim.Predictor(run_folder)(tmp_path / name)
+    assert told["path"] == str(seen / name)
+    (answer,) = glsim.Predictor(run_folder)(seen / name)
     pa = pytest.importorskip("pyarrow")
     row = as_row(str(answer.path), answer)
     assert pa.Table.from_pylist([row], schema(False))["path"][0].as_py().endswith("a\\udcff.png")
