@@ -11,7 +11,6 @@ import math
 import os
 import re
 import stat
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -208,6 +207,8 @@ def check_writable(path: str | Path, folder: bool = False) -> None:
 
     Nothing is left behind. Raises ConfigError where something else is there, GlsimError where the system refuses.
     """
+    import tempfile  # slow, and not needed to say what is wrong with an option
+
     path = Path(path)
     try:
         if path.is_symlink() and not path.exists():
@@ -226,7 +227,7 @@ def check_writable(path: str | Path, folder: bool = False) -> None:
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
-        raise GlsimError(f"{path} cannot be written: {one_line(error)}; name another") from error
+        raise GlsimError(f"{path} cannot be written: {error.strerror or one_line(error)}; name another") from error
 
 
 @contextmanager

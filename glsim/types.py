@@ -105,7 +105,7 @@ class Output(NamedTuple):
 
 def bounded(text: str, length: int = LONGEST) -> str:
     """A text of at most `length` characters and a remark: of a longer one the middle is left out, and counted."""
-    if len(text) <= length:
+    if len(text) <= length + 60:  # with the remark, which is not counted as something to leave out again
         return text
     head, tail = length * 3 // 4, length // 4
     return f"{text[:head]} .. ({len(text) - head - tail:,} characters left out) .. {text[-tail:]}"

@@ -1,4 +1,6 @@
+import csv
 import errno
+import io
 import json
 import os
 
@@ -7,17 +9,24 @@ import pytest
 from glsim.files import (
     ERROR_LENGTH,
     JSON_DEPTH,
+    check_writable,
+    code_span,
+    csv_plain,
+    csv_text,
+    expand,
+    markdown,
     one_line,
     open_regular,
     printable,
     read_json,
     replacing,
     shorten,
+    shown,
     to_json,
     write_json,
     write_text,
 )
-from glsim.types import DataError
+from glsim.types import LONGEST, MOST, ConfigError, DataError, GlsimError
 
 
 def test_only_regular_files_are_opened_and_nothing_is_waited_for(tmp_path):
@@ -96,3 +105,110 @@ def test_text_for_people():
     assert one_line(ValueError("\n first \nsecond")) == "first"
     assert one_line(ValueError()) == "ValueError"
     assert len(one_line(ValueError("x" * 10**6))) < ERROR_LENGTH + 50
+
+
+def test_json_shows_nothing_unseen_and_may_be_ascii():
+    value = {"a\x9b": "\u2028 \u202e \x1b\n \u83d6 \u00e9 \U0001f426", "b": ["\udcff"]}
+    for text in (to_json(value), to_json(value, indent=2), to_json(value, ascii=True)):
+        assert json.loads(text.encode("utf-8", "backslashreplace")) == value
+        assert not set(text) & set("\x9b\u2028\u202e\x1b")
+    assert to_json(value, ascii=True).isascii() and "\u83d6" in to_json(value)
+
+
+def test_every_text_of_a_value_is_shown():
+    assert shown({"a\n": ["b\x1b", ("c\x07", 1.5, None)]}) == {"a\\n": ["b\\x1b", ("c\\x07", 1.5, None)]}
+
+
+FORMULAS = ["=1+1", "+x", "-2+3", "@x", " =1", "'=x", "''@x", "\uff1d1", "-", "=cmd|' /C calc'!A0"]
+TEXTS = ["a=b", "'x", "", "-5", "+1.5e-3", ".5", "-.5", "plain", "a;=1"]
+
+
+def test_csv_for_spreadsheets_and_back():
+    cells = [*FORMULAS, *TEXTS]
+    row = next(csv.reader(io.StringIO(csv_text([[*cells, -3, -1.5, True, None, "\t=1", "\r\nx", 'a,"b']]))))
+    written = row[: len(cells)]
+    assert written == [*(f"'{cell}" for cell in FORMULAS), *TEXTS]
+    assert [csv_plain(cell) for cell in written] == cells
+    assert row[len(cells) :] == ["-3", "-1.5", "True", "", r"\t=1", r"\r\nx", 'a,"b']
+
+
+@pytest.mark.parametrize(
+    ("text", "escaped"),
+    [
+        ("a\n# b", r"a\\n# b"),
+        ("# a", r"\# a"),
+        ("- a", r"\- a"),
+        ("1. a", r"1\. a"),
+        ("---", r"\---"),
+        ("001.Black_footed_Albatross", "001.Black_footed_Albatross"),
+        ("_a_ *b* `c` [d](e) <f> |", r"\_a\_ \*b\* \`c\` \[d\](e) \<f\> \|"),
+        ("&lt; & AT&T", r"\&lt; & AT&T"),
+        ("vit_tiny_patch16_224", "vit_tiny_patch16_224"),
+        ("\x1b[31m", r"\\x1b\[31m"),
+    ],
+)
+def test_nothing_in_a_text_is_markdown(text, escaped):
+    assert markdown(text) == escaped
+
+
+def test_code_spans_hold_backticks_and_line_ends():
+    assert code_span("a") == "`a`" and code_span("a`b\n") == r"`` a`b\n ``" and code_span("``") == "``` `` ```"
+
+
+@pytest.mark.parametrize("kind", ["", "hf:", "wds:", "local-dir:"])
+def test_the_home_folder(monkeypatch, kind):
+    monkeypatch.setenv("HOME", "/h")
+    assert expand(f"{kind}~/x") == f"{kind}/h/x" and expand(f"{kind}~") == f"{kind}/h"
+    for path in ("a/~/x", "x~", "~nobody-of-this-name/x", ""):
+        assert expand(kind + path) == kind + path
+    assert expand("s3://~/x") == "s3://~/x" and expand("hf-hub:~/x") == "hf-hub:~/x"
+
+
+def test_what_can_be_written_leaves_nothing_behind(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("gone")
+    os.mkfifo(tmp_path / "fifo")
+    before = sorted(tmp_path.rglob("*"))
+    for name, folder in [
+        ("file", False),
+        ("new/a", False),
+        ("folder", True),
+        ("new/folder", True),
+        ("folder/a", False),
+    ]:
+        check_writable(tmp_path / name, folder)
+    for name, folder, said in [
+        ("file", True, "is a file; name a folder"),
+        ("folder", False, "is a folder; name a file"),
+        ("file/a/b", False, "file, which is a file"),
+        ("file/a/b", True, "file, which is a file"),
+        ("fifo", False, "not a regular file"),
+        ("fifo", True, "name a folder"),
+        ("link", True, "link to what is not there"),
+    ]:
+        with pytest.raises(ConfigError, match=said) as error:
+            check_writable(tmp_path / name, folder)
+        assert str(error.value).startswith(str(tmp_path / name))
+    for name in ("/proc/x", "/proc/new/x", str(tmp_path / ("x" * 300))):
+        with pytest.raises(GlsimError, match="cannot be written"):
+            check_writable(name)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_errors_are_bounded_and_travel():
+    import pickle
+
+    error = DataError("a" * 10**6 + " what works", details=[f"line {i}" + "b" * 10**5 for i in range(1000)])
+    lines = str(error).split("\n  ")
+    assert len(lines) == 1 + MOST + 1 and max(map(len, lines)) < LONGEST + 60
+    assert "characters left out" in lines[0] and lines[0].endswith(" what works") and lines[-1] == ".. and 950 more"
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), again.details) == (DataError, str(error), error.details)
+    assert str(DataError("x")) == "x" and str(DataError("x", details=["y", "z"])) == "x\n  y\n  z"
+
+
+def test_what_a_worker_process_said_is_at_the_end_of_its_traceback():
+    text = "Caught {0} in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File\n{0}: {1}"
+    assert one_line(ValueError(text.format("ValueError", "no good\nmore"))) == "no good"
+    assert one_line(RuntimeError(text.format("other.Odd", "no good"))) == "other.Odd: no good"

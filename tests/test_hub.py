@@ -243,3 +243,22 @@ def test_errors_have_the_right_exit_codes(bundle, the_hub, monkeypatch):
     monkeypatch.setattr(the_hub, "upload_folder", lambda **_: (_ for _ in ()).throw(OSError("the Hub is full")))
     with pytest.raises(GlsimError, match="owner/name could not be pushed: the Hub is full"):
         push(Push(run=str(bundle), repository="owner/name", licence="mit"))
+
+
+def test_labels_are_no_markdown_in_the_card(tmp_path):
+    labels = ["a\n# b", "[x](http://y)", "<img src=z>", "| c |", "001.Black_footed"]
+    folder = glsim.save(
+        small_model(),
+        tmp_path / "b",
+        labels,
+        licence={"data": "none\n\n## free\n---\n"},
+        data={"source": "d`\n# e", "counts": {"tr\nain": 1}, "split_hash": "0`\n"},
+        calibration={"count": 1, "data": "v`\n# f"},
+    )
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert [line for line in lines if line.startswith("#")] == ["# glsim on vit_tiny_patch16_224"]
+    assert lines.count("---") == 2
+    assert r": a\\n# b, \[x\](http://y), \<img src=z\>, \| c \|, 001.Black_footed." in text
+    assert r"- Data: `` d`\n# e ``, 1 tr\\nain images, split hash `` 0`\n ``" in text
+    assert glsim.load(folder).config["label_names"] == labels  # as they are, for programs

@@ -13,10 +13,10 @@ from PIL import Image
 import glsim
 from glsim.bulk import as_row, schema
 from glsim.config import Predict
-from glsim.files import write_text
 from glsim.images import BadImage, open_image
 from glsim.predict import FORMATS, Prediction, run, to_original
 from glsim.transforms import Preprocessing, eval_transform, mask_transform, to_picture, train_transform
+from glsim.types import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +118,6 @@ def test_a_file_whose_name_is_no_text_does_not_lose_the_others(run_folder, photo
     pa = pytest.importorskip("pyarrow")
     row = as_row(str(answer.path), answer)
     assert pa.Table.from_pylist([row], schema(False))["path"][0].as_py().endswith("a\\udcff.png")
-    with pytest.raises(TypeError):
-        write_text(tmp_path / "x.csv", 3)
-    assert not list(tmp_path.glob("x.csv*"))
 
 
 def test_an_out_that_cannot_be_made_is_said_before_anything_is_computed(tmp_path):
@@ -154,3 +151,36 @@ def test_the_script_times_predict_beside_its_parts(run_folder, photos, capsys):
     assert found["floor_s"] >= max(found["model_s"], found["decode_s"])
     assert 0 < found["memory_early_mib"] <= found["memory_mib"]
     assert "7 images, batches of 3, 0 loading processes" in script.as_text(found)
+
+
+def test_what_a_spreadsheet_would_run_is_text(tmp_path):
+    labels = ("=cmd|' /C calc'!A0", "+1", "-2+3", "@x", "a\n# b", "x\x1b[31m", "'=x", "-5", "plain", "\uff1d1")
+    odd = Prediction("=a.jpg", labels, (0.1,) * len(labels), (-1, 2, 3, 4))
+    rows = list(csv.DictReader(io.StringIO(FORMATS["csv"]([odd]))))
+    assert [row["label"] for row in rows] == [
+        *("'=cmd|' /C calc'!A0", "+1", "'-2+3", "'@x", "a\\n# b", "x\\x1b[31m", "''=x", "-5", "plain", "'\uff1d1")
+    ]
+    assert {row["path"] for row in rows} == {"'=a.jpg"} and {row["left"] for row in rows} == {"-1"}
+    text = FORMATS["text"]([odd._replace(path="b\nc\x1b.jpg")])
+    assert text.count("\n") == 1 and "\x1b" not in text and text.startswith("b\\nc\\x1b.jpg: ")
+    told = json.loads(FORMATS["jsonl"]([odd._replace(path="b\nc\x1b.jpg")]))
+    assert told["path"] == "b\nc\x1b.jpg" and [a["label"] for a in told["answers"]] == list(labels)
+
+
+def test_home_folder_in_paths(run_folder, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").symlink_to(run_folder)
+    (tmp_path / "photos").symlink_to(photos)
+    (answer,) = glsim.Predictor("~/run")("~/photos/0.png")
+    assert answer.path == "~/photos/0.png"
+    run(Predict(source="~/run", images=["~/photos"], out="~/new/a.csv", workers=0), False)
+    assert (tmp_path / "new" / "a.csv").is_file()
+    glsim.save(glsim.load("~/run"), "~/again")
+    assert (tmp_path / "again" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("images", [["s3://bucket/x"], ["list.csv"], ["a.jpg", "list.parquet"]])
+def test_what_only_ray_reads_names_the_engine(images):
+    with pytest.raises(ConfigError, match="need --engine ray"):
+        Predict(source="run", images=images)
+    Predict(source="run", images=images, engine="ray", out="o")
