@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 EVERY := dev,browser,scale
 PIP_INSTALL := $(BIN)/python -m pip install --quiet $(PINS:%=--constraint %)
 # One thread each: on two cores, two processes of two threads wait for one another.
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: install quickstart test tests test-slow test-browser test-newest test-oldest constraints lint format clean
 
