@@ -172,7 +172,7 @@ def read_index(folder: str | Path) -> Index:
         raise DataError(f"{folder / name} is damaged or missing: {one_line(error)}") from error
     if vectors.ndim != 2 or vectors.dtype != np.float32 or len(vectors) != len(images):
         raise DataError(f"{folder / name} is damaged: {vectors.dtype} {vectors.shape} for {len(images)} images")
-    lengths = np.linalg.norm(vectors, axis=1)
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)  # no square of a float32 is too large for it
     if not (np.isfinite(lengths).all() and lengths.max() < 1.01):  # zeros stay zeros
         raise DataError(f"{folder / name} was refused: not every vector has unit length; build the index again")
     return Index(

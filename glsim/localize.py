@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +25,7 @@ from glsim.images import BadImage, limited, read_image, read_stored
 from glsim.pictures import selections_of, spell_out, title_of
 from glsim.road import NOISE, SHARES, faithfulness, under
 from glsim.transforms import Preprocessing, eval_transform, mask_transform
-from glsim.types import DataError, Output
+from glsim.types import DataError, DataWarning, Output
 from glsim.where import BOX_MEASURES, as_numbers, measure_boxes, measure_scores, signed
 
 T = TypeVar("T")
@@ -96,7 +97,10 @@ def find_masks(images: str | Path, masks: str | Path) -> list[Masked]:
     both = all((folder / name).is_dir() for name in SYNTHETIC.values())
     folders = {target: folder / name for target, name in SYNTHETIC.items()} if both else {OBJECT: folder}
     found, taken = [], dict[Path, Path]()
-    for path in find_images(images):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)  # masks may lie beside: they are not left out
+        paths = find_images(images)
+    for path in paths:
         if _is_mask(path, folder):
             continue
         chosen = {target: _mask_of(path, place) for target, place in folders.items()}
