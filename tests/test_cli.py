@@ -470,7 +470,7 @@ def test_batch_norm_of_one_value_is_told(capsys, birds, tmp_path):
     words = ["--method=plain", "--backbone=resnet18", "--backbone-args.layers=[1,1,1,1]", "--no-pretrained"]
     words += ["--image-size=32", "--batch-size=1", "--epochs=1", "--workers=0"]
     code, told, _ = document(capsys, ["train", "--data", birds, "--out", tmp_path / "r", *words])
-    assert code == 1 and "batch" in told["error"] and "internal" not in told["error"]
+    assert code == 2 and "batch" in told["error"] and "internal" not in told["error"]
 
 
 # --- streams ----------------------------------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ def test_what_a_run_says_of_its_origin(birds, tmp_path, run_folder):
 def test_licences_follow_from_the_settings(settings, wanted):
     """Of a pre-trained network timm says it, of a named data set the catalogue."""
     s = Train(data="d", out="o", **settings)
-    found = train.provenance(s, small_model(), 2)
+    found = train.provenance(s, small_model(), 16)
     assert (found["training"]["start"], found["licence"]["data"], found["licence"]["backbone"]) == wanted
     assert found["training"]["batch_size"] == 16
 
