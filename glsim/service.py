@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +29,7 @@ from glsim.pictures import selections_of, title_of, to_heatmap, to_photograph
 from glsim.predict import Prediction, Predictor, to_original
 from glsim.selection import METRICS, check_metric, check_top, needs_attention
 from glsim.transforms import eval_transform
-from glsim.types import ConfigError
+from glsim.types import ConfigError, DataError
 
 MOST_ANSWERS = 100  # classes that can be asked for
 PHOTO, MAP, CROP = 1280, 320, 480  # pixels at most of the longer side of what is drawn
@@ -267,9 +268,9 @@ class Service:
             return
         self._count(batches=1)
         for job, answer in zip(jobs, answers, strict=True):
-            if isinstance(answer, BadImage):  # an answer that is no number
+            if isinstance(answer, BadImage) or not all(map(math.isfinite, answer.prediction.probabilities)):
                 self._count(failed=1)
-                job.future.set_exception(answer)
+                job.future.set_exception(DataError("its answer is not finite"))
                 continue
             self._count(answered=1)
             p, k = answer.prediction, job.wish.top_k
