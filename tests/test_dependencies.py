@@ -21,7 +21,7 @@ def asked(*extras):
         words += PROJECT["optional-dependencies"][extra]
     for requirement in map(Requirement, words):
         if requirement.name == "glsim":
-            yield from asked(*requirement.extras)
+            yield from asked(*sorted(requirement.extras))
         else:
             yield requirement
 
