@@ -294,10 +294,10 @@ def read_splits(s: Train) -> tuple[dict[str, ImageList], list[BadImage]]:
     splits = read_data(prepared(s.data, s.dataset), seed=s.split_seed, test_fraction=s.test_fraction)
     if "train" not in splits:
         raise DataError(f"{s.data} has no split 'train'; it has: {', '.join(splits)}")
-    if s.test and "test" not in splits:
-        raise DataError(f"{s.data} has no split 'test' for --test; it has: {', '.join(splits)}")
     if len(splits["train"].classes) < 2:
         raise DataError(f"{s.data} has one class, {splits['train'].classes[0]!r}; there is nothing to tell apart")
+    if s.test and "test" not in splits:
+        raise DataError(f"{s.data} has no split 'test' to measure on; it has: {', '.join(splits)}")
     if s.val_fraction:
         if "val" in splits:
             raise ConfigError(f"{s.data} has a val split of its own; leave val_fraction at 0")

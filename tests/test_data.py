@@ -213,7 +213,7 @@ def test_what_the_verbs_write_into_a_data_folder_is_no_class(run_folder, birds, 
 
 def test_train_needs_the_splits_that_it_is_asked_for(tmp_path):
     data = str(touch(tmp_path, "train/a/1.jpg", "train/b/1.jpg"))
-    with pytest.raises(DataError, match=r"has no split 'test' for --test; it has: train"):
+    with pytest.raises(DataError, match=r"has no split 'test' to measure on; it has: train"):
         train.read_splits(Train(data=data, out="-", test=True))
     with pytest.raises(DataError, match=r"has no class with an image to spare for val: leave val_fraction at 0"):
         train.read_splits(Train(data=data, out="-", val_fraction=0.2))

@@ -165,7 +165,7 @@ def test_data_without_a_test_split_is_refused(recipe, tmp_path):
     for name in "ab":
         (tmp_path / "data" / "train" / name).mkdir(parents=True)
         (tmp_path / "data" / "train" / name / "1.jpg").touch()
-    with pytest.raises(DataError, match="has no split 'test' to measure the seeds on; it has: train"):
+    with pytest.raises(DataError, match="has no split 'test' to measure on; it has: train"):
         reproduce.run(ask(recipe, tmp_path / "data", tmp_path / "r"), progress=False)
     assert not (tmp_path / "r").exists()
 
