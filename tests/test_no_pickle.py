@@ -52,7 +52,7 @@ def plant(path, evil, kind):
     if path.is_dir():
         shutil.rmtree(path)
     if kind == "pickle":
-        path.write_bytes(pickle.dumps({"a": Touch(evil)}))
+        path.write_bytes(pickle.dumps({"a": Touch(evil)}, protocol=2))
     elif kind == "torch":
         with path.open("wb") as file:
             torch.save({"a": Touch(evil)}, file)
