@@ -201,6 +201,7 @@ def test_quickstart_end_to_end(capsys, tmp_path):
 )
 def test_train_says_how_to_measure_test(splits, dataset, hint):
     done = {"epoch": 1, "train_loss": 1.0, "images_per_second": 1.0, "skipped": [], "out": "r", "splits": splits}
+    done["batch_size"] = 8
     s = config.Train(data="d", out="r", dataset=dataset)
     last = cli.show_train(done, s).splitlines()[-1]
     assert last == hint if hint else last.startswith("bundle: r")
