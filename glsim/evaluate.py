@@ -195,7 +195,7 @@ def take_split(splits: Mapping[str, ImageList], split: str, data: str | Path) ->
         return join(splits.values())
     if not len(splits.get(split, ())):
         there = ", ".join(name for name, images in splits.items() if len(images))
-        hint = "; training with --val-fraction 0.2 holds some out, of classes with two images or more"
+        hint = "; train with --val-fraction 0.1 to hold some images out, of classes that have two or more"
         raise DataError(f"{data} has no split {split!r}; it has: {there}{hint if split == 'val' else ''}")
     return splits[split]
 
