@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import ROOT, TINY
 
 from glsim import cli, config
 from glsim.types import ConfigError, DataError, DataWarning
@@ -471,6 +471,16 @@ def test_batch_norm_of_one_value_is_told(capsys, birds, tmp_path):
     words += ["--image-size=32", "--batch-size=1", "--epochs=1", "--workers=0"]
     code, told, _ = document(capsys, ["train", "--data", birds, "--out", tmp_path / "r", *words])
     assert code == 2 and "batch" in told["error"] and "internal" not in told["error"]
+
+
+def test_the_page_of_errors_quotes_what_is_said():
+    rows = [
+        line.split(" | ") for line in (ROOT / "docs" / "errors.md").read_text().splitlines() if line.count(" | ") == 2
+    ]
+    quoted = [found for row in rows for found in re.findall("`([^`]+)`", row[1])]
+    source = "".join((ROOT / "glsim" / f"{name}.py").read_text() for name in ("cli", "files", "config"))
+    said = source + "No space left on device"  # the system
+    assert len(quoted) > 10 and not [text for text in quoted if text not in said]
 
 
 # --- streams ----------------------------------------------------------------------------------------------------------
