@@ -324,7 +324,7 @@ def test_no_loss_allowed_and_a_model_that_never_stops_early(early, run_folder, b
         calibrate.run(Calibrate(source=str(usual), data=str(birds), split="test", max_loss=1.0), False)
     config = json.loads((usual / "config.json").read_text())
     assert config["calibration"]["temperature_kept"] == found["temperature_kept"]
-    with pytest.raises(DataError, match=r"no split 'val'.*training with --val-fraction 0.2 holds some out"):
+    with pytest.raises(DataError, match=r"no split 'val'.*train with --val-fraction 0.1 to hold some images out"):
         calibrate.run(Calibrate(source=str(usual), data=str(birds), workers=0), False)
     with pytest.raises(ConfigError, match="writes into the bundle"):
         calibrate.run(Calibrate(source="hf-hub:me/model", data=str(birds)), False)

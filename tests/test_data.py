@@ -215,7 +215,7 @@ def test_train_needs_the_splits_that_it_is_asked_for(tmp_path):
     data = str(touch(tmp_path, "train/a/1.jpg", "train/b/1.jpg"))
     with pytest.raises(DataError, match=r"has no split 'test'; it has: train"):
         train.read_splits(Train(data=data, out="-", test=True))
-    with pytest.raises(DataError, match=r"has no split 'val'; .* of classes with two images or more"):
+    with pytest.raises(DataError, match=r"has no split 'val'; .* of classes that have two or more"):
         train.read_splits(Train(data=data, out="-", val_fraction=0.2))
 
 
