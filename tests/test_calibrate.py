@@ -237,17 +237,18 @@ def test_where_images_cannot_tell_a_temperature_it_stays_1(logits, labels, why):
     assert found.value == 1.0 and found.interval is None and why in found.why_not
 
 
-@pytest.mark.parametrize("gap", [1e-6, 0.5, 3.0])
-def test_one_mistake_among_many_is_no_reason_to_be_sure(gap):
-    """Next to where the likelihood has no maximum: the temperature is the naive search's, and not extreme."""
+@pytest.mark.parametrize(("gap", "told"), [(1e-3, False), (0.1, False), (0.5, False), (1.5, True), (3.0, True)])
+def test_one_mistake_among_many_is_no_reason_to_be_sure(gap, told):
+    """Near to where the likelihood has no maximum; where it tells a temperature, that of a naive search."""
     logits, labels = spread(99, 1, gap)
     found = calibrate.fit_temperature(logits, labels)
-    tried = torch.logspace(-2, 2, 2001).tolist()
-    naive = min(tried, key=lambda t: float(torch.nn.functional.cross_entropy(logits.double() / t, labels)))
-    assert found.why_not is None and found.value == pytest.approx(naive, rel=0.01)
-    assert 0.1 < found.interval[0] < found.value < found.interval[1] < 4 * found.interval[0]
-    scaled = calibrate.fit_temperature(7 * logits, labels)
-    assert scaled.value == pytest.approx(7 * found.value, rel=1e-4)
+    assert (found.why_not is None) == told and (told or found.value == 1.0)
+    if told:
+        tried = torch.logspace(-2, 2, 2001).tolist()
+        naive = min(tried, key=lambda t: float(torch.nn.functional.cross_entropy(logits.double() / t, labels)))
+        assert found.value == pytest.approx(naive, rel=0.01)
+        assert found.interval[0] < found.value < found.interval[1] < 4 * found.interval[0]
+        assert calibrate.fit_temperature(7 * logits, labels).value == pytest.approx(7 * found.value, rel=1e-4)
 
 
 def test_the_interval_holds_the_truth_as_often_as_it_says():
@@ -261,7 +262,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
     assert 180 <= held <= 199
 
 
-@pytest.mark.parametrize(("wrong", "count", "most"), [(0, 1, 0.7301), (0, 59, 0.0438), (5, 100, 0.0988), (3, 3, 1.0)])
+@pytest.mark.parametrize(("wrong", "count", "most"), [(0, 1, 0.7301), (0, 59, 0.0438), (5, 100, 0.0992), (3, 3, 1.0)])
 def test_the_error_that_so_many_answers_leave_possible(wrong, count, most):
     """Wilson's upper end solves (p - k/n) = z sqrt(p (1 - p) / n)."""
     found = largest_rate(wrong, count)
