@@ -178,13 +178,13 @@ def test_vectors_of_another_kind_are_refused(tmp_path, vectors, said):
 
 
 def test_vectors_of_bfloat16_or_another_name_are_refused(tmp_path):
-    for data in (
-        safetensors.torch.save({"vectors": torch.zeros(3, 8, dtype=torch.bfloat16)}),
-        safetensors.numpy.save({"other": cloud(3)}),
-        b"no tensors",
+    for name, data in (
+        ("type", safetensors.torch.save({"vectors": torch.zeros(3, 8, dtype=torch.bfloat16)})),
+        ("name", safetensors.numpy.save({"other": cloud(3)})),
+        ("none", b"no tensors"),
     ):
         with pytest.raises(DataError, match=r"vectors-.* is damaged"):
-            read_index(stored(tmp_path, data))
+            read_index(stored(tmp_path / name, data))
 
 
 @pytest.mark.timeout(60)
@@ -378,8 +378,9 @@ def test_an_answer_that_is_no_number_gives_no_vector(here, birds, monkeypatch):
 
     def spoilt(images):
         for output, items in outputs(images):
-            output.logits[1] = torch.nan
-            yield output, items
+            logits = output.logits.clone()
+            logits[1] = torch.nan
+            yield output._replace(logits=logits), items
 
     monkeypatch.setattr(predictor, "outputs", spoilt)
     with pytest.raises(BadImage, match=f"{paths[1].name}: the model's answer is no number"):
