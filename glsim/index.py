@@ -159,8 +159,8 @@ def read_index(folder: str | Path) -> Index:
         raise DataError(f"{folder / name} is damaged or missing: {one_line(error)}") from error
     if vectors.ndim != 2 or vectors.dtype != np.float32 or len(vectors) != len(images):
         raise DataError(f"{folder / name} is damaged: {vectors.dtype} {vectors.shape} for {len(images)} images")
-    lengths = np.linalg.norm(vectors, axis=1)
-    if not (np.isfinite(lengths).all() and lengths.max() < 1.01):  # zeros stay zeros
+    # Numbers first: the length of some overflows. Zeros stay zeros.
+    if not (np.abs(vectors).max() < 1.01 and np.linalg.norm(vectors, axis=1).max() < 1.01):
         raise DataError(f"{folder / name} was refused: not every vector has unit length; build the index again")
     return Index(
         embedding=table["embedding"],
