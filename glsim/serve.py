@@ -30,6 +30,7 @@ from PIL import Image
 import glsim
 from glsim import synthetic
 from glsim.bundle import load
+from glsim.confidence import NO_ANSWER
 from glsim.config import Serve
 from glsim.data import find_images
 from glsim.graphs import GraphModel
@@ -70,7 +71,11 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-STATUS = {"too large": 413, "not an image": 415}  # by what the reason of a BadImage begins with; others: 400
+STATUS = {
+    "too large": 413,
+    "not an image": 415,
+    NO_ANSWER: 500,
+}  # by what the reason of a BadImage begins with; others: 400
 log = logging.getLogger(__name__)
 
 

@@ -17,6 +17,7 @@ import threading
 import time
 import uuid
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -501,6 +502,23 @@ def test_a_model_that_fails_once_answers_the_next(run_folder, monkeypatch, caplo
         assert ask(url, "/predict", GOOD, JPEG)[0] == 200
         health = ask(url, "/health")[1]
         assert (health["failed"], health["answered"], health["room"]) == (1, 1, 64)
+
+
+@pytest.mark.parametrize("explain", ["false", "true"])
+def test_an_answer_that_is_no_number_is_counted_and_the_next_one_is_given(run_folder, monkeypatch, explain):
+    real, spoilt = Service._ask, [True]
+
+    def ask_spoilt(self, decoded, wish):
+        with changed(self.predictor, temperature=float("nan")) if spoilt and spoilt.pop() else nullcontext():
+            return real(self, decoded, wish)
+
+    monkeypatch.setattr(Service, "_ask", ask_spoilt)
+    with serve.running(Serve(source=str(run_folder), port=0)) as url:
+        status, answer, _ = ask(url, f"/predict?explain={explain}", GOOD, JPEG)
+        assert status == 500 and answer["error"].startswith("the model's answer is no number")
+        assert ask(url, f"/predict?explain={explain}", GOOD, JPEG)[0] == 200
+        health = ask(url, "/health")[1]
+        assert (health["failed"], health["refused"], health["answered"], health["room"]) == (1, 0, 1, 64)
 
 
 # --- who may ask ------------------------------------------------------------------------------------------------------
