@@ -397,7 +397,7 @@ def b11(c: Case) -> None:
     c.refused("predict", "moved", "list.csv", says="--engine ray")
     (c.here / "file").write_text("")
     for words in (
-        ("doctor", "--data", "data", "--out", "file/x.html"),
+        ("doctor", "data", "--out", "file/x.html", "--image-size", 64),
         ("predict", "moved", image, "--out", "file/x.csv"),
         ("explain", "moved", image, "--out", "file/x"),
         ("export", "moved", "--out", "file/x.onnx"),
@@ -849,7 +849,7 @@ def f2(c: Case) -> None:
         for words in (
             ("train", *SMALL, "--data", f"data{number}", "--out", f"t{number}"),
             ("train", *SMALL, "--data", f"data{number}", "--out", f"u{number}", "--skip-bad"),
-            ("doctor", "--data", f"data{number}", "--workers", 0, "--out", f"d{number}.html", "--image-size", 64),
+            ("doctor", f"data{number}", "--workers", 0, "--out", f"d{number}.html", "--image-size", 64),
         ):
             said = c.run(*words)
             c.check(said.seconds < 100, f"{words[0]} {number}: {said.seconds:.0f} s")
@@ -991,7 +991,7 @@ def f5(c: Case) -> None:
         ("transfg", "transformer.encoder.layer.{}.attention_norm.weight"),
     ):
         torch.save({name.format(i): torch.zeros(1) for i in range(20_000)}, c.here / f"{form}.pth")
-        said = c.refused("convert", f"{form}.pth", "--method", form, "--out", f"b{form}", code=(1, 2, 3))
+        said = c.refused("convert", f"{form}.pth", f"b{form}", "--method", form, code=(1, 2, 3))
         c.check(said.seconds < 30 and said.peak < 2 * GIB, f"{form}: {said.seconds:.0f} s, {said.peak / GIB:.1f} GiB")
 
 
