@@ -208,6 +208,8 @@ def _rows(given: str | Path, left: LeftOut, classes: Sequence[str] | None = None
         return [_Row(i.path, i.path.relative_to(source).as_posix(), i.label, str(i.path), i.split) for i in found]
     if not source.exists():
         raise DataError(f"{source}: does not exist; {LAYOUTS}")
+    if not source.is_file() and not source.is_dir():
+        raise DataError(f"{source}: not a regular file; {LAYOUTS}")
     if source.is_file():
         return _rows_of_list(source)
     return _rows_of_lists(source, left) or _rows_of_folders(source, left, classes)

@@ -690,3 +690,10 @@ def test_real_images():
     assert {split: len(images) for split, images in splits.items()} == {"train": 720, "test": 240}
     assert len(splits["train"].classes) == 12 and set(np.bincount(splits["train"].labels)) == {60}
     assert find_bad(splits["test"].paths[::60], workers=2) == []
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: Path(path).symlink_to("/dev/zero")], ids=["fifo", "device"])
+def test_a_list_that_is_no_regular_file_is_refused(tmp_path, make):
+    make(tmp_path / "list.csv")
+    with pytest.raises(DataError, match="list.csv: not a regular file; what works"):
+        read_data(tmp_path / "list.csv")
