@@ -165,7 +165,7 @@ def save_checkpoint(accelerator: Accelerator, out: Path, progress: dict[str, Any
         }
         with writing(out):
             shutil.rmtree(new, ignore_errors=True)
-            new.mkdir()
+            make_folder(new)
             _write(new, MODEL, parts.model.state_dict())
             if parts.averaged is not None:
                 _write(new, AVERAGED, parts.averaged.state_dict())

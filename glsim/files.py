@@ -8,6 +8,7 @@ import errno
 import io
 import json
 import math
+import mimetypes
 import os
 import re
 import stat
@@ -205,7 +206,8 @@ def make_parent(path: str | Path) -> None:
 def check_writable(path: str | Path, folder: bool = False) -> None:
     """Hold that a file (or a `folder`) can be written at `path`, below folders that may still have to be made.
 
-    Nothing is left behind. Raises ConfigError where something else is there, GlsimError where the system refuses.
+    Nothing is left behind. Raises ConfigError where something else is there, and for a folder of somebody's images,
+    among which what is written would be taken for theirs; GlsimError where the system refuses.
     """
     import tempfile  # slow, and not needed to say what is wrong with an option
 
@@ -219,6 +221,8 @@ def check_writable(path: str | Path, folder: bool = False) -> None:
             raise ConfigError(f"{path} is a folder; name a file")
         if not folder and path.exists() and not path.is_file():
             raise ConfigError(f"{path} is not a regular file; name another")
+        if folder and path.is_dir() and _holds_images_alone(path):
+            raise ConfigError(f"{path} holds nothing but images, which glsim did not write; name another folder")
         place = path if folder else path.parent
         while not place.exists():
             place = place.parent
@@ -228,6 +232,14 @@ def check_writable(path: str | Path, folder: bool = False) -> None:
             pass
     except OSError as error:
         raise GlsimError(f"{path} cannot be written: {error.strerror or one_line(error)}; name another") from error
+
+
+def _holds_images_alone(folder: Path) -> bool:
+    if (folder / MARKER).exists():
+        return False
+    names = [path.name for path in folder.iterdir() if not is_junk(path.name)]
+    kinds = [mimetypes.guess_type(f"x{Path(name).suffix}", strict=False)[0] or "" for name in names]
+    return bool(names) and all(kind.startswith("image/") for kind in kinds)
 
 
 @contextmanager

@@ -203,7 +203,10 @@ def test_what_the_verbs_write_into_a_data_folder_is_no_class(run_folder, birds, 
     assert (run_folder / ".glsim").is_file()  # a run's folder is marked by train
     with pytest.warns(DataWarning, match="left out what glsim wrote: .*answers, .*deep, .*errors, .*index, .*results"):
         assert list(read_data(flat)["train"].classes) == names
-    capsys.readouterr()
+    before = sorted(flat.rglob("*"))
+    assert cli.main(["explain", str(run_folder), image, "--out", str(flat / names[0])]) == 2
+    assert f"out={flat / names[0]} holds nothing but images" in capsys.readouterr().err
+    assert sorted(flat.rglob("*")) == before
     words = ["eval", str(run_folder), "--data", str(flat), "--split", "all", "--workers", "0", "--json"]
     assert cli.main(words) == 0
     said = capsys.readouterr()

@@ -168,6 +168,9 @@ def test_what_can_be_written_leaves_nothing_behind(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to("gone")
+    for name in ("photos/a.jpg", "photos/.DS_Store", "ours/a.jpg", "ours/.glsim", "mixed/a.jpg", "mixed/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
     os.mkfifo(tmp_path / "fifo")
     before = sorted(tmp_path.rglob("*"))
     for name, folder in [
@@ -176,6 +179,8 @@ def test_what_can_be_written_leaves_nothing_behind(tmp_path):
         ("folder", True),
         ("new/folder", True),
         ("folder/a", False),
+        ("ours", True),
+        ("mixed", True),
     ]:
         check_writable(tmp_path / name, folder)
     for name, folder, said in [
@@ -186,6 +191,7 @@ def test_what_can_be_written_leaves_nothing_behind(tmp_path):
         ("fifo", False, "not a regular file"),
         ("fifo", True, "name a folder"),
         ("link", True, "link to what is not there"),
+        ("photos", True, "nothing but images, which glsim did not write"),
     ]:
         with pytest.raises(ConfigError, match=said) as error:
             check_writable(tmp_path / name, folder)

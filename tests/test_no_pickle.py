@@ -129,7 +129,7 @@ def test_these_are_all_the_files_there_are(ask):
     """A file that is new has to be planted too."""
     run = ask.paper / "seed_1"
     assert {p.name for p in run.iterdir()} == {*BUNDLE, *RUN, "checkpoint", MARKER}
-    assert {p.name for p in (run / "checkpoint").iterdir()} == set(CHECKPOINT)
+    assert {p.name for p in (run / "checkpoint").iterdir()} == {*CHECKPOINT, MARKER}
     assert {p.name for p in ask.paper.iterdir()} - {"index"} == {"reproduce.json", "seed_1", MARKER}
 
 
