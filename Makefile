@@ -29,7 +29,7 @@ tests: install
 	$(PYTEST) $(ARGS)
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow $(PART:%=tests/test_%.py) $(ARGS)
+	$(BIN)/python -m pytest -m slow $(PART:%=tests/%) $(ARGS)
 
 test-browser: install
 	$(PIP_INSTALL) --editable ".[$(EXTRAS),browser]"

@@ -34,18 +34,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glsim import save, train
-from glsim.backbone import Model
-from glsim.batches import TrainBatches, mix
-from glsim.bundle import CONFIG, init_from, pick_device
+from glsim import save
+from glsim.checkpoints.bundle import CONFIG, init_from, pick_device
 from glsim.config import Train, to_recipe
-from glsim.data import ImageList, read_data
+from glsim.data.images import open_image
+from glsim.data.loaders import TrainBatches, mix
+from glsim.data.readers import ImageList, read_data
+from glsim.data.transforms import Preprocessing, Resize, batch_mixing
 from glsim.files import write_text
-from glsim.images import open_image
-from glsim.losses import objective
+from glsim.inference.predictor import answers
 from glsim.models import create_model
-from glsim.predict import answers
-from glsim.transforms import Preprocessing, Resize, batch_mixing
+from glsim.models.backbone import Model
+from glsim.models.losses import objective
+from glsim.training import train
 from glsim.types import ConfigError
 
 RECIPE = Path(__file__).with_suffix(".yaml")

@@ -23,12 +23,13 @@ from typing import Any
 
 import torch
 
-from glsim import load, train
-from glsim.backbone import Model
-from glsim.bundle import pick_device
+from glsim import load
+from glsim.checkpoints.bundle import pick_device
 from glsim.config import Train, read_recipe
 from glsim.files import write_text
-from glsim.losses import objective
+from glsim.models.backbone import Model
+from glsim.models.losses import objective
+from glsim.training import train
 
 ROW = "compare.json"
 

@@ -27,17 +27,19 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from glsim import calibrate, load, train
-from glsim.backbone import Model, StagedModel
-from glsim.bundle import METRICS_FILE, amend, pick_device, preprocessing_of
+from glsim import load
+from glsim.checkpoints.bundle import METRICS_FILE, amend, pick_device, preprocessing_of
 from glsim.config import Calibrate, Train, read_recipe
-from glsim.data import ImageDataset, read_data
+from glsim.data.readers import ImageDataset, read_data
+from glsim.data.transforms import eval_transform
 from glsim.environment import environment
-from glsim.figures import save_figure
+from glsim.evaluation import calibration
+from glsim.evaluation.plots import save_figure
 from glsim.files import write_text
+from glsim.inference.predictor import answers
 from glsim.models import METHODS
-from glsim.predict import answers
-from glsim.transforms import eval_transform
+from glsim.models.backbone import Model, StagedModel
+from glsim.training import train
 
 METHODS["tokens"] = "one_pass"  # the file beside this one
 
@@ -102,7 +104,7 @@ def prepare(recipe: Path, seed: int, has_val: bool, a: argparse.Namespace) -> No
     if not has_val:
         judge = replace(base, out=str(a.out / recipe.stem / "val"), seed=a.seeds[0], val_fraction=0.2, test=False)
         finish(judge)
-    found = calibrate.run(Calibrate(source=judge.out, data=a.data, max_loss=a.max_loss), progress=False)
+    found = calibration.run(Calibrate(source=judge.out, data=a.data, max_loss=a.max_loss), progress=False)
     amend(base.out, {"margin": found["margin"]})
     print(f"{base.out}: margin {found['margin']}, by {found['count']} images of {judge.out}", file=sys.stderr)
 

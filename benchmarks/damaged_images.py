@@ -43,7 +43,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from glsim import synthetic
+from glsim.data import synthetic
 
 NOT_HELD = 4
 LIMIT = 10.0  # seconds for one file
@@ -455,7 +455,7 @@ def commands(data: Path, bundle: Path, masks: Path, out: Path) -> dict[str, tupl
 
 def files_below(folder: str) -> list[Path]:
     """What the verbs find there."""
-    from glsim.data import find_images
+    from glsim.data.readers import find_images
 
     return find_images(folder)
 
@@ -463,7 +463,7 @@ def files_below(folder: str) -> list[Path]:
 def predictor(source: str, folder: str) -> dict[str, Any]:
     """Answer all files by one `Predictor`; every one of them has an answer or a BadImage of its name."""
     import glsim
-    from glsim.images import BadImage
+    from glsim.data.images import BadImage
 
     paths = files_below(folder)
     answers = list(glsim.Predictor(source).stream(paths))
@@ -474,9 +474,9 @@ def predictor(source: str, folder: str) -> dict[str, Any]:
 
 def slowest(source: str, folder: str) -> dict[str, Any]:
     """Read and transform the files one by one; the one that took longest."""
-    from glsim.bundle import load, preprocessing_of
-    from glsim.images import BadImage, read_image
-    from glsim.transforms import eval_transform
+    from glsim.checkpoints.bundle import load, preprocessing_of
+    from glsim.data.images import BadImage, read_image
+    from glsim.data.transforms import eval_transform
 
     transform, took, bad = eval_transform(preprocessing_of(load(source))), {}, 0
     for path in files_below(folder):
@@ -493,7 +493,7 @@ def slowest(source: str, folder: str) -> dict[str, Any]:
 def serve(source: str, folder: str) -> dict[str, Any]:
     """Send all files to a server, four at a time; an answer is 200 or says what is wrong with the image."""
     from glsim.config import Serve
-    from glsim.serve import running
+    from glsim.inference.server import running
 
     def send(path: Path) -> int:
         request = Request(

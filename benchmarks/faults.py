@@ -316,7 +316,7 @@ def b6(c: Case) -> None:
 @entry
 def b7(c: Case) -> None:
     """Pictures of unusual numbers are shown as a viewer shows them, or refused."""
-    from glsim.images import BadImage, open_image
+    from glsim.data.images import BadImage, open_image
 
     ramp = np.tile(np.arange(256, dtype=np.int32), (16, 1))
     Image.fromarray(ramp, "I").save(c.here / "i.tif")
@@ -652,7 +652,7 @@ def d6(c: Case) -> None:
 
     run = c.bundle()
     image = next((c.here / "data/test/iris").iterdir())
-    from glsim.bundle import digest
+    from glsim.checkpoints.bundle import digest
 
     weights = load_file(run / "model.safetensors")
     for value in (float("nan"), float("inf"), float("-inf")):

@@ -31,15 +31,17 @@ import torch
 import yaml
 from torch import Tensor
 
-from glsim import Predictor, index, train
-from glsim.backbone import Model
-from glsim.bundle import labels_of, load
-from glsim.calibrate import fit_temperature
-from glsim.confidence import calibration_error, graded
+from glsim import Predictor
+from glsim.checkpoints.bundle import labels_of, load
 from glsim.config import IndexBuild, IndexEval, Train, read_recipe
-from glsim.data import ImageList, hold_out, read_data
-from glsim.evaluate import join
+from glsim.data.readers import ImageList, hold_out, read_data
+from glsim.evaluation.calibration import fit_temperature
+from glsim.evaluation.confidence import calibration_error, graded
+from glsim.evaluation.evaluate import join
 from glsim.files import write_text
+from glsim.inference import index
+from glsim.models.backbone import Model
+from glsim.training import train
 
 RESULT = "new_classes.json"
 

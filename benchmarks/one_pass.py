@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from glsim.backbone import Backbone, Model
-from glsim.crop import select
-from glsim.heads import Aggregator, Classifier
-from glsim.selection import check_metric, check_top, gather_tokens, needs_attention, score
+from glsim.models.backbone import Backbone, Model
+from glsim.models.boxes import select
+from glsim.models.heads import Aggregator, Classifier
+from glsim.models.scores import check_metric, check_top, gather_tokens, needs_attention, score
 from glsim.types import Output
 
 

@@ -42,17 +42,19 @@ from filelock import FileLock
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from glsim import cost, evaluate, load, save, train
-from glsim.bundle import CONFIG, pick_device
-from glsim.checkpoint import CHECKPOINT
+from glsim import load, save
+from glsim.checkpoints.bundle import CONFIG, pick_device
 from glsim.config import Eval, Train, read_recipe
-from glsim.figures import save_figure
+from glsim.evaluation import evaluate, flops
+from glsim.evaluation.localization import find_masks, measure
+from glsim.evaluation.localization_metrics import as_numbers, signed
+from glsim.evaluation.plots import save_figure
 from glsim.files import write_text
-from glsim.localize import find_masks, measure
 from glsim.models import METHODS
-from glsim.report import mcnemar
+from glsim.training import train
+from glsim.training.report import mcnemar
+from glsim.training.resume import CHECKPOINT
 from glsim.types import ConfigError
-from glsim.where import as_numbers, signed
 
 METHODS["ruled"] = "rules"  # the file beside this one
 PUBLISHED, PLAIN, FLIP, LARGE, NEW_HEAD = "published", "plain", "plain_flip", "plain_large", "plain_new_head"
@@ -238,7 +240,7 @@ def operations(a: argparse.Namespace, name: str) -> float:
 @torch.no_grad()
 def _operations(method: str, backbone: str | None, rest: str) -> float:
     size, args, options = json.loads(rest)
-    return float(cost.count(cost.build(method, backbone, size, backbone_args=args, **options)))
+    return float(flops.count(flops.build(method, backbone, size, backbone_args=args, **options)))
 
 
 def locate(out: Path, a: argparse.Namespace) -> None:

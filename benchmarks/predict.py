@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from glsim.benchmark import resident, wait
-from glsim.data import find_images
-from glsim.images import BadImage
-from glsim.predict import Predictor
+from glsim.data.images import BadImage
+from glsim.data.readers import find_images
+from glsim.evaluation.speed import resident, wait
+from glsim.inference.predictor import Predictor
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:

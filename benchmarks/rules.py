@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glsim.backbone import Backbone
-from glsim.crop import crop_and_resize, cut, exclusive, select, select_component
-from glsim.heads import Aggregator, Classifier
+from glsim.models.backbone import Backbone
+from glsim.models.boxes import crop_and_resize, cut, exclusive, select, select_component
 from glsim.models.glsim import GLSim
-from glsim.selection import check_top, find_metric, pick, score
+from glsim.models.heads import Aggregator, Classifier
+from glsim.models.scores import check_top, find_metric, pick, score
 from glsim.types import ConfigError, Features, Output, Selection, choose
 
 SHARP = 1.5  # of the softmax over standardised scores: about a tenth of the patches carries the weight

@@ -21,8 +21,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from glsim.benchmark import in_turn
-from glsim.selection import METRICS
+from glsim.evaluation.speed import in_turn
+from glsim.models.scores import METRICS
 from glsim.types import Features
 
 DEPTH, HEADS, DIM, PATCH = 12, 12, 768, 16

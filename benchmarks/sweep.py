@@ -20,8 +20,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from glsim import train
 from glsim.config import Train, read_recipe
+from glsim.training import train
 from glsim.types import GlsimError
 
 FOLDER = "folder"

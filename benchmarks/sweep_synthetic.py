@@ -26,12 +26,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from glsim import synthetic
 from glsim.config import Localize
-from glsim.figures import save_figure
+from glsim.data import synthetic
+from glsim.evaluation.localization import run as localize
+from glsim.evaluation.localization_metrics import as_numbers, signed
+from glsim.evaluation.plots import save_figure
 from glsim.files import write_text
-from glsim.localize import run as localize
-from glsim.where import as_numbers, signed
 
 MECHANISMS = ["published", "far", "evidence", "rollout", "random", "plain"]
 EVERYTHING = "where_all.json"

@@ -26,11 +26,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glsim import create_model
-from glsim.benchmark import in_turn, wait
-from glsim.bundle import pick_device
-from glsim.crop import crop_and_resize, select
+from glsim.checkpoints.bundle import pick_device
 from glsim.environment import environment
-from glsim.selection import needs_attention, score
+from glsim.evaluation.speed import in_turn, wait
+from glsim.models.boxes import crop_and_resize, select
+from glsim.models.scores import needs_attention, score
 
 CLASSES = 200
 PASSES = ("first pass", "second pass")  # the rest is what GLSim adds to them

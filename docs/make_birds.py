@@ -18,12 +18,12 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 import glsim
-from glsim.bundle import labels_of, preprocessing_of
-from glsim.pictures import BOX_COLOUR, explanations
-from glsim.predict import to_original
-from glsim.quickstart import BIRDS
-from glsim.synthetic import Species, draw, species
-from glsim.transforms import Preprocessing, eval_transform
+from glsim.checkpoints.bundle import labels_of, preprocessing_of
+from glsim.cli.quickstart import BIRDS
+from glsim.data.synthetic import Species, draw, species
+from glsim.data.transforms import Preprocessing, eval_transform
+from glsim.inference.predictor import to_original
+from glsim.interpret.heatmaps import BOX_COLOUR, explanations
 
 COLUMNS = 3
 SIZE = 448  # finer than the network's input: box and crop are found there, and shown in the full drawing

@@ -6,12 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from glsim.bundle import load, save
-    from glsim.contrasts import contrast
+    from glsim.checkpoints.bundle import load, save
+    from glsim.inference.predictor import Prediction, Predictor
+    from glsim.interpret.contrast import contrast
+    from glsim.interpret.heatmaps import explain
     from glsim.models import METHODS, create_model
-    from glsim.pictures import explain
-    from glsim.predict import Prediction, Predictor
-    from glsim.selection import METRICS
+    from glsim.models.scores import METRICS
     from glsim.types import ConfigError, DataError, Features, GlsimError, Output, Selection
 
 __version__ = "0.1.0"
@@ -19,13 +19,13 @@ __version__ = "0.1.0"
 _HOME = {
     "create_model": "glsim.models",
     "METHODS": "glsim.models",
-    "load": "glsim.bundle",
-    "save": "glsim.bundle",
-    "METRICS": "glsim.selection",
-    "Predictor": "glsim.predict",
-    "Prediction": "glsim.predict",
-    "explain": "glsim.pictures",
-    "contrast": "glsim.contrasts",
+    "load": "glsim.checkpoints.bundle",
+    "save": "glsim.checkpoints.bundle",
+    "METRICS": "glsim.models.scores",
+    "Predictor": "glsim.inference.predictor",
+    "Prediction": "glsim.inference.predictor",
+    "explain": "glsim.interpret.heatmaps",
+    "contrast": "glsim.interpret.contrast",
     "Features": "glsim.types",
     "Selection": "glsim.types",
     "Output": "glsim.types",

@@ -1,6 +1,6 @@
-"""Floor 3: the settings of every verb: name, type, default, help and checks in one place. Nothing here imports torch.
+"""Settings of every verb: name, type, default, help and checks in one place. Nothing here imports torch.
 
-A dataclass here is a verb's command line (`cli.py` turns fields into options) and, for `Train`, the keys of a recipe.
+A dataclass here is a verb's command line (`cli` turns fields into options) and, for `Train`, the keys of a recipe.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 import yaml
 
-from glsim.catalog import SETS
-from glsim.cookbook import find_recipe
+from glsim.data.catalog import SETS
+from glsim.data.images import MAX_MEGAPIXELS
 from glsim.files import expand, one_line, read_text
-from glsim.images import MAX_MEGAPIXELS
 from glsim.models import METHODS
+from glsim.training.recipes import find_recipe
 from glsim.types import EMBEDDINGS, ConfigError, choose
 
 Size = int | list[int] | None
@@ -76,7 +76,7 @@ def outputs(settings: Any) -> dict[str, tuple[str, Role]]:
 
 
 def megapixels() -> Any:
-    """The field `max_megapixels` of every verb that decodes images (`glsim.images:limited`)."""
+    """The field `max_megapixels` of every verb that decodes images (`glsim.data.images:limited`)."""
     return setting(MAX_MEGAPIXELS, "megapixels of an image; a larger one is a bad file, and none of it is decoded")
 
 

@@ -1,4 +1,4 @@
-"""Floor 1: what a number was measured with: source, versions, device, command."""
+"""Versions, commit, devices: what a number was measured with."""
 
 from __future__ import annotations
 

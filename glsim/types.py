@@ -1,4 +1,4 @@
-"""Floor 0: the names every other file shares. Nothing here imports torch when it runs: the command line stays quick.
+"""Types that every other file shares, and the legend of shapes. Nothing here imports torch when it runs.
 
 Shape legend, used in every docstring:
 

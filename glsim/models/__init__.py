@@ -1,4 +1,4 @@
-"""Floor 2: one file a paper. A new method is a file here with a `build` function, and its name in `METHODS`.
+"""METHODS by name and `create_model`. A new method is a file here with a `build` function, and its name in `METHODS`.
 
 `build(encoder, num_classes, *, options ..)` returns the model; its keyword-only parameters are the method's options.
 Where a file has them, `BACKBONE` is the method's own default backbone (else `BACKBONE` here) and `ENCODER` its defaults
@@ -18,7 +18,7 @@ from glsim.types import ConfigError, choose
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from glsim.backbone import Model
+    from glsim.models.backbone import Model
 
 BACKBONE = "vit_base_patch16_224"
 METHODS = {  # name -> module; imported when asked for, so that the names cost nothing
@@ -52,7 +52,7 @@ def create_model(
 
     Raises ConfigError for any name, option or size that does not fit, listing what would.
     """
-    from glsim.backbone import build_backbone  # here, so that the names above cost nothing
+    from glsim.models.backbone import build_backbone  # here, so that the names above cost nothing
 
     module = import_module(choose(method, METHODS, "method"))
     own, encoder = _defaults(module.build), _defaults(build_backbone)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glsim.backbone import Attention, Backbone, Model
-from glsim.crop import crop_and_resize, select_component
-from glsim.heads import LayerWeights, zero_linear
-from glsim.selection import check_metric, class_rows, needs_attention, sacm, score
+from glsim.models.backbone import Attention, Backbone, Model
+from glsim.models.boxes import crop_and_resize, select_component
+from glsim.models.heads import LayerWeights, zero_linear
+from glsim.models.scores import check_metric, class_rows, needs_attention, sacm, score
 from glsim.types import ConfigError, Features, Output
 
 

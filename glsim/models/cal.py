@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glsim.backbone import Backbone, Model
-from glsim.crop import boxes_from_mask, crop_and_resize
+from glsim.models.backbone import Backbone, Model
+from glsim.models.boxes import boxes_from_mask, crop_and_resize
 from glsim.types import ConfigError, Features, Output, Selection, choose
 
 BACKBONE = "resnet101"

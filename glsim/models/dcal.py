@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glsim.attention import paired_attention
-from glsim.backbone import Backbone, Model
-from glsim.crop import select
-from glsim.heads import CrossBlock, zero_linear
-from glsim.selection import check_metric, gather_tokens, needs_attention, score
+from glsim.models.attention import paired_attention
+from glsim.models.backbone import Backbone, Model
+from glsim.models.boxes import select
+from glsim.models.heads import CrossBlock, zero_linear
+from glsim.models.scores import check_metric, gather_tokens, needs_attention, score
 from glsim.types import ConfigError, Output
 
 

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glsim.backbone import Backbone, TokenModel
-from glsim.crop import select_these
-from glsim.heads import zero_linear
-from glsim.selection import check_metric, check_top, gather_tokens, mutual_attention, needs_attention, score
+from glsim.models.backbone import Backbone, TokenModel
+from glsim.models.boxes import select_these
+from glsim.models.heads import zero_linear
+from glsim.models.scores import check_metric, check_top, gather_tokens, mutual_attention, needs_attention, score
 from glsim.types import Features, Output
 
 

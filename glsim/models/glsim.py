@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glsim.backbone import Backbone, Model, StagedModel, to_pair
-from glsim.crop import check_box, crop_and_resize, select
-from glsim.heads import Aggregator, Classifier, lead
-from glsim.selection import check_metric, check_top, needs_attention, score
+from glsim.models.backbone import Backbone, Model, StagedModel, to_pair
+from glsim.models.boxes import check_box, crop_and_resize, select
+from glsim.models.heads import Aggregator, Classifier, lead
+from glsim.models.scores import check_metric, check_top, needs_attention, score
 from glsim.types import ConfigError, Output, Selection
 
 
@@ -117,9 +117,9 @@ def build(
 ) -> Model:
     """`top_o` patches span the crop (the paper: 8, Stanford Dogs 16, at every image size); `crop_size` in pixels.
 
-    `box` is a rule, a control in its place (`glsim.crop:CONTROLS`), or "none" (`SinglePass`); `aggregator_depth=0`
-    takes the mean of both tokens. With an `early_loss` above 0 the first pass can answer alone; `margin` says when it
-    may (`AdaptiveGLSim`).
+    `box` is a rule, a control in its place (`glsim.models.boxes:CONTROLS`), or "none" (`SinglePass`);
+    `aggregator_depth=0` takes the mean of both tokens. With an `early_loss` above 0 the first pass can answer alone;
+    `margin` says when it may (`AdaptiveGLSim`).
     """
     check_metric(metric, encoder.has_attention, encoder.depth)
     if box != "none":

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from glsim.attention import explicit_attention
-from glsim.backbone import Backbone, TokenModel
-from glsim.crop import select_these
-from glsim.heads import count_heads, zero_linear
-from glsim.selection import check_metric, gather_tokens, needs_attention, score
+from glsim.models.attention import explicit_attention
+from glsim.models.backbone import Backbone, TokenModel
+from glsim.models.boxes import select_these
+from glsim.models.heads import count_heads, zero_linear
+from glsim.models.scores import check_metric, gather_tokens, needs_attention, score
 from glsim.types import ConfigError, Output
 
 DRIFT = 0.001  # how fast a block's share of the tokens follows what the refinement keeps

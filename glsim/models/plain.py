@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from glsim.backbone import Backbone, Model
-from glsim.heads import zero_linear
+from glsim.models.backbone import Backbone, Model
+from glsim.models.heads import zero_linear
 from glsim.types import Output
 
 

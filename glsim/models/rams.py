@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from glsim.backbone import Backbone, Model
-from glsim.crop import crop_and_resize, select_component
-from glsim.heads import zero_linear
-from glsim.selection import check_metric, needs_attention, score
+from glsim.models.backbone import Backbone, Model
+from glsim.models.boxes import crop_and_resize, select_component
+from glsim.models.heads import zero_linear
+from glsim.models.scores import check_metric, needs_attention, score
 from glsim.types import ConfigError, Output
 
 

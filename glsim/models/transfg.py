@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from glsim.backbone import Backbone, TokenModel
-from glsim.crop import select_these
-from glsim.heads import zero_linear
-from glsim.selection import check_metric, gather_tokens, needs_attention, score
+from glsim.models.backbone import Backbone, TokenModel
+from glsim.models.boxes import select_these
+from glsim.models.heads import zero_linear
+from glsim.models.scores import check_metric, gather_tokens, needs_attention, score
 from glsim.types import Output
 
 ENCODER = {"stride": 0.75}  # patches overlap: 12 pixels of 16

@@ -1,0 +1,1 @@
+"""Models on disk: bundles, other formats, exports, the Hub."""

@@ -1,0 +1,400 @@
+"""Bundles: model folders with `model.safetensors`, `config.json`, `metrics.json` and `README.md`.
+
+Loading a bundle never unpickles anything; the publishers' `.pth` files are read by `official.py`, exported graphs by
+`onnx_runtime.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from huggingface_hub import EvalResult, ModelCardData
+from safetensors import SafetensorError, safe_open
+from timm.models import get_pretrained_cfg
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from glsim.checkpoints.config import (
+    FORMAT,
+    MEASURED,
+    MODEL_KEYS,
+    TooLarge,
+    check_config,
+    check_finite,
+    no_larger_than,
+    read_metrics,
+    some,
+)
+from glsim.checkpoints.hub import fetch
+from glsim.checkpoints.official import OFFICIAL, convert_official
+from glsim.checkpoints.onnx_runtime import open_graph
+from glsim.data.transforms import Preprocessing
+from glsim.files import (
+    code_span,
+    expand,
+    make_folder,
+    markdown,
+    one_line,
+    open_regular,
+    printable,
+    read_json,
+    replacing,
+    shown,
+    to_json,
+    write_json,
+    write_text,
+)
+from glsim.models import create_model, resample_positions
+from glsim.models.backbone import Model, to_pair
+from glsim.types import ConfigError, DataError, GlsimError
+
+FILES = WEIGHTS, CONFIG, METRICS_FILE, CARD = "model.safetensors", "config.json", "metrics.json", "README.md"
+WHERE_FROM = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}  # for timm
+UNKNOWN = "unknown"  # a licence that nobody told
+
+
+def default_preprocessing(backbone: str, image_size: Sequence[int]) -> Preprocessing:
+    """Mean and standard deviation the backbone's weights were trained with (timm's), the paper's resize ratio 1.34."""
+    cfg = get_pretrained_cfg(backbone, allow_unregistered=True)
+    mean, std = (cfg.mean, cfg.std) if cfg is not None else ((0.5,) * 3, (0.5,) * 3)
+    return Preprocessing(to_pair(image_size), 1.34, tuple(mean), tuple(std))
+
+
+def save(model: Model, folder: str | Path, labels: list[str] | None = None, **info: Any) -> Path:
+    """Write `model` (made by `create_model` or `load`) as a bundle and return the folder.
+
+    `labels` are the class names in the order of the logits. `info`: `preprocessing` (a `Preprocessing`), `metrics` (a
+    dict, written to `metrics.json`), `licence` (of `data`, `backbone`, `model`: names by which they are known),
+    anything else that JSON can hold goes into `config.json`. Raises ConfigError, with nothing written, for a config
+    that `load` would refuse.
+    """
+    folder = Path(expand(str(folder)))
+    config = dict(model.config)
+    config["backbone_args"] = {k: v for k, v in config["backbone_args"].items() if k not in WHERE_FROM}
+    labels = labels if labels is not None else config.get("label_names")
+    if labels is not None and len(labels) != config["num_classes"]:
+        raise ConfigError(f"{len(labels)} labels for a model of {config['num_classes']} classes")
+    preprocessing = info.pop("preprocessing", None) or preprocessing_of(model)
+    metrics = info.pop("metrics", None)
+    config |= {
+        "format": FORMAT,
+        "architecture": config["backbone"],
+        "label_names": list(labels) if labels is not None else None,
+        "preprocessing": preprocessing.as_dict(),
+        "pretrained_cfg": {
+            "input_size": [3, *preprocessing.image_size],
+            "mean": list(preprocessing.mean),
+            "std": list(preprocessing.std),
+            "interpolation": "bicubic",
+            "crop_pct": round(1 / preprocessing.resize_ratio, 6),
+            "crop_mode": {"square": "squash", "short": "center"}[preprocessing.resize_rule],  # as timm calls them
+        },
+        "licence": {"data": UNKNOWN, "backbone": UNKNOWN, **config.get("licence", {}), **info.pop("licence", {})},
+        **info,
+    }
+    try:
+        check_config(config, folder / CONFIG)
+    except DataError as error:
+        raise ConfigError(f"this would be a bundle that cannot be loaded: {error}") from error
+    folder = make_folder(folder)
+    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    with replacing(folder / WEIGHTS) as temporary:
+        safetensors.torch.save_file(weights, temporary, metadata={"format": "pt", "sha256": digest(weights)})
+    if metrics is not None:
+        write_json(folder / METRICS_FILE, metrics)
+    write_text(folder / CARD, card(config, metrics))
+    write_json(folder / CONFIG, config)
+    return folder
+
+
+def digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes, on whatever device they are.
+
+    Kept in the file of the weights, so that one rename swaps both.
+    """
+    found = hashlib.sha256()
+    for name in sorted(weights):
+        weight = weights[name].detach().cpu().contiguous()
+        found.update(f"{name} {weight.dtype} {list(weight.shape)}\n".encode())
+        found.update(weight.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def load(source: str | Path, **overrides: Any) -> Model:
+    """Load a model in eval mode.
+
+    `source` is a bundle folder, `hf-hub:owner/name` (or `owner/name@revision`), `local-dir:path`, an official `.pth`
+    or an exported `.onnx`, which answers and does nothing else.
+    `overrides` change the model: `image_size` (positions are resampled) or options of the method (`top_o=16`). For a
+    `.pth`, `method` names the publisher's model ("glsim", "transfg", "ffvt"), and `model.conversion` tells which keys
+    were used; TransFG's and FFVT's files do not hold `num_heads`, `image_size`, `patch_size`, `stride` and `top_k`,
+    which default to those of the published ViT-B/16.
+
+    Raises ConfigError for a wrong option and DataError for files that are missing, damaged or not what they should be.
+    """
+    if isinstance(source, str) and source.startswith("hf-hub:"):
+        return load_bundle(fetch(source.removeprefix("hf-hub:"), FILES), **overrides)
+    path = Path(expand(str(source)).removeprefix("local-dir:"))
+    if path.is_dir():
+        return load_bundle(path, **overrides)
+    if path.is_file() and path.suffix in (".pth", ".pt", ".bin"):
+        return convert_official(path, **overrides)
+    if path.is_file() and path.suffix == ".onnx":
+        if overrides:
+            raise ConfigError(f"{path} is exported and takes no {', '.join(overrides)}; export the bundle again")
+        return open_graph(path)
+    what = "is no bundle folder, .pth or .onnx file" if path.exists() else "does not exist"
+    raise DataError(f"{source} {what}; give a bundle folder, hf-hub:owner/name, local-dir:path, official .pth or .onnx")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a bundle; DataError when it is missing, not one of ours, or a link to somewhere else."""
+    check_inside(folder)
+    try:
+        return check_config(read_json(folder / CONFIG), folder / CONFIG)
+    except FileNotFoundError:
+        raise DataError(f"{folder} is no bundle: it has no {CONFIG}") from None
+
+
+def check_inside(folder: Path) -> None:
+    """DataError where a file of a bundle is a link that leads out of it: to something its sender could not have sent.
+
+    The Hub's own cache is let through, whose snapshots hold links to its `blobs`.
+    """
+    root = Path(os.path.realpath(folder))
+    places = [root] + [root.parent.parent / "blobs"] * (root.parent.name == "snapshots")
+    for path in (folder / name for name in FILES):
+        real = Path(os.path.realpath(path))
+        if not any(real.is_relative_to(place) for place in places):
+            raise DataError(f"{path} was refused: it is a link to {real}, outside of the bundle; copy the file there")
+        if real.exists() and not real.is_file():
+            raise DataError(f"{path} is no file")
+
+
+def load_bundle(folder: Path, **overrides: Any) -> Model:
+    """Load a bundle folder in eval mode; see `load`."""
+    config = read_config(folder)
+    kept = {k: v for k, v in config.items() if k not in MODEL_KEYS}
+    # Nothing that a config says may make timm read other files or the network: older versions of it unpickle them.
+    unsafe = (set(config["backbone_args"]) & WHERE_FROM) | (set(config["options"]) & {*MODEL_KEYS, "pretrained"})
+    if unsafe:
+        raise DataError(f"{folder / CONFIG} was refused: a bundle may not set {', '.join(sorted(unsafe))}")
+    weights = read_weights(folder)
+    arguments = {k: config[k] for k in MODEL_KEYS if k != "options"} | config["options"] | overrides
+    try:
+        with no_larger_than(weights.values()):
+            model = create_model(**arguments, pretrained=False)
+    except TooLarge as error:
+        raise DataError(f"{folder / CONFIG} was refused: its model is far larger than {WEIGHTS}") from error
+    except GlsimError:
+        raise
+    except Exception as error:  # timm's and torch's, of odd arguments, have no class in common but this one
+        raise DataError(f"{folder / CONFIG} is damaged: no model can be built from it: {one_line(error)}") from error
+    if list(model.config["image_size"]) != list(config["image_size"]):
+        weights = resample_positions(weights, model.backbone.net)
+        kept["preprocessing"] = {**kept["preprocessing"], "image_size": model.config["image_size"]}
+    own = model.state_dict()
+    unfit = {
+        "missing": own.keys() - weights.keys(),
+        "of another shape": [k for k, v in weights.items() if k in own and own[k].shape != v.shape],
+        "not part of the model": weights.keys() - own.keys(),
+    }
+    if any(unfit.values()):
+        told = "; ".join(f"{what}: {some(sorted(names))}" for what, names in unfit.items() if names)
+        raise DataError(f"{folder / WEIGHTS} does not fit its {CONFIG}; {told}")
+    model.load_state_dict(weights)
+    model.config = {**kept, **model.config}
+    return model.eval()
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a bundle; DataError when the file is missing, cut short, no safetensors, a byte has changed, or a
+    number is not finite.
+
+    Bundles of the first versions hold no checksum and are read without.
+    """
+    path = folder / WEIGHTS
+    try:
+        with safe_open(path, framework="pt") as file:
+            written = (file.metadata() or {}).get("sha256")
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise DataError(f"{folder} is no bundle: it has no {WEIGHTS}") from None
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} is damaged: {one_line(error)}") from error
+    if written is not None and written != digest(weights):
+        raise DataError(f"{path} is damaged: its weights are not those that were saved; copy it again")
+    check_finite(weights, path)
+    return weights
+
+
+def init_from(model: Model, source: str | Path) -> list[str]:
+    """Give `model` the weights of another one wherever name and shape agree; returns the names it kept as they were.
+
+    `source` is anything `load` takes, or a `.npz` file of the ViT authors (ImageNet-21k: where the field starts from),
+    which timm reads. Positions are resampled to the grid of `model`. Raises ConfigError when not even the backbones
+    agree, and DataError for a file that cannot be read.
+    """
+    if Path(source).suffix == ".npz":
+        return _init_from_npz(model, Path(source))
+    method = model.config["method"]
+    published = {"method": method} if str(source).endswith((".pth", ".pt", ".bin")) and method in OFFICIAL else {}
+    other = resample_positions(load(source, **published).state_dict(), model.backbone.net)
+    own = model.state_dict()
+    taken = {k: v for k, v in other.items() if k in own and own[k].shape == v.shape}
+    kept = sorted(set(own) - set(taken))
+    lacking = [k for k in kept if k.startswith("backbone.")]
+    if lacking:
+        raise ConfigError(f"{source} has another backbone than {model.config['backbone']!r}: nothing for {lacking[0]}")
+    model.load_state_dict(taken, strict=False)
+    model.initialised(kept)
+    return kept
+
+
+def _init_from_npz(model: Model, path: Path) -> list[str]:
+    net = model.backbone.net
+    if not isinstance(net, VisionTransformer):
+        raise ConfigError(f"{path}: .npz files hold the weights of a ViT, {model.config['backbone']!r} is none")
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    try:
+        open_regular(path).close()  # numpy would wait for a FIFO
+        net.load_pretrained(str(path))
+        check_finite(net.state_dict(), path)
+    except GlsimError:
+        net.load_state_dict(before)
+        raise
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        net.load_state_dict(before)
+        raise DataError(f"{path} cannot be read: {one_line(error)}") from error
+    except (RuntimeError, AssertionError, IndexError, TypeError) as error:
+        net.load_state_dict(before)
+        raise ConfigError(f"{path} does not fit {model.config['backbone']!r}: {one_line(error)}") from error
+    kept = sorted(k for k in model.state_dict() if not k.startswith("backbone."))
+    model.initialised(kept)
+    return kept
+
+
+def preprocessing_of(model: Model) -> Preprocessing:
+    """The preprocessing stored with `model`, or its backbone's default."""
+    stored = model.config.get("preprocessing")
+    if stored is not None:
+        return Preprocessing.from_dict(stored)
+    return default_preprocessing(model.config["backbone"], model.config["image_size"])
+
+
+def labels_of(model: Model) -> list[str]:
+    """Class names in the order of the logits; "class 0", "class 1", .. where none were stored."""
+    return model.config.get("label_names") or [f"class {i}" for i in range(model.config["num_classes"])]
+
+
+def temperature_of(model: Model) -> float:
+    """What `glsim calibrate` found that logits have to be divided by before the softmax; 1 where it has not been."""
+    return float((model.config.get("calibration") or {}).get("temperature", 1.0))
+
+
+def threshold_of(model: Model) -> float:
+    """The confidence below which `--reject` answers "unknown"; ConfigError where `glsim calibrate` found none."""
+    calibration = model.config.get("calibration") or {}
+    threshold = calibration.get("threshold")
+    if isinstance(threshold, int | float):
+        return float(threshold)
+    if "max_error" in calibration:
+        raise ConfigError(
+            f"reject: no threshold keeps the error of this model at {calibration['max_error']:g} points on its "
+            "validation images; allow more with glsim calibrate --max-error"
+        )
+    raise ConfigError("reject: this model has no threshold; glsim calibrate RUN --data .. --max-error 5 chooses one")
+
+
+def amend(folder: str | Path, options: dict[str, Any], **info: Any) -> None:
+    """Change options of the method and anything else in the `config.json` of a bundle, and its card with it."""
+    folder = Path(folder)
+    config = read_config(folder)
+    config |= {"options": config["options"] | options, **info}
+    write_text(folder / CARD, card(check_config(config, folder / CONFIG), read_metrics(folder / METRICS_FILE)))
+    write_json(folder / CONFIG, config)
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device `name` ("cpu", "cuda:1"), by default the best there is; ConfigError when it is not there."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    best = accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name) if name is not None else best
+    except RuntimeError as error:
+        raise ConfigError(f"device={name}: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", best.type):
+        raise ConfigError(f"device={name} is not here; the best there is: {best.type}")
+    return device
+
+
+def card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
+    """The model card: what it is, what it learned from, how well it did, how to use it, under whose licences."""
+    config, metrics = shown(dict(config)), shown(metrics)  # a card is for people
+    labels, licence, training = (config.get(k) or {} for k in ("label_names", "licence", "training"))
+    data, p = config.get("data") or {}, Preprocessing.from_dict(config["preprocessing"])
+    measured = {k: v for k, v in (metrics or {}).items() if isinstance(v, dict) and set(MEASURED) <= set(v)}
+    title = f"{config['method']} on {config['backbone']}"
+    results = [
+        EvalResult("image-classification", data["source"], data["source"], "accuracy", v["top1"], dataset_split=k)
+        for k, v in measured.items()
+        if "source" in data
+    ]
+    start = training.get("start", "")
+    head = ModelCardData(
+        license=licence.get("model"),
+        library_name="glsim",
+        pipeline_tag="image-classification",
+        tags=["glsim", "fine-grained", "image-classification"],
+        base_model=start if start.startswith("timm/") else None,
+        model_name=title if results else None,
+        eval_results=results or None,
+    )
+    named = ", ".join(map(markdown, list(labels)[:20])) + (f", .. ({len(labels)} in all)" if len(labels) > 20 else "")
+    size, resize = (" x ".join(map(str, side)) for side in (p.image_size, p.resize))
+    lines = [
+        f"# {markdown(title)}",
+        "",
+        f"Tells {config['num_classes']} classes apart in images of {size} pixels" + (f": {named}." if named else "."),
+        "It knows no others: an image of anything else is given one of these names too.",
+        "",
+        f"- Method: {code_span(config['method'])}, options {code_span(to_json(config['options']))}",
+        f"- Backbone: {code_span(config['backbone'])} (timm), arguments {code_span(to_json(config['backbone_args']))}",
+        f"- Images: resized to {resize} ({p.resize_rule}), the centre {size}; mean {list(p.mean)}, std {list(p.std)}",
+    ]
+    if {"source", "counts", "split_hash"} <= set(data):
+        counts = ", ".join(f"{count} {markdown(split)}" for split, count in data["counts"].items())
+        source, drawn = code_span(data["source"]), code_span(data["split_hash"][:16])
+        lines.append(f"- Data: {source}, {counts} images, split hash {drawn}")
+    if {"start", "epochs", "optimizer", "lr", "batch_size", "seed"} <= set(training):
+        lines.append(
+            f"- Training: from {markdown(start)}; {training['epochs']} epochs of {markdown(training['optimizer'])}, "
+            f"learning rate {training['lr']}, {training['batch_size']} images a step, seed {training['seed']}"
+        )
+    calibration = config.get("calibration") or {}
+    if {"count", "data"} <= set(calibration):
+        lines.append(f"- Calibrated on {calibration['count']} images of {code_span(calibration['data'])}")
+        if calibration.get("threshold") is not None and "coverage" in calibration:
+            lines[-1] += f"; `--reject` answers {calibration['coverage']:.0%} of them, the confident ones"
+        if calibration.get("threshold") is not None and {"answered", "answered_correct"} <= set(calibration):
+            wrong = calibration["answered"] - calibration["answered_correct"]
+            lines[-1] += f" ({calibration['answered']} answers, {wrong} of them wrong)"
+    for split, result in measured.items():
+        lines.append(
+            f"- {markdown(split)}: top-1 {result['top1']:.2%} ({result['correct']} of {result['count']}), top-5 "
+            f"{result['top5']:.2%}, mean over classes {result['per_class_mean']:.2%}"
+        )
+    parts = {"model": "these weights", "backbone": "the weights it started from", "data": "the images"}
+    lines.append(
+        "- Licence: " + "; ".join(f"of {what}: {markdown(licence.get(k, UNKNOWN))}" for k, what in parts.items())
+    )
+    lines += ["", "```python", "import glsim", 'for answer in glsim.Predictor("PATH_TO_THIS_FOLDER")(["image.jpg"]):']
+    lines += ["    print(answer.labels[0], answer.probabilities[0])", "```", ""]
+    return "\n".join(["---", head.to_yaml(), "---", *map(printable, lines)])  # a label may hold line ends

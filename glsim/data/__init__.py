@@ -1,0 +1,1 @@
+"""Images, labels and splits: readers, transforms, loaders, named data sets, audits."""

@@ -1,0 +1,227 @@
+"""Preparation of named data sets: the list of them, the synthetic one drawn, a publisher's files as our list."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import shutil
+import sys
+import tarfile
+import zipfile
+import zlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from glsim.config import Datasets
+from glsim.data import synthetic
+from glsim.data.catalog import SETS, NamedSet, Row, find
+from glsim.data.readers import ImageList, read_data, split_hash
+from glsim.files import check_regular
+from glsim.types import ConfigError, DataError, choose
+
+SYNTHETIC = "birds drawn from a seed, told apart by one small part each, with masks of part and body; no download"
+LOOSE = (".mat", ".json", ".txt", ".csv")  # files that publishers give away beside their archives
+
+
+def run(s: Datasets) -> dict[str, Any]:
+    """The verb: the list of names, or `s.root` filled with the data set `s.name`.
+
+    Raises ConfigError for a name or number that does not fit, DataError for files that are not there or not right.
+    """
+    if s.action == "list":
+        about = [{"name": "synthetic", "about": SYNTHETIC}]
+        return {"datasets": about + [_about(name, known) for name, known in SETS.items()]}
+    if s.name is None or s.root is None:
+        raise ConfigError("prepare needs a name and a folder, as: glsim datasets prepare synthetic --root FOLDER")
+    choose(s.name, {"synthetic": None, **SETS}, "data set")
+    if s.name != "synthetic":
+        return prepare(s.name, Path(s.root), [Path(source) for source in s.source or ()], s.partial)
+    counts = {"train": s.train, "val": s.val, "test": s.test}
+    try:
+        synthetic.write(
+            s.root, s.classes, **counts, size=s.size, seed=s.seed, part_scale=s.part_scale, clutter=s.clutter
+        )
+    except (ValueError, FileExistsError) as error:
+        raise ConfigError(str(error)) from error
+    made = {split: n * s.classes for split, n in counts.items() if n}
+    return {"name": s.name, "root": s.root, "classes": s.classes, "counts": made}
+
+
+def prepare(name: str, root: Path, sources: list[Path], partial: bool = False) -> dict[str, Any]:
+    """Write `root`/NAME.csv (path, label, split; box and mask where there are any) and NAME.json; returns the latter.
+
+    The publisher's files are, the first that fits: the folder `sources` names; its archives, unpacked into `root`; what
+    lies in `root` already; what torchvision downloads into it. `partial` leaves out images that are listed but not
+    there, and accepts other counts. Raises DataError, and writes nothing, when files are missing or counts are not
+    the publisher's.
+    """
+    known = SETS[name]
+    root.mkdir(parents=True, exist_ok=True)
+    folder = _gather(name, root, sources)
+    rows = _read(known, folder)
+    if partial:
+        rows = [row for row in rows if row.path.is_file()]
+        if not rows:
+            raise DataError(f"{folder}: none of the images listed is there")
+    file = root / f"{name}.csv"
+    fresh = file.with_name(f".{file.name}.partial")
+    try:
+        fresh.write_text(_table(rows, root), encoding="utf-8")
+        _check(name, fresh, rows, exact=not partial)
+        result = {
+            **_about(name, known),
+            "root": str(root),
+            "csv": str(file),
+            "counts": _counts(rows),
+            "classes": len({row.label for row in rows}),
+            "split_hash": _hash(rows),
+            "partial": partial,
+            "source": [str(source) for source in sources] or [known.homepage],
+        }
+        fresh.replace(file)
+    finally:
+        fresh.unlink(missing_ok=True)
+    fresh.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    fresh.replace(file.with_suffix(".json"))
+    return result
+
+
+def _about(name: str, known: NamedSet) -> dict[str, Any]:
+    options = {method: known.options(method) for method in ("glsim", "ffvt")}
+    defaults = {"options": options, "resize_ratio": known.resize_ratio, "mean": known.mean, "std": known.std}
+    return {
+        "name": name,
+        "about": known.title,
+        "classes": known.classes,
+        "counts": known.counts,
+        "licence": known.licence,
+        "homepage": known.homepage,
+        "protocol": known.protocol,
+        "extras": known.extras,
+        "download": bool(known.download),
+        "defaults": defaults,
+    }
+
+
+def _gather(name: str, root: Path, sources: list[Path]) -> Path:
+    """The folder with the publisher's files."""
+    known = SETS[name]
+    for source in sources:
+        if not source.exists():
+            raise DataError(f"{source}: does not exist; --source takes {known.title}'s archives or the folder of them")
+        if source.is_dir() and len(sources) > 1:
+            raise DataError(f"{source}: one of {len(sources)} sources is a folder; give one folder, or archives only")
+    if sources and sources[0].is_dir():
+        return sources[0]
+    for source in sources:
+        _unpack(source, root)
+    if not sources and find(root, known.marker) is None and not _has_lists(root):
+        _download(name, root)
+    return root
+
+
+def _unpack(source: Path, root: Path) -> None:
+    try:
+        check_regular(source)
+        if tarfile.is_tarfile(source):
+            with tarfile.open(source) as tar:
+                tar.extractall(root, filter="data")  # refuses what would land outside root
+        elif zipfile.is_zipfile(source):
+            with zipfile.ZipFile(source) as archive:
+                archive.extractall(root)
+        elif source.suffix in LOOSE:
+            if source.resolve().parent != root.resolve():
+                shutil.copy(source, root)
+        else:
+            raise DataError(f"{source}: neither tar nor zip; unpack it, and give the folder")
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{source}: the archive is damaged ({error}); download it again") from error
+
+
+def _download(name: str, root: Path) -> None:
+    known = SETS[name]
+    by_hand = f"get it from {known.homepage}, then: glsim datasets prepare {name} --root {root} --source PATH .."
+    if not known.download:
+        raise DataError(f"{root}: {known.marker} is not there, and no program downloads {known.title}; {by_hand}")
+    from torchvision import datasets
+
+    for published, arguments in known.download:
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # older versions print to where our JSON goes
+                getattr(datasets, published)(str(root), download=True, **arguments)
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"{known.title} could not be downloaded ({error}); {by_hand}") from error
+
+
+def _has_lists(folder: Path) -> bool:
+    train, joined, test = ((folder / f"{part}.csv").is_file() for part in ("train", "train_val", "test"))
+    return (train or joined) and test
+
+
+def _read(known: NamedSet, folder: Path) -> list[Row]:
+    if known.read is not None and (find(folder, known.marker) is not None or not _has_lists(folder)):
+        try:
+            return known.read(folder)
+        except (KeyError, IndexError, ValueError, TypeError) as error:
+            raise DataError(f"{folder}: not laid out as {known.title}'s publisher does ({error!r})") from error
+    if not _has_lists(folder):
+        raise DataError(f"{folder}: train.csv (or train_val.csv) and test.csv, {known.title}'s lists, are not there")
+    return [
+        Row(path, Path(os.path.relpath(path, folder)).as_posix(), images.classes[label], split)
+        for split, images in read_data(folder).items()
+        for path, label in zip(images.paths, images.labels, strict=True)
+    ]
+
+
+def _table(rows: list[Row], root: Path) -> str:
+    boxes, masks = any(row.box for row in rows), any(row.mask for row in rows)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    header = ["path", "label", "split"]
+    writer.writerow(header + ["left", "top", "right", "bottom"] * boxes + ["mask"] * masks)
+    for row in rows:
+        cells: list[Any] = [_relative(row.path, root), row.label, row.split]
+        cells += list(row.box or [""] * 4) * boxes
+        cells += [_relative(row.mask, root) if row.mask else ""] * masks
+        writer.writerow(cells)
+    return text.getvalue()
+
+
+def _relative(path: Path, root: Path) -> str:
+    return Path(os.path.relpath(path, root)).as_posix()
+
+
+def _check(name: str, file: Path, rows: list[Row], exact: bool) -> None:
+    """DataError where the list cannot be read back (an image is missing or comes twice), or counts are other ones."""
+    known = SETS[name]
+    splits = read_data(file)
+    if not exact:
+        return
+    hint = "--partial accepts what is there"
+    counts, classes = _counts(rows), len({row.label for row in rows})
+    if known.counts and counts != known.counts:
+        raise DataError(f"{name}: got {counts} images, {known.title} has {known.counts}; {hint}")
+    if classes != known.classes or len(splits["train"].classes) != classes:
+        raise DataError(f"{name}: got {classes} classes, {known.title} has {known.classes}; {hint}")
+    if known.split_hash not in (None, _hash(rows)):
+        raise DataError(f"{name}: the split is {_hash(rows)}, the publisher's is {known.split_hash}; {hint}")
+
+
+def _counts(rows: list[Row]) -> dict[str, int]:
+    counts = Counter(row.split for row in rows)
+    return {split: counts[split] for split in ("train", "val", "test") if counts[split]}
+
+
+def _hash(rows: list[Row]) -> str:
+    """`split_hash` over the publisher's own names of the images, so that it does not depend on where they lie."""
+    classes = tuple(sorted({row.label for row in rows}))
+    index = {label: i for i, label in enumerate(classes)}
+    splits = {}
+    for split in _counts(rows):
+        part = [row for row in rows if row.split == split]
+        splits[split] = ImageList(tuple(Path(r.key) for r in part), tuple(index[r.label] for r in part), classes)
+    return split_hash(splits, Path())

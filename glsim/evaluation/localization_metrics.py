@@ -1,0 +1,172 @@
+"""Localisation metrics of patch scores and boxes against object masks, with bootstrap intervals.
+
+A mask is two bool maps (B, H, W): `inside`, the pixels of the object, and `counted`, those that are object or
+background (the border of a trimap is neither). Every measure is one number an image (B,) or a box (B, R), NaN where it
+says nothing: no pixel of the object, for the ROC-AUC none of the background, for the purity neither; a score is NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glsim.models.boxes import boxes_from_mask, cut
+
+RESAMPLES, LEVEL = 1000, 0.95  # of an interval
+AT_ONCE = 2**22  # images drawn at once: 64 MB
+
+Key = TypeVar("Key")
+
+
+def per_patch(mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """How many pixels of `mask` (B, H, W) lie in each patch of a `grid` (rows, cols): (B, N)."""
+    rows, cols = (patch_lines(side, count, mask.device) for side, count in zip(mask.shape[1:], grid, strict=True))
+    return torch.einsum("rh,bhw,cw->brc", rows, mask.float(), cols).flatten(1)
+
+
+def patch_lines(side: int, count: int, device: torch.device) -> Tensor:
+    """Which pixels (side,) belong to each of `count` grid lines: (count, side), 0 or 1."""
+    start = cut(torch.arange(count + 1, device=device), count, side)
+    pixel = torch.arange(side, device=device)
+    return ((pixel >= start[:-1, None]) & (pixel < start[1:, None])).float()
+
+
+# --- patch scores -----------------------------------------------------------------------------------------------------
+
+
+def pointing_game(scores: Tensor, inside: Tensor, counted: Tensor) -> Tensor:
+    """1 where the best patch holds a pixel of the object, else 0 (arXiv 1608.00507); of equally good ones the mean.
+
+    `scores` (B, N); `inside`, `counted` (B, N) pixels of a patch. A patch is the tolerance: there 15 pixels.
+    """
+    best = (scores == scores.amax(dim=1, keepdim=True)).float()
+    return _known((best * (inside > 0)).sum(dim=1) / best.sum(dim=1), scores, inside)
+
+
+def energy_inside(scores: Tensor, inside: Tensor, counted: Tensor) -> Tensor:
+    """The share of the map, stretched to [0, 1], that lies on the object (arXiv 1910.01279); a constant map is 1."""
+    low, high = scores.amin(dim=1, keepdim=True), scores.amax(dim=1, keepdim=True)
+    maps = torch.where(high > low, (scores - low) / (high - low), 1.0)
+    return _known((maps * inside).sum(dim=1) / (maps * counted).sum(dim=1), scores, inside)
+
+
+def roc_auc(scores: Tensor, inside: Tensor, counted: Tensor) -> Tensor:
+    """How often a pixel of the object has a better patch than a pixel of the background; a tie is half.
+
+    So every patch counts as object and as background by its pixels, and no threshold says which it is.
+    """
+    scores, inside, outside = scores.contiguous(), inside.double(), (counted - inside).double()
+    ordered, order = scores.sort(dim=1)
+    below = F.pad(outside.gather(1, order).cumsum(dim=1), (1, 0))  # background up to each place in the order
+    worse, not_better = (below.gather(1, torch.searchsorted(ordered, scores, right=right)) for right in (False, True))
+    wins = (inside * (worse + not_better) / 2).sum(dim=1)
+    return _known((wins / (inside.sum(dim=1) * below[:, -1])).float(), scores, inside)
+
+
+def _known(values: Tensor, scores: Tensor, inside: Tensor) -> Tensor:
+    return values.masked_fill(scores.isnan().any(dim=1) | (inside.sum(dim=1) == 0), torch.nan)
+
+
+SCORE_MEASURES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "pointing": pointing_game,
+    "energy": energy_inside,
+    "auc": roc_auc,
+}
+
+
+def measure_scores(scores: Tensor, grid: tuple[int, int], inside: Tensor, counted: Tensor) -> dict[str, Tensor]:
+    """All of `SCORE_MEASURES` (B,) of `scores` (B, N) against a mask (B, H, W)."""
+    parts = per_patch(inside, grid), per_patch(counted, grid)
+    return {name: measure(scores.float(), *parts) for name, measure in SCORE_MEASURES.items()}
+
+
+# --- boxes ------------------------------------------------------------------------------------------------------------
+
+HOLDS = 0.9  # a box holds an object when at least this share of its pixels lies inside
+BOX_MEASURES = ("area", "coverage", "holds", "purity", "iou")
+
+
+def measure_boxes(boxes: Tensor, inside: Tensor, counted: Tensor) -> dict[str, Tensor]:
+    """`boxes` (B, R, 4) against a mask (B, H, W); every value (B, R).
+
+    `area`: share of the image; `coverage`: share of the object inside; `holds`: 1 where that is `HOLDS` or more;
+    `purity`: share of the box that is object; `iou`: with the tightest box around the object.
+    """
+    size = inside.shape[1:]
+    areas = _area(boxes).float()
+    held, total = _count(inside, boxes), inside.flatten(1).sum(dim=1)[:, None].float()
+    coverage = held / total  # 0 / 0 is NaN
+    tight = boxes_from_mask(inside, size)[:, None]
+    low, high = torch.maximum(boxes, tight)[..., :2], torch.minimum(boxes, tight)[..., 2:]
+    shared = (high - low).clamp(min=0).prod(dim=-1)
+    empty = total == 0
+    return {
+        "area": areas / (size[0] * size[1]),
+        "coverage": coverage,
+        "holds": (coverage >= HOLDS).float().masked_fill(empty, torch.nan),
+        "purity": (held / _count(counted, boxes)).masked_fill(empty, torch.nan),
+        "iou": (shared / (areas + _area(tight) - shared)).masked_fill(empty, torch.nan),
+    }
+
+
+def _area(boxes: Tensor) -> Tensor:
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def _count(mask: Tensor, boxes: Tensor) -> Tensor:
+    """Pixels of `mask` (B, H, W) inside `boxes` (B, R, 4): (B, R), from a table of sums."""
+    batch, height, width = mask.shape
+    sums = mask.new_zeros(batch, height + 1, width + 1, dtype=torch.int64)
+    sums[:, 1:, 1:] = mask.long().cumsum(dim=1).cumsum(dim=2)
+    left, top, right, bottom = boxes.unbind(dim=-1)
+
+    def at(row: Tensor, col: Tensor) -> Tensor:
+        return sums.flatten(1).gather(1, row * (width + 1) + col)
+
+    return (at(bottom, right) - at(top, right) - at(bottom, left) + at(top, left)).float()
+
+
+# --- over images ------------------------------------------------------------------------------------------------------
+
+
+def interval(values: Tensor, resamples: int = RESAMPLES, seed: int = 0) -> Tensor:
+    """Mean over images and its 95 % interval by the bootstrap, of `values` (images, M), NaN left out: (3, M).
+
+    Images are drawn with replacement `resamples` times, the same ones for all M columns: the rows are mean, low, high.
+    NaN for a column without a number, and for both ends of one with a single number. The draws are most of the work:
+    call it once for all columns.
+    """
+    values = values.double().cpu()
+    mean, images = values.nanmean(dim=0, keepdim=True), len(values)
+    there, values = values.isfinite().double(), values.nan_to_num()
+    generator, one = torch.Generator().manual_seed(seed), torch.ones((), dtype=torch.double)
+    means = []
+    for part in torch.arange(resamples).split(max(1, AT_ONCE // images)):
+        draws = torch.randint(images, (len(part), images), generator=generator)
+        counts = torch.zeros(draws.shape, dtype=torch.double).scatter_add_(1, draws, one.expand_as(draws))
+        means.append((counts @ values) / (counts @ there))  # part M
+    tail = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.double)
+    ends = torch.cat(means).nanquantile(tail, dim=0).masked_fill(there.sum(dim=0) < 2, torch.nan)
+    return torch.cat((mean, ends))
+
+
+def as_numbers(
+    columns: dict[Key, Tensor], resamples: int = RESAMPLES, seed: int = 0
+) -> dict[Key, list[float | None] | None]:
+    """Mean, low and high of every column (images,) by `interval`; None where there is none, or no mean either."""
+    if not columns:
+        return {}
+    found = interval(torch.stack(tuple(columns.values()), dim=1), resamples, seed)
+    rows = [[value if value == value else None for value in row] for row in found.T.tolist()]
+    return {name: None if row[0] is None else row for name, row in zip(columns, rows, strict=True)}
+
+
+def signed(mean: float, low: float | None, high: float | None, digits: int = 1) -> str:
+    """A difference as `as_numbers` gives it, for people: "+1.2 (-0.3 to +2.7)", or "+1.2" without an interval."""
+    mean, *ends = (round(value, digits) + 0.0 for value in (mean, low, high) if value is not None)  # no -0.0
+    between = f" ({ends[0]:+.{digits}f} to {ends[1]:+.{digits}f})" if ends else ""
+    return f"{mean:+.{digits}f}{between}"

@@ -1,0 +1,1 @@
+"""Answers for images: predictor, index, bulk jobs, server."""

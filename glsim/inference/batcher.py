@@ -1,0 +1,327 @@
+"""The request batcher of the server: images decoded in threads, answered together by one thread.
+
+The HTTP around it is `server.py`; nothing here knows of it.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from threading import Lock, Thread
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from glsim.data.images import BadImage, read_image
+from glsim.data.transforms import eval_transform
+from glsim.inference.predictor import Prediction, Predictor, to_original
+from glsim.interpret.heatmaps import selections_of, title_of, to_heatmap, to_photograph
+from glsim.models.backbone import Model
+from glsim.models.scores import METRICS, check_metric, check_top, needs_attention
+from glsim.types import ConfigError, DataError
+
+MOST_ANSWERS = 100  # classes that can be asked for
+PHOTO, MAP, CROP = 1280, 320, 480  # pixels at most of the longer side of what is drawn
+LOWEST, COLORMAP = 0.4, "turbo"  # opacity of the heat-map where it is 0, as a share of that where it is 1
+
+
+class Wish(NamedTuple):
+    """What is asked of an image, besides its name."""
+
+    top_k: int = 5
+    metric: str | None = None  # None: the model's own
+    top_o: int | None = None  # None: the model's own
+    explain: bool = False  # pictures too
+
+
+class Decoded(NamedTuple):
+    """An image made ready."""
+
+    image: Tensor  # (3, H, W), normalised
+    size: tuple[int, int]  # width, height of the upright image
+    photo: Image.Image | None  # the same image, PHOTO pixels at most, to draw on
+
+
+class Why(NamedTuple):
+    """What a picture is drawn from."""
+
+    metric: str
+    heatmap: np.ndarray  # float32 (H, W) in [0, 1], over the network's view
+    box: tuple[int, int, int, int]  # in pixels of the upright image
+    used: bool  # whether the answer came from this selection
+
+
+class Answer(NamedTuple):
+    """What the model says of one image."""
+
+    prediction: Prediction
+    why: Why | None
+
+
+@dataclass
+class Job:
+    """One image that waits for its answer."""
+
+    decoded: Decoded
+    wish: Wish
+    arrived: float = field(default_factory=time.monotonic)
+    future: Future[Answer] = field(default_factory=Future)
+
+
+@dataclass
+class Counts:
+    """What was done since the start."""
+
+    answered: int = 0  # images
+    refused: int = 0  # images that could not be read, or of which the model was asked what it cannot do
+    failed: int = 0  # images that the model failed on, or of which no picture could be drawn
+    batches: int = 0
+
+
+class Service:
+    """`model` for many callers at once.
+
+    `metric` is the score that pictures show unless another is asked for, `top_o` the model's own (None: it has none).
+    `decode` and `draw` are for the threads of `pool`, `submit` for any thread. One thread of its own has the model: it
+    takes up to `batch_size` images that wait, and waits `max_wait` seconds at most for company to come. Close it with
+    `close`: what was submitted is still answered.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        device: str | None = None,
+        batch_size: int = 16,
+        max_wait: float = 0.01,
+        workers: int = 2,
+        max_pixels: int | None = None,
+    ) -> None:
+        self.predictor = Predictor(model, top_k=MOST_ANSWERS, device=device)
+        self.model: Any = self.predictor.model
+        self.preprocessing = self.predictor.preprocessing
+        self.batch_size, self.max_wait, self.max_pixels = batch_size, max_wait, max_pixels
+        self.transform = eval_transform(self.preprocessing)
+        # Read once: while the model answers, other threads would find there what one wish changed.
+        self.selects = self._try_model()
+        self.metric: str = getattr(model, "metric", model.config["method"]) if self.selects else "gls_cos"
+        self.any_metric = hasattr(model, "metric")  # chooses by scores, whose ever
+        self.top_o: int | None = getattr(model, "top_o", None)
+        self.by_threshold = hasattr(model, "threshold")
+        self.counts, self._lock = Counts(), Lock()
+        self.pool = ThreadPoolExecutor(workers, "decode")
+        self._waiting: SimpleQueue[Job | None] = SimpleQueue()
+        self._thread = Thread(target=self._work, name="model", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Answer what waits, then end all threads."""
+        self._waiting.put(None)
+        self._thread.join()
+        self.pool.shutdown()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread with the model runs."""
+        return self._thread.is_alive()
+
+    @torch.inference_mode()
+    def _try_model(self) -> bool:
+        """Run once, so that the first caller need not wait for what is set up then; whether it selects patches."""
+        height, width = self.preprocessing.image_size
+        return self.model(torch.zeros(1, 3, height, width, device=self.predictor.device)).selection is not None
+
+    # --- what can be asked ----------------------------------------------------------------------------------------
+
+    def metrics(self) -> list[str]:
+        """The model's own, then every other that its backbone can serve."""
+        has = self.model.backbone.has_attention
+        return list(dict.fromkeys([self.metric, *(m for m in METRICS if has or not needs_attention(m))]))
+
+    def decides(self, metric: str | None) -> bool:
+        """Whether the answer depends on what `metric` selects; if not, it only draws."""
+        return self.selects and (metric in (None, self.metric) or self.any_metric)
+
+    def takes_top_o(self, metric: str | None) -> bool:
+        """Whether it matters with `metric` how many best patches are taken."""
+        return self.top_o is not None or not (self.decides(metric) or self.by_threshold)
+
+    def check(self, wish: Wish) -> None:
+        """Raise ConfigError, saying what would work, for a wish that this model cannot grant."""
+        if not 1 <= wish.top_k <= MOST_ANSWERS:
+            raise ConfigError(f"top_k={wish.top_k}: 1 to {MOST_ANSWERS}")
+        if wish.metric not in (None, self.metric):
+            check_metric(wish.metric, self.model.backbone.has_attention)
+        if wish.top_o is not None:
+            check_top(wish.top_o, self.model.backbone.grid, "top_o")
+            if not self.takes_top_o(wish.metric):
+                raise ConfigError(f"top_o: {self.model.config['method']!r} chooses its patches by another rule")
+
+    # --- an image -------------------------------------------------------------------------------------------------
+
+    def decode(self, name: str, content: bytes, wish: Wish) -> Decoded:
+        """Make the bytes of a file ready. Raises BadImage."""
+
+        def ready(image: Image.Image) -> Decoded:
+            photo = None
+            if wish.explain:
+                scale = min(1.0, PHOTO / max(image.size))
+                size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+                photo = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+            return Decoded(self.transform(image), image.size, photo)
+
+        try:
+            return read_image(name, ready, content, self.max_pixels)
+        except BadImage:
+            self._count(refused=1)
+            raise
+
+    def submit(self, decoded: Decoded, wish: Wish) -> Future[Answer]:
+        """Put an image among those that wait. The answer raises ConfigError where the model cannot grant the wish."""
+        job = Job(decoded, wish)
+        self._waiting.put(job)
+        return job.future
+
+    def draw(self, decoded: Decoded, answer: Answer) -> dict[str, Any]:
+        """The pictures of an answer, as data URLs: the photograph, the coloured map to lay over it, the crop."""
+        try:
+            return self._draw(decoded, answer)
+        except Exception:
+            self._count(answered=-1, failed=1)
+            raise
+
+    def _draw(self, decoded: Decoded, answer: Answer) -> dict[str, Any]:
+        why, photo = answer.why, decoded.photo
+        assert why is not None and photo is not None
+        scale = MAP / max(photo.size)
+        size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
+        heat, seen = (to_photograph(m, size, self.preprocessing) for m in (why.heatmap, np.ones_like(why.heatmap)))
+        colours = matplotlib.colormaps[COLORMAP](heat)
+        colours[..., 3] = (LOWEST + (1 - LOWEST) * heat) * seen  # no colour where the network was not shown anything
+        to_photo = (photo.width / decoded.size[0], photo.height / decoded.size[1])
+        left, top, right, bottom = (round(side * to_photo[i % 2]) for i, side in enumerate(why.box))
+        crop = photo.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
+        crop.thumbnail((CROP, CROP), Image.Resampling.LANCZOS)
+        return {
+            "metric": why.metric,
+            "title": title_of(why.metric),
+            "box": list(why.box),
+            "used": why.used,
+            "size": list(decoded.size),
+            "photo": as_url(photo, "JPEG"),
+            "heatmap": as_url(Image.fromarray((colours * 255).round().astype(np.uint8)), "PNG"),
+            "crop": as_url(crop, "JPEG"),
+        }
+
+    # --- the thread with the model --------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while batch := self._take():
+            groups: dict[Any, list[Job]] = {}
+            for job in batch:
+                if job.future.set_running_or_notify_cancel():
+                    groups.setdefault(job.wish._replace(top_k=0), []).append(job)
+            for jobs in groups.values():
+                self._answer(jobs)
+
+    def _take(self) -> list[Job]:
+        """The images of the next batch; none at the end."""
+        job = self._waiting.get()
+        if job is None:
+            return []
+        batch, until = [job], job.arrived + self.max_wait
+        while len(batch) < self.batch_size:
+            try:
+                job = self._waiting.get(timeout=max(0.0, until - time.monotonic()))
+            except Empty:
+                break
+            if job is None:
+                self._waiting.put(None)  # after this batch
+                break
+            batch.append(job)
+        return batch
+
+    def _answer(self, jobs: list[Job]) -> None:
+        """Answer images that share a wish, but for `top_k`. Where that fails, each alone: one spoils no other."""
+        try:
+            answers = self._ask([job.decoded for job in jobs], jobs[0].wish)
+        except Exception as error:  # the thread has to outlive whatever one batch does to it
+            if len(jobs) > 1 and not isinstance(error, ConfigError):
+                for job in jobs:
+                    self._answer([job])
+                return
+            self._count(**{"refused" if isinstance(error, ConfigError) else "failed": len(jobs)})
+            # asyncio hands on no StopIteration: who awaits it would wait for ever.
+            told = RuntimeError("StopIteration") if isinstance(error, StopIteration) else error
+            for job in jobs:
+                job.future.set_exception(told)
+            return
+        self._count(batches=1)
+        for job, answer in zip(jobs, answers, strict=True):
+            if isinstance(answer, BadImage) or not all(map(math.isfinite, answer.prediction.probabilities)):
+                self._count(failed=1)
+                job.future.set_exception(DataError("its answer is not finite"))
+                continue
+            self._count(answered=1)
+            p, k = answer.prediction, job.wish.top_k
+            p = p._replace(labels=p.labels[:k], probabilities=p.probabilities[:k])
+            job.future.set_result(answer._replace(prediction=p))
+
+    @torch.inference_mode()
+    def _ask(self, decoded: list[Decoded], wish: Wish) -> list[Answer | BadImage]:
+        images = torch.stack([d.image for d in decoded]).to(self.predictor.device)
+        sizes = [d.size for d in decoded]
+        own = {"metric": wish.metric} if self.any_metric else {}
+        with changed(self.model, **own, top_o=wish.top_o):
+            if not wish.explain:
+                predictions = self.predictor.predictions(self.model(images), sizes)
+                return [p if isinstance(p, BadImage) else Answer(p, None) for p in predictions]
+            output, ((metric, selection, _),) = selections_of(self.model, images, [wish.metric])
+        heatmaps = to_heatmap(selection.scores, selection.grid, (images.shape[-2], images.shape[-1])).cpu().numpy()
+        predictions = self.predictor.predictions(output, sizes)
+        decides, boxes = self.decides(wish.metric), selection.boxes.tolist()
+
+        def why(p: Prediction, heatmap: np.ndarray, box: list[int], size: tuple[int, int]) -> Why:
+            looked = decides and p.second_pass is not False
+            return Why(metric, heatmap, to_original(box, size, self.preprocessing), looked)
+
+        return [
+            p if isinstance(p, BadImage) else Answer(p, why(p, *seen))
+            for p, *seen in zip(predictions, heatmaps, boxes, sizes, strict=True)
+        ]
+
+    def _count(self, **more: int) -> None:
+        with self._lock:
+            for name, number in more.items():
+                setattr(self.counts, name, getattr(self.counts, name) + number)
+
+
+@contextmanager
+def changed(model: Model, **values: Any) -> Iterator[None]:
+    """Inside, attributes of `model` have other values; None leaves one as it is."""
+    values = {name: value for name, value in values.items() if value is not None}
+    before = {name: vars(model)[name] for name in values if name in vars(model)}
+    vars(model).update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            del vars(model)[name]
+        vars(model).update(before)
+
+
+def as_url(picture: Image.Image, kind: str) -> str:
+    """A picture as a data URL; `kind` is Pillow's name of the format."""
+    file = io.BytesIO()
+    picture.save(file, kind, quality=88)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,0 +1,373 @@
+"""The predictor: answers for images, with confidences, in the formats of `glsim predict`."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from glsim.checkpoints.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of, threshold_of
+from glsim.config import Predict
+from glsim.data.hierarchy import decide, flat, read_taxonomy
+from glsim.data.images import BadImage, limited, sharing
+from glsim.data.readers import ImageDataset, find_images
+from glsim.data.transforms import Preprocessing, eval_transform
+from glsim.evaluation.confidence import NO_ANSWER, are_answers
+from glsim.files import csv_text, expand, make_parent, printable, to_json, write_text
+from glsim.models.backbone import Model, StagedModel
+from glsim.models.heads import lead
+from glsim.types import ConfigError, Output, choose
+
+
+class Verdict(NamedTuple):
+    """What is said where only sure answers are wanted."""
+
+    label: str  # of the level; "unknown" where no level is sure
+    level: str | None  # "label", or a coarser one of the taxonomy; None: unknown
+    probability: float  # of that answer; of the best label where it is unknown
+
+
+class Prediction(NamedTuple):
+    """The answer for one image."""
+
+    path: str | None  # None for an image that came from memory
+    labels: tuple[str, ...]  # best first
+    probabilities: tuple[float, ...]  # of `labels`
+    box: tuple[int, int, int, int] | None  # the crop: left, top, right, bottom in pixels of the upright image
+    second_pass: bool | None = None  # whether the crop was looked into; None: the method does not choose
+    embedding: tuple[float, ...] | None = None  # the vector asked for, as the model gives it (not of unit length)
+    verdict: Verdict | None = None  # where unsure answers are rejected
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        answers = [{"label": n, "probability": p} for n, p in zip(self.labels, self.probabilities, strict=True)]
+        box = list(self.box) if self.box else None
+        told: dict[str, Any] = {"path": self.path, "answers": answers, "box": box, "second_pass": self.second_pass}
+        told |= {"verdict": self.verdict._asdict()} if self.verdict is not None else {}
+        return told | ({"embedding": list(self.embedding)} if self.embedding is not None else {})
+
+
+class Predictor:
+    """`Predictor(source)(images)`: top-k answers for paths and PIL images.
+
+    `source` is anything `glsim.load` takes, or a model from it. Images are decoded ahead of the model by `workers`
+    processes (0: in this one) and run in batches. With `flip` the logits of each image and of its mirror image are
+    averaged; box and embedding are those of the image itself. `embedding` names one of the model's vectors
+    (`glsim.types:EMBEDDINGS`) to hand out too; for any but "global", no image is spared its second pass. With `reject`
+    every answer has a verdict: "unknown" below the threshold of the bundle; with the CSV file `taxonomy`
+    (`glsim.data.hierarchy:read_taxonomy`) a coarser level may reach it instead. A file of more than `max_megapixels` is
+    bad (None: `glsim.data.images:pixel_limit`, by default 110).
+    """
+
+    def __init__(
+        self,
+        source: str | Path | Model,
+        top_k: int = 5,
+        batch_size: int = 32,
+        workers: int = 0,
+        device: str | None = None,
+        flip: bool = False,
+        embedding: str | None = None,
+        reject: bool = False,
+        taxonomy: str | Path | None = None,
+        max_megapixels: float | None = None,
+    ) -> None:
+        if max_megapixels is not None and not 0 < max_megapixels < math.inf:
+            raise ConfigError(f"max_megapixels={max_megapixels}: a number above 0 is needed")
+        if top_k < 1 or batch_size < 1:
+            raise ConfigError(f"top_k={top_k}, batch_size={batch_size}: both have to be at least 1")
+        model = source if isinstance(source, Model) else load(source)
+        self.device = pick_device(device)
+        self.model = giving(model.to(self.device).eval(), embedding)
+        self.labels, self.preprocessing = labels_of(model), preprocessing_of(model)
+        self.temperature = temperature_of(model)
+        self.top_k, self.batch_size, self.workers = min(top_k, len(self.labels)), batch_size, workers
+        self.flip, self.embedding = flip, embedding
+        self.max_pixels = None if max_megapixels is None else max(1, round(max_megapixels * 1e6))
+        self.threshold = threshold_of(model) if reject else None
+        self.taxonomy = read_taxonomy(taxonomy, self.labels) if taxonomy is not None else flat(self.labels)
+
+    def __call__(self, images: str | Path | Image.Image | Sequence[str | Path | Image.Image]) -> list[Prediction]:
+        """One `Prediction` an image, in order. Raises BadImage, naming the file, for one that cannot be read."""
+        predictions = []
+        for answer in self.stream([images] if isinstance(images, str | Path | Image.Image) else images):
+            if isinstance(answer, BadImage):
+                raise answer
+            predictions.append(answer)
+        return predictions
+
+    def stream(self, images: Sequence[str | Path | Image.Image]) -> Iterator[Prediction | BadImage]:
+        """The same one by one, without stopping at a bad file: its BadImage stands in the place of the answer."""
+        paths = iter([None if isinstance(image, Image.Image) else str(image) for image in images])
+        for output, items in self.outputs(images):
+            sizes = [item for item in items if not isinstance(item, BadImage)]
+            predictions = iter(self.predictions(output, sizes) if output is not None else ())
+            for item, path in zip(items, paths, strict=False):
+                answer = item if isinstance(item, BadImage) else next(predictions)
+                if isinstance(answer, Prediction):
+                    yield answer._replace(path=path)
+                else:
+                    yield item if isinstance(item, BadImage) else BadImage(path or "image", answer.reason)
+
+    def outputs(
+        self, images: Sequence[str | Path | Image.Image]
+    ) -> Iterator[tuple[Output | None, list[tuple[int, int] | BadImage]]]:
+        """In order, some images at a time: what the model says of those that could be read (None: none could), and for
+        every one its size (width, height), or what is bad about it."""
+        loader = self.loader(images)
+        read: deque[tuple[int, int] | BadImage] = deque()  # images that wait for their answer
+
+        def batches() -> Iterator[Tensor]:
+            for batch, items in loader:
+                read.extend(items)
+                if batch is not None:
+                    yield batch.to(self.device)
+
+        for output in answers(self.model, batches(), self.flip):
+            left, items = len(output.logits), []
+            while left:
+                items.append(read.popleft())
+                left -= not isinstance(items[-1], BadImage)
+            yield output, items
+        if read:
+            yield None, list(read)
+
+    def loader(self, images: Sequence[str | Path | Image.Image]) -> DataLoader:
+        """Batches (B, 3, H, W) of what can be read, with every image's size (width, height) or its BadImage."""
+        images = [expand(image) if isinstance(image, str) else image for image in images]
+        transform = _WithSize(eval_transform(self.preprocessing))
+        dataset: Any = ImageDataset(images, transform, keep_bad=True, max_pixels=self.max_pixels)
+        workers = max(0, min(self.workers, len(images) - 1))
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            num_workers=workers,
+            worker_init_fn=sharing() if workers else None,
+            collate_fn=_collate,
+            pin_memory=self.device.type != "cpu",
+        )
+
+    def predictions(self, output: Output, sizes: Sequence[tuple[int, int]]) -> list[Prediction | BadImage]:
+        """The answers that the model's `output` for a batch stands for; `sizes` (width, height) are of its images.
+
+        A BadImage stands in the place of an answer that is no number.
+        """
+        probabilities = (output.logits.float() / self.temperature).softmax(dim=1)
+        real = are_answers(output.logits, self.temperature)
+        if self.embedding:
+            real &= embedding_of(output, self.embedding).isfinite().all(dim=1)
+        top = probabilities.topk(self.top_k)
+        nothing = [None] * len(sizes)
+        verdicts = self.verdicts(probabilities, self.threshold) if self.threshold is not None else nothing
+        boxes = output.selection.boxes.tolist() if output.selection is not None else nothing
+        unsure = output.aux["unsure"].tolist() if "unsure" in output.aux else nothing
+        vectors = map(tuple, embedding_of(output, self.embedding).tolist()) if self.embedding else nothing
+        return [
+            Prediction(
+                None,
+                tuple(self.labels[i] for i in indices),
+                tuple(values),
+                to_original(box, size, self.preprocessing) if box else None,
+                again,
+                vector,
+                verdict,
+            )
+            if answered
+            else BadImage("image", NO_ANSWER)
+            for answered, indices, values, box, size, again, vector, verdict in zip(
+                *(real.tolist(), top.indices.tolist(), top.values.tolist()),
+                *(boxes, sizes, unsure, vectors, verdicts),
+                strict=True,
+            )
+        ]
+
+    def verdicts(self, probabilities: Tensor, threshold: float) -> list[Verdict]:
+        """The finest sure answers, of (B, C)."""
+        groups, sums = self.taxonomy.best(probabilities)
+        rows = zip(decide(sums, threshold).tolist(), groups.tolist(), sums.tolist(), strict=True)
+        levels, names = self.taxonomy.levels, self.taxonomy.groups
+        return [
+            Verdict(names[level][row[level]], levels[level], p[level]) if level >= 0 else Verdict("unknown", None, p[0])
+            for level, row, p in rows
+        ]
+
+
+@torch.inference_mode()
+def answers(model: nn.Module, batches: Iterable[Tensor], flip: bool = False) -> Iterator[Output]:
+    """What `model` says of each of `batches` (B, 3, H, W), in order.
+
+    With `flip`, the mean of its logits (B, C) there and mirrored; unsure is who was so in either view. Without, a
+    `StagedModel` with a margin gets the images whose first answer is unsure in batches as large as the largest so far,
+    so that the outputs come a little later.
+    """
+    if isinstance(model, StagedModel) and model.margin is not None and not flip:
+        yield from _regrouped(model, model.margin, batches)
+        return
+    for images in batches:
+        yield _mean(model(images), model(images.flip(-1))) if flip else model(images)
+
+
+def _mean(output: Output, mirrored: Output) -> Output:
+    unsure = {k: v | mirrored.aux[k] for k, v in output.aux.items() if k == "unsure"}
+    return output._replace(logits=(output.logits + mirrored.logits) / 2, aux=output.aux | unsure)
+
+
+def _regrouped(model: StagedModel, margin: float, batches: Iterable[Tensor]) -> Iterator[Output]:
+    held: deque[Output] = deque()  # whose unsure images are not all answered
+    unsure: deque[tuple[Any, ...]] = deque()  # those images: output, row in it, image, token, box
+    size = 1
+
+    def second(count: int) -> None:
+        outputs, rows, *inputs = zip(*(unsure.popleft() for _ in range(count)), strict=True)
+        seconds = model.second(*map(torch.stack, inputs)).logits
+        for output, row, late in zip(outputs, rows, seconds, strict=True):
+            output.logits[row] = late
+
+    def answered() -> Iterator[Output]:
+        while held and not (unsure and unsure[0][0] is held[0]):
+            yield held.popleft()
+
+    for images in batches:
+        size = max(size, len(images))
+        given, logits, selection = model.first(images)
+        output = Output(logits, selection, aux={"unsure": lead(logits) < margin, "embeddings": {"global": given}})
+        held.append(output)
+        rows = output.aux["unsure"].nonzero()[:, 0].tolist()
+        # A view of a row would keep the images of its whole batch.
+        unsure += [(output, row, images[row].clone(), given[row], selection.boxes[row]) for row in rows]
+        while len(unsure) >= size:
+            second(size)
+        yield from answered()
+    if unsure:
+        second(len(unsure))
+    yield from answered()
+
+
+def embedding_of(output: Output, name: str) -> Tensor:
+    """The embedding `name` of a batch (B, D) in float32; ConfigError lists those the model gives."""
+    if not (found := output.aux.get("embeddings")):
+        raise ConfigError(f"embedding={name}: this model gives none; of an exported graph, ask the bundle")
+    return choose(name, found, "embedding of this model").float()
+
+
+def giving(model: Model, embedding: str | None) -> Model:
+    """`model`, or where it may spare the second pass that an embedding needs, one of the same weights that does not."""
+    if embedding in (None, "global") or not isinstance(model, StagedModel) or model.margin is None:
+        return model
+    model = copy(model)
+    model.margin = None
+    return model
+
+
+def to_original(box: Sequence[int], size: tuple[int, int], p: Preprocessing) -> tuple[int, int, int, int]:
+    """A box in pixels of the network's view, back in pixels of the upright image of `size` (width, height)."""
+    height, width = p.resized(size)
+    scale = (size[0] / width, size[1] / height)
+    margin = ((width - p.image_size[1]) / 2, (height - p.image_size[0]) / 2)
+    left, top, right, bottom = (round((v + margin[i % 2]) * scale[i % 2]) for i, v in enumerate(box))
+    return left, top, right, bottom
+
+
+@limited
+def run(s: Predict, progress: bool = True) -> dict[str, Any]:
+    """The verb, by the engine asked for."""
+    module, _, function = ENGINES[s.engine].partition(":")
+    return getattr(import_module(module), function)(s, progress)
+
+
+ENGINES = {
+    "local": "glsim.inference.predictor:run_here",
+    "ray": "glsim.inference.ray_bulk:run",
+}  # imported when asked for
+
+
+def run_here(s: Predict, progress: bool = True) -> dict[str, Any]:
+    """Predictions and skipped files, as plain values; BadImage is raised unless `s.skip_bad`."""
+    if s.out is not None:
+        make_parent(s.out)  # first: what cannot be made must not come late
+    paths = find_images(s.images)
+    model = load(s.source, **s.options)
+    predictor = Predictor(model, s.top_k, s.batch_size, s.workers, s.device, s.flip, s.embedding, s.reject, s.taxonomy)
+    predictions, skipped = [], []
+    for answer in tqdm(predictor.stream(paths), total=len(paths), unit="image", disable=not progress):
+        if not isinstance(answer, BadImage):
+            predictions.append(answer)
+        elif s.skip_bad:
+            skipped.append(str(answer))
+        else:
+            raise answer
+    if s.out is not None:
+        write_text(s.out, FORMATS[str(s.format)](predictions))
+    again = [a.second_pass for a in predictions if a.second_pass is not None]
+    return {
+        "source": str(s.source),
+        "predictions": [a.as_dict() for a in predictions],
+        "skipped": skipped,
+        "second_pass_share": sum(again) / len(again) if again else None,
+    }
+
+
+def as_text(predictions: Sequence[Prediction]) -> str:
+    """A line an image: path, then classes with probabilities, then the box; a verdict before them, if there is one."""
+    lines = []
+    for a in predictions:
+        answers = ", ".join(f"{printable(name)} {p:.1%}" for name, p in zip(a.labels, a.probabilities, strict=True))
+        if a.verdict is not None:
+            sure = f"{a.verdict.level} {a.verdict.label} {a.verdict.probability:.1%}"
+            answers = f"{printable(sure if a.verdict.level else a.verdict.label)} ({answers})"
+        lines.append(f"{printable(a.path)}: {answers}" + (f"  crop {','.join(map(str, a.box))}" if a.box else ""))
+    return "".join(line + "\n" for line in lines)
+
+
+def as_jsonl(predictions: Sequence[Prediction]) -> str:
+    """One JSON object a line."""
+    return "".join(to_json(a.as_dict()) + "\n" for a in predictions)
+
+
+def as_csv(predictions: Sequence[Prediction]) -> str:
+    """One row an image and rank, as `csv_text` writes it: path, rank, label, probability, left, top, right, bottom.
+
+    Where the method chooses, also second_pass (true or false); where there are verdicts, also verdict, level and
+    verdict_probability.
+    """
+    more = ["second_pass"] * any(a.second_pass is not None for a in predictions)
+    more += ["verdict", "level", "verdict_probability"] * any(a.verdict is not None for a in predictions)
+    rows: list[list[object]] = [["path", "rank", "label", "probability", "left", "top", "right", "bottom", *more]]
+    for a in predictions:
+        said = [str(a.second_pass).lower()] if a.second_pass is not None else []
+        said += (
+            [a.verdict.label, a.verdict.level or "", f"{a.verdict.probability:.6f}"] if a.verdict is not None else []
+        )
+        for rank, (name, p) in enumerate(zip(a.labels, a.probabilities, strict=True), start=1):
+            rows.append([a.path, rank, name, f"{p:.6f}", *(a.box or ("",) * 4), *said])
+    return csv_text(rows)
+
+
+FORMATS: dict[str, Callable[[Sequence[Prediction]], str]] = {"text": as_text, "jsonl": as_jsonl, "csv": as_csv}
+
+
+class _WithSize:
+    """A transform that also tells the size (width, height) of the image it was given."""
+
+    def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.transform = transform
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
+        return self.transform(image), image.size
+
+
+def _collate(items: list[Any]) -> tuple[Tensor | None, list[tuple[int, int] | BadImage]]:
+    """Stack what could be read, None where nothing could; each image's size, or what is bad about it."""
+    good = [item[0][0] for item in items if not isinstance(item, BadImage)]
+    marks = [item if isinstance(item, BadImage) else item[0][1] for item in items]
+    return (torch.stack(good) if good else None), marks

@@ -1,0 +1,199 @@
+"""Contrastive heat-maps: what in an image speaks for class A against class B."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.colors import to_rgb
+from PIL import Image
+from torch import Tensor
+
+from glsim.checkpoints.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of
+from glsim.config import Explain
+from glsim.data.images import BadImage, read_any
+from glsim.data.readers import find_images
+from glsim.data.sources import clean_label
+from glsim.data.transforms import eval_transform
+from glsim.evaluation.confidence import NO_ANSWER
+from glsim.interpret.heatmaps import GREY, SIDE, Page, Photograph, cell, photographs, targets_of, to_photograph, view_of
+from glsim.models.backbone import Model
+from glsim.types import ConfigError
+
+STEPS = 16  # of the path from the mean colour to the image
+FOR, AGAINST = "#0a5fb4", "#d9480f"  # colours of A and B
+
+
+class Contrast(NamedTuple):
+    """What speaks for A against B in a batch of images."""
+
+    maps: np.ndarray  # float32 (B, rows, cols) in logits: above 0 for A, below 0 for B
+    differences: np.ndarray  # float32 (B,) logit of A less that of B
+    start: np.ndarray  # float32 (B,) the same of an image of the mean colour alone
+    probabilities: np.ndarray  # float32 (B, 2) of A and of B, among all classes
+
+
+@overload
+def contrast(model: Model, images: Tensor, a: str, b: str) -> np.ndarray: ...
+
+
+@overload
+def contrast(model: Model, images: Photograph | Sequence[Photograph], a: str, b: str) -> list[np.ndarray]: ...
+
+
+def contrast(
+    model: Model, images: Tensor | Photograph | Sequence[Photograph], a: str, b: str
+) -> np.ndarray | list[np.ndarray]:
+    """What speaks for class `a` (above 0) against class `b` (below 0), as signed float32 maps.
+
+    For a tensor of normalised images (B, 3, H, W) an array (B, rows, cols) over the backbone's grid, in logits. For
+    paths and PIL images, one or several, a list of smooth arrays (height, width) in [-1, 1], each of the size of its
+    upright photograph and stretched by its own largest value, 0 at the edges that the network is not shown.
+
+    Integrated gradients (arXiv 1703.01365): the gradient of logit A less logit B, through the whole model, crops
+    included, averaged over 16 steps from an image of the mean colour to the image, times the pixels' distance from that
+    colour, summed over each patch. So the map sums to the difference, less that of the mean colour, up to the steps'
+    error; and where a step chooses another box or other patches, the jump this makes is in no patch. Swapping `a` and
+    `b` changes the sign alone.
+
+    Raises ConfigError for an unknown class, with those of similar name, and BadImage for a file that cannot be read.
+    """
+    if isinstance(images, Tensor):
+        return attribute(model, images, *classes_of(model, a, b)).maps
+    p = preprocessing_of(model)
+    transform = eval_transform(p)
+    maps = []
+    for image in [images] if isinstance(images, Photograph) else images:
+        view, size = read_any(image, lambda photograph: (transform(photograph), photograph.size))
+        smooth = to_signed(contrast(model, view[None], a, b)[0], p.image_size)
+        above, below = (to_photograph(part.clip(0, 1), size, p) for part in (smooth, -smooth))
+        maps.append(above - below)
+    return maps
+
+
+def attribute(model: Model, images: Tensor, a: int, b: int, steps: int = STEPS) -> Contrast:
+    """`contrast` by the numbers of two classes, for normalised `images` (B, 3, H, W), with the logits it explains."""
+    grid = model.backbone.grid if model.backbone.grid != (1, 1) else (7, 7)  # a network without a map: even cells
+    with torch.inference_mode(False), torch.enable_grad():
+        pixels = images.detach().to(next(model.parameters()).device).clone()
+        total = torch.zeros_like(pixels)
+        for step in range(steps):
+            between = (pixels * ((step + 0.5) / steps)).requires_grad_()
+            logits = model(between).logits.float()
+            (gradient,) = torch.autograd.grad((logits[:, a] - logits[:, b]).sum(), between)
+            total += gradient
+        maps = pool((total / steps * pixels).sum(dim=1), grid)
+    with torch.inference_mode():
+        logits, none = model(pixels).logits.float(), model(torch.zeros_like(pixels)).logits.float()
+    shares = (logits / temperature_of(model)).softmax(dim=1)[:, [a, b]]
+    numbers = (maps, logits[:, a] - logits[:, b], none[:, a] - none[:, b], shares)
+    return Contrast(*(number.cpu().numpy() for number in numbers))
+
+
+def pool(values: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Sum pixels (B, H, W) over the cells of `grid`: (B, rows, cols). Each pixel counts once."""
+    rows, cols = (
+        F.one_hot(torch.arange(side, device=values.device) * count // side, count).to(values.dtype)
+        for side, count in zip(values.shape[1:], grid, strict=True)
+    )
+    return rows.T @ values @ cols
+
+
+def to_signed(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A map (rows, cols) as a smooth one of `size` (H, W) in [-1, 1], its largest value at 1 or -1 (of zeros: 0)."""
+    scaled = torch.from_numpy(values / max(float(np.abs(values).max()), 1e-12))[None, None]
+    return F.interpolate(scaled, size, mode="bicubic", align_corners=False)[0, 0].clamp(-1, 1).numpy()
+
+
+def classes_of(model: Model, *names: str) -> list[int]:
+    """The numbers of classes; ConfigError names the classes that an unknown one may mean."""
+    labels = labels_of(model)
+    numbers = {clean_label(label): i for i, label in enumerate(labels)}
+    found = []
+    for name in names:
+        if clean_label(name) not in numbers:
+            close = get_close_matches(name, labels, n=3, cutoff=0.4) or labels[:5] + [".."] * (len(labels) > 5)
+            raise ConfigError(f"the model has no class {name!r}; close to it: {', '.join(close)}")
+        found.append(numbers[clean_label(name)])
+    if len(set(found)) < len(found):
+        raise ConfigError(f"contrast: two different classes are needed, got {' and '.join(map(repr, names))}")
+    return found
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def run(s: Explain) -> dict[str, Any]:
+    """`glsim explain --contrast A B`: one PNG an image, with the map beside it."""
+    names = s.contrast or []
+    paths = find_images(s.images)[: s.limit]
+    model = load(s.source, **s.options).to(pick_device(s.device))
+    a, b = classes_of(model, *names)
+    targets = targets_of(s.out, paths)
+    p = preprocessing_of(model)
+    transform = eval_transform(p)
+    pictures: list[dict[str, Any]] = []
+    skipped: list[str] = []
+
+    def views_of(image: Image.Image) -> tuple[Tensor, np.ndarray]:
+        return transform(image), view_of(image, p)
+
+    for path, (seen, view), target in photographs(paths, targets, views_of, s.skip_bad, skipped):
+        c = attribute(model, seen[None], a, b)
+        if not (np.isfinite(c.maps).all() and np.isfinite(c.probabilities).all()):
+            bad = BadImage(path, NO_ANSWER)
+            if not s.skip_bad:
+                raise bad
+            skipped.append(str(bad))
+            continue
+        draw(view, c, names, "/".join(path.parts[-2:]), target, s.alpha, s.power)
+        told = {
+            "difference": float(c.differences[0]),
+            "start": float(c.start[0]),
+            "probabilities": c.probabilities[0].tolist(),
+        }
+        pictures.append({"path": str(path), "picture": str(target), **told, "map": c.maps[0].tolist()})
+    result = {"source": str(s.source), "out": str(s.out), "contrast": names}
+    return {**result, "pictures": pictures, "skipped": skipped}
+
+
+def draw(
+    view: np.ndarray, c: Contrast, names: Sequence[str], name: str, path: str | Path, alpha: float, power: float = 1.0
+) -> None:
+    """Write one PNG: the image, uint8 (H, W, 3), and what in it speaks for which class; of the first row of `c`."""
+    width, height = cell(view, 1.4 * SIDE)
+    gap, font = round(0.03 * width), 0.07 * 1.4 * SIDE
+    smooth = to_signed(c.maps[0], (view.shape[0], view.shape[1]))
+    head, foot = 1.9 * font, 3.0 * font
+    page = Page(2 * width + 3 * gap, head + height + foot)
+    a, b = (label.replace("_", " ") for label in names)
+    page.words("Image", gap + width / 2, 1.3 * font, width, font, ha="center", fontweight="bold")
+    right = 2 * gap + width
+    page.words("Evidence", right + width / 2, 1.3 * font, width, font, ha="center", fontweight="bold")
+    page.picture(view, gap, head, width, height)
+    page.picture(overlay(view, smooth, alpha, power), right, head, width, height)
+    line = head + height + 1.3 * font
+    page.words(name, gap, line, width, 0.75 * font, color=GREY)
+    sides = zip((a, b), c.probabilities[0], (FOR, AGAINST), (line, line + 1.15 * font), strict=True)
+    for label, probability, colour, y in sides:
+        page.words("■", right, y, font, 0.85 * font, color=colour)
+        page.words(f"for {label}", right + 1.2 * font, y, width - 6 * font, 0.85 * font)
+        page.words(f"p = {probability:.1%}", right + width, y, 4.5 * font, 0.75 * font, color=GREY, ha="right")
+    page.write(path)
+
+
+def overlay(view: np.ndarray, signed: np.ndarray, alpha: float = 0.7, power: float = 1.0) -> np.ndarray:
+    """Lay a map in [-1, 1] over a grey copy of `view`, uint8 (H, W, 3), of the same size: uint8 (H, W, 3).
+
+    Above 0 in one colour, below in another, with the opacity `alpha` at 1 and -1 and none at 0.
+    """
+    grey = view @ np.array([0.299, 0.587, 0.114])
+    grey = np.repeat(90 + 0.65 * grey[..., None], 3, axis=2)  # lighter, with less contrast, so that colours stand out
+    colours = np.where(signed[..., None] > 0, to_rgb(FOR), to_rgb(AGAINST)) * 255
+    opacity = alpha * np.abs(signed[..., None]) ** power
+    return (grey * (1 - opacity) + colours * opacity).round().clip(0, 255).astype(np.uint8)

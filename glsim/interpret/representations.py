@@ -1,0 +1,178 @@
+"""Token representations from block to block: similarity, norms, distances of attention.
+
+CKA: Kornblith et al., Similarity of Neural Network Representations Revisited, arXiv 1905.00414; from few images its
+first estimate is biased towards 1, so HSIC is estimated without bias (Nguyen et al., arXiv 2010.15327, equation 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from glsim.evaluation.plots import save_figure
+from glsim.files import write_json
+from glsim.models.backbone import Backbone, Model
+from glsim.types import ConfigError, DataError
+
+LEAST = 4  # images, for the estimate of HSIC
+ROUNDING = 1e-10  # relative, of a square: tokens are float32
+PICTURE, TABLE = "layers.png", "layers.json"
+KINDS = {"whole": "all tokens of an image", "pooled": "mean of its tokens"}
+
+
+def hsic(a: Tensor, b: Tensor) -> Tensor:
+    """Unbiased estimate of HSIC from Gram matrices `a` and `b` (.., M, M) over the same M images, 4 or more: (..)."""
+    count = a.shape[-1]
+    a, b = (g - torch.diag_embed(g.diagonal(dim1=-2, dim2=-1)) for g in (a, b))
+    rows = a.sum(dim=-1), b.sum(dim=-1)
+    totals = rows[0].sum(dim=-1) * rows[1].sum(dim=-1)
+    both = (a * b).sum(dim=(-2, -1))
+    mixed = (rows[0] * rows[1]).sum(dim=-1)
+    found = both + totals / ((count - 1) * (count - 2)) - 2 * mixed / (count - 2)
+    return found / (count * (count - 3))
+
+
+def cka(grams: Tensor) -> Tensor:
+    """Linear CKA between all of `grams` (L, M, M): (L, L), 1 where two layers arrange the images alike.
+
+    Raises DataError where a layer has no arrangement beyond rounding: images that are all the same, or all but one.
+    """
+    found = hsic(grams[:, None], grams[None])
+    own = found.diagonal()
+    if (own <= ROUNDING * grams.square().mean(dim=(1, 2))).any():
+        raise DataError("layers: the images are all alike, or all but one: nothing to compare layers by; take others")
+    return found / (own[:, None] * own[None]).sqrt()
+
+
+def gram(vectors: Tensor) -> Tensor:
+    """Inner products of `vectors` (M, ..) less their mean: (M, M) in double precision, 0 if they differ by rounding."""
+    vectors = vectors.flatten(1).double()
+    apart = vectors - vectors.mean(dim=0)
+    return apart @ apart.T * (apart.square().sum() > ROUNDING * vectors.square().sum())
+
+
+def check_layers(model: Model) -> None:
+    """Raise ConfigError for a network whose blocks do not keep one grid of tokens."""
+    if not model.backbone.has_attention:
+        name = model.config["backbone"]
+        raise ConfigError(f"layers: {name!r} does not keep one grid of tokens from block to block; choose a ViT")
+
+
+@torch.inference_mode()
+def analyse(model: Model, batches: Iterable[Tensor]) -> dict[str, Any]:
+    """The tokens after every block, and after the final norm, for normalised images (B, 3, H, W), four or more in all.
+
+    Returns lists with a number a layer, means over images: `norm_cls`, `norm_patch`, `norm_patch_max` (lengths of
+    tokens), `distance` and `similarity` (Euclidean distance and cosine between two patches of an image),
+    `cls_distance`, `cls_similarity` and `cls_similarity_max` (of class token and patches; the mean patch where there
+    is no class token), and `cka` by kind, a matrix over the layers. All tokens are held in memory for it. Raises
+    ConfigError for a network without blocks over one grid of tokens, DataError for fewer than four images, or the same.
+    """
+    check_layers(model)
+    device = next(model.parameters()).device
+    held: list[list[Tensor]] = []  # a batch, a layer: (B, n D)
+    rows: list[Tensor] = []  # a batch: (B, layers, measures)
+    pooled: list[list[Tensor]] = []
+    for images in batches:
+        layers = model.backbone.layers(images.to(device))
+        held.append([tokens.flatten(1).cpu() for tokens in layers])
+        pooled.append([tokens.mean(dim=1).cpu() for tokens in layers])
+        rows.append(torch.stack([measures(model.backbone, tokens).cpu() for tokens in layers], dim=1))
+    count = sum(len(row) for row in rows)
+    if count < LEAST:
+        raise DataError(f"layers: {count} images; {LEAST} or more are needed to compare layers")
+    means = torch.cat(rows).double().mean(dim=0)
+    by_kind = {"whole": held, "pooled": pooled}
+    grams = {
+        kind: torch.stack([gram(torch.cat([batch[i] for batch in parts])) for i in range(len(means))])
+        for kind, parts in by_kind.items()
+    }
+    return {
+        "images": count,
+        "layers": [*(str(i + 1) for i in range(model.backbone.depth)), "norm"],
+        **{name: means[:, i].tolist() for i, name in enumerate(MEASURES)},
+        "cka": {kind: cka(g).tolist() for kind, g in grams.items()},
+    }
+
+
+MEASURES = (
+    "norm_cls",
+    "norm_patch",
+    "norm_patch_max",
+    "distance",
+    "similarity",
+    "cls_distance",
+    "cls_similarity",
+    "cls_similarity_max",
+)
+
+
+def measures(backbone: Backbone, tokens: Tensor) -> Tensor:
+    """`MEASURES` of the tokens of one layer (B, n, D), image by image: (B, 8)."""
+    patches = tokens[:, backbone.skip :].float()
+    cls = tokens[:, 0].float() if backbone.num_prefix else patches.mean(dim=1)
+    lengths = patches.norm(dim=2)
+    count = patches.shape[1]
+    pairs = max(1, count * (count - 1))
+    unit = F.normalize(patches, dim=2)
+    alike = (unit.sum(dim=1).square().sum(dim=1) - unit.square().sum(dim=(1, 2))) / pairs
+    to_cls = F.cosine_similarity(patches, cls[:, None], dim=2)
+    return torch.stack(
+        (
+            cls.norm(dim=1),
+            lengths.mean(dim=1),
+            lengths.amax(dim=1),
+            torch.cdist(patches, patches, compute_mode="donot_use_mm_for_euclid_dist").sum(dim=(1, 2)) / pairs,
+            alike,
+            (patches - cls[:, None]).norm(dim=2).mean(dim=1),
+            to_cls.mean(dim=1),
+            to_cls.amax(dim=1),
+        ),
+        dim=1,
+    )
+
+
+def write(model: Model, batches: Iterable[Tensor], folder: Path) -> dict[str, Any]:
+    """`analyse`, written into `folder` as layers.json and layers.png; returns it, with the paths."""
+    found = analyse(model, batches)
+    write_json(folder / TABLE, found)
+    draw(found, folder / PICTURE)
+    return {"picture": str(folder / PICTURE), "table": str(folder / TABLE), **found}
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Both CKA matrices, and the other measures over the layers, as PNG."""
+    figure = Figure(figsize=(15, 8.5), layout="constrained")
+    axes = figure.subplots(2, 3)
+    names = found["layers"]
+    places = range(len(names))
+    for place, kind in zip(axes[:, 0], KINDS, strict=True):
+        image = place.imshow(found["cka"][kind], vmin=0, vmax=1, cmap="magma", origin="lower")
+        place.set(title=f"CKA, {KINDS[kind]}", xlabel="block", ylabel="block")
+        place.set_xticks(places, names, fontsize=7)
+        place.set_yticks(places, names, fontsize=7)
+        figure.colorbar(image, ax=place, shrink=0.8)
+    panels = {
+        "Length of tokens": {
+            "norm_cls": "class token",
+            "norm_patch": "patches, mean",
+            "norm_patch_max": "longest patch",
+        },
+        "Distance": {"distance": "two patches", "cls_distance": "class token and patch"},
+        "Cosine of two patches": {"similarity": "mean over pairs"},
+        "Cosine of class token and patch": {"cls_similarity": "mean patch", "cls_similarity_max": "most similar patch"},
+    }
+    for place, (title, lines) in zip(axes[:, 1:].flat, panels.items(), strict=True):
+        for name, label in lines.items():
+            place.plot(places, found[name], marker=".", label=label)
+        place.set(title=title, xlabel="block")
+        place.set_xticks(places, names, fontsize=7)
+        place.grid(alpha=0.3)
+        place.legend()
+    save_figure(figure, path)

@@ -1,0 +1,424 @@
+"""Backbones: any timm network behind one interface, above all vision transformers with one token grid.
+
+timm does the work; these adapters give the tokens names (`Features`) and, on request, the attention logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import timm
+import torch
+from timm.layers import DropPath, PatchEmbed
+from timm.models import group_parameters
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from glsim.models.attention import explicit_attention
+from glsim.types import ConfigError, Features, Output, Selection
+
+FAMILIES = (
+    "ViT and DeiT (vit_base_patch16_224, deit_small_patch16_224), DINOv2 (vit_small_patch14_reg4_dinov2), "
+    "DINOv3 (vit_small_patch16_dinov3), SigLIP (vit_base_patch16_siglip_224), "
+    "EVA-02 (eva02_base_patch14_224), BEiT (beit_base_patch16_224)"
+)
+
+
+Attention = bool | Literal["maps"]  # whether attention is written down: True the logits, "maps" after the softmax
+
+
+class Stage(NamedTuple):
+    """What a transformer holds after one of its blocks, before the final norm."""
+
+    tokens: Tensor  # (B, n, D)
+    features: Features  # the same with names; attention is that of the blocks so far
+
+
+class Backbone(nn.Module):
+    """Adapter over a timm `VisionTransformer`, `Eva` or `Beit` built with `num_classes=0`.
+
+    `image_size` (H, W) is the size it was built for; `patch_size` the pixels from one patch to the next.
+    """
+
+    has_attention = True  # of a kind that metrics can read
+
+    def __init__(self, net: Any) -> None:
+        super().__init__()
+        self.net: Any = net
+        # timm moves the final norm behind the pooling in some families: patches and class token need it all the same.
+        self.late_norm = isinstance(net.norm, nn.Identity)
+        self.pooled = net.cls_token is None or getattr(net, "attn_pool", None) is not None
+        self.dim: int = net.embed_dim
+        self.depth = len(net.blocks)
+        self.skip: int = net.num_prefix_tokens  # tokens before the first patch
+        self.num_prefix = self.skip if net.cls_token is not None else 0  # the same, where the first is a class token
+        self.image_size: tuple[int, int] = to_pair(net.patch_embed.img_size)
+        self.grid: tuple[int, int] = to_pair(net.patch_embed.grid_size)
+        self.patch_size = to_pair(net.patch_embed.feat_ratio(as_scalar=False))
+        self.any_size: bool = getattr(net, "dynamic_img_size", False)
+        self.overlapping = isinstance(net.patch_embed, OverlappingPatches)
+
+    def forward(self, images: Tensor, attention: Attention = False) -> Features:
+        """Encode `images` (B, 3, H, W), normalised as the backbone expects.
+
+        With `attention` the blocks spell their attention out and `attention_logits` (for "maps" `attention_maps`) holds
+        one (B, h, n, n) tensor a block; without it they stay on the fused kernels.
+        """
+        with self._collect(attention) as held:
+            raw = self.net.forward_features(images)
+        tokens = self.norm(raw)
+        cls = self.net.forward_head(raw, pre_logits=True) if self.pooled else tokens[:, 0]
+        maps: dict[str, Any] = {name: tuple(blocks) for name, blocks in held.items()}
+        return Features(cls, tokens[:, self.skip :], self._grid(images), self.num_prefix, **maps)
+
+    def class_token(self, images: Tensor) -> Tensor:
+        """What `forward` gives as `cls` (B, D), for less: the MLP of a ViT's last block sees no other token."""
+        block = self.net.blocks[-1]
+        if type(block) is not Block or not self.num_prefix or self.pooled or self.depth < 2:
+            return self(images).cls
+        ((patches, prefix),) = self.net.forward_intermediates(
+            images,
+            indices=[self.depth - 2],
+            return_prefix_tokens=True,
+            stop_early=True,
+            output_fmt="NLC",
+            intermediates_only=True,
+        )
+        x = torch.cat((prefix, patches), dim=1)
+        x = (x + block.drop_path1(block.ls1(block.attn(block.norm1(x)))))[:, :1]
+        x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        return self.norm(self.net.norm(x))[:, 0]
+
+    def norm(self, raw: Tensor) -> Tensor:
+        """What timm still leaves to do on the tokens `forward_features` returns (B, n, D)."""
+        return self.net.fc_norm(raw) if self.late_norm else raw
+
+    def stages(self, images: Tensor, attention: Attention = True) -> list[Stage]:
+        """The tokens after every block but the last, for methods that choose tokens inside the network."""
+        with self._collect(attention) as held:
+            between = self.net.forward_intermediates(
+                images,
+                indices=list(range(self.depth - 1)),
+                return_prefix_tokens=True,
+                stop_early=True,
+                output_fmt="NLC",
+                intermediates_only=True,
+            )
+        grid = self._grid(images)
+        stages = []
+        for i, (patches, prefix) in enumerate(between):
+            maps: dict[str, Any] = {name: tuple(blocks[: i + 1]) for name, blocks in held.items()}
+            f = Features(prefix[:, 0], patches, grid, self.num_prefix, **maps)
+            stages.append(Stage(torch.cat((prefix, patches), dim=1), f))
+        return stages
+
+    def layers(self, images: Tensor) -> list[Tensor]:
+        """All tokens (B, n, D) after every block, and at last after the final norm."""
+        between = self.net.forward_intermediates(
+            images, indices=None, return_prefix_tokens=self.skip > 0, output_fmt="NLC", intermediates_only=True
+        )
+        raw = [torch.cat((prefix, patches), dim=1) for patches, prefix in between] if self.skip else list(between)
+        return [*raw, self.norm(self.net.norm(raw[-1]))]
+
+    def last_block(self, tokens: Tensor, chosen: Tensor, index: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Block L over the prefix of `tokens` (B, n, D) and `chosen` tokens (B, K, D); normalised, (B, prefix + K, D).
+
+        `index` (B, K) says which of the n tokens the chosen ones were: rotary positions (EVA-02, DINOv3) follow them.
+        """
+        tokens = torch.cat((tokens[:, : self.skip], chosen), dim=1)
+        rope = getattr(self.net, "rope", None)
+        if rope is None:
+            tokens = self.net.blocks[-1](tokens)
+        else:
+            places = rope.get_embed(shape=list(grid))  # N, sines and cosines
+            still = places.new_zeros(self.skip, places.shape[-1])
+            still[:, places.shape[-1] // 2 :] = 1  # a prefix token has no place: it is not turned
+            tokens = self.net.blocks[-1](tokens, rope=torch.cat((still, places))[index][:, None])
+        return self.norm(self.net.norm(tokens))
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise ConfigError unless images of `size` (H, W) can be encoded."""
+        patch = self.net.patch_embed.patch_size if self.overlapping else self.patch_size
+        if any(side < p or (side % p and not self.overlapping) for side, p in zip(size, patch, strict=True)):
+            raise ConfigError(f"image size {_by(size)} is no multiple of the patch, {_by(patch)} pixels")
+        if size != self.image_size and not self.any_size:
+            raise ConfigError(
+                f"{type(self.net).__name__} keeps relative positions for {_by(self.image_size)} pixels only; "
+                f"crops of {_by(size)} need a ViT, DINO, SigLIP or EVA backbone"
+            )
+
+    def check_class_token(self, method: str, inner: bool = False) -> None:
+        """Raise ConfigError without a class token, or, with `inner`, where block L cannot take some tokens only."""
+        if self.num_prefix == 0 or self.pooled:
+            raise ConfigError(
+                f"{method!r} reads a class token, which this {type(self.net).__name__} does not have; "
+                "try ViT, DeiT, DINO or EVA backbones (with global_pool: token)"
+            )
+        if inner and (isinstance(self.net, Beit) or getattr(self.net, "rope_mixed", False)):
+            raise ConfigError(
+                f"{method!r} sends some of the tokens through the last block, and the positions of this "
+                f"{type(self.net).__name__} need them all; try ViT, DeiT, DINO or EVA backbones"
+            )
+        if inner and self.depth < 2:
+            raise ConfigError(f"{method!r} needs two blocks or more")
+
+    @contextmanager
+    def _collect(self, attention: Attention) -> Iterator[dict[str, list[Tensor]]]:
+        """What the blocks that run inside write down of their attention, by the field of `Features` it belongs in."""
+        if not attention:
+            yield {}
+            return
+        alone = self.skip > self.num_prefix  # registers, no class token: their rows and columns say nothing of places
+        maps = attention == "maps" and not alone
+        with explicit_attention(self.net, maps) as collected:
+            yield {"attention_maps" if maps else "attention_logits": collected}
+        if alone:
+            collected[:] = [a[..., self.skip :, self.skip :] for a in collected]
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        rows, cols = self.net.patch_embed.dynamic_feat_size(images.shape[-2:])
+        return rows, cols
+
+
+class MapBackbone(Backbone):
+    """Adapter over any other timm network: its last feature map is the grid, a place on it a patch.
+
+    A place goes through the network's own head (pooling, norm, ..) like the whole map does, so that patches and the
+    pooled vector live in one space. A network without a map has a single patch, its pooled vector.
+    """
+
+    has_attention = False
+
+    def __init__(self, net: Any, image_size: tuple[int, int], any_size: bool) -> None:
+        nn.Module.__init__(self)
+        self.net = net
+        self.skip = self.num_prefix = self.depth = 0
+        self.pooled, self.image_size, self.any_size = True, image_size, any_size
+        was_training = net.training
+        with torch.no_grad():
+            f = self.eval()(torch.zeros(1, 3, *image_size))
+        self.train(was_training)
+        self.dim, self.grid = f.cls.shape[1], f.grid
+        self.patch_size = (image_size[0] // f.grid[0], image_size[1] // f.grid[1])
+
+    def forward(self, images: Tensor, attention: Attention = False) -> Features:
+        """Encode `images` (B, 3, H, W), normalised as the network expects; raises ConfigError with `attention`."""
+        if attention:
+            raise ConfigError(f"{type(self.net).__name__} has no attention maps over its patches; choose a gls metric")
+        raw = self.net.forward_features(images)
+        cls = self.net.forward_head(raw, pre_logits=True)
+        if raw.ndim != 4:
+            return Features(cls, cls[:, None], (1, 1), 0)
+        last = str(getattr(self.net, "output_fmt", "NCHW")) == "NHWC"
+        rows, cols, width = raw.shape[1:] if last else (*raw.shape[2:], raw.shape[1])
+        places = (raw if last else raw.permute(0, 2, 3, 1)).reshape(-1, *((1, 1, width) if last else (width, 1, 1)))
+        patches = self.net.forward_head(places, pre_logits=True).unflatten(0, (images.shape[0], rows * cols))
+        return Features(cls, patches, (rows, cols), 0)
+
+    def class_token(self, images: Tensor) -> Tensor:
+        """The pooled vector (B, D) alone."""
+        return self(images).cls
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise ConfigError unless images of `size` (H, W) can be encoded."""
+        if size != self.image_size and not self.any_size:
+            raise ConfigError(f"{type(self.net).__name__} was built for {_by(self.image_size)} pixels only")
+
+
+class OverlappingPatches(PatchEmbed):
+    """Patch embedding whose patches start every `stride` pixels (TransFG, arXiv 2103.07976, section 3.2).
+
+    `stride` in pixels, or as a share of the patch (0.75: the paper's 12 of 16). What is left at the right and bottom
+    edges, less than a stride, is not seen, as published.
+    """
+
+    def __init__(self, *args: Any, stride: int | float, patch_size: int | tuple[int, int] = 16, **kwargs: Any) -> None:
+        pair = patch_size if isinstance(patch_size, tuple) else (patch_size, patch_size)
+        step = [stride if isinstance(stride, int) else max(1, int(side * stride)) for side in pair]
+        if not all(1 <= s <= side for s, side in zip(step, pair, strict=True)):
+            raise ValueError(f"stride={stride} and patches of {_by(pair)} pixels; give 1 to {min(pair)}")
+        self.stride: tuple[int, int] = (step[0], step[1])
+        super().__init__(*args, patch_size=patch_size, **kwargs)  # type: ignore[arg-type, misc]
+        self.proj.stride = self.stride
+
+    def _init_img_size(self, img_size: Any) -> Any:
+        size = to_pair(img_size)
+        rows, cols = self.dynamic_feat_size(size)
+        return size, (rows, cols), rows * cols
+
+    def feat_ratio(self, as_scalar: bool = True) -> Any:
+        """Pixels from one patch to the next."""
+        return max(self.stride) if as_scalar else self.stride
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of patches that fit into an image (H, W)."""
+        rows, cols = ((s - p) // t + 1 for s, p, t in zip(img_size, self.patch_size, self.stride, strict=True))
+        return rows, cols
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> (B, N, D), or (B, rows, cols, D) where timm asks for it."""
+        x = self.proj(x).permute(0, 2, 3, 1)
+        return self.norm(x.flatten(1, 2) if self.flatten else x)
+
+
+class Model(nn.Module):
+    """What every method has: a backbone, and in `config` the plain values that `create_model` made it from."""
+
+    backbone: Backbone
+    config: dict[str, Any]
+    conversion: Any = None  # of an official checkpoint: what became of its keys
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimisers leave undecayed beside biases and norms: tokens and positions."""
+        inner: set[str] = getattr(self.backbone.net, "no_weight_decay", set)()
+        return {f"backbone.net.{name}" for name in inner}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
+        """The layer of a parameter by its name, for timm's layer-wise learning rates; heads lie above the backbone."""
+        net = self.backbone.net
+        if not hasattr(net, "group_matcher"):
+            raise ConfigError(f"layer_decay: timm does not say which layers {type(net).__name__} has; leave it at 1")
+        layers = group_parameters(net, net.group_matcher(coarse=coarse), reverse=True)
+        return lambda name: layers.get(name.removeprefix("backbone.net."), float("inf"))
+
+    def features(self, images: Tensor, attention: Attention = False) -> Features:
+        """Tokens of the first pass over `images` (B, 3, H, W), for any metric and picture."""
+        return self.backbone(images, attention=attention)
+
+    def initialised(self, kept: list[str]) -> None:
+        """Called when weights from elsewhere are in, with the names of those that were not found there."""
+
+
+class StagedModel(Model):
+    """A model that may answer after its first pass: who has many images can make the second one in full batches.
+
+    `margin`: where the two best classes are so far apart in probability, the first answer stands; None: nowhere.
+    """
+
+    margin: float | None = None
+
+    def first(self, images: Tensor) -> tuple[Tensor, Tensor, Selection]:
+        """Of `images` (B, 3, H, W): what `second` is given (B, D), the first answer's logits (B, C), what to crop."""
+        raise NotImplementedError
+
+    def second(self, images: Tensor, given: Tensor, boxes: Tensor) -> Output:
+        """The refined answer to `images` whose first pass gave `given` and `boxes` (B, 4), without a selection."""
+        raise NotImplementedError
+
+
+class TokenModel(Model):
+    """A method whose last block sees chosen tokens only: what they are chosen from ends one block earlier."""
+
+    def features(self, images: Tensor, attention: Attention = False) -> Features:
+        """Tokens and attention before the last block, not normalised, for any metric and picture."""
+        return self.backbone.stages(images, attention)[-1].features
+
+
+def build_backbone(
+    name: str,
+    image_size: int | Sequence[int] | None = None,
+    pretrained: bool = False,
+    backbone_args: dict[str, Any] | None = None,
+    *,
+    dropout: float = 0.0,
+    drop_path: float = 0.0,
+    norm_eps: float | None = None,
+    stride: int | float | None = None,
+) -> Backbone:
+    """Build the timm model `name` and wrap it.
+
+    `image_size` in pixels (one side, or height and width; None: the size timm lists for the weights).
+    `backbone_args` goes to timm untouched (`depth=2`, `embed_dim=64`, ..). `dropout` acts after the attention
+    projection and in the MLP, `drop_path` is the same in every block (timm's own rises with depth; the paper's does
+    not), `norm_eps` replaces the epsilon of every LayerNorm, `stride` makes the patches of a ViT overlap (pixels, or a
+    share of the patch).
+
+    Raises ConfigError for an unknown name, a size the backbone cannot take, an argument timm does not know, and for
+    pre-trained weights that cannot be had.
+    """
+    args = dict(backbone_args or {})
+    if norm_eps is not None and not (isinstance(norm_eps, int | float) and norm_eps > 0):
+        raise ConfigError(f"norm_eps={norm_eps!r}: a number above 0 is needed")
+    if not timm.is_model(name):
+        close = ", ".join(get_close_matches(name.partition(".")[0], timm.list_models(), n=5))
+        raise ConfigError(f"timm has no model {name!r}" + (f"; close to it: {close}" if close else f"; try {FAMILIES}"))
+    if image_size is not None:
+        args["img_size"] = to_pair(image_size)
+    if dropout:
+        args["proj_drop_rate"] = dropout
+    family = timm.model_entrypoint(name).__module__.rpartition(".")[2]
+    if family in ("vision_transformer", "vision_transformer_hybrid", "deit", "eva"):
+        args.setdefault("dynamic_img_size", True)
+    if stride is not None:
+        if family not in ("vision_transformer", "deit"):
+            raise ConfigError(
+                f"stride={stride}: only the patches of ViT and DeiT can overlap, not those of {name!r}; "
+                "without overlap: stride=None (--options.stride null)"
+            )
+        args["embed_layer"] = partial(OverlappingPatches, stride=stride)
+    net, sized = _create(name, pretrained, args)
+    for module in net.modules():
+        if drop_path and hasattr(module, "drop_path1"):
+            module.drop_path1, module.drop_path2 = DropPath(drop_path), DropPath(drop_path)
+        elif drop_path and hasattr(module, "drop_path"):
+            module.drop_path = DropPath(drop_path)
+        if norm_eps is not None and isinstance(module, nn.LayerNorm):
+            module.eps = norm_eps
+    if isinstance(net, VisionTransformer | Eva | Beit):
+        backbone = Backbone(net)
+        backbone.check_size(backbone.image_size)
+        return backbone
+    size = to_pair(image_size if image_size is not None else list(net.pretrained_cfg["input_size"][-2:]))
+    try:
+        return MapBackbone(net, size, any_size=not sized)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ConfigError(f"{name!r} cannot encode images of {_by(size)} pixels: {_first_line(error)}") from error
+
+
+def _create(name: str, pretrained: bool, args: dict[str, Any]) -> tuple[Any, bool]:
+    """timm's network, and whether it is made for one image size (a convolutional one takes any, and is not told)."""
+    try:
+        net = timm.create_model(name, pretrained=pretrained, num_classes=0, **args)
+        fixed = getattr(getattr(net, "patch_embed", None), "img_size", None) is not None
+        return net, "img_size" in args or fixed
+    except (TypeError, AssertionError, ValueError, RuntimeError, OSError) as error:
+        if isinstance(error, TypeError) and "'img_size'" in str(error):
+            return _create(name, pretrained, {k: v for k, v in args.items() if k != "img_size"})
+        if not isinstance(error, TypeError) and pretrained and _is_download_error(error):
+            raise ConfigError(
+                f"no pre-trained weights for {name!r}: {_first_line(error)}. Connect to the network once (they are "
+                "kept in the cache), hand timm a local file with backbone_args={'pretrained_cfg_overlay': "
+                "{'file': 'weights.safetensors'}}, or start from nothing: pretrained=False (--no-pretrained)"
+            ) from error
+        if "proj_drop_rate" in str(error):
+            raise ConfigError(f"dropout={args['proj_drop_rate']}: {name!r} has none; leave it at 0") from error
+        shown = {k: v for k, v in args.items() if k != "embed_layer"}
+        raise ConfigError(f"timm cannot build {name!r} with {shown}: {_first_line(error)}") from error
+
+
+def to_pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """`224` or `(192, 256)` as (height, width); ConfigError for anything else."""
+    if isinstance(size, int):
+        return size, size
+    if len(size) != 2 or not all(isinstance(side, int) for side in size):
+        raise ConfigError(f"size {list(size)}: give one side or [height, width], in whole pixels")
+    return size[0], size[1]
+
+
+def _is_download_error(error: Exception) -> bool:
+    text = f"{type(error).__module__} {type(error).__name__} {error}".lower()
+    return isinstance(error, OSError) or any(w in text for w in ("huggingface", "connect", "pretrained", "http"))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"

@@ -1,0 +1,216 @@
+"""Boxes around selected patches (BOX_RULES, CONTROLS), and crops of them; no loop over the batch, no host sync."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from glsim.models.scores import MASK, largest_component, pick, scramble, stand_out
+from glsim.types import Selection, choose
+
+
+def exclusive(start: Tensor, end: Tensor, count: int, side: int) -> tuple[Tensor, Tensor]:
+    """The published rule: the box ends where the last selected patch begins, and is at least one patch wide.
+
+    So the last selected row and column of patches stay outside, unless the box is one patch thin.
+    """
+    return cut(start, count, side), torch.maximum(cut(end, count, side), cut(start + 1, count, side))
+
+
+def inclusive(start: Tensor, end: Tensor, count: int, side: int) -> tuple[Tensor, Tensor]:
+    """The rule of the paper's figure: the box ends where the last selected patch ends."""
+    return cut(start, count, side), cut(end + 1, count, side)
+
+
+def cut(line: Tensor, count: int, side: int) -> Tensor:
+    """The pixel where grid line `line` of `count` begins: patches share the side evenly, also where they overlap."""
+    return line * side // count
+
+
+# A rule turns the first and last selected of `count` grid lines (B,) along a side into pixels: start, exclusive end.
+BOX_RULES: dict[str, Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]] = {
+    "exclusive": exclusive,
+    "inclusive": inclusive,
+}
+
+
+def boxes_from_indices(
+    indices: Tensor, grid: tuple[int, int], image_size: Sequence[int], rule: str = "exclusive"
+) -> Tensor:
+    """Draw a box around the patches `indices` (B, K) of a `grid` (rows, cols) over an image (H, W).
+
+    `rule` names one of `BOX_RULES`.
+    Returns int64 pixels (B, 4): left, top, right, bottom; right and bottom are exclusive.
+    """
+    bounds = choose(rule, BOX_RULES, "box rule")
+    rows, cols = indices // grid[1], indices % grid[1]
+    top, bottom = bounds(rows.amin(1), rows.amax(1), grid[0], image_size[0])
+    left, right = bounds(cols.amin(1), cols.amax(1), grid[1], image_size[1])
+    return torch.stack((left, top, right, bottom), dim=1)
+
+
+def anywhere(indices: Tensor, grid: tuple[int, int], size: Sequence[int], rule: str, training: bool) -> Tensor:
+    """The box's width and height at a uniformly random place.
+
+    In training torch's generator draws it anew; else it follows from which patches were selected, so that an image
+    keeps its place in any batch.
+    """
+    boxes = boxes_from_indices(indices, grid, size, rule)
+    if training:
+        return placed(boxes, size, torch.rand(boxes.shape[0], 2, device=boxes.device))
+    code = scramble(indices + 1_000_003).sum(dim=1, keepdim=True) & MASK
+    axis = torch.arange(2, device=boxes.device)
+    return placed(boxes, size, scramble(code + scramble(axis) & MASK).double() / 2**32)
+
+
+def centre(indices: Tensor, grid: tuple[int, int], size: Sequence[int], rule: str, training: bool) -> Tensor:
+    """The box's width and height in the middle of the image."""
+    boxes = boxes_from_indices(indices, grid, size, rule)
+    return placed(boxes, size, boxes.new_full((boxes.shape[0], 2), 0.5, dtype=torch.double))
+
+
+def whole(indices: Tensor, grid: tuple[int, int], size: Sequence[int], rule: str, training: bool) -> Tensor:
+    """The image itself: it is encoded twice."""
+    sides = [indices.new_full((indices.shape[0],), side) for side in (0, 0, size[1], size[0])]
+    return torch.stack(sides, dim=1)
+
+
+def corner(indices: Tensor, grid: tuple[int, int], size: Sequence[int], rule: str, training: bool) -> Tensor:
+    """The box of the first K patches, a strip in the corner: what the published code crops by its metric `random`."""
+    first = torch.arange(indices.shape[1], device=indices.device).expand_as(indices)
+    return boxes_from_indices(first, grid, size, rule)
+
+
+# What stands in the place of the box, to tell what choosing it was worth: (selected patches (B, K), grid, (H, W), box
+# rule, whether in training) -> boxes (B, 4).
+CONTROLS: dict[str, Callable[[Tensor, tuple[int, int], Sequence[int], str, bool], Tensor]] = {
+    "random": anywhere,
+    "centre": centre,
+    "whole": whole,
+    "corner": corner,
+}
+
+
+def check_box(box: str) -> tuple[str | None, str]:
+    """Take "inclusive", "random" or "random:inclusive" apart: the control, None for none, and the rule of its box.
+
+    Raises ConfigError listing the choices.
+    """
+    name, colon, rule = box.partition(":")
+    if colon:
+        choose(name, CONTROLS, "control")
+        choose(rule, BOX_RULES, "box rule")
+        return name, rule
+    choose(name, BOX_RULES | CONTROLS, "box rule")
+    return (name, "exclusive") if name in CONTROLS else (None, name)
+
+
+def placed(boxes: Tensor, size: Sequence[int], share: Tensor) -> Tensor:
+    """Boxes as large as `boxes` (.., 4), at `share` (.., 2) from 0 to below 1 of the ways they can go, x before y.
+
+    An image of `size` (H, W) has W - width + 1 and H - height + 1 places for a box; 0.5 is the middle.
+    """
+    lengths = boxes[..., 2:] - boxes[..., :2]
+    places = torch.stack((size[1] - lengths[..., 0], size[0] - lengths[..., 1]), dim=-1) + 1
+    start = torch.minimum((share * places).ceil().long() - 1, places - 1).clamp(min=0)
+    return torch.cat((start, start + lengths), dim=-1)
+
+
+def boxes_from_mask(mask: Tensor, image_size: Sequence[int], padding: float = 0.0) -> Tensor:
+    """Draw the tightest box around what is True in `mask` (B, rows, cols), laid over an image (H, W); (B, 4) as above.
+
+    `padding` widens it on every side by that share of the image. An empty mask gives the whole image.
+    """
+    mask = mask | ~mask.any(dim=(1, 2), keepdim=True)
+    sides = []
+    for lines, side in ((mask.any(dim=2), image_size[0]), (mask.any(dim=1), image_size[1])):
+        count = lines.shape[1]
+        first = lines.long().argmax(dim=1)
+        last = count - 1 - lines.long().flip(1).argmax(dim=1)
+        start, end = inclusive(first, last, count, side)
+        margin = int(padding * side)
+        sides.append(((start - margin).clamp(min=0), (end + margin).clamp(max=side)))
+    (top, bottom), (left, right) = sides
+    return torch.stack((left, top, right, bottom), dim=1)
+
+
+def select(
+    scores: Tensor,
+    top_o: int,
+    grid: tuple[int, int],
+    image_size: Sequence[int],
+    box: str = "exclusive",
+    training: bool = False,
+) -> Selection:
+    """Take the `top_o` best patches of a metric's `scores` (B, g, N) and put a box around them.
+
+    `box` names a rule of `BOX_RULES`, or one of `CONTROLS` that puts another box in its place: "random",
+    "random:inclusive". Chance draws anew in `training` only.
+    """
+    scores, indices = pick(scores, top_o)
+    control, rule = check_box(box)
+    if control is None:
+        return Selection(scores, indices, boxes_from_indices(indices, grid, image_size, rule), grid)
+    return Selection(scores, indices, CONTROLS[control](indices, grid, image_size, rule, training), grid)
+
+
+def select_component(
+    scores: Tensor, factor: float, grid: tuple[int, int], image_size: Sequence[int], padding: float = 0.0
+) -> Selection:
+    """Take the largest connected group of patches whose score exceeds `factor` times the mean (RAMS-Trans).
+
+    `scores` (B, g, N) as a metric gives them; the box is inclusive.
+    """
+    scores = scores.mean(dim=1)
+    mask = largest_component(stand_out(scores, factor), grid)
+    order = scores.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True)
+    indices = torch.where(mask.gather(1, order), order, -1)
+    return Selection(scores, indices, boxes_from_mask(mask.unflatten(1, grid), image_size, padding), grid)
+
+
+def select_these(scores: Tensor, indices: Tensor, grid: tuple[int, int], image_size: Sequence[int]) -> Selection:
+    """Name the patches `indices` (B, K) that a method took by a rule of its own, -1 for none, with their box."""
+    mask = torch.zeros(scores.shape[0], scores.shape[1] + 1, dtype=torch.bool, device=scores.device)
+    mask = mask.scatter(1, indices + 1, True)[:, 1:]
+    return Selection(scores, indices, boxes_from_mask(mask.unflatten(1, grid), image_size), grid)
+
+
+def crop_and_resize(images: Tensor, boxes: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    """Cut `boxes` (B, 4) out of `images` (B, 3, H, W) and resize each to `size` (h, w), the image's own by default.
+
+    Bilinear with aligned corners, as `F.interpolate(image[:, top:bottom, left:right], size, align_corners=True)` for
+    each image. The gradient flows to the pixels, none to the boxes. Pixel positions are split into whole and fraction
+    before they meet a float, so the result matches to rounding at any size (`grid_sample` drifts to 2e-4 at 448
+    pixels).
+    """
+    left, top, right, bottom = boxes.unbind(dim=1)
+    batch, channels, lines, across = images.shape
+    height, width = size or (lines, across)
+    upper, lower, share = _between(top, bottom, height)  # B height
+    rows = images.flatten(0, 2)  # of all planes in one list: what is copied is whole rows
+    first = lines * torch.arange(batch * channels, device=images.device).view(batch, channels, 1)
+
+    def take_rows(index: Tensor) -> Tensor:
+        return rows.index_select(0, (first + index[:, None]).flatten()).view(batch, channels, height, across)
+
+    crops = take_rows(upper).lerp_(take_rows(lower), share[:, None, :, None].to(images.dtype))
+    nearer, farther, share = _between(left, right, width)  # B width
+
+    def take_columns(index: Tensor) -> Tensor:
+        return crops.gather(3, index[:, None, None].expand(-1, channels, height, -1))
+
+    return take_columns(nearer).lerp_(take_columns(farther), share[:, None, None].to(images.dtype))
+
+
+def _between(start: Tensor, end: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The two lines of `start`..`end` (B,) that each of `length` places lies between, and its share of the second.
+
+    All (B, length).
+    """
+    steps = torch.arange(length, device=start.device, dtype=torch.float32)
+    offset = steps * ((end - start - 1).float() / max(length - 1, 1))[:, None]
+    whole = offset.long()
+    one = start[:, None] + whole
+    return one, torch.minimum(one + 1, end[:, None] - 1), offset - whole

@@ -1,0 +1,132 @@
+"""Loss terms by name, and the sum that training minimises.
+
+A model in training mode names the terms of its loss in `Output.aux`, with what each needs; one that names none is
+trained by the cross-entropy of its logits. `objective` adds the terms up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, distributed
+
+from glsim.types import ConfigError, Output, choose
+
+
+def objective(output: Output, labels: Tensor, label_smoothing: float = 0.1, focal: float = 0.0) -> Tensor:
+    """The sum of the terms in `output.aux`, or the cross-entropy of `output.logits` (B, C): a scalar.
+
+    `labels` (B,), or (B, C) shares of each class where images were mixed. Label smoothing (arXiv 1512.00567) and the
+    exponent `focal` (arXiv 1708.02002) act in every cross-entropy. Raises ConfigError for a term that needs one class
+    an image when the labels are shares.
+    """
+    terms = output.aux or {"cross_entropy": ((1.0, output.logits),)}
+    losses = []
+    for name, given in terms.items():
+        term = choose(name, TERMS, "loss term")
+        if name in CLASSIFYING:
+            losses.append(term(given, labels, label_smoothing, focal))
+        elif labels.ndim == 1:
+            losses.append(term(given, labels, label_smoothing))
+        else:
+            raise ConfigError(f"the loss term {name!r} needs one class an image; leave mixup and cutmix at 0")
+    return torch.stack(losses).sum()
+
+
+def cross_entropy(
+    given: Sequence[tuple[float, Tensor]], labels: Tensor, label_smoothing: float, focal: float = 0.0
+) -> Tensor:
+    """`given`: (weight, logits) pairs, summed. Logits (kB, C) are k views of each image, the batch repeated k times."""
+    losses = [weight * _cross_entropy(logits, labels, label_smoothing, focal) for weight, logits in given]
+    return torch.stack(losses).sum()
+
+
+def contrastive(cls: Tensor, labels: Tensor, label_smoothing: float, margin: float = 0.4) -> Tensor:
+    """TransFG's contrastive loss on the class tokens (B, D) (arXiv 2103.07976, eq. 11).
+
+    1/B^2 [sum over same labels (1 - cos) + sum over different ones max(cos - margin, 0)]
+    """
+    with torch.autocast(cls.device.type, enabled=False):
+        unit = F.normalize(cls.float(), dim=-1)
+        cos = unit @ unit.T
+    same = labels[:, None] == labels[None, :]
+    return torch.where(same, 1 - cos, (cos - margin).clamp(min=0)).mean()
+
+
+def supervised_contrastive(
+    given: tuple[float, Tensor], labels: Tensor, label_smoothing: float, temperature: float = 0.1
+) -> Tensor:
+    """Supervised-contrastive loss (arXiv 2004.11362, eq. 2) of `given`: a weight and vectors (B, D).
+
+    For each image that has another of its class in the batch: the mean over those of -log softmax over all other
+    images of cos / temperature; then the mean over these images, 0 where there are none.
+    """
+    weight, vectors = given
+    unit = F.normalize(vectors.float(), dim=-1)
+    itself = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
+    with torch.autocast(unit.device.type, enabled=False):  # a temperature of 0.1 leaves half precision two digits
+        cos = unit @ unit.T
+    log_share = (cos / temperature).masked_fill(itself, torch.finfo().min).log_softmax(dim=-1)
+    same = (labels[:, None] == labels[None, :]) & ~itself
+    others = same.sum(dim=-1)
+    each = -log_share.where(same, 0.0).sum(dim=-1) / others.clamp(min=1)
+    return weight * each.sum() / (others > 0).sum().clamp(min=1)
+
+
+def uncertainty(given: tuple[Tensor, Tensor], labels: Tensor, label_smoothing: float, focal: float = 0.0) -> Tensor:
+    """DCAL's weighting of several cross-entropies by learned uncertainties (arXiv 2205.02151, eq. 8).
+
+    `given`: logits (k, B, C) and w (k,); 1/2 sum of (exp(-w) CE + w).
+    """
+    logits, w = given
+    losses = torch.stack([_cross_entropy(x, labels, label_smoothing, focal) for x in logits])
+    return 0.5 * ((-w).exp() * losses + w).sum()
+
+
+def centre(given: tuple[Tensor, Tensor], labels: Tensor, label_smoothing: float, beta: float = 0.05) -> Tensor:
+    """CAL's centre loss (arXiv 2108.08728): squared distance of the features (B, F) to their class's centre (C, F).
+
+    Summed over F, mean over B; the distance is to the centre scaled to length one. A centre then moves, in place, by
+    `beta` times the mean difference of its images (published: of the last one), those of all processes. It is a
+    buffer, no parameter.
+    """
+    features, centres = given
+    difference = features.float() - F.normalize(centres[labels], dim=-1)
+    with torch.no_grad():
+        moves, whose = _of_all_processes(difference.detach()), _of_all_processes(labels)
+        alike = (whose[:, None] == whose[None, :]).sum(dim=1, keepdim=True)
+        centres.index_add_(0, whose, beta * moves / alike)
+    return difference.square().sum(dim=-1).mean()
+
+
+# Terms by the name a model gives them in `Output.aux`: (what the model hands over, labels (B,), label smoothing).
+TERMS: dict[str, Callable[..., Tensor]] = {
+    "cross_entropy": cross_entropy,
+    "contrastive": contrastive,
+    "supervised_contrastive": supervised_contrastive,
+    "uncertainty": uncertainty,
+    "centre": centre,
+}
+CLASSIFYING = {"cross_entropy", "uncertainty"}  # these take shares of classes as labels too, and the focal exponent
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float, focal: float) -> Tensor:
+    logits = logits.float()
+    repeated = labels.repeat(len(logits) // len(labels), *[1] * (labels.ndim - 1))
+    if not focal:
+        return F.cross_entropy(logits, repeated, label_smoothing=label_smoothing)
+    shares = F.one_hot(repeated, logits.shape[-1]) if labels.ndim == 1 else repeated
+    shares = shares * (1 - label_smoothing) + label_smoothing / logits.shape[-1]
+    log_p = logits.log_softmax(dim=-1)
+    return -(shares * (1 - log_p.exp()) ** focal * log_p).sum(dim=-1).mean()
+
+
+def _of_all_processes(rows: Tensor) -> Tensor:
+    """`rows` (B, ..) of every process of the run, one after the other."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)

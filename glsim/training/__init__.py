@@ -1,0 +1,1 @@
+"""Training runs: loop, resume, protocol, tables, memory."""

@@ -1,0 +1,102 @@
+"""Adaptations of a model for training: frozen parts, low-rank adapters, gradient checkpoints, loss terms."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from glsim.models.backbone import Model, TokenModel
+from glsim.types import ConfigError, Features, Output
+
+
+def adapt(
+    model: Model,
+    *,
+    freeze: str,
+    lora: int,
+    supcon: float,
+    grad_checkpointing: bool,
+    compile: bool,  # noqa: A002
+) -> None:
+    """Make `model` train as the settings of these names ask; ConfigError where it cannot."""
+    if freeze == "backbone" or lora:
+        model.backbone.requires_grad_(False)
+    if lora:
+        add_low_rank(model, lora)
+    if supcon:
+        add_contrast(model, supcon)
+    if grad_checkpointing:
+        if isinstance(model, TokenModel):
+            method = model.config["method"]
+            raise ConfigError(f"grad_checkpointing: {method!r} needs the attention maps of its pass, and keeps all")
+        try:
+            model.backbone.net.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError) as error:
+            raise ConfigError(f"grad_checkpointing: timm has none for {model.config['backbone']!r}") from error
+    if compile:
+        model.compile()  # in place: the names of the weights stay
+
+
+class LowRank(nn.Module):
+    """What LoRA (arXiv 2106.09685) adds to a weight matrix: up (out, rank) @ down (rank, in), zero at the start."""
+
+    def __init__(self, weight: Tensor, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(rank, weight.shape[1]))
+        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank))
+        nn.init.kaiming_uniform_(self.down, a=5**0.5)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The matrix (out, in) with the addition."""
+        return weight + self.up @ self.down
+
+
+def add_low_rank(model: Model, rank: int) -> None:
+    """Give the matrix that makes queries, keys and values in every block of the backbone an addition of low rank.
+
+    As a parametrization of the weight it is seen wherever timm reads that weight: EVA and BEiT do not call the layer,
+    so that adapters which replace the layer (peft's) would be passed over in silence.
+    """
+    layers = [m.qkv for m in model.backbone.net.modules() if isinstance(getattr(m, "qkv", None), nn.Linear)]
+    if not layers:
+        raise ConfigError(f"lora: {model.config['backbone']!r} has no attention with one matrix for q, k and v")
+    for layer in layers:
+        parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, rank))
+
+
+def merged(model: Model) -> Model:
+    """`model` as it is measured and saved: with low-rank additions, a copy in which they are part of the weights."""
+    if not any(parametrize.is_parametrized(module) for module in model.modules()):
+        return model
+    model = deepcopy(model)
+    for name, layer in list(model.named_modules()):
+        if parametrize.is_parametrized(layer):  # to remove it instead would undo the original's too: they share a class
+            plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+            plain.load_state_dict({"weight": layer.weight, **({} if layer.bias is None else {"bias": layer.bias})})
+            model.set_submodule(name, plain.to(layer.weight.device))
+    return model
+
+
+def add_contrast(model: Model, weight: float) -> None:
+    """In training `model` also names the supervised-contrastive term, on the class tokens (B, D) of its first pass."""
+    if isinstance(model, TokenModel):
+        raise ConfigError(f"supcon: {model.config['method']!r} has no class token before its parts are chosen")
+    passes: list[Tensor] = []
+
+    def note(_: Any, __: Any, features: Features) -> None:
+        passes.append(features.cls)
+
+    def add(model: Any, _: Any, output: Output) -> Output:
+        first = passes[0]
+        passes.clear()
+        if not model.training:
+            return output
+        terms = output.aux or {"cross_entropy": ((1.0, output.logits),)}
+        return output._replace(aux={**terms, "supervised_contrastive": (weight, first)})
+
+    model.backbone.register_forward_hook(note)
+    model.register_forward_hook(add)
