@@ -44,7 +44,7 @@ from torch import Tensor
 
 from glsim import load, save
 from glsim.checkpoints.bundle import CONFIG, pick_device
-from glsim.config import Eval, Train, read_recipe
+from glsim.config import Train, read_recipe
 from glsim.evaluation import evaluate, flops
 from glsim.evaluation.localization import find_masks, measure
 from glsim.evaluation.localization_metrics import as_numbers, signed
@@ -185,7 +185,7 @@ def follow(a: argparse.Namespace) -> dict[str, Any]:
         for checkpoint in out.glob(f"{CHECKPOINT}*"):
             shutil.rmtree(checkpoint)
         if name == PLAIN and not (flip := a.out / FLIP / f"seed_{seed}" / "predictions.csv").exists():
-            evaluate.run(Eval(source=s.out, data=a.data, flip=True, out=str(flip.parent), workers=a.workers))
+            evaluate.evaluate_bundle(s.out, a.data, flip=True, out=flip.parent, workers=a.workers)
         if a.masks is not None and not (out / WHERE).exists():
             locate(out, a)
         result = summarise(a, names, left_out)

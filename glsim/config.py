@@ -246,38 +246,6 @@ class Report(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eval(Settings):
-    """Measure a model on one split: top-1, top-5, mean over classes, exact counts; a page of the mistakes."""
-
-    source: str = positional(MISSING, "bundle, hf-hub:owner/name, official .pth or exported .onnx", path="reads")
-    data: str = required("folder, CSV, hf:NAME or wds:FOLDER, as for train", path="reads")
-    dataset: str | None = setting(None, "name of a data set prepared in DATA")
-    split: Literal["train", "val", "test", "all"] = setting("test", "which images; all: every one there is")
-    options: dict[str, Any] = setting({}, "options of the method to change, as --options.margin null")
-    out: str | None = setting(
-        None, "folder for evaluation.json, predictions.csv and the confusion matrix", path="folder"
-    )
-    errors: str | None = setting(
-        None, "folder for index.html: the mistakes with pictures, most confident first", path="folder"
-    )
-    flip: bool = setting(False, "average the logits of each image and its mirror image")
-    reject: bool = setting(False, "also measure the answers at or above the threshold that calibrate --max-error found")
-    taxonomy: str | None = setting(None, "CSV label,genus,.. from fine to coarse: measure every level", path="reads")
-    batch_size: int = setting(32, "images at a time")
-    workers: int = setting(2, "processes that load images")
-    skip_bad: bool = setting(False, "leave unreadable images out and list them")
-    max_megapixels: float = megapixels()
-    device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
-
-    def __post_init__(self) -> None:
-        _limit(self.max_megapixels)
-        _at_least(self, 1, "batch_size")
-        _at_least(self, 0, "workers")
-        if self.dataset is not None:
-            choose(self.dataset, SETS, "data set")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Calibrate(Settings):
     """Fit confidences on validation images, and when a first pass may answer alone; changes the bundle."""
 
@@ -825,6 +793,13 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         if hint in (str, str | None) and value is not None and not isinstance(value, str):
             raise ConfigError(f"recipe {path}: {name}: {value} is no text in YAML; put it between quotes")
     return values
+
+
+def find_checked_recipe(name: str) -> Path:
+    """The file of a recipe that `read_recipe` takes."""
+    path = find_recipe(expand(name))
+    read_recipe(path)
+    return path
 
 
 def change_recipe(path: str | Path, changes: dict[str, Any], **fixed: Any) -> Train:

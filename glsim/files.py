@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import dataclasses
 import errno
 import io
 import json
@@ -331,12 +332,33 @@ def one_line(error: BaseException) -> str:
 
 
 def shown(value: Any) -> Any:
-    """A value with every text in it, keys too, as `printable` shows it."""
+    """A value with every text in it, keys too, as `printable` shows it; dataclasses and tuples keep their type."""
     if isinstance(value, str):
         return printable(value)
     if isinstance(value, dict):
         return {shown(key): shown(inside) for key, inside in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **{f.name: shown(getattr(value, f.name)) for f in dataclasses.fields(value)})
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        return value._make(map(shown, value))
     return type(value)(map(shown, value)) if type(value) in (list, tuple) else value
+
+
+def document(value: Any) -> Any:
+    """A result as what JSON has: dataclasses and named tuples become objects, paths texts.
+
+    A field that was declared with `glsim.types:optional` is left out where it is None.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {f.name: document(v) for f, v in fields if v is not None or not f.metadata.get("optional")}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return {name: document(inside) for name, inside in value._asdict().items()}
+    if isinstance(value, dict):
+        return {key: document(inside) for key, inside in value.items()}
+    if isinstance(value, Path):
+        return str(value)
+    return [document(inside) for inside in value] if isinstance(value, list | tuple) else value
 
 
 def csv_text(rows: Iterable[Iterable[object]]) -> str:

@@ -20,6 +20,7 @@ Shape legend, used in every docstring:
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -62,6 +63,11 @@ class DataError(GlsimError, ValueError):
 
 class DataWarning(UserWarning):
     """What a person should know of their data, though the work goes on: on the command line a note, and in its JSON."""
+
+
+def optional() -> Any:
+    """A field of a result that is None where it does not apply, and then is left out of its JSON document."""
+    return field(default=None, metadata={"optional": True})
 
 
 EMBEDDINGS = {

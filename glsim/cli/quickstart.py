@@ -13,11 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from glsim.checkpoints.bundle import load, preprocessing_of
-from glsim.config import Datasets, Eval, Explain, Quickstart, Train
+from glsim.config import Datasets, Explain, Quickstart, Train
 from glsim.data import prepare
 from glsim.data.readers import ImageDataset, read_data
 from glsim.data.transforms import eval_transform, mask_transform
-from glsim.evaluation import evaluate
+from glsim.evaluation.evaluate import evaluate_bundle
 from glsim.files import make_folder, read_json, write_json, write_text
 from glsim.interpret import heatmaps
 from glsim.training import train
@@ -65,9 +65,7 @@ def run(s: Quickstart, progress: bool = True) -> dict[str, Any]:
         settings = Train(data=str(data), out=str(folder), method=method, epochs=s.epochs, workers=s.workers, **RECIPE)
         train.run(settings, progress)
         seconds[method] = round(time.perf_counter() - began, 1)
-        accuracy[method] = evaluate.run(
-            Eval(source=str(folder), data=str(data), out=str(report / method), workers=s.workers)
-        )["top1"]
+        accuracy[method] = evaluate_bundle(folder, data, out=report / method, workers=s.workers).top1
     crops = measure_crops(str(out / "glsim"), data)
     shown = [str(sorted(folder.iterdir())[0]) for folder in sorted((data / "test").iterdir())]
     heatmaps.run(Explain(source=str(out / "glsim"), images=shown, out=str(report / "pictures")))

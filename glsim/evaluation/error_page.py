@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from glsim.files import printable, write_text
 from glsim.inference.predictor import to_original
 from glsim.interpret.heatmaps import BOX_COLOUR, TITLES, Explanation, explanations, overlay, to_photograph
 from glsim.models.backbone import Model
+
+if TYPE_CHECKING:
+    from glsim.evaluation.evaluate import BundleEvaluation
 
 PAGE = "index.html"
 MOST, PAIRS = 200, 12  # mistakes and pairs of classes that the page shows
@@ -50,11 +53,16 @@ def find_mistakes(
 
 
 def write_page(
-    folder: Path, model: Model, mistakes: list[Mistake], classes: Sequence[str], train: ImageList | None, about: Any
+    folder: Path,
+    model: Model,
+    mistakes: list[Mistake],
+    classes: Sequence[str],
+    train: ImageList | None,
+    about: BundleEvaluation,
 ) -> Path:
     """Write `folder`/index.html, which needs no other file; returns it. An older one is replaced.
 
-    `train` gives an example of each class, where there is one. `about` is the summary that `evaluate.run` returns.
+    `train` gives an example of each class, where there is one. `about` is what `evaluate_bundle` returns.
     """
     shown, pairs = mistakes[:MOST], confused_pairs(mistakes)
     wanted = {c for m in shown for c in (m.truth, m.answer)} | {c for pair, _ in pairs[:PAIRS] for c in pair}
@@ -62,11 +70,11 @@ def write_page(
     names = [_text(name.replace("_", " ")) for name in classes]
     body = _head(mistakes, about)
     if mistakes:
-        body += _pairs(pairs, shown, names, examples, list(about["per_class"].values()))
+        body += _pairs(pairs, shown, names, examples, list(about.per_class.values()))
         body += f"<h2>One by one, the most confident first</h2>\n<p>{_legend(model, shown[0], len(mistakes))}</p>\n"
     for number, (m, pictures) in enumerate(draw(model, shown), start=1):
-        body += _card(number, m, pictures, names, examples, located(about["data"]))
-    title = f"glsim mistakes: {_text(about['source'])}"
+        body += _card(number, m, pictures, names, examples, located(about.data))
+    title = f"glsim mistakes: {_text(about.source)}"
     # An example stands beside many mistakes: as a background its picture is in the page once.
     style = _STYLE + "".join(f".of{c} {{ background-image: url({address}) }}\n" for c, address in examples.items())
     write_text(folder / PAGE, _HTML.format(title=title, style=style, body=body))
@@ -181,13 +189,13 @@ h3 { margin: 0; font-size: 1.1rem; font-weight: 400 }
 """
 
 
-def _head(mistakes: Sequence[Mistake], about: dict[str, Any]) -> str:
-    count = f"{about['count']:,} {'image' if about['count'] == 1 else 'images'}"
+def _head(mistakes: Sequence[Mistake], about: BundleEvaluation) -> str:
+    count = f"{about.count:,} {'image' if about.count == 1 else 'images'}"
     title = f"{len(mistakes):,} of {count} wrong" if mistakes else f"None of {count} wrong"
-    flip = ", image and mirror image averaged" * about["flip"]
-    split = "all splits" if about["split"] == "all" else f"split {about['split']}"
+    flip = ", image and mirror image averaged" * about.flip
+    split = "all splits" if about.split == "all" else f"split {about.split}"
     return f"""<h1>{title}</h1>
-<p class="grey small">{_text(about["source"])} on {_text(about["data"])}, {split}: top-1 {about["top1"]:.2%}{flip}</p>
+<p class="grey small">{_text(about.source)} on {_text(about.data)}, {split}: top-1 {about.top1:.2%}{flip}</p>
 """
 
 

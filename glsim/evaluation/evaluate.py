@@ -6,6 +6,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +18,9 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from glsim.checkpoints.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of, threshold_of
-from glsim.config import Eval
 from glsim.data.catalog import prepared
 from glsim.data.hierarchy import Taxonomy, decide, flat, read_taxonomy
-from glsim.data.images import BadImage, find_bad, limited
+from glsim.data.images import MAX_MEGAPIXELS, BadImage, find_bad, pixel_limit
 from glsim.data.loaders import make_loader, read
 from glsim.data.readers import ImageList, hold_out_val, is_split, read_data, split_hash
 from glsim.data.sources import located
@@ -28,13 +28,94 @@ from glsim.data.transforms import eval_transform
 from glsim.evaluation.confidence import NO_ANSWER, are_answers, calibration_error, reliability, risk_coverage
 from glsim.evaluation.error_page import find_mistakes, write_page
 from glsim.evaluation.plots import draw_confidence, draw_confusion
-from glsim.files import csv_text, make_folder, write_json, write_text
+from glsim.files import csv_text, document, make_folder, write_json, write_text
 from glsim.inference.predictor import answers
 from glsim.models.backbone import Model
-from glsim.types import ConfigError, DataError
+from glsim.types import ConfigError, DataError, optional
 
 MOST_CLASSES_DRAWN = 60  # in confusion.png; more names and numbers cannot be read
 MOST_CONFUSED = 20  # pairs of classes that the summary names
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Measurements of a model on the images of a split."""
+
+    count: int
+    correct: int
+    top1: float
+    correct_top5: int
+    top5: float
+    per_class_mean: float  # of the accuracies of the classes that have images
+    per_class_std: float  # standard deviation, of the same
+    per_class: dict[str, list[int]]  # correct answers and images of each class
+    ece: float  # expected calibration error
+    aurc: float  # area under the risk-coverage curve
+    second_pass_share: float | None  # of the images that had one; None where the method does not choose
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What is answered at or above a threshold of confidence, and how much of it is wrong."""
+
+    count: int
+    coverage: float  # share of the images
+    correct: int
+    error: float | None  # share of the answers; None without any
+    level: str | None = optional()  # of the taxonomy, where the answers are of one level
+
+
+@dataclass(frozen=True)
+class SureAnswers:
+    """`Answered` at a threshold: in all, and by the level of the taxonomy that answers, from fine to coarse."""
+
+    threshold: float
+    count: int
+    coverage: float
+    correct: int
+    error: float | None
+    levels: list[Answered]
+
+
+@dataclass(frozen=True)
+class LevelAccuracy:
+    """How often the likeliest group of a level of the taxonomy is the right one."""
+
+    level: str
+    groups: int
+    correct: int
+    top1: float
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """A class that is taken for another one."""
+
+    label: str
+    prediction: str
+    count: int  # images of the label so answered
+    of: int  # images of the label
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleEvaluation(Summary):
+    """What `evaluate_bundle` returns: the summary, with what was measured and what was written."""
+
+    source: str
+    data: str
+    split: str
+    flip: bool
+    split_drawn: bool  # the data has no splits of its own, so that the images were drawn
+    split_hash: str
+    temperature: float
+    risk_coverage: list[dict[str, float]]  # 20 points of coverage, error and threshold
+    answered: SureAnswers | None  # with `reject`
+    levels: list[LevelAccuracy] | None  # with `taxonomy`
+    confused: list[Confusion]  # the classes most often taken for another, worst first
+    skipped: list[str]  # files that cannot be read, and why
+    errors: str | None  # the page of the mistakes
+    written: list[str]  # names of the files in `out`
 
 
 class Evaluation(NamedTuple):
@@ -63,26 +144,25 @@ class Evaluation(NamedTuple):
         pairs, counts = torch.stack((self.labels, self.predictions), dim=1).unique(dim=0, return_counts=True)
         return torch.cat((pairs, counts[:, None]), dim=1)
 
-    def summary(self, classes: tuple[str, ...] | list[str]) -> dict[str, Any]:
-        """Top-1, top-5, mean and standard deviation over the classes that have images, exact counts, calibration
-        error, area under the risk-coverage curve: plain values."""
+    def summary(self, classes: Sequence[str]) -> Summary:
+        """The measurements over all images; `classes` are the names of the labels."""
         right, count = (y.bincount(minlength=len(classes)) for y in (self.labels[self.right], self.labels))
         of_classes = right[count > 0] / count[count > 0]
         total = int(count.sum())
-        return {
-            "count": total,
-            "correct": int(right.sum()),
-            "top1": int(right.sum()) / total,
-            "correct_top5": self.correct_top5,
-            "top5": self.correct_top5 / total,
-            "per_class_mean": float(of_classes.mean()),
-            "per_class_std": float(of_classes.std(correction=0)),
-            "per_class": {c: [int(r), int(n)] for c, r, n in zip(classes, right, count, strict=True)},
-            "ece": calibration_error(self.confidences, self.right),
-            "aurc": risk_coverage(self.confidences, self.right).area,
-            "second_pass_share": float(self.second_pass.float().mean()) if self.second_pass is not None else None,
-            "images_per_second": round(total / self.seconds, 2),
-        }
+        return Summary(
+            count=total,
+            correct=int(right.sum()),
+            top1=int(right.sum()) / total,
+            correct_top5=self.correct_top5,
+            top5=self.correct_top5 / total,
+            per_class_mean=float(of_classes.mean()),
+            per_class_std=float(of_classes.std(correction=0)),
+            per_class={c: [int(r), int(n)] for c, r, n in zip(classes, right, count, strict=True)},
+            ece=calibration_error(self.confidences, self.right),
+            aurc=risk_coverage(self.confidences, self.right).area,
+            second_pass_share=float(self.second_pass.float().mean()) if self.second_pass is not None else None,
+            images_per_second=round(total / self.seconds, 2),
+        )
 
 
 @torch.inference_mode()
@@ -213,95 +293,136 @@ def read_split(model: Model, data: str | Path, split: str) -> tuple[ImageList, d
     return images, splits
 
 
-@limited
-def run(s: Eval) -> dict[str, Any]:
-    """The verb: measure a bundle on one split of a data set; returns the summary and writes it under `s.out`.
+def evaluate_bundle(
+    source: str | Path,
+    data: str | Path,
+    *,
+    dataset: str | None = None,
+    split: str = "test",
+    options: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    errors: str | Path | None = None,
+    flip: bool = False,
+    reject: bool = False,
+    taxonomy: str | Path | None = None,
+    batch_size: int = 32,
+    workers: int = 2,
+    skip_bad: bool = False,
+    max_megapixels: float = MAX_MEGAPIXELS,
+    device: str | None = None,
+) -> BundleEvaluation:
+    """Measure a model on one split of a data set.
 
-    The page of the mistakes goes under `s.errors`.
+    Args:
+        source: what `glsim.load` takes.
+        data: what `glsim.data.readers:read_data` takes; with `dataset` prepared as that named data set.
+        split: train, val, test, or all.
+        options: options of the method to change.
+        out: folder for evaluation.json, predictions.csv, confusion.csv and plots.
+        errors: folder for the page of the mistakes.
+        flip: average the logits of each image and its mirror image.
+        reject: also measure the answers at or above the threshold of the bundle.
+        taxonomy: CSV file of `glsim.data.hierarchy:read_taxonomy`; every level is measured.
+        skip_bad: leave unreadable images out; they are listed in `skipped`.
+        max_megapixels: larger images are bad files.
+
+    Raises:
+        ConfigError: for an option that does not fit, or a bundle without the threshold that `reject` needs.
+        DataError: for data or a split that is not there, other classes than the model's, unreadable images.
     """
-    for made in filter(None, (s.out, s.errors)):
-        make_folder(made)  # first, for a folder that cannot be made must not come late
-    model = load(s.source, **s.options)
-    threshold = threshold_of(model) if s.reject else None
-    data = prepared(s.data, s.dataset)
-    images, splits = read_split(model, data, s.split)
-    labels = list(images.classes)  # an unnamed model's classes are taken to be in the order of the data's
-    taxonomy = read_taxonomy(s.taxonomy, labels) if s.taxonomy is not None else flat(labels)
-    bad = find_bad(images.paths) if s.skip_bad else []
-    if bad:
-        images = drop_bad(images, bad)
-    accelerator = make_accelerator(s.device)
-    loader: Any = make_loader(images, eval_transform(preprocessing_of(model)), s.batch_size, s.workers)
-    loader = accelerator.prepare(loader)
-    model, temperature = model.to(accelerator.device), temperature_of(model)
-    result = evaluate(model, loader, len(labels), accelerator, s.flip, temperature, taxonomy)
-    curve = risk_coverage(result.confidences, result.right)
-    summary = {
-        "source": str(s.source),
-        "data": str(s.data),
-        "split": s.split,
-        "flip": s.flip,
-        "split_drawn": s.split != "all" and not is_split(data),
-        "split_hash": split_hash({s.split: images}, data),
-        **result.summary(labels),
-        "temperature": temperature,
-        "risk_coverage": curve.points(),
-        "answered": sure_answers(result, taxonomy, threshold) if threshold is not None else None,
-        "levels": by_level(result, taxonomy) if s.taxonomy is not None else None,
-        "confused": most_confused(result, labels),
-        "skipped": [str(b) for b in bad],
-        "errors": None,
-        "written": [],
-    }
-    if s.errors is not None and accelerator.is_main_process:
-        numbers = (t.tolist() for t in (result.predictions, result.confidences, result.true_confidences))
-        mistakes = find_mistakes(images, *numbers)
-        page = write_page(Path(s.errors), model, mistakes, labels, splits.get("train"), summary)
-        summary["errors"] = str(page)
-    if s.out is not None and accelerator.is_main_process:
-        folder = Path(s.out)
-        drawn = ["confusion.png"] if len(labels) <= MOST_CLASSES_DRAWN else []
-        summary["written"] = ["evaluation.json", "predictions.csv", "confidence.png", "confusion.csv", *drawn]
-        write_json(folder / "evaluation.json", summary)
-        write_text(folder / "predictions.csv", predictions_table(images, result))
-        write_text(folder / "confusion.csv", confusion_table(result, labels))
-        bins = reliability(result.confidences, result.right)
-        draw_confidence(bins, curve, summary["ece"], threshold, folder / "confidence.png")
-        if drawn:
-            confusion = multiclass_confusion_matrix(result.predictions, result.labels, len(labels))
-            draw_confusion(confusion, labels, folder / "confusion.png")
-    return summary
+    for made in (out, errors):
+        if made is not None:
+            make_folder(made)  # first, for a folder that cannot be made must not come late
+    with pixel_limit(max_megapixels):
+        model = load(source, **options or {})
+        threshold = threshold_of(model) if reject else None
+        place = prepared(data, dataset)
+        images, splits = read_split(model, place, split)
+        labels = list(images.classes)  # an unnamed model's classes are taken to be in the order of the data's
+        groups = read_taxonomy(taxonomy, labels) if taxonomy is not None else flat(labels)
+        bad = find_bad(images.paths) if skip_bad else []
+        if bad:
+            images = drop_bad(images, bad)
+        accelerator = make_accelerator(device)
+        loader: Any = make_loader(images, eval_transform(preprocessing_of(model)), batch_size, workers)
+        model, temperature = model.to(accelerator.device), temperature_of(model)
+        loader = accelerator.prepare(loader)
+        measured = evaluate(model, loader, len(labels), accelerator, flip, temperature, groups)
+        result = BundleEvaluation(
+            **vars(measured.summary(labels)),
+            source=str(source),
+            data=str(data),
+            split=split,
+            flip=flip,
+            split_drawn=split != "all" and not is_split(place),
+            split_hash=split_hash({split: images}, place),
+            temperature=temperature,
+            risk_coverage=risk_coverage(measured.confidences, measured.right).points(),
+            answered=sure_answers(measured, groups, threshold) if threshold is not None else None,
+            levels=by_level(measured, groups) if taxonomy is not None else None,
+            confused=most_confused(measured, labels),
+            skipped=[str(b) for b in bad],
+            errors=None,
+            written=[],
+        )
+        if errors is not None and accelerator.is_main_process:
+            numbers = (t.tolist() for t in (measured.predictions, measured.confidences, measured.true_confidences))
+            mistakes = find_mistakes(images, *numbers)
+            page = write_page(Path(errors), model, mistakes, labels, splits.get("train"), result)
+            result = replace(result, errors=str(page))
+    if out is not None and accelerator.is_main_process:
+        result = write_evaluation(Path(out), result, measured, images, threshold)
+    return result
 
 
-def by_level(result: Evaluation, taxonomy: Taxonomy) -> list[dict[str, Any]]:
+def write_evaluation(
+    folder: Path, result: BundleEvaluation, measured: Evaluation, images: ImageList, threshold: float | None
+) -> BundleEvaluation:
+    """Write evaluation.json, tables and plots; returns `result` with their names."""
+    labels = list(images.classes)
+    drawn = ["confusion.png"] if len(labels) <= MOST_CLASSES_DRAWN else []
+    names = ["evaluation.json", "predictions.csv", "confidence.png", "confusion.csv", *drawn]
+    result = replace(result, written=names)
+    write_json(folder / "evaluation.json", document(result))
+    write_text(folder / "predictions.csv", predictions_table(images, measured))
+    write_text(folder / "confusion.csv", confusion_table(measured, labels))
+    bins = reliability(measured.confidences, measured.right)
+    curve = risk_coverage(measured.confidences, measured.right)
+    draw_confidence(bins, curve, result.ece, threshold, folder / "confidence.png")
+    if drawn:
+        confusion = multiclass_confusion_matrix(measured.predictions, measured.labels, len(labels))
+        draw_confusion(confusion, labels, folder / "confusion.png")
+    return result
+
+
+def by_level(result: Evaluation, taxonomy: Taxonomy) -> list[LevelAccuracy]:
     """How often the likeliest group of each level is the right one, from fine to coarse."""
     right = (result.groups == taxonomy.truth(result.labels)).sum(dim=0).tolist()
     rows = zip(taxonomy.levels, taxonomy.groups, right, strict=True)
     total = len(result.labels)
-    return [{"level": level, "groups": len(names), "correct": n, "top1": n / total} for level, names, n in rows]
+    return [LevelAccuracy(level, len(names), n, n / total) for level, names, n in rows]
 
 
-def sure_answers(result: Evaluation, taxonomy: Taxonomy, threshold: float) -> dict[str, Any]:
+def sure_answers(result: Evaluation, taxonomy: Taxonomy, threshold: float) -> SureAnswers:
     """What is answered at or above `threshold`, and how much of it is wrong, in all and by the level that answers."""
     levels = decide(result.group_confidences, threshold)
     right = result.groups == taxonomy.truth(result.labels)
 
-    def counted(given: Tensor, correct: Tensor) -> dict[str, Any]:
+    def counted(given: Tensor, correct: Tensor, level: str | None = None) -> Answered:
         count, good = int(given.sum()), int(correct[given].sum())
-        error = (count - good) / count if count else None
-        return {"count": count, "coverage": count / len(levels), "correct": good, "error": error}
+        return Answered(count, count / len(levels), good, (count - good) / count if count else None, level)
 
-    by_level = [{"level": name, **counted(levels == i, right[:, i])} for i, name in enumerate(taxonomy.levels)]
-    chosen = right.gather(1, levels.clamp(min=0)[:, None])[:, 0]
-    return {"threshold": threshold, **counted(levels >= 0, chosen), "levels": by_level}
+    by_level = [counted(levels == i, right[:, i], name) for i, name in enumerate(taxonomy.levels)]
+    chosen = counted(levels >= 0, right.gather(1, levels.clamp(min=0)[:, None])[:, 0])
+    return SureAnswers(threshold, chosen.count, chosen.coverage, chosen.correct, chosen.error, by_level)
 
 
-def most_confused(result: Evaluation, labels: Sequence[str]) -> list[dict[str, Any]]:
-    """The classes most often taken for another one: label, prediction, images of the label so answered, and in all."""
+def most_confused(result: Evaluation, labels: Sequence[str]) -> list[Confusion]:
+    """The classes most often taken for another one, worst first, at most MOST_CONFUSED."""
     images = result.labels.bincount().tolist()
     wrong = [row for row in result.confusions().tolist() if row[0] != row[1]]
     worst = sorted(wrong, key=lambda row: -row[2])[:MOST_CONFUSED]
-    return [{"label": labels[y], "prediction": labels[x], "count": n, "of": images[y]} for y, x, n in worst]
+    return [Confusion(labels[y], labels[x], n, images[y]) for y, x, n in worst]
 
 
 def confusion_table(result: Evaluation, labels: Sequence[str]) -> str:

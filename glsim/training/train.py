@@ -44,7 +44,7 @@ from glsim.data.transforms import Preprocessing, batch_mixing, eval_transform, t
 from glsim.environment import environment
 from glsim.evaluation.evaluate import drop_bad, evaluate, make_accelerator, predictions_table, take_split
 from glsim.evaluation.plots import draw_curve
-from glsim.files import one_line, printable, read_json, write_json, write_text
+from glsim.files import document, one_line, printable, read_json, write_json, write_text
 from glsim.models import create_model
 from glsim.models.backbone import Model
 from glsim.models.losses import objective
@@ -201,7 +201,7 @@ def _fit(s: Train, out: Path, accelerator: Accelerator, progress: bool) -> dict[
                 # The test split is measured once, after the last epoch; nothing is chosen by it.
                 if name == "val" or epoch + 1 == s.epochs:
                     measured = evaluate(answering, images, len(classes), accelerator)
-                    metrics[name] = measured.summary(classes)
+                    metrics[name] = document(measured.summary(classes))
                     row[f"{name}_top1"] = metrics[name]["top1"]
                     if name == "test" and accelerator.is_main_process:
                         with writing(out):

@@ -18,11 +18,11 @@ from test_models import BACKBONES, MAPS, takes
 import glsim
 from glsim import ConfigError, DataError, GlsimError, cli
 from glsim.checkpoints import export, onnx_runtime
-from glsim.config import Bench, Eval, Export, Predict
+from glsim.config import Bench, Export, Predict
 from glsim.data.images import BadImage
 from glsim.evaluation import speed
 from glsim.evaluation.confidence import NO_ANSWER
-from glsim.evaluation.evaluate import run as evaluate
+from glsim.evaluation.evaluate import evaluate_bundle
 from glsim.inference.predictor import run as predict
 from glsim.models.heads import lead
 
@@ -109,8 +109,8 @@ def test_what_a_graph_says_of_itself(file):
     assert [o.name for o in runtime.get_outputs()] == ["logits", "boxes"]
     said = {k: json.loads(v) for k, v in runtime.get_modelmeta().custom_metadata_map.items()}
     bundle = json.loads((file.parent / "bundle" / "config.json").read_text())
-    assert said["label_names"] == LABELS and said["preprocessing"] == bundle["preprocessing"]
-    assert (said["method"], said["options"], said["graphs"]) == ("glsim", bundle["options"], [])
+    assert said["label_names"] == LABELS and said["preprocessing"] == bundle.preprocessing
+    assert (said["method"], said["options"], said["graphs"]) == ("glsim", bundle.options, [])
 
 
 def test_verbs_take_a_graph_for_a_bundle(run_folder, birds, tmp_path, capsys):
@@ -120,8 +120,8 @@ def test_verbs_take_a_graph_for_a_bundle(run_folder, birds, tmp_path, capsys):
     assert said["files"] == [str(out)] and said["bytes"] == out.stat().st_size
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
-    bundle = evaluate(Eval(source=str(run_folder), data=str(birds), workers=0))
-    graph = evaluate(Eval(source=str(out), data=str(birds), workers=0))
+    bundle = evaluate_bundle(run_folder, birds, workers=0)
+    graph = evaluate_bundle(out, birds, workers=0)
     assert {k: graph[k] for k in ("count", "correct", "correct_top5", "per_class")} == {
         k: bundle[k] for k in ("count", "correct", "correct_top5", "per_class")
     }
@@ -142,9 +142,9 @@ def test_bench_takes_a_graph_beside_its_bundle(file, birds, tmp_path):
     mine, graph = result["rows"]
     assert mine.keys() - graph.keys() == {"parameters", "training_ms", "training_quartiles_ms"}
     assert [graph[k] for k in ("backbone", "image_size")] == [mine[k] for k in ("backbone", "image_size")]
-    assert 0 < graph["latency_ms"] == pytest.approx(2000 / graph["images_per_second"])
+    assert 0 < graph.latency_ms == pytest.approx(2000 / graph.images_per_second)
     (ratio,) = result["ratio"]
-    assert ratio["latency"] == graph["latency_ms"] / mine["latency_ms"] and "training" not in ratio
+    assert ratio["latency"] == graph.latency_ms / mine["latency_ms"] and "training" not in ratio
     assert "x latency" in speed.as_text(result)
     job = speed.Job(str(file), "", 0, 1, "float32", False)
     found = speed.peaks_here(job._asdict(), {"sources": [str(file)], "device": "cpu"}, True)
@@ -478,7 +478,7 @@ def test_an_answer_that_is_no_number_is_an_error_of_its_image(metadata, tmp_path
             (tmp_path / "data" / split / name).mkdir(parents=True)
             images[1 if split == "test" and i == 3 else 0].save(tmp_path / "data" / split / name / "x.png")
     with pytest.raises(DataError, match=r"d/x.png: the model's answer is no number: .*; so for 1 of 5 images"):
-        evaluate(Eval(source=str(path), data=str(tmp_path / "data"), workers=0))
+        evaluate_bundle(path, tmp_path / "data", workers=0)
 
 
 @pytest.mark.timeout(60)

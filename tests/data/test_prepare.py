@@ -17,7 +17,7 @@ from conftest import ROOT, TINY, scene, touch, write
 from PIL import Image
 
 from glsim import cli
-from glsim.config import Eval, Train
+from glsim.config import Train
 from glsim.data import catalog, prepare
 from glsim.data.catalog import SETS
 from glsim.data.readers import read_data
@@ -206,8 +206,8 @@ def test_replica_becomes_a_list(tmp_path, small, name):
     make, classes, counts = REPLICAS[name]
     make(tmp_path / "given")
     done = prepare.prepare(name, tmp_path / "root", [tmp_path / "given"])
-    rows = table(done["csv"])
-    splits = read_data(done["csv"])
+    rows = table(done.csv)
+    splits = read_data(done.csv)
     assert list(splits["train"].classes) == classes
     assert tuple(len(splits.get(split, ())) for split in ("train", "val", "test")) == counts
     assert next(r for r in rows if r["split"] == "train")["path"].startswith("../given/")
@@ -222,7 +222,7 @@ def test_replica_becomes_a_list(tmp_path, small, name):
 def test_cars_in_one_folder(tmp_path, small):
     make_cars_whole(tmp_path)
     done = prepare.prepare("cars", tmp_path, [])
-    labels = {(row["path"], row["label"], row["split"]) for row in table(done["csv"])}
+    labels = {(row["path"], row["label"], row["split"]) for row in table(done.csv)}
     assert ("car_ims/000001.jpg", "AM General Hummer SUV 2000", "test") in labels and len(labels) == 4
 
 
@@ -263,9 +263,9 @@ def test_archives_and_loose_files_are_unpacked_into_the_root(tmp_path, small):
         archive.write(given / "imagelabels.mat", "imagelabels.mat")
     words = [tmp_path / "102flowers.tgz", tmp_path / "labels.zip", given / "setid.mat"]
     done = prepare.prepare("flowers", tmp_path / "root", words)
-    assert table(done["csv"])[0]["path"] == "jpg/image_00001.jpg"
+    assert table(done.csv)[0]["path"] == "jpg/image_00001.jpg"
     by_folder = prepare.prepare("flowers", tmp_path / "other", [given])
-    assert by_folder["split_hash"] == done["split_hash"]  # wherever the images lie
+    assert by_folder["split_hash"] == done.split_hash  # wherever the images lie
 
 
 def test_archives_that_are_none(tmp_path, small):
@@ -351,7 +351,7 @@ def test_missing_images_and_partial(tmp_path, small):
     with pytest.raises(DataError, match=r"1 of 4 images are missing.*\n.*y_2\.jpg"):
         prepare.prepare("cub", tmp_path, [])
     done = prepare.prepare("cub", tmp_path, [], partial=True)
-    assert done["partial"] and done["counts"] == {"train": 2, "test": 1} and len(table(done["csv"])) == 3
+    assert done.partial and done.counts == {"train": 2, "test": 1} and len(table(done.csv)) == 3
     empty = tmp_path / "empty"
     birds(empty, ["1 a", "2 b"])
     for image in empty.rglob("*.jpg"):
@@ -369,14 +369,14 @@ def test_split_hash(tmp_path, small, monkeypatch):
         "train\t2.B/y_1.jpg\tSnow Goose (White, adult)",
         "test\t2.B/y_2.jpg\tSnow Goose (White, adult)",
     ]
-    assert done["split_hash"] == hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+    assert done.split_hash == hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
     known = SETS["nabirds"]
-    monkeypatch.setitem(SETS, "nabirds", dataclasses.replace(known, split_hash=done["split_hash"]))
+    monkeypatch.setitem(SETS, "nabirds", dataclasses.replace(known, split_hash=done.split_hash))
     prepare.prepare("nabirds", tmp_path, [])
     monkeypatch.setitem(SETS, "nabirds", dataclasses.replace(known, split_hash="0" * 64))
     with pytest.raises(DataError, match=r"the split is .*, the publisher's is 0000"):
         prepare.prepare("nabirds", tmp_path, [])
-    assert json.loads((tmp_path / "nabirds.json").read_text())["split_hash"] == done["split_hash"]
+    assert json.loads((tmp_path / "nabirds.json").read_text())["split_hash"] == done.split_hash
 
 
 @pytest.mark.parametrize(
@@ -467,10 +467,10 @@ def test_train_and_eval_by_name(tmp_path, small, birds):
     assert "dataset: cars" in text and "resize_ratio: 1.142857" in text and "top_o: 4" in text
     assert json.loads((tmp_path / "run" / "config.json").read_text())["options"]["top_o"] == 4
     source = str(tmp_path / "run")
-    done = evaluate.run(Eval(source=source, dataset="cars", data=str(tmp_path), workers=0))
-    assert done["count"] == 2 and not done["split_drawn"]
+    done = evaluate.evaluate_bundle(source, tmp_path, dataset="cars", workers=0)
+    assert done.count == 2 and not done.split_drawn
     with pytest.raises(DataError, match=r"prepare dogs"):
-        evaluate.run(Eval(source=source, dataset="dogs", data=str(tmp_path), workers=0))
+        evaluate.evaluate_bundle(source, tmp_path, dataset="dogs", workers=0)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------

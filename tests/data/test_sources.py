@@ -13,7 +13,7 @@ from conftest import TINY, scene, touch
 from safetensors.torch import load_file
 
 from glsim import ConfigError, DataError
-from glsim.config import Doctor, Eval, Train
+from glsim.config import Doctor, Train
 from glsim.data import audit, sources
 from glsim.data.images import BadImage, find_bad, open_image
 from glsim.data.readers import ImageDataset, find_images, hold_out, is_split, read_data, split_hash
@@ -214,8 +214,8 @@ def test_shards_train_the_model_that_their_folder_trains(birds, bird_shards, run
     train.run(Train(data=bird_shards, out=str(tmp_path / "run"), **TINY), progress=False)
     ours, theirs = (load_file(run / "model.safetensors") for run in (tmp_path / "run", run_folder))
     assert ours.keys() == theirs.keys() and all((ours[k] == theirs[k]).all() for k in ours)
-    by_folder = evaluate.run(Eval(source=str(run_folder), data=str(birds), workers=0))
-    by_shards = evaluate.run(Eval(source=str(run_folder), data=bird_shards, workers=2, out=str(tmp_path / "e")))
+    by_folder = evaluate.evaluate_bundle(run_folder, birds, workers=0)
+    by_shards = evaluate.evaluate_bundle(run_folder, bird_shards, workers=2, out=tmp_path / "e")
     for key in ("count", "correct", "per_class", "split_drawn"):
         assert by_shards[key] == by_folder[key]
     rows = (tmp_path / "e" / "predictions.csv").read_text().splitlines()
@@ -436,6 +436,6 @@ def test_eval_takes_a_hugging_face_data_set(hf, birds, run_folder, tmp_path):
         features = hf.Features({"image": hf.Image(), "label": hf.ClassLabel(names=list(images.classes))})
         splits[split] = hf.Dataset.from_dict(columns, features=features)
     name = save(hf, tmp_path / "birds", **splits)
-    ours = evaluate.run(Eval(source=str(run_folder), data=name, workers=0))
-    theirs = evaluate.run(Eval(source=str(run_folder), data=str(birds), workers=0))
-    assert ours["per_class"] == theirs["per_class"] and ours["correct_top5"] == theirs["correct_top5"]
+    ours = evaluate.evaluate_bundle(run_folder, name, workers=0)
+    theirs = evaluate.evaluate_bundle(run_folder, birds, workers=0)
+    assert ours.per_class == theirs.per_class and ours.correct_top5 == theirs.correct_top5

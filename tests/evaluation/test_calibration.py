@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import glsim
 from glsim import ConfigError, DataError, cli
 from glsim.checkpoints.bundle import amend, read_config
-from glsim.config import Calibrate, Eval, Predict, Train
+from glsim.config import Calibrate, Predict, Train
 from glsim.data.images import BadImage
 from glsim.evaluation import calibration, evaluate
 from glsim.evaluation.confidence import calibration_error, graded, largest_rate
@@ -284,18 +284,18 @@ def test_calibration_error_by_hand():
 
 
 def test_calibrate_writes_what_eval_and_predict_use(early, birds, capsys):
-    before = evaluate.run(Eval(source=str(early), data=str(birds), workers=0))
-    assert before["second_pass_share"] is None
+    before = evaluate.evaluate_bundle(early, birds, workers=0)
+    assert before.second_pass_share is None
     words = [str(early), "--data", str(birds), "--split", "test", "--max-loss", "100", "--workers", "0"]
     assert cli.main(["calibrate", *words]) == 0
     assert "second pass for 0.0% of the images, margin 0.0" in capsys.readouterr().out
     config = json.loads((early / "config.json").read_text())
     found = config["calibration"]
     assert config["options"]["margin"] == 0.0 and found["count"] == 9
-    after = evaluate.run(Eval(source=str(early), data=str(birds), workers=0))
-    assert after["second_pass_share"] == 0.0 and after["correct"] == found["correct_first"] == found["correct"]
-    both = evaluate.run(Eval(source=str(early), data=str(birds), workers=0, options={"margin": None}))
-    assert both["correct"] == before["correct"] == found["correct_second"] and both["second_pass_share"] is None
+    after = evaluate.evaluate_bundle(early, birds, workers=0)
+    assert after.second_pass_share == 0.0 and after.correct == found["correct_first"] == found["correct"]
+    both = evaluate.evaluate_bundle(early, birds, workers=0, options={"margin": None})
+    assert both.correct == before.correct == found["correct_second"] and both.second_pass_share is None
     assert cli.main(["eval", str(early), "--data", str(birds), "--workers", "0", "--options.margin", "2"]) == 0
     assert "second pass for 100.0% of the images" in capsys.readouterr().out
     assert "Calibrated on 9 images" in (early / "README.md").read_text()

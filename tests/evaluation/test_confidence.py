@@ -16,7 +16,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 import glsim
 from glsim import cli
 from glsim.checkpoints.bundle import read_config
-from glsim.config import Eval, Predict
+from glsim.config import Predict
 from glsim.data.hierarchy import decide, flat, read_taxonomy
 from glsim.evaluation import evaluate
 from glsim.evaluation.confidence import calibration_error, find_threshold, reliability, risk_coverage
@@ -167,8 +167,8 @@ def test_a_taxonomy_is_read_as_every_list_is(tmp_path, delimiter):
 def sure(run_folder, birds, tmp_path):
     """A run whose threshold lies in the middle of the confidences of its test images, with a taxonomy of two groups."""
     folder = shutil.copytree(run_folder, tmp_path / "sure")
-    measured = evaluate.run(Eval(source=str(folder), data=str(birds), workers=0))
-    middle = measured["risk_coverage"][len(measured["risk_coverage"]) // 2]["threshold"]
+    measured = evaluate.evaluate_bundle(folder, birds, workers=0)
+    middle = measured.risk_coverage[len(measured.risk_coverage) // 2]["threshold"]
     config = read_config(folder)
     config["calibration"] = {"temperature": 1.0, "count": 9, "data": "birds", "max_error": 5.0, "threshold": middle}
     (folder / "config.json").write_text(json.dumps(config))
@@ -233,9 +233,9 @@ def test_without_a_taxonomy_it_is_the_label_or_unknown(sure, birds, capsys, tmp_
     for a in said:
         known = a.probabilities[0] >= middle
         assert a.verdict == (a.labels[0] if known else "unknown", "label" if known else None, a.probabilities[0])
-    measured = evaluate.run(Eval(source=str(folder), data=str(birds), workers=0, reject=True))
-    assert measured["answered"]["count"] == sum(a.verdict.level is not None for a in said)
-    assert measured["levels"] is None
+    measured = evaluate.evaluate_bundle(folder, birds, workers=0, reject=True)
+    assert measured.answered["count"] == sum(a.verdict.level is not None for a in said)
+    assert measured.levels is None
     for ending in ("text", "csv", "jsonl"):
         assert cli.main(["predict", str(folder), str(said[0].path), "--workers=0", "--reject", "--format", ending]) == 0
         assert said[0].verdict.label in capsys.readouterr().out
@@ -249,10 +249,10 @@ def test_calibrate_finds_the_threshold_that_eval_and_predict_use(run_folder, bir
     assert "this model has no threshold; glsim calibrate" in capsys.readouterr().err
     assert cli.main(["calibrate", str(folder), *words, "--split", "test", "--max-error", "80"]) == 0
     printed, found = capsys.readouterr().out, read_config(folder)["calibration"]
-    measured = evaluate.run(Eval(source=str(folder), data=str(birds), workers=0, reject=True))
-    assert measured["answered"]["count"] == found["answered"] > 0
-    assert measured["answered"]["correct"] == found["answered_correct"]
-    assert measured["answered"]["error"] <= 0.8 and measured["ece"] == pytest.approx(found["ece"][1], abs=1e-6)
+    measured = evaluate.evaluate_bundle(folder, birds, workers=0, reject=True)
+    assert measured.answered["count"] == found["answered"] > 0
+    assert measured.answered["correct"] == found["answered_correct"]
+    assert measured.answered["error"] <= 0.8 and measured.ece == pytest.approx(found["ece"][1], abs=1e-6)
     assert f"{found['coverage']:.1%} answered" in printed
     config = read_config(folder)
     config["calibration"]["threshold"] = None

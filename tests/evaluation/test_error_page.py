@@ -13,7 +13,6 @@ from conftest import small_model
 from PIL import Image, ImageOps
 
 import glsim
-from glsim.config import Eval
 from glsim.data.images import open_image
 from glsim.data.readers import ImageList, read_data
 from glsim.evaluation import error_page, evaluate
@@ -173,4 +172,4 @@ def test_odd_images_and_odd_names(tmp_path):
 def test_a_folder_that_cannot_be_made_is_named_first(run_folder, birds, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
-        evaluate.run(Eval(source="not even looked for", data=str(birds), errors=str(tmp_path / "file")))
+        evaluate.evaluate_bundle("not even looked for", birds, errors=tmp_path / "file")

@@ -13,7 +13,7 @@ from PIL import ImageOps
 import glsim
 from glsim import cli
 from glsim.checkpoints.bundle import preprocessing_of
-from glsim.config import Eval, Predict
+from glsim.config import Predict
 from glsim.data.images import open_image
 from glsim.data.loaders import make_loader
 from glsim.data.readers import read_data

@@ -20,7 +20,7 @@ import glsim
 from glsim import cli
 from glsim.checkpoints.bundle import digest
 from glsim.checkpoints.onnx_runtime import GraphModel, as_output
-from glsim.config import Eval, IndexAdd, IndexBuild, IndexEval, IndexQuery
+from glsim.config import IndexAdd, IndexBuild, IndexEval, IndexQuery
 from glsim.data.images import BadImage, open_image
 from glsim.evaluation import evaluate
 from glsim.inference import index
@@ -418,8 +418,8 @@ def test_the_vectors_are_those_of_the_model(here, birds):
 def test_eval_counts_the_head_as_glsim_eval_does(here, birds):
     ask = dict(index=str(here / "run" / "index"), workers=0)
     result = index.evaluate(IndexEval(data=str(birds), **ask), progress=False)
-    plain = evaluate.run(Eval(source=str(here / "run"), data=str(birds), workers=0))
-    assert result["count"] == 9 and result["head"]["top1"] == pytest.approx(plain["top1"])
+    plain = evaluate.evaluate_bundle(here / "run", birds, workers=0)
+    assert result["count"] == 9 and result["head"]["top1"] == pytest.approx(plain.top1)
     assert result["unknown"] is None and result["added"] == []
     stored = read_index(here / "run" / "index")
     hits = []

@@ -18,7 +18,7 @@ from conftest import TINY
 from safetensors.torch import load_file
 
 from glsim import cli
-from glsim.config import Eval, Train
+from glsim.config import Train
 from glsim.data import synthetic
 from glsim.evaluation import evaluate
 from glsim.training import train
@@ -100,7 +100,7 @@ def test_two_processes_train_as_one_does(one, two):
 
 
 def test_every_image_counts_once_in_one_two_and_three_processes(one, two, data, tmp_path):
-    alone = evaluate.run(Eval(source=str(two[0]), data=str(data), workers=0, batch_size=4, device="cpu"))
+    alone = evaluate.evaluate_bundle(two[0], data, workers=0, batch_size=4, device="cpu")
     during = json.loads((two[0] / "metrics.json").read_text())["test"]
     words = ["eval", str(two[0]), "--data", str(data), "--workers=0", "--batch-size=4", "--json"]
     together = json.loads(start(3, *words, "--out", str(tmp_path / "e"))[0])
@@ -109,8 +109,8 @@ def test_every_image_counts_once_in_one_two_and_three_processes(one, two, data, 
             assert result[key] == alone[key]
         for key in ("ece", "aurc"):
             assert result[key] == pytest.approx(alone[key], abs=1e-5)
-    assert together["risk_coverage"][-1] == pytest.approx(alone["risk_coverage"][-1], abs=1e-5)
-    assert alone["count"] == 21
+    assert together["risk_coverage"][-1] == pytest.approx(alone.risk_coverage[-1], abs=1e-5)
+    assert alone.count == 21
     lines = (tmp_path / "e" / "predictions.csv").read_text().splitlines()[1:]
     assert len(lines) == 21 and len({line.split(",")[0] for line in lines}) == 21
 
@@ -207,7 +207,7 @@ def test_every_method_and_option_runs_in_two_processes(data, tmp_path, changes):
     out = tmp_path / "r"
     start(2, "train", *train_words(data, out, **changes, batch_size=8))
     during = json.loads((out / "metrics.json").read_text())["test"]
-    alone = evaluate.run(Eval(source=str(out), data=str(data), workers=0, device="cpu"))
+    alone = evaluate.evaluate_bundle(out, data, workers=0, device="cpu")
     assert during["count"] == 21
     if "precision" not in changes:
-        assert (during["correct"], during["per_class"]) == (alone["correct"], alone["per_class"])
+        assert (during["correct"], during["per_class"]) == (alone.correct, alone.per_class)

@@ -33,7 +33,7 @@ from torchvision.transforms import v2
 import glsim
 from glsim import ConfigError, DataError, cli
 from glsim.checkpoints.bundle import FORMAT, init_from
-from glsim.config import Eval, Train, read_recipe
+from glsim.config import Train, read_recipe
 from glsim.data import loaders as batches_module
 from glsim.data.loaders import TrainBatches, make_loader, read, train_loader
 from glsim.data.readers import ImageDataset, read_data
@@ -73,17 +73,15 @@ def test_a_run_folder_is_a_bundle_with_everything_beside_it(run_folder, birds):
 
 def test_eval_prints_what_training_measured(run_folder, birds, tmp_path):
     trained = json.loads((run_folder / "metrics.json").read_text())["test"]
-    result = evaluate.run(
-        Eval(source=str(run_folder), data=str(birds), out=str(tmp_path / "e"), workers=0, batch_size=4)
-    )
+    result = evaluate.evaluate_bundle(run_folder, birds, out=tmp_path / "e", workers=0, batch_size=4)
     for key in ("count", "correct", "top1", "correct_top5", "top5", "per_class_mean", "per_class"):
         assert result[key] == trained[key]
     rows = (tmp_path / "e" / "predictions.csv").read_text().splitlines()
     assert len(rows) == 10
     right = sum(row.split(",")[1] == row.split(",")[2] for row in rows[1:])
-    assert right == result["correct"]
+    assert right == result.correct
     names = {"evaluation.json", "predictions.csv", "confusion.png", "confusion.csv", "confidence.png"}
-    assert {p.name for p in (tmp_path / "e").iterdir()} == names | {".glsim"} and names == set(result["written"])
+    assert {p.name for p in (tmp_path / "e").iterdir()} == names | {".glsim"} and names == set(result.written)
 
 
 def test_metrics_by_hand():
@@ -123,7 +121,7 @@ def test_training_learns_what_is_easy(tmp_path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(path)
     result = train.run(settings(tmp_path / "data", tmp_path / "r", epochs=8, augment="weak"), progress=False)
-    assert result["test"]["top1"] == 1.0
+    assert result.test["top1"] == 1.0
     log = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
     assert log[-1]["train_loss"] < 0.7 * log[0]["train_loss"]
 
@@ -161,7 +159,7 @@ train.run(Train(**{asdict(broken)!r}), progress=False)
     state = json.loads((tmp_path / "broken" / "checkpoint" / "state.json").read_text())
     assert state["step"] == (8 if save_steps else 6)
     result = train.run(settings(birds, tmp_path / "broken", resume=True, **epochs), progress=False)
-    assert result["epoch"] == 4
+    assert result.epoch == 4
     a, b = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "broken"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     ours, theirs = (json.loads((tmp_path / n / "metrics.json").read_text())["test"] for n in ("whole", "broken"))
@@ -301,8 +299,8 @@ def test_adapters_train_little_and_leave_a_bundle_like_any_other(birds, tmp_path
     assert changed == {f"backbone.net.blocks.{i}.attn.qkv.weight" for i in range(2)}
     for k in changed:
         assert torch.linalg.matrix_rank(after[k] - weights[k], rtol=1e-3) == 2
-    again = evaluate.run(Eval(source=str(tmp_path / "r"), data=str(birds), workers=0))
-    assert again["per_class"] == trained["per_class"]
+    again = evaluate.evaluate_bundle(tmp_path / "r", birds, workers=0)
+    assert again.per_class == trained["per_class"]
     with pytest.raises(ConfigError, match="lora: 'resnet18' has no attention with one matrix for q, k and v"):
         train.run(settings(birds, tmp_path / "x", backbone="resnet18", backbone_args={}, lora=2), progress=False)
 
@@ -414,8 +412,8 @@ def test_a_compiled_model_trains_alike_and_its_bundle_loads(birds, tmp_path, met
         [json.loads(r) for r in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("plain", "compiled")
     ]
     assert [row["train_loss"] for row in logs[0]] == pytest.approx([row["train_loss"] for row in logs[1]], abs=1e-3)
-    again = evaluate.run(Eval(source=str(tmp_path / "compiled"), data=str(birds), workers=0))
-    assert again["correct"] == json.loads((tmp_path / "compiled" / "metrics.json").read_text())["test"]["correct"]
+    again = evaluate.evaluate_bundle(tmp_path / "compiled", birds, workers=0)
+    assert again.correct == json.loads((tmp_path / "compiled" / "metrics.json").read_text())["test"]["correct"]
 
 
 def test_the_resize_rule_goes_with_the_bundle(tmp_path):
@@ -434,9 +432,9 @@ def test_the_resize_rule_goes_with_the_bundle(tmp_path):
         changes = {"resize": rule, "resize_ratio": 1.0, "crop": "centre", "augment": "none", "epochs": 6}
         trained = train.run(settings(tmp_path / "data", out, **changes), progress=False)["test"]
         assert glsim.load(out).config["preprocessing"]["resize_rule"] == rule
-        again = evaluate.run(Eval(source=str(out), data=str(tmp_path / "data"), workers=0))
-        assert again["per_class"] == trained["per_class"]
-        right[rule] = again["top1"]
+        again = evaluate.evaluate_bundle(out, tmp_path / "data", workers=0)
+        assert again.per_class == trained["per_class"]
+        right[rule] = again.top1
         (answer,) = glsim.Predictor(out)(str(tmp_path / "data" / "test" / "a" / "0.png"))
         left, top, right_edge, bottom = size["box"]
         assert left <= answer.box[0] < answer.box[2] <= right_edge and top <= answer.box[1] < answer.box[3] <= bottom
@@ -515,7 +513,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_bundle_whole(birds, tmp_
     assert not (out / "checkpoint.new").exists()
     glsim.load(out)  # the bundle of the epoch before
     again = train.run(settings(birds, out, resume=True, **changes), progress=False)
-    assert again["train_loss"] == whole["train_loss"]
+    assert again.train_loss == whole["train_loss"]
     a, b = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "r"))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -572,7 +570,7 @@ def test_a_crash_between_the_two_renames_loses_nothing(birds, tmp_path):
     (out / "checkpoint").rename(out / "checkpoint.old")
     (out / "checkpoint.new").mkdir()
     result = train.run(settings(birds, out, epochs=2, resume=True), progress=False)
-    assert result["epoch"] == 2
+    assert result.epoch == 2
 
 
 def test_at_every_moment_a_whole_checkpoint_exists(birds, tmp_path, monkeypatch):
@@ -900,8 +898,8 @@ def test_one_class_is_refused_before_training(birds, tmp_path):
 
 def test_a_run_in_one_precision_and_the_next_in_another(birds, tmp_path):
     train.run(settings(birds, tmp_path / "a", epochs=1, precision="bf16"), progress=False)
-    result = evaluate.run(Eval(source=str(tmp_path / "a"), data=str(birds), workers=0, device="cpu"))
-    assert result["count"] == 9
+    result = evaluate.evaluate_bundle(tmp_path / "a", birds, workers=0, device="cpu")
+    assert result.count == 9
 
 
 def test_the_saved_settings_are_a_recipe(run_folder, birds):
@@ -918,16 +916,16 @@ def test_ema_is_what_is_saved(birds, tmp_path):
 
 def test_val_fraction_is_watched_and_held_out(birds, tmp_path):
     result = train.run(settings(birds, tmp_path / "r", epochs=1, val_fraction=0.34), progress=False)
-    assert result["val"]["count"] == 6
+    assert result.val["count"] == 6
     config = json.loads((tmp_path / "r" / "config.json").read_text())
     assert config["data"]["counts"] == {"train": 12, "val": 6, "test": 9}
 
 
 def test_eval_sees_the_split_that_was_held_out(birds, tmp_path):
     trained = train.run(settings(birds, tmp_path / "r", epochs=1, val_fraction=0.34), progress=False)["val"]
-    again = evaluate.run(Eval(source=str(tmp_path / "r"), data=str(birds), split="val", workers=0))
-    assert (again["count"], again["per_class"]) == (trained["count"], trained["per_class"])
-    assert evaluate.run(Eval(source=str(tmp_path / "r"), data=str(birds), split="train", workers=0))["count"] == 12
+    again = evaluate.evaluate_bundle(tmp_path / "r", birds, split="val", workers=0)
+    assert (again.count, again.per_class) == (trained["count"], trained["per_class"])
+    assert evaluate.evaluate_bundle(tmp_path / "r", birds, split="train", workers=0).count == 12
 
 
 def test_init_from_takes_what_fits(run_folder, birds, tmp_path):
@@ -963,7 +961,7 @@ def test_bad_images_stop_training_by_name_or_are_skipped(birds, tmp_path):
         train.run(settings(data, tmp_path / "a", epochs=1), progress=False)
     # nothing was finished there, so the same folder may be used again
     result = train.run(settings(data, tmp_path / "a", epochs=1, skip_bad=True), progress=False)
-    assert len(result["skipped"]) == 1 and str(victim) in result["skipped"][0]
+    assert len(result.skipped) == 1 and str(victim) in result.skipped[0]
     assert str(victim) in (tmp_path / "a" / "bad_images.txt").read_text()
 
 
@@ -1019,7 +1017,7 @@ def test_200_corrupt_files_among_1000(tmp_path):
         train.run(settings(tmp_path / "data", tmp_path / "r", **start), progress=False)
     assert any(name in str(caught.value) for name in bad)
     result = train.run(settings(tmp_path / "data", tmp_path / "r", skip_bad=True, **start), progress=False)
-    assert sorted(line.split(":")[0] for line in result["skipped"]) == sorted(bad)
+    assert sorted(line.split(":")[0] for line in result.skipped) == sorted(bad)
     assert len((tmp_path / "r" / "bad_images.txt").read_text().splitlines()) == 200
     config = json.loads((tmp_path / "r" / "config.json").read_text())
     assert config["data"]["counts"] == {"train": 600, "test": 200}
@@ -1115,12 +1113,12 @@ def test_unsplit_folder_keeps_its_split_for_eval(birds, tmp_path):
     result = train.run(
         settings(data, tmp_path / "r", epochs=1, test_fraction=0.34, split_seed=7, seed=3), progress=False
     )
-    again = evaluate.run(Eval(source=str(tmp_path / "r"), data=str(data), workers=0))
-    assert (again["count"], again["correct"]) == (6, result["test"]["correct"])
-    everything = evaluate.run(Eval(source=str(tmp_path / "r"), data=str(data), workers=0, split="all"))
-    assert everything["count"] == 18
-    assert again["split_drawn"] and not everything["split_drawn"]
-    assert not evaluate.run(Eval(source=str(tmp_path / "r"), data=str(birds), workers=0))["split_drawn"]
+    again = evaluate.evaluate_bundle(tmp_path / "r", data, workers=0)
+    assert (again.count, again.correct) == (6, result.test["correct"])
+    everything = evaluate.evaluate_bundle(tmp_path / "r", data, workers=0, split="all")
+    assert everything.count == 18
+    assert again.split_drawn and not everything.split_drawn
+    assert not evaluate.evaluate_bundle(tmp_path / "r", birds, workers=0).split_drawn
 
 
 def test_recipe_errors_name_the_file(tmp_path):
@@ -1137,12 +1135,12 @@ def test_recipe_errors_name_the_file(tmp_path):
 
 def test_eval_names_what_is_missing(run_folder, birds, tmp_path):
     with pytest.raises(DataError, match="has no split 'val'; it has: train, test"):
-        evaluate.run(Eval(source=str(run_folder), data=str(birds), split="val"))
+        evaluate.evaluate_bundle(run_folder, birds, split="val")
     other = tmp_path / "other"
     shutil.copytree(birds / "test", other / "test")
     next((other / "test").iterdir()).rename(other / "test" / "ostrich")
     with pytest.raises(DataError, match="ostrich"):
-        evaluate.run(Eval(source=str(run_folder), data=str(other)))
+        evaluate.evaluate_bundle(run_folder, other)
 
 
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGTERM, 2)])
