@@ -1,4 +1,4 @@
-"""Old spellings of verbs, which go on working for one version: the words are translated, and a note says the new ones."""
+"""Old spellings of verbs: they go on working for one version, translated, with a note of the new spelling."""
 
 from __future__ import annotations
 
