@@ -44,7 +44,7 @@ from glsim.data.transforms import Preprocessing, Resize, batch_mixing
 from glsim.files import write_text
 from glsim.inference.predictor import answers
 from glsim.models import create_model
-from glsim.models.backbone import Model
+from glsim.models.base import Model
 from glsim.models.losses import objective
 from glsim.training import train
 from glsim.types import ConfigError

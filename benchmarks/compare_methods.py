@@ -27,7 +27,7 @@ from glsim import load
 from glsim.checkpoints.bundle import pick_device
 from glsim.config import Train, read_recipe
 from glsim.files import write_text
-from glsim.models.backbone import Model
+from glsim.models.base import Model
 from glsim.models.losses import objective
 from glsim.training import train
 

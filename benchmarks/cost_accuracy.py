@@ -38,7 +38,7 @@ from glsim.evaluation.plots import save_figure
 from glsim.files import write_text
 from glsim.inference.predictor import answers
 from glsim.models import METHODS
-from glsim.models.backbone import Model, StagedModel
+from glsim.models.base import EarlyExitModel, Model
 from glsim.training import train
 
 METHODS["tokens"] = "one_pass"  # the file beside this one
@@ -58,7 +58,7 @@ class Row:
 
     def answer(self, batches: list[torch.Tensor]) -> list[Any]:
         """All outputs, with the margin of this row."""
-        if isinstance(self.model, StagedModel):
+        if isinstance(self.model, EarlyExitModel):
             self.model.margin = self.margin
         return list(answers(self.model, batches))
 
@@ -128,7 +128,7 @@ def is_finished(s: Train) -> bool:
 def ways(folder: Path, seed: int) -> list[Row]:
     """The rows of a run: one, or three where the first pass can answer."""
     model, name = load(folder).to(pick_device()), folder.parent.name
-    if not isinstance(model, StagedModel):
+    if not isinstance(model, EarlyExitModel):
         return [Row(name, seed, model)]
     several = {"": model.margin, ", both passes": None, ", first pass": 0.0}
     return [Row(name + words, seed, model, margin) for words, margin in several.items()]
@@ -153,8 +153,8 @@ def measure(rows: list[Row], a: argparse.Namespace) -> None:
                 row.seconds.append(time.perf_counter() - start)
                 continue
             row.right = guesses == labels
-            if "unsure" in outputs[0].aux:
-                row.share = float(torch.cat([output.aux["unsure"] for output in outputs]).float().mean())
+            if outputs[0].needs_second_pass is not None:
+                row.share = float(torch.cat([output.needs_second_pass for output in outputs]).float().mean())
 
 
 def summarise(rows: list[Row], against: str) -> list[dict[str, Any]]:

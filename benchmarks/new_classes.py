@@ -40,7 +40,7 @@ from glsim.evaluation.confidence import calibration_error, graded
 from glsim.evaluation.evaluate import join
 from glsim.files import write_text
 from glsim.inference import index
-from glsim.models.backbone import Model
+from glsim.models.base import Model
 from glsim.training import train
 
 RESULT = "new_classes.json"
@@ -118,7 +118,7 @@ def fit(a: argparse.Namespace, splits: dict[str, ImageList]) -> None:
 def embeddings_of(model: Model) -> list[str]:
     """The names of the vectors it hands out."""
     with torch.inference_mode():
-        return list(model(torch.zeros(1, 3, *model.config["image_size"])).aux["embeddings"])
+        return list(model(torch.zeros(1, 3, *model.config["image_size"])).embeddings)
 
 
 def measure(a: argparse.Namespace, name: str, classes: list[str], images: ImageList) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from glsim.models.backbone import Backbone, Model
+from glsim.models.backbone import Backbone
+from glsim.models.base import Model
 from glsim.models.boxes import select
 from glsim.models.heads import Aggregator, Classifier
 from glsim.models.scores import check_metric, check_top, gather_tokens, needs_attention, score

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glsim.models.backbone import Backbone
-from glsim.models.boxes import crop_and_resize, cut, exclusive, select, select_component
+from glsim.models.boxes import crop_and_resize, exclusive, grid_line, select, select_component
 from glsim.models.glsim import GLSim
 from glsim.models.heads import Aggregator, Classifier
 from glsim.models.scores import check_top, find_metric, pick, score
@@ -122,7 +122,7 @@ def in_layers(backbone: Backbone, images: Tensor) -> tuple[Features, list[Tensor
     *raw, last = backbone.layers(images)
     net = backbone.net
     cls = net.forward_head(net.norm(raw[-1]), pre_logits=True) if backbone.pooled else last[:, 0]
-    return Features(cls, last[:, backbone.skip :], backbone._grid(images), backbone.num_prefix), raw
+    return Features(cls, last[:, backbone.skip :], backbone.grid_of(images), backbone.num_prefix), raw
 
 
 # --- cuts: (model, images, grid, scores (B, 1, N)) -> selection, and k crops of each image (kB, 3, h, w) --------------
@@ -253,8 +253,8 @@ def by_window(model: Ruled, images: Tensor, grid: Grid, scores: Tensor, share: f
     for _ in range(2):
         best = means.flatten(1).argmax(dim=1)
         row, col = best // cols, best % cols
-        top, bottom = (cut(line, grid[0], images.shape[-2]) for line in (row, row + sides[0]))
-        left, right = (cut(line, grid[1], images.shape[-1]) for line in (col, col + sides[1]))
+        top, bottom = (grid_line(line, grid[0], images.shape[-2]) for line in (row, row + sides[0]))
+        left, right = (grid_line(line, grid[1], images.shape[-1]) for line in (col, col + sides[1]))
         found.append(Selection(values, indices, torch.stack((left, top, right, bottom), dim=1), grid))
         close = (2 * (number // cols - row[:, None]).abs() < sides[0]) & (
             2 * (number % cols - col[:, None]).abs() < sides[1]

@@ -104,9 +104,9 @@ class Output(NamedTuple):
     logits: Tensor  # (B, C)
     selection: Selection | None = None
     crops: Tensor | None = None  # (B, 3, height, width), what the second pass saw
-    aux: dict[
-        str, Any
-    ] = {}  # training: inputs of the method's own losses; else `embeddings` (EMBEDDINGS), `unsure` (B,)
+    aux: dict[str, Any] = {}  # in training, inputs of the method's own losses
+    embeddings: dict[str, Tensor] = {}  # of the names in EMBEDDINGS, each (B, D)
+    needs_second_pass: Tensor | None = None  # (B,) bool, where a model answers sure images after the first pass
 
 
 def bounded(text: str, length: int = LONGEST) -> str:

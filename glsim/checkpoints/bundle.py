@@ -52,7 +52,8 @@ from glsim.files import (
     write_text,
 )
 from glsim.models import create_model, resample_positions
-from glsim.models.backbone import Model, to_pair
+from glsim.models.base import Model
+from glsim.models.patch_embed import to_pair
 from glsim.types import ConfigError, DataError, GlsimError
 
 FILES = WEIGHTS, CONFIG, METRICS_FILE, CARD = "model.safetensors", "config.json", "metrics.json", "README.md"

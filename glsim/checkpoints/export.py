@@ -20,8 +20,8 @@ from glsim.checkpoints.onnx_runtime import BOXES, GIVEN, IMAGES, LOGITS, UNSURE,
 from glsim.config import Export
 from glsim.files import make_parent
 from glsim.models.attention import explicit_attention
-from glsim.models.backbone import Model, StagedModel
-from glsim.models.heads import lead
+from glsim.models.base import EarlyExitModel, Model
+from glsim.models.heads import top2_margin
 from glsim.types import ConfigError, GlsimError, Output
 
 BATCHES = (1, 3, 8)  # images at a time with which an exported file is held to the model
@@ -52,13 +52,13 @@ class Answer(nn.Module):
 
 
 class First(Answer):
-    """The first pass of a `StagedModel`: images -> logits, boxes, what the second pass is given, who needs it (B,)."""
+    """First pass of an `EarlyExitModel`: images -> logits, boxes, what the second pass is given, who needs it (B,)."""
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """`images` (B, 3, H, W), normalised."""
         with spelled_out(self.model):
-            given, logits, selection = self.model.first(images)
-        return logits, selection.boxes, given, lead(logits) < self.model.margin
+            given, logits, selection = self.model.first_pass(images)
+        return logits, selection.boxes, given, top2_margin(logits) < self.model.margin
 
 
 class Second(Answer):
@@ -67,7 +67,7 @@ class Second(Answer):
     def forward(self, images: Tensor, boxes: Tensor, given: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """`images` (B, 3, H, W), normalised; `boxes` (B, 4), `given` (B, D)."""
         with spelled_out(self.model):
-            return (self.model.second(images, given, boxes).logits,)
+            return (self.model.second_pass(images, given, boxes).logits,)
 
 
 def spelled_out(model: Model) -> AbstractContextManager[Any]:
@@ -79,10 +79,10 @@ def spelled_out(model: Model) -> AbstractContextManager[Any]:
 def cut(model: Model) -> list[Graph]:
     """The graphs of a model, as `GraphModel` runs them one after the other.
 
-    One, with both passes and the crop; of a `StagedModel` with a margin one for each pass.
+    One, with both passes and the crop; of a `EarlyExitModel` with a margin one for each pass.
     """
     images = {IMAGES: torch.zeros(2, 3, *model.config["image_size"])}
-    if isinstance(model, StagedModel) and model.margin is not None:
+    if isinstance(model, EarlyExitModel) and model.margin is not None:
         names = (LOGITS, BOXES, GIVEN, UNSURE)
         values = dict(zip(names, First(model)(**images), strict=True))
         second = images | {name: values[name] for name in (BOXES, GIVEN)}

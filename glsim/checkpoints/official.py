@@ -22,7 +22,8 @@ from glsim.checkpoints.config import TooLarge, check_config, check_finite, no_la
 from glsim.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from glsim.files import one_line, open_regular
 from glsim.models import create_model, resample_positions
-from glsim.models.backbone import Model, to_pair
+from glsim.models.base import Model
+from glsim.models.patch_embed import to_pair
 from glsim.types import ConfigError, DataError, GlsimError, choose
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glsim.checkpoints.config import check_config
 from glsim.files import one_line, open_regular, parse_json, printable, shorten
-from glsim.models.backbone import Model
+from glsim.models.base import Model
 from glsim.types import ConfigError, DataError, Output, Selection
 
 IMAGES, LOGITS, BOXES, GIVEN, UNSURE = "images", "logits", "boxes", "given", "unsure"  # inputs and outputs
@@ -33,7 +33,7 @@ class GraphModel(Model):
     def forward(self, images: Tensor) -> Output:
         """`images` (B, 3, H, W), normalised. The selection holds the boxes alone: scores and indices are empty.
 
-        Of several graphs, `aux` tells which images were `unsure` after the first one.
+        Of several graphs, `needs_second_pass` tells which images were unsure after the first one.
         """
         values: dict[str, np.ndarray] = {IMAGES: images.detach().float().cpu().numpy()}
         rows = np.ones(len(images), dtype=bool)
@@ -47,8 +47,7 @@ class GraphModel(Model):
             if not rows.any():
                 break
         found = {name: torch.from_numpy(value).to(images.device) for name, value in values.items()}
-        unsure = {UNSURE: found[UNSURE]} if UNSURE in found else {}
-        return as_output(found[LOGITS], found.get(BOXES))._replace(aux=unsure)
+        return as_output(found[LOGITS], found.get(BOXES))._replace(needs_second_pass=found.get(UNSURE))
 
     def _lacks(self, *_: Any, **__: Any) -> NoReturn:
         raise ConfigError(f"{self.path} is an exported graph: it only answers; use the bundle it was exported from")

@@ -23,8 +23,8 @@ from glsim.data.readers import split_hash
 from glsim.data.transforms import eval_transform
 from glsim.evaluation.confidence import NO_ANSWER, are_answers, calibration_error, find_threshold, graded, largest_rate
 from glsim.evaluation.evaluate import read_split
-from glsim.models.backbone import Model, StagedModel
-from glsim.models.heads import lead
+from glsim.models.base import EarlyExitModel, Model
+from glsim.models.heads import top2_margin
 from glsim.types import ConfigError, DataError
 
 COLDEST = 5.0  # logarithm of the highest temperature that is looked for, and of one over the lowest
@@ -36,7 +36,7 @@ class Answers(NamedTuple):
 
     labels: Tensor  # (images,)
     logits: Tensor  # (images, C) after all it does
-    first: Tensor | None = None  # (images, C) after the first pass, of a `StagedModel`
+    first: Tensor | None = None  # (images, C) after the first pass, of a `EarlyExitModel`
 
 
 @limited
@@ -50,8 +50,8 @@ def run(s: Calibrate, progress: bool = True) -> dict[str, Any]:
     if not folder.is_dir():
         raise ConfigError(f"{s.source} is no folder: calibrate writes into the bundle; download or convert it first")
     model = load(folder)
-    staged = isinstance(model, StagedModel)
-    if isinstance(model, StagedModel):
+    staged = isinstance(model, EarlyExitModel)
+    if isinstance(model, EarlyExitModel):
         model.margin = None
     elif s.max_loss != Calibrate.max_loss:
         raise ConfigError(f"max_loss={s.max_loss}: {s.source} spares no second pass; train with --options.early_loss 1")
@@ -101,7 +101,7 @@ def run(s: Calibrate, progress: bool = True) -> dict[str, Any]:
 
 @torch.no_grad()
 def ask(model: Model, loader: Any, progress: bool = False) -> Answers:
-    """Answer every image of `loader` (images (B, 3, H, W), labels (B,)); a `StagedModel` after one pass and two.
+    """Answer every image of `loader` (images (B, 3, H, W), labels (B,)); a `EarlyExitModel` after one pass and two.
 
     Raises DataError where an answer is no number.
     """
@@ -109,9 +109,9 @@ def ask(model: Model, loader: Any, progress: bool = False) -> Answers:
     rows: list[tuple[Tensor, ...]] = []
     for images, labels in tqdm(loader, unit="batch", disable=not progress):
         images = images.to(device)
-        if isinstance(model, StagedModel):
-            given, first, selection = model.first(images)
-            second = model.second(images, given, selection.boxes).logits
+        if isinstance(model, EarlyExitModel):
+            given, first, selection = model.first_pass(images)
+            second = model.second_pass(images, given, selection.boxes).logits
             rows.append((labels, second.float().cpu(), first.float().cpu()))
         else:
             rows.append((labels, model(images).logits.float().cpu()))
@@ -128,7 +128,7 @@ def find_margin(first: Tensor, second: Tensor, labels: Tensor, max_loss: float) 
     `first`, `second` (images, C) are the logits after one pass and two. Only margins count above which no other one
     costs more: one that does well by chance in between is not taken. None: every image needs both passes.
     """
-    order = (ahead := lead(first)).argsort()
+    order = (ahead := top2_margin(first)).argsort()
     gained = ((second.argmax(1) == labels).long() - (first.argmax(1) == labels).long())[order]  # by its second pass
     ahead = ahead[order]
     lost = gained.flip(0).cumsum(0).flip(0)  # right answers fewer when the images from here on get one pass
@@ -137,7 +137,7 @@ def find_margin(first: Tensor, second: Tensor, labels: Tensor, max_loss: float) 
     if count == len(labels):
         return None, torch.ones_like(labels, dtype=torch.bool)
     margin = float(ahead[count - 1].nextafter(torch.tensor(2.0))) if count else 0.0
-    return margin, lead(first) < margin
+    return margin, top2_margin(first) < margin
 
 
 class Temperature(NamedTuple):

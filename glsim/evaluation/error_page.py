@@ -23,7 +23,7 @@ from glsim.data.transforms import Preprocessing, eval_transform
 from glsim.files import printable, write_text
 from glsim.inference.predictor import to_original
 from glsim.interpret.heatmaps import BOX_COLOUR, TITLES, Explanation, explanations, overlay, to_photograph
-from glsim.models.backbone import Model
+from glsim.models.base import Model
 
 if TYPE_CHECKING:
     from glsim.evaluation.evaluate import BundleEvaluation

@@ -30,7 +30,7 @@ from glsim.evaluation.error_page import find_mistakes, write_page
 from glsim.evaluation.plots import draw_confidence, draw_confusion
 from glsim.files import csv_text, document, make_folder, write_json, write_text
 from glsim.inference.predictor import answers
-from glsim.models.backbone import Model
+from glsim.models.base import Model
 from glsim.types import ConfigError, DataError, optional
 
 MOST_CLASSES_DRAWN = 60  # in confusion.png; more names and numbers cannot be read
@@ -194,7 +194,8 @@ def evaluate(
 
     with accelerator.autocast():
         for output in answers(model, batches(), flip):
-            own = (output.logits.float(), truth.popleft(), *[v for k, v in output.aux.items() if k == "unsure"])
+            unsure = output.needs_second_pass
+            own = (output.logits.float(), truth.popleft(), *([] if unsure is None else [unsure]))
             logits, labels, *again = (t.cpu() for t in accelerator.gather(own))
             answered.append(are_answers(logits, temperature))
             probabilities = (logits / temperature).softmax(dim=1)

@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from glsim.config import Flops
 from glsim.models import create_model
-from glsim.models.backbone import Backbone, Model
+from glsim.models.backbone import Backbone
+from glsim.models.base import Model
 from glsim.types import ConfigError
 
 

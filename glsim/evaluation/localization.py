@@ -24,8 +24,8 @@ from glsim.evaluation.faithfulness import NOISE, SHARES, faithfulness, under
 from glsim.evaluation.localization_metrics import BOX_MEASURES, as_numbers, measure_boxes, measure_scores, signed
 from glsim.files import make_parent, write_json
 from glsim.interpret.heatmaps import selections_of, spell_out, title_of
-from glsim.models.backbone import Model
-from glsim.models.boxes import placed
+from glsim.models.base import Model
+from glsim.models.boxes import place_boxes
 from glsim.types import DataError, DataWarning, Output
 
 T = TypeVar("T")
@@ -336,9 +336,9 @@ def _rows(
         values = measure_scores(selection.scores.float().cpu(), selection.grid, inside, counted)
         yield name, values | _mean(measure_boxes(boxes, inside, counted))
         if shares is not None:
-            middle = placed(boxes, size, torch.full((len(boxes), 1, 2), 0.5))
+            middle = place_boxes(boxes, size, torch.full((len(boxes), 1, 2), 0.5))
             yield f"{name}/centre", _mean(measure_boxes(middle, inside, counted))
-            moved = placed(boxes.expand(-1, DRAWS, -1), size, shares)
+            moved = place_boxes(boxes.expand(-1, DRAWS, -1), size, shares)
             yield f"{name}/random", _mean(measure_boxes(moved, inside, counted))
     if shares is not None:
         image = torch.tensor([[0, 0, size[1], size[0]]]).expand(len(inside), 1, 4)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glsim.models.boxes import boxes_from_mask, cut
+from glsim.models.boxes import boxes_from_mask, grid_line
 
 RESAMPLES, LEVEL = 1000, 0.95  # of an interval
 AT_ONCE = 2**22  # images drawn at once: 64 MB
@@ -30,7 +30,7 @@ def per_patch(mask: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def patch_lines(side: int, count: int, device: torch.device) -> Tensor:
     """Which pixels (side,) belong to each of `count` grid lines: (count, side), 0 or 1."""
-    start = cut(torch.arange(count + 1, device=device), count, side)
+    start = grid_line(torch.arange(count + 1, device=device), count, side)
     pixel = torch.arange(side, device=device)
     return ((pixel >= start[:-1, None]) & (pixel < start[1:, None])).float()
 

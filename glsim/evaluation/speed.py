@@ -41,7 +41,7 @@ from glsim.evaluation.plots import save_figure
 from glsim.files import make_folder, one_line, printable, write_json
 from glsim.inference.predictor import answers
 from glsim.models import create_model
-from glsim.models.backbone import Model, StagedModel
+from glsim.models.base import EarlyExitModel, Model
 from glsim.models.losses import objective
 from glsim.training import throughput
 from glsim.types import ConfigError, DataError, GlsimError
@@ -213,7 +213,7 @@ def build(job: Job, s: Bench) -> Model:
     model = load(job.method) if job.method in s.sources else untrained(job, s)
     if isinstance(model, GraphModel) and (job.dtype, job.compile, pick_device(s.device).type) != AS_EXPORTED:
         raise ConfigError(f"{job.method} is exported and runs as it is: --device cpu --dtypes float32 --compile no")
-    if isinstance(model, StagedModel) and model.margin is not None and job.compile:
+    if isinstance(model, EarlyExitModel) and model.margin is not None and job.compile:
         raise ConfigError(f"{job.method} answers early (margin {model.margin:g}), which is not compiled: --compile no")
     return model
 

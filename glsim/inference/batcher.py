@@ -27,7 +27,7 @@ from glsim.data.images import BadImage, read_image
 from glsim.data.transforms import eval_transform
 from glsim.inference.predictor import Prediction, Predictor, to_original
 from glsim.interpret.heatmaps import selections_of, title_of, to_heatmap, to_photograph
-from glsim.models.backbone import Model
+from glsim.models.base import Model
 from glsim.models.scores import METRICS, check_metric, check_top, needs_attention
 from glsim.types import ConfigError, DataError
 

@@ -45,7 +45,7 @@ from glsim.files import (
     write_text,
 )
 from glsim.inference.predictor import Predictor, embedding_of, giving
-from glsim.models.backbone import Model
+from glsim.models.base import Model
 from glsim.types import EMBEDDINGS, ConfigError, DataError, GlsimError
 
 FORMAT = 1
@@ -319,7 +319,7 @@ def widths(model: Model, embedding: str) -> dict[str, int]:
     """How many numbers each embedding has that `model` gives where `embedding` is asked for."""
     height, width = model.config["image_size"]
     blank = torch.zeros(1, 3, height, width, device=next(model.parameters()).device)
-    told = giving(model, embedding)(blank).aux.get("embeddings", {})
+    told = giving(model, embedding)(blank).embeddings
     return {name: vectors.shape[1] for name, vectors in told.items()}
 
 

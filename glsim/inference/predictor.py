@@ -24,8 +24,8 @@ from glsim.data.readers import ImageDataset, find_images
 from glsim.data.transforms import Preprocessing, eval_transform
 from glsim.evaluation.confidence import NO_ANSWER, are_answers
 from glsim.files import csv_text, expand, make_parent, printable, to_json, write_text
-from glsim.models.backbone import Model, StagedModel
-from glsim.models.heads import lead
+from glsim.models.base import EarlyExitModel, Model
+from glsim.models.heads import top2_margin
 from glsim.types import ConfigError, Output, choose
 
 
@@ -170,7 +170,7 @@ class Predictor:
         nothing = [None] * len(sizes)
         verdicts = self.verdicts(probabilities, self.threshold) if self.threshold is not None else nothing
         boxes = output.selection.boxes.tolist() if output.selection is not None else nothing
-        unsure = output.aux["unsure"].tolist() if "unsure" in output.aux else nothing
+        unsure = nothing if output.needs_second_pass is None else output.needs_second_pass.tolist()
         vectors = map(tuple, embedding_of(output, self.embedding).tolist()) if self.embedding else nothing
         return [
             Prediction(
@@ -206,11 +206,11 @@ class Predictor:
 def answers(model: nn.Module, batches: Iterable[Tensor], flip: bool = False) -> Iterator[Output]:
     """What `model` says of each of `batches` (B, 3, H, W), in order.
 
-    With `flip`, the mean of its logits (B, C) there and mirrored; unsure is who was so in either view. Without, a
-    `StagedModel` with a margin gets the images whose first answer is unsure in batches as large as the largest so far,
-    so that the outputs come a little later.
+    With `flip`, the mean of its logits (B, C) there and mirrored; unsure is who was so in either view. Without, an
+    `EarlyExitModel` with a margin gets the images whose first answer is unsure in batches as large as the largest so
+    far, so that the outputs come a little later.
     """
-    if isinstance(model, StagedModel) and model.margin is not None and not flip:
+    if isinstance(model, EarlyExitModel) and model.margin is not None and not flip:
         yield from _regrouped(model, model.margin, batches)
         return
     for images in batches:
@@ -218,18 +218,20 @@ def answers(model: nn.Module, batches: Iterable[Tensor], flip: bool = False) -> 
 
 
 def _mean(output: Output, mirrored: Output) -> Output:
-    unsure = {k: v | mirrored.aux[k] for k, v in output.aux.items() if k == "unsure"}
-    return output._replace(logits=(output.logits + mirrored.logits) / 2, aux=output.aux | unsure)
+    unsure, other = output.needs_second_pass, mirrored.needs_second_pass
+    if unsure is not None and other is not None:
+        unsure = unsure | other
+    return output._replace(logits=(output.logits + mirrored.logits) / 2, needs_second_pass=unsure)
 
 
-def _regrouped(model: StagedModel, margin: float, batches: Iterable[Tensor]) -> Iterator[Output]:
+def _regrouped(model: EarlyExitModel, margin: float, batches: Iterable[Tensor]) -> Iterator[Output]:
     held: deque[Output] = deque()  # whose unsure images are not all answered
     unsure: deque[tuple[Any, ...]] = deque()  # those images: output, row in it, image, token, box
     size = 1
 
     def second(count: int) -> None:
         outputs, rows, *inputs = zip(*(unsure.popleft() for _ in range(count)), strict=True)
-        seconds = model.second(*map(torch.stack, inputs)).logits
+        seconds = model.second_pass(*map(torch.stack, inputs)).logits
         for output, row, late in zip(outputs, rows, seconds, strict=True):
             output.logits[row] = late
 
@@ -239,10 +241,11 @@ def _regrouped(model: StagedModel, margin: float, batches: Iterable[Tensor]) -> 
 
     for images in batches:
         size = max(size, len(images))
-        given, logits, selection = model.first(images)
-        output = Output(logits, selection, aux={"unsure": lead(logits) < margin, "embeddings": {"global": given}})
+        given, logits, selection = model.first_pass(images)
+        wants = top2_margin(logits) < margin
+        output = Output(logits, selection, embeddings={"global": given}, needs_second_pass=wants)
         held.append(output)
-        rows = output.aux["unsure"].nonzero()[:, 0].tolist()
+        rows = wants.nonzero()[:, 0].tolist()
         # A view of a row would keep the images of its whole batch.
         unsure += [(output, row, images[row].clone(), given[row], selection.boxes[row]) for row in rows]
         while len(unsure) >= size:
@@ -255,14 +258,14 @@ def _regrouped(model: StagedModel, margin: float, batches: Iterable[Tensor]) -> 
 
 def embedding_of(output: Output, name: str) -> Tensor:
     """The embedding `name` of a batch (B, D) in float32; ConfigError lists those the model gives."""
-    if not (found := output.aux.get("embeddings")):
+    if not (found := output.embeddings):
         raise ConfigError(f"embedding={name}: this model gives none; of an exported graph, ask the bundle")
     return choose(name, found, "embedding of this model").float()
 
 
 def giving(model: Model, embedding: str | None) -> Model:
     """`model`, or where it may spare the second pass that an embedding needs, one of the same weights that does not."""
-    if embedding in (None, "global") or not isinstance(model, StagedModel) or model.margin is None:
+    if embedding in (None, "global") or not isinstance(model, EarlyExitModel) or model.margin is None:
         return model
     model = copy(model)
     model.margin = None

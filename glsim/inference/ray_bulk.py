@@ -38,7 +38,7 @@ from glsim.data.readers import LISTS, as_listed, find_images, is_image, read_col
 from glsim.data.uri import is_uri, locate, open_uri
 from glsim.files import make_folder, one_line, open_regular, parse_json, printable, read_bytes, shorten, write_bytes
 from glsim.inference.predictor import Prediction, Predictor
-from glsim.models.backbone import Model
+from glsim.models.base import Model
 from glsim.types import ConfigError, DataError, GlsimError
 
 JOB, LOCK = "job.json", ".lock"  # what the parts in a folder belong to; there while they are made

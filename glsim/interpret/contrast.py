@@ -22,7 +22,7 @@ from glsim.data.sources import clean_label
 from glsim.data.transforms import eval_transform
 from glsim.evaluation.confidence import NO_ANSWER
 from glsim.interpret.heatmaps import GREY, SIDE, Page, Photograph, cell, photographs, targets_of, to_photograph, view_of
-from glsim.models.backbone import Model
+from glsim.models.base import Model
 from glsim.types import ConfigError
 
 STEPS = 16  # of the path from the mean colour to the image

@@ -28,7 +28,7 @@ from glsim.data.transforms import Preprocessing, eval_transform, to_picture
 from glsim.evaluation.plots import save_figure
 from glsim.files import make_folder
 from glsim.interpret import representations
-from glsim.models.backbone import Model
+from glsim.models.base import Model
 from glsim.models.boxes import crop_and_resize, select, select_component
 from glsim.models.scores import METRICS, check_metric, check_top, needs_attention, score
 from glsim.types import ConfigError, DataError, Output, Selection

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from glsim.evaluation.plots import save_figure
 from glsim.files import write_json
-from glsim.models.backbone import Backbone, Model
+from glsim.models.backbone import Backbone
+from glsim.models.base import Model
 from glsim.types import ConfigError, DataError
 
 LEAST = 4  # images, for the estimate of HSIC

@@ -1,8 +1,7 @@
-"""METHODS by name and `create_model`. A new method is a file here with a `build` function, and its name in `METHODS`.
+"""Methods: METHODS by name, what each declares, and `create_model`.
 
-`build(encoder, num_classes, *, options ..)` returns the model; its keyword-only parameters are the method's options.
-Where a file has them, `BACKBONE` is the method's own default backbone (else `BACKBONE` here) and `ENCODER` its defaults
-for options of the encoder.
+A new method is a file here with a `build` function, and its name in `METHODS`. `build(encoder, num_classes, *, ..)`
+returns the model; its keyword-only parameters are the method's options. What else the file declares: `Method`.
 """
 
 from __future__ import annotations
@@ -11,14 +10,16 @@ import inspect
 import math
 from collections.abc import Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from glsim.types import ConfigError, choose
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor, nn
 
-    from glsim.models.backbone import Model
+    from glsim.models.base import Model
 
 BACKBONE = "vit_base_patch16_224"
 METHODS = {  # name -> module; imported when asked for, so that the names cost nothing
@@ -32,6 +33,25 @@ METHODS = {  # name -> module; imported when asked for, so that the names cost n
     "ielt": "glsim.models.ielt",
     "cal": "glsim.models.cal",
 }
+
+
+class Method(NamedTuple):
+    """What the file of a method declares, by constants of these names in capitals; beside them what holds without."""
+
+    build: Callable[..., Model]
+    title: str | None = None  # in pictures; None: its name
+    needs: tuple[str, ...] = ()  # of the backbone, names of `glsim.models.backbone:NEEDS`
+    crops: bool = False  # whether it encodes a crop of the image too
+    embeddings: tuple[str, ...] = ()  # which vectors of `glsim.types:EMBEDDINGS` it hands out
+    backbone: str = BACKBONE  # its default
+    encoder: dict[str, Any] = {}  # its defaults for options of the encoder
+
+
+def find_method(name: str) -> Method:
+    """What the method `name` declares; ConfigError for an unknown one."""
+    module = import_module(choose(name, METHODS, "method"))
+    declared = {field: field.upper() for field in Method._fields[1:]}
+    return Method(module.build, **{k: vars(module)[v] for k, v in declared.items() if v in vars(module)})
 
 
 def create_model(
@@ -50,13 +70,14 @@ def create_model(
     `metric`, ..) and those every encoder has (`dropout`, `drop_path`, `norm_eps`, `stride`).
     `model.config` holds all of it, as plain values, for `glsim.save`.
 
-    Raises ConfigError for any name, option or size that does not fit, listing what would.
+    Raises ConfigError for any name, option or size that does not fit, listing what would, and for a backbone without
+    what the method needs.
     """
     from glsim.models.backbone import build_backbone  # here, so that the names above cost nothing
 
-    module = import_module(choose(method, METHODS, "method"))
-    own, encoder = _defaults(module.build), _defaults(build_backbone)
-    defaults = encoder | getattr(module, "ENCODER", {}) | own
+    made = find_method(method)
+    own, encoder = _defaults(made.build), _defaults(build_backbone)
+    defaults = encoder | made.encoder | own
     unknown = sorted(set(options) - set(defaults))
     if unknown:
         raise ConfigError(f"{method!r} has no option {', '.join(unknown)}; its options: {', '.join(sorted(defaults))}")
@@ -65,9 +86,10 @@ def create_model(
     for name, value in options.items():
         _check_kind(name, value, (own | encoder)[name])
     options = {**defaults, **options}
-    backbone = backbone or str(getattr(module, "BACKBONE", BACKBONE))
+    backbone = backbone or made.backbone
     net = build_backbone(backbone, image_size, pretrained, backbone_args, **{k: options[k] for k in encoder})
-    model = module.build(net, num_classes, **{k: options[k] for k in own})
+    net.check_needs(method, made.needs)
+    model = made.build(net, num_classes, **{k: options[k] for k in own})
     model.config = {
         "method": method,
         "backbone": backbone,

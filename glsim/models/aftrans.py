@@ -10,11 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glsim.models.backbone import Attention, Backbone, Model
+from glsim.models.backbone import Attention, Backbone
+from glsim.models.base import Model
 from glsim.models.boxes import crop_and_resize, select_component
 from glsim.models.heads import LayerWeights, zero_linear
 from glsim.models.scores import check_metric, class_rows, needs_attention, sacm, score
-from glsim.types import ConfigError, Features, Output
+from glsim.types import ConfigError, Features, Output, Selection
+
+TITLE = "AF-Trans"
+NEEDS = ("class_token",)
+CROPS = True
+EMBEDDINGS = ("global", "crop", "fused")
 
 
 class AFTrans(Model):
@@ -28,8 +34,7 @@ class AFTrans(Model):
     def forward(self, images: Tensor) -> Output:
         """`images` (B, 3, H, W), normalised. The answer is the mean of both passes' logits."""
         f = self.features(images, attention=needs_attention(self.metric) or (self.training and "maps"))
-        scores = score(self.metric, f)
-        selection = select_component(scores, self.threshold, f.grid, images.shape[-2:])
+        selection = self.select(score(self.metric, f), images)
         crops = crop_and_resize(images, selection.boxes)
         local = self.backbone.class_token(crops)
         logits = self.head(torch.stack((f.cls, local)))  # 2 B C
@@ -41,7 +46,11 @@ class AFTrans(Model):
             pooled = (weights / weights.sum(dim=-1, keepdim=True)) @ f.patches  # B 1 D
             losses = {"cross_entropy": ((1.0, logits[0]), (1.0, logits[1]), (1.0, self.head(pooled[:, 0])))}
         vectors = {"global": f.cls, "crop": local, "fused": (f.cls + local) / 2}
-        return Output(logits.mean(dim=0), selection, crops, losses or {"embeddings": vectors})
+        return Output(logits.mean(dim=0), selection, crops, losses, vectors)
+
+    def select(self, scores: Tensor, images: Tensor) -> Selection:
+        """The largest connected region of what exceeds the mean of `scores` (B, g, N)."""
+        return select_component(scores, self.threshold, self.backbone.grid_of(images), images.shape[-2:])
 
     def features(self, images: Tensor, attention: Attention = False) -> Features:
         """Tokens of the first pass; with `attention`, the learned weight of every block too."""
@@ -51,7 +60,6 @@ class AFTrans(Model):
 
 def build(encoder: Backbone, num_classes: int, *, metric: str = "sacm", threshold: float = 1.2) -> AFTrans:
     """Patches above `threshold` times the mean score make the region (ours; the paper's value is not known)."""
-    encoder.check_class_token("aftrans")
     check_metric(metric, encoder.has_attention, encoder.depth)
     if threshold < 1:
         raise ConfigError(f"threshold={threshold}: at least 1, times the mean score")

@@ -13,22 +13,21 @@ from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
-from timm.layers import DropPath, PatchEmbed
-from timm.models import group_parameters
+from timm.layers import DropPath
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from glsim.models.attention import explicit_attention
-from glsim.types import ConfigError, Features, Output, Selection
+from glsim.models.patch_embed import OverlappingPatches, by, to_pair
+from glsim.types import ConfigError, Features, choose
 
 FAMILIES = (
     "ViT and DeiT (vit_base_patch16_224, deit_small_patch16_224), DINOv2 (vit_small_patch14_reg4_dinov2), "
     "DINOv3 (vit_small_patch16_dinov3), SigLIP (vit_base_patch16_siglip_224), "
     "EVA-02 (eva02_base_patch14_224), BEiT (beit_base_patch16_224)"
 )
-
 
 Attention = bool | Literal["maps"]  # whether attention is written down: True the logits, "maps" after the softmax
 
@@ -53,7 +52,8 @@ class Backbone(nn.Module):
         self.net: Any = net
         # timm moves the final norm behind the pooling in some families: patches and class token need it all the same.
         self.late_norm = isinstance(net.norm, nn.Identity)
-        self.pooled = net.cls_token is None or getattr(net, "attn_pool", None) is not None
+        self.attention_pool = getattr(net, "attn_pool", None) is not None  # its pooled vector is no mean of patches
+        self.pooled = net.cls_token is None or self.attention_pool
         self.dim: int = net.embed_dim
         self.depth = len(net.blocks)
         self.skip: int = net.num_prefix_tokens  # tokens before the first patch
@@ -75,7 +75,7 @@ class Backbone(nn.Module):
         tokens = self.norm(raw)
         cls = self.net.forward_head(raw, pre_logits=True) if self.pooled else tokens[:, 0]
         maps: dict[str, Any] = {name: tuple(blocks) for name, blocks in held.items()}
-        return Features(cls, tokens[:, self.skip :], self._grid(images), self.num_prefix, **maps)
+        return Features(cls, tokens[:, self.skip :], self.grid_of(images), self.num_prefix, **maps)
 
     def class_token(self, images: Tensor) -> Tensor:
         """What `forward` gives as `cls` (B, D), for less: the MLP of a ViT's last block sees no other token."""
@@ -110,7 +110,7 @@ class Backbone(nn.Module):
                 output_fmt="NLC",
                 intermediates_only=True,
             )
-        grid = self._grid(images)
+        grid = self.grid_of(images)
         stages = []
         for i, (patches, prefix) in enumerate(between):
             maps: dict[str, Any] = {name: tuple(blocks[: i + 1]) for name, blocks in held.items()}
@@ -146,27 +146,18 @@ class Backbone(nn.Module):
         """Raise ConfigError unless images of `size` (H, W) can be encoded."""
         patch = self.net.patch_embed.patch_size if self.overlapping else self.patch_size
         if any(side < p or (side % p and not self.overlapping) for side, p in zip(size, patch, strict=True)):
-            raise ConfigError(f"image size {_by(size)} is no multiple of the patch, {_by(patch)} pixels")
+            raise ConfigError(f"image size {by(size)} is no multiple of the patch, {by(patch)} pixels")
         if size != self.image_size and not self.any_size:
             raise ConfigError(
-                f"{type(self.net).__name__} keeps relative positions for {_by(self.image_size)} pixels only; "
-                f"crops of {_by(size)} need a ViT, DINO, SigLIP or EVA backbone"
+                f"{type(self.net).__name__} keeps relative positions for {by(self.image_size)} pixels only; "
+                f"crops of {by(size)} need a ViT, DINO, SigLIP or EVA backbone"
             )
 
-    def check_class_token(self, method: str, inner: bool = False) -> None:
-        """Raise ConfigError without a class token, or, with `inner`, where block L cannot take some tokens only."""
-        if self.num_prefix == 0 or self.pooled:
-            raise ConfigError(
-                f"{method!r} reads a class token, which this {type(self.net).__name__} does not have; "
-                "try ViT, DeiT, DINO or EVA backbones (with global_pool: token)"
-            )
-        if inner and (isinstance(self.net, Beit) or getattr(self.net, "rope_mixed", False)):
-            raise ConfigError(
-                f"{method!r} sends some of the tokens through the last block, and the positions of this "
-                f"{type(self.net).__name__} need them all; try ViT, DeiT, DINO or EVA backbones"
-            )
-        if inner and self.depth < 2:
-            raise ConfigError(f"{method!r} needs two blocks or more")
+    def check_needs(self, method: str, needs: Sequence[str]) -> None:
+        """Raise ConfigError for the first of `needs`, names of `NEEDS`, that this network does not have."""
+        for need in needs:
+            if lacks := choose(need, NEEDS, "need")(self):
+                raise ConfigError(f"{method!r} {lacks}")
 
     @contextmanager
     def _collect(self, attention: Attention) -> Iterator[dict[str, list[Tensor]]]:
@@ -181,7 +172,8 @@ class Backbone(nn.Module):
         if alone:
             collected[:] = [a[..., self.skip :, self.skip :] for a in collected]
 
-    def _grid(self, images: Tensor) -> tuple[int, int]:
+    def grid_of(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches of `images` (B, 3, H, W)."""
         rows, cols = self.net.patch_embed.dynamic_feat_size(images.shape[-2:])
         return rows, cols
 
@@ -199,11 +191,9 @@ class MapBackbone(Backbone):
         nn.Module.__init__(self)
         self.net = net
         self.skip = self.num_prefix = self.depth = 0
+        self.attention_pool = getattr(net, "attn_pool", None) is not None
         self.pooled, self.image_size, self.any_size = True, image_size, any_size
-        was_training = net.training
-        with torch.no_grad():
-            f = self.eval()(torch.zeros(1, 3, *image_size))
-        self.train(was_training)
+        f = self._look(torch.zeros(1, 3, *image_size))
         self.dim, self.grid = f.cls.shape[1], f.grid
         self.patch_size = (image_size[0] // f.grid[0], image_size[1] // f.grid[1])
 
@@ -225,99 +215,60 @@ class MapBackbone(Backbone):
         """The pooled vector (B, D) alone."""
         return self(images).cls
 
+    def grid_of(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of the map of `images` (B, 3, H, W); of another size than usual, one is encoded to see."""
+        return self.grid if tuple(images.shape[-2:]) == self.image_size else self._look(images[:1]).grid
+
+    @torch.no_grad()
+    def _look(self, images: Tensor) -> Features:
+        """What `forward` gives, leaving no trace in the statistics of the network's norms."""
+        was_training = self.net.training
+        f = self.eval()(images)
+        self.train(was_training)
+        return f
+
     def check_size(self, size: tuple[int, int]) -> None:
         """Raise ConfigError unless images of `size` (H, W) can be encoded."""
         if size != self.image_size and not self.any_size:
-            raise ConfigError(f"{type(self.net).__name__} was built for {_by(self.image_size)} pixels only")
+            raise ConfigError(f"{type(self.net).__name__} was built for {by(self.image_size)} pixels only")
 
 
-class OverlappingPatches(PatchEmbed):
-    """Patch embedding whose patches start every `stride` pixels (TransFG, arXiv 2103.07976, section 3.2).
-
-    `stride` in pixels, or as a share of the patch (0.75: the paper's 12 of 16). What is left at the right and bottom
-    edges, less than a stride, is not seen, as published.
-    """
-
-    def __init__(self, *args: Any, stride: int | float, patch_size: int | tuple[int, int] = 16, **kwargs: Any) -> None:
-        pair = patch_size if isinstance(patch_size, tuple) else (patch_size, patch_size)
-        step = [stride if isinstance(stride, int) else max(1, int(side * stride)) for side in pair]
-        if not all(1 <= s <= side for s, side in zip(step, pair, strict=True)):
-            raise ValueError(f"stride={stride} and patches of {_by(pair)} pixels; give 1 to {min(pair)}")
-        self.stride: tuple[int, int] = (step[0], step[1])
-        super().__init__(*args, patch_size=patch_size, **kwargs)  # type: ignore[arg-type, misc]
-        self.proj.stride = self.stride
-
-    def _init_img_size(self, img_size: Any) -> Any:
-        size = to_pair(img_size)
-        rows, cols = self.dynamic_feat_size(size)
-        return size, (rows, cols), rows * cols
-
-    def feat_ratio(self, as_scalar: bool = True) -> Any:
-        """Pixels from one patch to the next."""
-        return max(self.stride) if as_scalar else self.stride
-
-    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of patches that fit into an image (H, W)."""
-        rows, cols = ((s - p) // t + 1 for s, p, t in zip(img_size, self.patch_size, self.stride, strict=True))
-        return rows, cols
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> (B, N, D), or (B, rows, cols, D) where timm asks for it."""
-        x = self.proj(x).permute(0, 2, 3, 1)
-        return self.norm(x.flatten(1, 2) if self.flatten else x)
+def lacks_class_token(backbone: Backbone) -> str:
+    """What to say where no class token is read at the end; "" where one is."""
+    if backbone.num_prefix and not backbone.pooled:
+        return ""
+    return (
+        f"reads a class token, which this {type(backbone.net).__name__} does not have; "
+        "try ViT, DeiT, DINO or EVA backbones (with global_pool: token)"
+    )
 
 
-class Model(nn.Module):
-    """What every method has: a backbone, and in `config` the plain values that `create_model` made it from."""
-
-    backbone: Backbone
-    config: dict[str, Any]
-    conversion: Any = None  # of an official checkpoint: what became of its keys
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that timm's optimisers leave undecayed beside biases and norms: tokens and positions."""
-        inner: set[str] = getattr(self.backbone.net, "no_weight_decay", set)()
-        return {f"backbone.net.{name}" for name in inner}
-
-    def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
-        """The layer of a parameter by its name, for timm's layer-wise learning rates; heads lie above the backbone."""
-        net = self.backbone.net
-        if not hasattr(net, "group_matcher"):
-            raise ConfigError(f"layer_decay: timm does not say which layers {type(net).__name__} has; leave it at 1")
-        layers = group_parameters(net, net.group_matcher(coarse=coarse), reverse=True)
-        return lambda name: layers.get(name.removeprefix("backbone.net."), float("inf"))
-
-    def features(self, images: Tensor, attention: Attention = False) -> Features:
-        """Tokens of the first pass over `images` (B, 3, H, W), for any metric and picture."""
-        return self.backbone(images, attention=attention)
-
-    def initialised(self, kept: list[str]) -> None:
-        """Called when weights from elsewhere are in, with the names of those that were not found there."""
+def lacks_last_block(backbone: Backbone) -> str:
+    """What to say where the last block cannot take some of the tokens only; "" where it can."""
+    net = backbone.net
+    if isinstance(net, Beit) or getattr(net, "rope_mixed", False):
+        return (
+            f"sends some of the tokens through the last block, and the positions of this {type(net).__name__} need "
+            "them all; try ViT, DeiT, DINO or EVA backbones"
+        )
+    return "needs two blocks or more" if backbone.depth < 2 else ""
 
 
-class StagedModel(Model):
-    """A model that may answer after its first pass: who has many images can make the second one in full batches.
-
-    `margin`: where the two best classes are so far apart in probability, the first answer stands; None: nowhere.
-    """
-
-    margin: float | None = None
-
-    def first(self, images: Tensor) -> tuple[Tensor, Tensor, Selection]:
-        """Of `images` (B, 3, H, W): what `second` is given (B, D), the first answer's logits (B, C), what to crop."""
-        raise NotImplementedError
-
-    def second(self, images: Tensor, given: Tensor, boxes: Tensor) -> Output:
-        """The refined answer to `images` whose first pass gave `given` and `boxes` (B, 4), without a selection."""
-        raise NotImplementedError
+def lacks_map(backbone: Backbone) -> str:
+    """What to say where no maps of a method's own can pool several places; "" where they can."""
+    if backbone.attention_pool:
+        return "pools by maps of its own; choose a backbone without attention pooling"
+    if backbone.grid == (1, 1):
+        return "needs a feature map of several places; choose another backbone or larger images"
+    return ""
 
 
-class TokenModel(Model):
-    """A method whose last block sees chosen tokens only: what they are chosen from ends one block earlier."""
-
-    def features(self, images: Tensor, attention: Attention = False) -> Features:
-        """Tokens and attention before the last block, not normalised, for any metric and picture."""
-        return self.backbone.stages(images, attention)[-1].features
+# What a method may need of a backbone (`NEEDS` in its file): a function that says what a network lacks.
+NEEDS: dict[str, Callable[[Backbone], str]] = {
+    "class_token": lacks_class_token,
+    "last_block": lacks_last_block,
+    "map": lacks_map,
+}
 
 
 def build_backbone(
@@ -378,7 +329,7 @@ def build_backbone(
     try:
         return MapBackbone(net, size, any_size=not sized)
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise ConfigError(f"{name!r} cannot encode images of {_by(size)} pixels: {_first_line(error)}") from error
+        raise ConfigError(f"{name!r} cannot encode images of {by(size)} pixels: {_first_line(error)}") from error
 
 
 def _create(name: str, pretrained: bool, args: dict[str, Any]) -> tuple[Any, bool]:
@@ -402,15 +353,6 @@ def _create(name: str, pretrained: bool, args: dict[str, Any]) -> tuple[Any, boo
         raise ConfigError(f"timm cannot build {name!r} with {shown}: {_first_line(error)}") from error
 
 
-def to_pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """`224` or `(192, 256)` as (height, width); ConfigError for anything else."""
-    if isinstance(size, int):
-        return size, size
-    if len(size) != 2 or not all(isinstance(side, int) for side in size):
-        raise ConfigError(f"size {list(size)}: give one side or [height, width], in whole pixels")
-    return size[0], size[1]
-
-
 def _is_download_error(error: Exception) -> bool:
     text = f"{type(error).__module__} {type(error).__name__} {error}".lower()
     return isinstance(error, OSError) or any(w in text for w in ("huggingface", "connect", "pretrained", "http"))
@@ -418,7 +360,3 @@ def _is_download_error(error: Exception) -> bool:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _by(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from glsim.models.scores import MASK, largest_component, pick, scramble, stand_out
+from glsim.models.scores import MASK, above_mean, largest_component, pick, scramble
 from glsim.types import Selection, choose
 
 
@@ -16,15 +16,15 @@ def exclusive(start: Tensor, end: Tensor, count: int, side: int) -> tuple[Tensor
 
     So the last selected row and column of patches stay outside, unless the box is one patch thin.
     """
-    return cut(start, count, side), torch.maximum(cut(end, count, side), cut(start + 1, count, side))
+    return grid_line(start, count, side), torch.maximum(grid_line(end, count, side), grid_line(start + 1, count, side))
 
 
 def inclusive(start: Tensor, end: Tensor, count: int, side: int) -> tuple[Tensor, Tensor]:
     """The rule of the paper's figure: the box ends where the last selected patch ends."""
-    return cut(start, count, side), cut(end + 1, count, side)
+    return grid_line(start, count, side), grid_line(end + 1, count, side)
 
 
-def cut(line: Tensor, count: int, side: int) -> Tensor:
+def grid_line(line: Tensor, count: int, side: int) -> Tensor:
     """The pixel where grid line `line` of `count` begins: patches share the side evenly, also where they overlap."""
     return line * side // count
 
@@ -51,7 +51,7 @@ def boxes_from_indices(
     return torch.stack((left, top, right, bottom), dim=1)
 
 
-def anywhere(indices: Tensor, grid: tuple[int, int], size: Sequence[int], rule: str, training: bool) -> Tensor:
+def random_box(indices: Tensor, grid: tuple[int, int], size: Sequence[int], rule: str, training: bool) -> Tensor:
     """The box's width and height at a uniformly random place.
 
     In training torch's generator draws it anew; else it follows from which patches were selected, so that an image
@@ -59,16 +59,16 @@ def anywhere(indices: Tensor, grid: tuple[int, int], size: Sequence[int], rule: 
     """
     boxes = boxes_from_indices(indices, grid, size, rule)
     if training:
-        return placed(boxes, size, torch.rand(boxes.shape[0], 2, device=boxes.device))
+        return place_boxes(boxes, size, torch.rand(boxes.shape[0], 2, device=boxes.device))
     code = scramble(indices + 1_000_003).sum(dim=1, keepdim=True) & MASK
     axis = torch.arange(2, device=boxes.device)
-    return placed(boxes, size, scramble(code + scramble(axis) & MASK).double() / 2**32)
+    return place_boxes(boxes, size, scramble(code + scramble(axis) & MASK).double() / 2**32)
 
 
 def centre(indices: Tensor, grid: tuple[int, int], size: Sequence[int], rule: str, training: bool) -> Tensor:
     """The box's width and height in the middle of the image."""
     boxes = boxes_from_indices(indices, grid, size, rule)
-    return placed(boxes, size, boxes.new_full((boxes.shape[0], 2), 0.5, dtype=torch.double))
+    return place_boxes(boxes, size, boxes.new_full((boxes.shape[0], 2), 0.5, dtype=torch.double))
 
 
 def whole(indices: Tensor, grid: tuple[int, int], size: Sequence[int], rule: str, training: bool) -> Tensor:
@@ -86,7 +86,7 @@ def corner(indices: Tensor, grid: tuple[int, int], size: Sequence[int], rule: st
 # What stands in the place of the box, to tell what choosing it was worth: (selected patches (B, K), grid, (H, W), box
 # rule, whether in training) -> boxes (B, 4).
 CONTROLS: dict[str, Callable[[Tensor, tuple[int, int], Sequence[int], str, bool], Tensor]] = {
-    "random": anywhere,
+    "random": random_box,
     "centre": centre,
     "whole": whole,
     "corner": corner,
@@ -107,7 +107,7 @@ def check_box(box: str) -> tuple[str | None, str]:
     return (name, "exclusive") if name in CONTROLS else (None, name)
 
 
-def placed(boxes: Tensor, size: Sequence[int], share: Tensor) -> Tensor:
+def place_boxes(boxes: Tensor, size: Sequence[int], share: Tensor) -> Tensor:
     """Boxes as large as `boxes` (.., 4), at `share` (.., 2) from 0 to below 1 of the ways they can go, x before y.
 
     An image of `size` (H, W) has W - width + 1 and H - height + 1 places for a box; 0.5 is the middle.
@@ -164,7 +164,7 @@ def select_component(
     `scores` (B, g, N) as a metric gives them; the box is inclusive.
     """
     scores = scores.mean(dim=1)
-    mask = largest_component(stand_out(scores, factor), grid)
+    mask = largest_component(above_mean(scores, factor), grid)
     order = scores.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True)
     indices = torch.where(mask.gather(1, order), order, -1)
     return Selection(scores, indices, boxes_from_mask(mask.unflatten(1, grid), image_size, padding), grid)

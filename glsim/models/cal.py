@@ -8,10 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glsim.models.backbone import Backbone, Model
+from glsim.models.backbone import Backbone
+from glsim.models.base import Model
 from glsim.models.boxes import boxes_from_mask, crop_and_resize
 from glsim.types import ConfigError, Features, Output, Selection, choose
 
+TITLE = "CAL"
+NEEDS = ("map",)
+CROPS = True
+EMBEDDINGS = ("global", "crop", "fused")
 BACKBONE = "resnet101"
 VIEWS: dict[int, tuple[tuple[float, float], ...]] = {  # passes at test time -> (threshold, padding) of the crops
     1: (),
@@ -92,7 +97,7 @@ class CAL(Model):
         if selection is None:
             selection = as_selection(maps, grid, boxes_from_mask(over(mean, grid, size, 0.3), size, 0.1))
         embeddings["fused"] = torch.stack(vectors).mean(dim=0)
-        return Output(torch.stack(logits).mean(dim=0), selection, crops, {"embeddings": embeddings})
+        return Output(torch.stack(logits).mean(dim=0), selection, crops, embeddings=embeddings)
 
 
 def pool(patches: Tensor, maps: Tensor) -> Tensor:
@@ -115,10 +120,6 @@ def as_selection(maps: Tensor, grid: tuple[int, int], boxes: Tensor) -> Selectio
 def build(encoder: Backbone, num_classes: int, *, maps: int = 32, views: int = 8) -> CAL:
     """`maps` attention maps (the paper: 32); `views` at test time: 1 (image), 2 (and a crop) or 8 (the paper's)."""
     choose(views, VIEWS, "number of views")
-    if getattr(encoder.net, "attn_pool", None) is not None:
-        raise ConfigError("'cal' pools by maps of its own; choose a backbone without attention pooling")
-    if encoder.grid == (1, 1):
-        raise ConfigError("'cal' needs a feature map of several places; choose another backbone or larger images")
     if maps < 2:
         raise ConfigError(f"maps={maps}: two or more are needed, one to crop to and one to hide")
     return CAL(encoder, num_classes, maps, views)

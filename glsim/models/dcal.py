@@ -7,11 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glsim.models.attention import paired_attention
-from glsim.models.backbone import Backbone, Model
+from glsim.models.backbone import Backbone
+from glsim.models.base import Model
 from glsim.models.boxes import select
 from glsim.models.heads import CrossBlock, zero_linear
 from glsim.models.scores import check_metric, gather_tokens, needs_attention, score
-from glsim.types import ConfigError, Output
+from glsim.types import ConfigError, Output, Selection
+
+TITLE = "DCAL"
+NEEDS = ("class_token",)
+EMBEDDINGS = ("global", "fused")
 
 
 class DCAL(Model):
@@ -29,8 +34,7 @@ class DCAL(Model):
         does not depend on which patches ask beside it, and the paper does not say what is read.
         """
         f = self.features(images, attention=needs_attention(self.metric))
-        top = max(1, round(self.share * f.patches.shape[1]))
-        selection = select(score(self.metric, f), top, f.grid, images.shape[-2:], "inclusive")
+        selection = self.select(score(self.metric, f), images)
         queries = torch.cat((f.cls[:, None], gather_tokens(f.patches, selection.indices)), dim=1)  # B 1+R D
         tokens = torch.cat((f.cls[:, None], f.patches), dim=1)
         parts = self.cross(queries, tokens).mean(dim=1)
@@ -42,12 +46,16 @@ class DCAL(Model):
             losses = {"uncertainty": (torch.stack((whole, local, pair)), self.uncertainty)}
         logits = torch.logaddexp(F.log_softmax(whole, dim=-1), F.log_softmax(local, dim=-1))
         vectors = {"global": f.cls, "fused": torch.cat((f.cls, parts), dim=1)}
-        return Output(logits, selection, aux=losses or {"embeddings": vectors})
+        return Output(logits, selection, aux=losses, embeddings=vectors)
+
+    def select(self, scores: Tensor, images: Tensor) -> Selection:
+        """The best patches by `scores` (B, g, N), a share of all; their box is for pictures."""
+        top = max(1, round(self.share * scores.shape[-1]))
+        return select(scores, top, self.backbone.grid_of(images), images.shape[-2:], "inclusive")
 
 
 def build(encoder: Backbone, num_classes: int, *, metric: str = "rollout", share: float = 0.1) -> DCAL:
     """`share` of the patches ask (the paper: 10 %, chosen by rollout)."""
-    encoder.check_class_token("dcal")
     check_metric(metric, encoder.has_attention, encoder.depth)
     if not 0 < share <= 1:
         raise ConfigError(f"share={share}: above 0, at most 1")

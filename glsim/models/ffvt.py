@@ -6,11 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glsim.models.backbone import Backbone, TokenModel
+from glsim.models.backbone import Backbone
+from glsim.models.base import TokenModel
 from glsim.models.boxes import select_these
 from glsim.models.heads import zero_linear
 from glsim.models.scores import check_metric, check_top, gather_tokens, mutual_attention, needs_attention, score
 from glsim.types import Features, Output
+
+TITLE = "FFVT"
+NEEDS = ("class_token", "last_block")
+EMBEDDINGS = ("fused",)
 
 
 class FFVT(TokenModel):
@@ -31,9 +36,7 @@ class FFVT(TokenModel):
         tokens = self.backbone.last_block(stages[-1].tokens, torch.cat(chosen, dim=1), index, grid)
         scores = torch.stack(weights).mean(dim=0)[:, skip:]
         selection = select_these(scores, (index - skip).clamp(min=-1), grid, images.shape[-2:])
-        return Output(
-            self.head(tokens[:, 0]), selection, aux={} if self.training else {"embeddings": {"fused": tokens[:, 0]}}
-        )
+        return Output(self.head(tokens[:, 0]), selection, embeddings={"fused": tokens[:, 0]})
 
     @torch.no_grad()
     def weigh(self, f: Features) -> Tensor:
@@ -45,7 +48,6 @@ class FFVT(TokenModel):
 
 def build(encoder: Backbone, num_classes: int, *, metric: str = "maws", top_k: int = 12) -> FFVT:
     """`top_k` tokens of each block (the paper: 12, Stanford Dogs 24); `metric` is read off every block in turn."""
-    encoder.check_class_token("ffvt", inner=True)
     check_metric(metric, encoder.has_attention, 1)
     check_top(top_k, encoder.grid, "top_k")
     return FFVT(encoder, zero_linear(encoder.dim, num_classes), metric, top_k)

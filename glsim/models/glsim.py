@@ -8,11 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glsim.models.backbone import Backbone, Model, StagedModel, to_pair
+from glsim.models.backbone import Backbone
+from glsim.models.base import EarlyExitModel, Model
 from glsim.models.boxes import check_box, crop_and_resize, select
-from glsim.models.heads import Aggregator, Classifier, lead
+from glsim.models.heads import Aggregator, Classifier, top2_margin
+from glsim.models.patch_embed import to_pair
 from glsim.models.scores import check_metric, check_top, needs_attention, score
 from glsim.types import ConfigError, Output, Selection
+
+TITLE = "GLSim"
+CROPS = True
+EMBEDDINGS = ("global", "crop", "fused")
 
 
 class GLSim(Model):
@@ -35,16 +41,21 @@ class GLSim(Model):
     def forward(self, images: Tensor) -> Output:
         """`images` (B, 3, H, W), normalised. The crop is taken from these very pixels, augmentation included."""
         f = self.features(images, attention=needs_attention(self.metric))
-        selection = select(score(self.metric, f), self.top_o, f.grid, images.shape[-2:], self.box, self.training)
+        selection = self.select(score(self.metric, f), images)
         crops = crop_and_resize(images, selection.boxes, self.crop_size)
         tokens = torch.stack((f.cls, self.backbone.class_token(crops)), dim=1)  # B 2 D
         return self.refine(tokens, selection, crops)
+
+    def select(self, scores: Tensor, images: Tensor) -> Selection:
+        """The `top_o` best patches by `scores` (B, g, N), and the box around them or its control."""
+        grid = self.backbone.grid_of(images)
+        return select(scores, self.top_o, grid, images.shape[-2:], self.box, self.training)
 
     def refine(self, tokens: Tensor, selection: Selection | None, crops: Tensor) -> Output:
         """The answer to the tokens of image and crop (B, 2, D), and what led to it."""
         fused = self.aggregator(tokens)
         embeddings = {"global": tokens[:, 0], "crop": tokens[:, 1], "fused": fused[:, 0]}
-        return Output(self.head(fused), selection, crops, {} if self.training else {"embeddings": embeddings})
+        return Output(self.head(fused), selection, crops, embeddings=embeddings)
 
 
 class SinglePass(Model):
@@ -58,11 +69,10 @@ class SinglePass(Model):
         """`images` (B, 3, H, W), normalised."""
         token = self.backbone.class_token(images)
         fused = self.aggregator(token[:, None])  # B 1 D
-        vectors = {"global": token, "fused": fused[:, 0]}
-        return Output(self.head(fused), aux={} if self.training else {"embeddings": vectors})
+        return Output(self.head(fused), embeddings={"global": token, "fused": fused[:, 0]})
 
 
-class AdaptiveGLSim(GLSim, StagedModel):
+class AdaptiveGLSim(GLSim, EarlyExitModel):
     """GLSim that also learns to answer from the image's token alone, and then crops only where it is unsure.
 
     Training adds `early_loss` times the cross-entropy of the first pass's own answer. When answering, an image whose
@@ -76,24 +86,23 @@ class AdaptiveGLSim(GLSim, StagedModel):
 
     def forward(self, images: Tensor) -> Output:
         """`images` (B, 3, H, W), normalised. With a margin there are no crops, and one wait for the device."""
-        given, first, selection = self.first(images)
+        given, first, selection = self.first_pass(images)
         if self.training or self.margin is None:
-            logits, _, crops, aux = self.second(images, given, selection.boxes)
-            both = {"cross_entropy": ((1.0, logits), (self.early_loss, first))}
-            return Output(logits, selection, crops, both if self.training else aux)
-        unsure = lead(first) < self.margin
+            output = self.second_pass(images, given, selection.boxes)._replace(selection=selection)
+            both = {"cross_entropy": ((1.0, output.logits), (self.early_loss, first))}
+            return output._replace(aux=both) if self.training else output
+        unsure = top2_margin(first) < self.margin
         if unsure.any():
-            second = self.second(images[unsure], given[unsure], selection.boxes[unsure])
+            second = self.second_pass(images[unsure], given[unsure], selection.boxes[unsure])
             first = first.masked_scatter(unsure[:, None], second.logits)
-        return Output(first, selection, aux={"unsure": unsure, "embeddings": {"global": given}})
+        return Output(first, selection, embeddings={"global": given}, needs_second_pass=unsure)
 
-    def first(self, images: Tensor) -> tuple[Tensor, Tensor, Selection]:
+    def first_pass(self, images: Tensor) -> tuple[Tensor, Tensor, Selection]:
         """One pass over `images` (B, 3, H, W): its tokens (B, D), the logits they give (B, C), and what to crop."""
         f = self.features(images, attention=needs_attention(self.metric))
-        selection = select(score(self.metric, f), self.top_o, f.grid, images.shape[-2:], self.box, self.training)
-        return f.cls, self.head(self.aggregator(f.cls[:, None])), selection
+        return f.cls, self.head(self.aggregator(f.cls[:, None])), self.select(score(self.metric, f), images)
 
-    def second(self, images: Tensor, given: Tensor, boxes: Tensor) -> Output:
+    def second_pass(self, images: Tensor, given: Tensor, boxes: Tensor) -> Output:
         """The refined answer, from `given` (B, D) and the crops `boxes` (B, 4) of `images`; and those crops."""
         crops = crop_and_resize(images, boxes, self.crop_size)
         return self.refine(torch.stack((given, self.backbone.class_token(crops)), dim=1), None, crops)

@@ -80,7 +80,7 @@ def zero_linear(dim: int, num_classes: int) -> nn.Linear:
     return linear
 
 
-def lead(logits: Tensor) -> Tensor:
+def top2_margin(logits: Tensor) -> Tensor:
     """How far the best class is ahead of the second one in probability (B,), of logits (B, C); 1 for a single class."""
     best = logits.float().softmax(dim=1).topk(min(2, logits.shape[1])).values
     return best[:, 0] - best[:, 1:].sum(dim=1)

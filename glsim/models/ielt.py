@@ -10,12 +10,16 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from glsim.models.attention import explicit_attention
-from glsim.models.backbone import Backbone, TokenModel
+from glsim.models.backbone import Backbone
+from glsim.models.base import TokenModel
 from glsim.models.boxes import select_these
 from glsim.models.heads import count_heads, zero_linear
 from glsim.models.scores import check_metric, gather_tokens, needs_attention, score
 from glsim.types import ConfigError, Output
 
+TITLE = "IELT"
+NEEDS = ("class_token", "last_block")
+EMBEDDINGS = ("fused",)
 DRIFT = 0.001  # how fast a block's share of the tokens follows what the refinement keeps
 
 
@@ -61,7 +65,7 @@ class IELT(TokenModel):
             losses = {"cross_entropy": ((0.6, answer), (0.4, assist))}
             self.shares.lerp_(F.one_hot(block[kept], len(f)).float().mean(dim=(0, 1)), DRIFT)
         selection = select_these(scores.mean(dim=1), places, grid, images.shape[-2:])
-        return Output(answer, selection, aux=losses or {"embeddings": {"fused": cls}})
+        return Output(answer, selection, aux=losses, embeddings={"fused": cls})
 
     def allot(self) -> tuple[Tensor, Tensor]:
         """For each of the T tokens the block it comes from, and its rank there: (T,), (T,)."""
@@ -85,7 +89,6 @@ def build(
     encoder: Backbone, num_classes: int, *, metric: str = "mhv:block=-1", tokens: int = 126, votes: int = 24
 ) -> IELT:
     """`tokens` of all blocks are refined (the paper: 126 at 448 pixels), `votes` of them kept (24)."""
-    encoder.check_class_token("ielt", inner=True)
     check_metric(metric, encoder.has_attention, 1)
     patches = encoder.grid[0] * encoder.grid[1]
     if not 1 <= votes <= tokens <= patches:  # any one block may come to give them all

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from glsim.models.backbone import Backbone, Model
+from glsim.models.backbone import Backbone
+from glsim.models.base import Model
 from glsim.models.heads import zero_linear
 from glsim.types import Output
+
+EMBEDDINGS = ("global",)
 
 
 class Plain(Model):
@@ -19,7 +22,7 @@ class Plain(Model):
     def forward(self, images: Tensor) -> Output:
         """`images` (B, 3, H, W), normalised."""
         cls = self.features(images).cls
-        return Output(self.head(cls), aux={} if self.training else {"embeddings": {"global": cls}})
+        return Output(self.head(cls), embeddings={"global": cls})
 
 
 def build(encoder: Backbone, num_classes: int) -> Plain:

@@ -6,11 +6,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from glsim.models.backbone import Backbone, Model
+from glsim.models.backbone import Backbone
+from glsim.models.base import Model
 from glsim.models.boxes import crop_and_resize, select_component
 from glsim.models.heads import zero_linear
 from glsim.models.scores import check_metric, needs_attention, score
-from glsim.types import ConfigError, Output
+from glsim.types import ConfigError, Output, Selection
+
+TITLE = "RAMS-Trans"
+NEEDS = ("class_token",)
+CROPS = True
+EMBEDDINGS = ("global", "crop", "fused")
 
 
 class RAMS(Model):
@@ -27,13 +33,17 @@ class RAMS(Model):
         Trained by two cross-entropies; the answer is the mean of both passes' logits (the published code: the image's).
         """
         f = self.features(images, attention=needs_attention(self.metric))
-        selection = select_component(score(self.metric, f), self.threshold, f.grid, images.shape[-2:])
+        selection = self.select(score(self.metric, f), images)
         crops = crop_and_resize(images, selection.boxes)
         local = functional_call(self.backbone, {"net.cls_token": self.crop_token}, (crops,)).cls
         logits = self.head(torch.stack((f.cls, local)))  # 2 B C
-        losses = {"cross_entropy": ((1.0, logits[0]), (1.0, logits[1]))}
+        losses = {"cross_entropy": ((1.0, logits[0]), (1.0, logits[1]))} if self.training else {}
         vectors = {"global": f.cls, "crop": local, "fused": (f.cls + local) / 2}
-        return Output(logits.mean(dim=0), selection, crops, losses if self.training else {"embeddings": vectors})
+        return Output(logits.mean(dim=0), selection, crops, losses, vectors)
+
+    def select(self, scores: Tensor, images: Tensor) -> Selection:
+        """The largest connected region of what exceeds the mean of `scores` (B, g, N)."""
+        return select_component(scores, self.threshold, self.backbone.grid_of(images), images.shape[-2:])
 
     def initialised(self, kept: list[str]) -> None:
         """Weights that know one class token only start the crop's from it."""
@@ -47,7 +57,6 @@ class RAMS(Model):
 
 def build(encoder: Backbone, num_classes: int, *, metric: str = "rams", threshold: float = 1.2) -> RAMS:
     """Patches above `threshold` times the mean score make the region (the paper: 1.2)."""
-    encoder.check_class_token("rams")
     check_metric(metric, encoder.has_attention, encoder.depth)
     if threshold < 1:
         raise ConfigError(f"threshold={threshold}: at least 1, times the mean score")

@@ -1,10 +1,9 @@
 """Patch scores: METRICS say how discriminative each patch is, a rule takes the best.
 
 A metric is a function from `Features` to scores (B, g, N), higher is more discriminative; g is 1, or one score map per
-head or block. Adding one to `METRICS` gives it to every model, picture and table. Those that read
-`Features.attention_logits` also stand in `NEEDS_ATTENTION`; those in `NEEDS_MAPS` are content with `attention_maps`,
-which spare them the softmax. Keyword parameters can be set where a metric is named: `attention:block=3`,
-`rollout:first=2,last=8`, `random:seed=7`; blocks count from 0, or from -1 backwards.
+head or block. `@metric(..)` puts it into `METRICS`, which gives it to every model, picture and table, and says what it
+reads. Keyword parameters can be set where a metric is named: `attention:block=3`, `rollout:first=2,last=8`,
+`random:seed=7`; blocks count from 0, or from -1 backwards.
 
 Where there is no class token, its row and column of an attention matrix become the mean over all rows and columns.
 """
@@ -24,8 +23,38 @@ from torch import Tensor
 from glsim.types import ConfigError, Features, choose
 
 EPS = 1e-8  # the shortest a token is taken to be
+LARGEST_NUMBER = 2**31  # in a metric's name, so that `random` computes with its seed in 64 bits
+
+Metric = Callable[..., Tensor]
+Attention = Literal["attention_logits", "attention_maps"]  # fields of `Features`
+METRICS: dict[str, Metric] = {}
+TITLES: dict[str, str] = {}  # of metrics, in pictures
+NEEDS_ATTENTION: set[str] = set()  # metrics that read the attention of the network
+NEEDS_MAPS: set[str] = set()  # of these, those that find it in `Features.attention_maps`, after the softmax
 
 
+def metric(title: str, reads: Attention | None = None) -> Callable[[Metric], Metric]:
+    """Declare a function to be the metric of its name.
+
+    Args:
+        title: name in pictures.
+        reads: the field of `Features` with the attention that it reads; None: tokens alone. Maps are what the
+            network computes anyway, logits what it has before the softmax.
+    """
+
+    def declare(function: Metric) -> Metric:
+        name = function.__name__
+        METRICS[name], TITLES[name] = function, title
+        if reads is not None:
+            NEEDS_ATTENTION.add(name)
+        if reads == "attention_maps":
+            NEEDS_MAPS.add(name)
+        return function
+
+    return declare
+
+
+@metric(title="GLS cos")
 def gls_cos(f: Features) -> Tensor:
     """Global-local similarity: cosine of the class token with every patch token (arXiv 2407.12891). (B, 1, N)"""
     kind = f.cls.device.type
@@ -36,22 +65,26 @@ def gls_cos(f: Features) -> Tensor:
         return one[:, None] @ f.patches.transpose(1, 2) / lengths[:, None]
 
 
+@metric(title="GLS L1")
 def gls_l1(f: Features) -> Tensor:
     """Global-local similarity by mean absolute difference, negated so that near is high. (B, 1, N)"""
     return -(f.cls[:, None] - f.patches).abs().mean(dim=-1)[:, None]
 
 
+@metric(title="GLS L2")
 def gls_l2(f: Features) -> Tensor:
     """Global-local similarity by mean squared difference, negated so that near is high. (B, 1, N)"""
     return -(f.cls[:, None] - f.patches).square().mean(dim=-1)[:, None]
 
 
+@metric(title="Attention", reads="attention_maps")
 def attention(f: Features, block: int = -1) -> Tensor:
     """Attention of the class token to every patch in one block, mean over heads. (B, 1, N)"""
     (a,) = _blocks(f, block, block)
     return _class_row(f, a)[..., f.num_prefix :].mean(dim=1, keepdim=True)
 
 
+@metric(title="Rollout", reads="attention_maps")
 def rollout(f: Features, first: int = 0, last: int = -1) -> Tensor:
     """Attention rollout (arXiv 2005.00928): row 0 of A^last .. A^first, A = (mean over heads + I) / 2. (B, 1, N)
 
@@ -64,12 +97,7 @@ def rollout(f: Features, first: int = 0, last: int = -1) -> Tensor:
     return _rollout(f, F.one_hot(row.new_zeros((), dtype=torch.long), row.shape[-1]), row, before)
 
 
-def rams(f: Features, first: int = 0, last: int = -1) -> Tensor:
-    """Rollout averaged over all query rows (RAMS-Trans, arXiv 2107.08192): mean attention to a patch. (B, 1, N)"""
-    *before, a = _blocks(f, first, last)
-    return _rollout(f, 1 / a.shape[-1], _softmax(f, a).mean(dim=2), before)
-
-
+@metric(title="PSM", reads="attention_maps")
 def psm(f: Features, first: int = 0, last: int = -1) -> Tensor:
     """Part selection of TransFG (arXiv 2103.07976): row 0 of A^last .. A^first for each head, no identity. (B, h, N)
 
@@ -82,6 +110,7 @@ def psm(f: Features, first: int = 0, last: int = -1) -> Tensor:
     return v[:, :, 0, f.num_prefix :]
 
 
+@metric(title="MAWS", reads="attention_logits")
 def maws(f: Features, block: int | None = None) -> Tensor:
     """Mutual attention (FFVT, arXiv 2107.02341): class token to patch times patch to class token. (B, L, N)
 
@@ -102,6 +131,7 @@ def mutual_attention(f: Features, logits: Tensor) -> Tensor:
     return _class_row(f, logits).mean(dim=1) * taken.mean(dim=1)
 
 
+@metric(title="SACM", reads="attention_maps")
 def sacm(f: Features) -> Tensor:
     """Attention of the class token, mean over heads, blocks weighted (AF-Trans, arXiv 2110.01240). (B, 1, N)
 
@@ -112,11 +142,19 @@ def sacm(f: Features) -> Tensor:
     return (weights[..., None] * rows).sum(dim=1, keepdim=True)
 
 
+@metric(title="RAMS", reads="attention_maps")
+def rams(f: Features, first: int = 0, last: int = -1) -> Tensor:
+    """Rollout averaged over all query rows (RAMS-Trans, arXiv 2107.08192): mean attention to a patch. (B, 1, N)"""
+    *before, a = _blocks(f, first, last)
+    return _rollout(f, 1 / a.shape[-1], _softmax(f, a).mean(dim=2), before)
+
+
 def class_rows(f: Features) -> Tensor:
     """The class token's attention to every patch in every block, mean over heads. (B, L, N)"""
     return torch.stack([_class_row(f, a)[..., f.num_prefix :].mean(dim=1) for a in _blocks(f, 0, -1)], dim=1)
 
 
+@metric(title="MHV", reads="attention_maps")
 def mhv(f: Features, block: int | None = None, votes: int = 24) -> Tensor:
     """Multi-head voting (IELT): every head votes for its `votes` best patches, and votes are smoothed. (B, L, N)
 
@@ -136,6 +174,7 @@ def _vote(rows: Tensor, grid: tuple[int, int], votes: int) -> Tensor:
     return F.conv2d(counts.unflatten(-1, grid)[:, None], kernel, padding=1).flatten(1)
 
 
+@metric(title="Random")
 def random(f: Features, seed: int = 0) -> Tensor:
     """Uniform in [0, 1) over the whole grid: the control that every mechanism has to beat. (B, 1, N)
 
@@ -160,34 +199,16 @@ def scramble(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-METRICS: dict[str, Callable[..., Tensor]] = {
-    "gls_cos": gls_cos,
-    "gls_l1": gls_l1,
-    "gls_l2": gls_l2,
-    "attention": attention,
-    "rollout": rollout,
-    "psm": psm,
-    "maws": maws,
-    "sacm": sacm,
-    "rams": rams,
-    "mhv": mhv,
-    "random": random,
-}
-NEEDS_ATTENTION = {"attention", "rollout", "psm", "maws", "sacm", "rams", "mhv"}
-LARGEST = 2**31  # of the numbers in a metric's name, so that `random` computes with its seed in 64 bits
-NEEDS_MAPS = {"attention", "rollout", "psm", "sacm", "rams", "mhv"}  # of these: a network hands them `attention_maps`
-
-
 def find_metric(spec: str) -> partial[Tensor]:
     """The metric that `spec` names, its parameters set: "psm", "attention:block=3", "rollout:first=2,last=8".
 
     Raises ConfigError for an unknown name or parameter, listing the choices.
     """
     name, _, given = spec.partition(":")
-    metric = choose(name, METRICS, "metric")
+    function = choose(name, METRICS, "metric")
     if not given:  # at every forward: reading a signature takes longer than the score of a small image
-        return partial(metric)
-    known = [p.name for p in list(inspect.signature(metric).parameters.values())[1:]]
+        return partial(function)
+    known = [p.name for p in list(inspect.signature(function).parameters.values())[1:]]
     values: dict[str, Any] = {}
     for part in filter(None, given.split(",")):
         key, _, value = part.partition("=")
@@ -198,9 +219,9 @@ def find_metric(spec: str) -> partial[Tensor]:
     wrong = sorted(set(values) - set(known))
     if wrong:
         raise ConfigError(f"metric {name!r} has no {', '.join(wrong)}; it has: {', '.join(known) or 'no parameters'}")
-    if max(map(abs, values.values()), default=0) >= LARGEST:
-        raise ConfigError(f"metric {spec!r}: numbers below {LARGEST} are needed")
-    return partial(metric, **values)
+    if max(map(abs, values.values()), default=0) >= LARGEST_NUMBER:
+        raise ConfigError(f"metric {spec!r}: numbers below {LARGEST_NUMBER} are needed")
+    return partial(function, **values)
 
 
 @torch.no_grad()
@@ -254,7 +275,7 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
-def stand_out(scores: Tensor, factor: float) -> Tensor:
+def above_mean(scores: Tensor, factor: float) -> Tensor:
     """Which of `scores` (B, N) exceed `factor` times their mean (RAMS-Trans, factor 1.2): bool (B, N).
 
     Written with the mean's magnitude, so that it means the same for scores below zero. Where none does, all are kept.

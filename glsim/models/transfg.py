@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from glsim.models.backbone import Backbone, TokenModel
+from glsim.models.backbone import Backbone
+from glsim.models.base import TokenModel
 from glsim.models.boxes import select_these
 from glsim.models.heads import zero_linear
 from glsim.models.scores import check_metric, gather_tokens, needs_attention, score
 from glsim.types import Output
 
+TITLE = "TransFG"
+NEEDS = ("class_token", "last_block")
+EMBEDDINGS = ("fused",)
 ENCODER = {"stride": 0.75}  # patches overlap: 12 pixels of 16
 
 
@@ -29,12 +33,11 @@ class TransFG(TokenModel):
         cls = self.backbone.last_block(tokens, gather_tokens(tokens, index), index, f.grid)[:, 0]
         logits = self.head(cls)
         selection = select_these(scores.sum(dim=1), parts, f.grid, images.shape[-2:])
-        losses = {"cross_entropy": ((1.0, logits),), "contrastive": cls}
-        return Output(logits, selection, aux=losses if self.training else {"embeddings": {"fused": cls}})
+        losses = {"cross_entropy": ((1.0, logits),), "contrastive": cls} if self.training else {}
+        return Output(logits, selection, aux=losses, embeddings={"fused": cls})
 
 
 def build(encoder: Backbone, num_classes: int, *, metric: str = "psm") -> TransFG:
     """`metric` with a map for each head chooses as many parts (the paper: psm)."""
-    encoder.check_class_token("transfg", inner=True)
     check_metric(metric, encoder.has_attention, encoder.depth - 1)
     return TransFG(encoder, zero_linear(encoder.dim, num_classes), metric)

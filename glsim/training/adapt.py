@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from glsim.models.backbone import Model, TokenModel
+from glsim.models.base import Model, TokenModel
 from glsim.types import ConfigError, Features, Output
 
 

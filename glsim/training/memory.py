@@ -12,7 +12,7 @@ import torch
 from glsim.checkpoints.bundle import pick_device
 from glsim.config import Doctor, Train
 from glsim.models import create_model
-from glsim.models.backbone import Model
+from glsim.models.base import Model
 from glsim.models.losses import objective
 from glsim.training.train import make_optimizer
 

@@ -46,7 +46,7 @@ from glsim.evaluation.evaluate import drop_bad, evaluate, make_accelerator, pred
 from glsim.evaluation.plots import draw_curve
 from glsim.files import document, one_line, printable, read_json, write_json, write_text
 from glsim.models import create_model
-from glsim.models.backbone import Model
+from glsim.models.base import Model
 from glsim.models.losses import objective
 from glsim.training.adapt import adapt, merged
 from glsim.training.resume import (

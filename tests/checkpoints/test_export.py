@@ -24,7 +24,7 @@ from glsim.evaluation import speed
 from glsim.evaluation.confidence import NO_ANSWER
 from glsim.evaluation.evaluate import evaluate_bundle
 from glsim.inference.predictor import run as predict
-from glsim.models.heads import lead
+from glsim.models.heads import top2_margin
 
 LABELS = list("abcde")
 CLASS_TOKEN, REGISTERS, NEITHER = (
@@ -209,7 +209,7 @@ def test_a_model_that_answers_early_is_two_graphs(tmp_path):
         return small_model(early_loss=1.0, margin=margin)
 
     images = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(3))
-    ahead = lead(adaptive(0.5).first(images)[1]).detach().sort().values
+    ahead = top2_margin(adaptive(0.5).first_pass(images)[1]).detach().sort().values
     model = adaptive(float(ahead[3:5].mean()))  # half of the images are sure after the first pass
     out, result = exported(model, tmp_path)
     assert [p.rpartition("/")[2] for p in result["files"]] == ["model.2.onnx", "model.onnx"]
@@ -217,12 +217,14 @@ def test_a_model_that_answers_early_is_two_graphs(tmp_path):
     graph = glsim.load(out)
     for part, unsure in ((slice(None), 4), (torch.arange(7, -1, -1), 4), (slice(2, 3), None)):
         mine, theirs = model(images[part]), graph(images[part])
-        assert torch.equal(mine.aux["unsure"], theirs.aux["unsure"])
-        assert unsure is None or int(theirs.aux["unsure"].sum()) == unsure
+        assert torch.equal(mine.needs_second_pass, theirs.needs_second_pass)
+        assert unsure is None or int(theirs.needs_second_pass.sum()) == unsure
         assert torch.equal(mine.selection.boxes, theirs.selection.boxes)
         torch.testing.assert_close(theirs.logits, mine.logits, atol=1e-4, rtol=0)
-    sure = images[~model(images).aux["unsure"]]
-    torch.testing.assert_close(graph(sure).logits, model.first(sure)[1], atol=1e-4, rtol=0)  # no second pass at all
+    sure = images[~model(images).needs_second_pass]
+    torch.testing.assert_close(
+        graph(sure).logits, model.first_pass(sure)[1], atol=1e-4, rtol=0
+    )  # no second pass at all
     with pytest.raises(ConfigError, match="is two graphs; export it as ONNX"):
         exported(model, tmp_path, ".pt2")
     second = onnx.load(out.with_name("model.2.onnx"))

@@ -19,7 +19,7 @@ from glsim.evaluation.localization_metrics import (
     roc_auc,
     signed,
 )
-from glsim.models.boxes import placed
+from glsim.models.boxes import place_boxes
 
 GRID, SIZE = (3, 4), (30, 46)  # patches of 10 x 11 and 10 x 12 pixels
 
@@ -284,12 +284,12 @@ def test_the_interval_is_as_wide_as_theory_says():
 
 def test_places_are_inside_uniform_and_in_the_middle():
     boxes = some_boxes(2000)
-    moved = placed(boxes, SIZE, torch.rand(2000, 2, generator=generator()))
+    moved = place_boxes(boxes, SIZE, torch.rand(2000, 2, generator=generator()))
     assert torch.equal(moved[:, 2:] - moved[:, :2], boxes[:, 2:] - boxes[:, :2])
     assert (moved >= 0).all() and (moved[:, 2] <= SIZE[1]).all() and (moved[:, 3] <= SIZE[0]).all()
-    middle = placed(boxes, SIZE, torch.full((2000, 2), 0.5))
+    middle = place_boxes(boxes, SIZE, torch.full((2000, 2), 0.5))
     for (left, top, right, bottom), (x, y, _, _) in zip(boxes.tolist(), middle.tolist(), strict=True):
         assert x == (SIZE[1] - (right - left)) // 2 and y == (SIZE[0] - (bottom - top)) // 2
     same = torch.tensor([[0, 0, SIZE[1] - 4, SIZE[0]]]).expand(5000, -1)
-    counts = placed(same, SIZE, torch.rand(5000, 2, generator=generator(1)))[:, 0].bincount(minlength=5)
+    counts = place_boxes(same, SIZE, torch.rand(5000, 2, generator=generator(1)))[:, 0].bincount(minlength=5)
     assert len(counts) == 5 and (counts - 1000).abs().max() < 150

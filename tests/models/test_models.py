@@ -15,12 +15,13 @@ from pairwise import pairwise_cover
 import glsim
 from glsim import METHODS, METRICS, ConfigError
 from glsim.checkpoints.bundle import init_from
-from glsim.models import cal
+from glsim.models import cal, find_method
 from glsim.models.attention import explicit_attention, paired_attention
-from glsim.models.backbone import OverlappingPatches, build_backbone
+from glsim.models.backbone import build_backbone
 from glsim.models.boxes import BOX_RULES, CONTROLS, select, select_component
 from glsim.models.heads import CLASSIFIERS, Aggregator, Classifier
 from glsim.models.losses import objective
+from glsim.models.patch_embed import OverlappingPatches
 from glsim.models.scores import NEEDS_ATTENTION
 from glsim.types import EMBEDDINGS
 
@@ -179,7 +180,7 @@ def test_contract(method, metric, backbone, tmp_path):
     assert isinstance(output, glsim.Output)
     assert output.logits.shape == (3, 5) and output.logits.isfinite().all()
     assert output.logits.std(dim=0).min() > 0  # the images are told apart
-    assert set(output.aux) <= {"embeddings"} and set(output.aux.get("embeddings", ())) <= set(EMBEDDINGS)
+    assert not output.aux and set(output.embeddings) <= set(find_method(method).embeddings)
     chosen = output.selection
     assert (chosen is None) == (method == "plain")
     if chosen is not None:
@@ -435,12 +436,12 @@ def test_embeddings_are_what_the_answer_was_read_from(method):
     }.get(method, lambda v: model.head(v["fused"]))
     with torch.inference_mode():
         output = model(images)
-        assert set(output.aux["embeddings"]) == TOLD[method]
-        torch.testing.assert_close(read(output.aux["embeddings"]), output.logits, atol=1e-4, rtol=1e-4)
-        if "global" in output.aux["embeddings"]:
-            torch.testing.assert_close(output.aux["embeddings"]["global"], model.features(images).cls)
-        if "crop" in output.aux["embeddings"] and method != "rams":  # rams has another class token there
-            torch.testing.assert_close(output.aux["embeddings"]["crop"], model.backbone(output.crops).cls)
+        assert set(output.embeddings) == TOLD[method]
+        torch.testing.assert_close(read(output.embeddings), output.logits, atol=1e-4, rtol=1e-4)
+        if "global" in output.embeddings:
+            torch.testing.assert_close(output.embeddings["global"], model.features(images).cls)
+        if "crop" in output.embeddings and method != "rams":  # rams has another class token there
+            torch.testing.assert_close(output.embeddings["crop"], model.backbone(output.crops).cls)
 
 
 def test_only_embeddings_that_are_described_exist():
@@ -824,7 +825,7 @@ def test_dcal_is_distracted_by_another_image_in_training_only():
     model = spread(build("dcal"))
     one, two, three = pictures(3, 1, 3, 64, 64)
     with torch.no_grad():
-        assert set(model(torch.cat((one, two))).aux) == {"embeddings"}
+        assert not model(torch.cat((one, two))).aux
         model.train()
         beside_two, beside_three = model(torch.cat((two, one))), model(torch.cat((three, one)))
         (a, w), (b, _) = beside_two.aux["uncertainty"], beside_three.aux["uncertainty"]

@@ -23,13 +23,13 @@ from glsim.models.boxes import (
 from glsim.models.scores import (
     NEEDS_ATTENTION,
     NEEDS_MAPS,
+    above_mean,
     check_metric,
     find_metric,
     gather_tokens,
     largest_component,
     pick,
     score,
-    stand_out,
 )
 
 GRIDS = [(4, 5), (6, 7)]  # fewer and more patches than the 24 that a head may vote for
@@ -353,18 +353,18 @@ def test_gather_tokens_agrees_with_indexing():
 
 @pytest.mark.parametrize("factor", [1.0, 1.2, 2.0])
 @pytest.mark.parametrize("shift", [0.0, 0.7, -0.6, -5.0])
-def test_stand_out_agrees_with_a_loop(factor, shift):
+def test_above_mean_agrees_with_a_loop(factor, shift):
     scores = torch.rand(20, 30, generator=generator()) + shift
-    for row, mask in zip(scores, stand_out(scores, factor), strict=True):
+    for row, mask in zip(scores, above_mean(scores, factor), strict=True):
         mean = sum(row.tolist()) / 30
         bar = mean + (factor - 1) * abs(mean)
         expected = [value > bar for value in row.tolist()]
         assert mask.tolist() == (expected if any(expected) else [True] * 30)
 
 
-def test_stand_out_is_the_published_rule_and_keeps_all_where_nothing_does():
+def test_above_mean_is_the_published_rule_and_keeps_all_where_nothing_does():
     scores = torch.tensor([[1.0, 1.0, 1.0, 2.0], [3.0, 3.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0]])
-    assert stand_out(scores, 1.2).tolist() == [[False, False, False, True], [True] * 4, [True] * 4]
+    assert above_mean(scores, 1.2).tolist() == [[False, False, False, True], [True] * 4, [True] * 4]
 
 
 def flood(mask, grid):

@@ -1,0 +1,82 @@
+"""Base classes of the methods: what every model has and does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from timm.models import group_parameters
+from torch import Tensor, nn
+
+from glsim.models.backbone import Attention, Backbone
+from glsim.models.boxes import select
+from glsim.types import ConfigError, Features, Output, Selection
+
+BEST = 8  # patches that a box is drawn around where the method has no number of its own
+
+
+class Model(nn.Module):
+    """What every method has: a backbone, and in `config` the plain values that `create_model` made it from."""
+
+    backbone: Backbone
+    config: dict[str, Any]
+    metric: Any = None  # name of the metric whose scores choose patches; None: nothing does, or scores of its own
+    top_o: Any = None  # how many patches it chooses; None: that is no option of the method
+    box = "exclusive"  # rule by which `select` draws a box
+    conversion: Any = None  # of an official checkpoint: what became of its keys
+
+    def features(self, images: Tensor, attention: Attention = False) -> Features:
+        """Tokens of the first pass over `images` (B, 3, H, W), for any metric and picture."""
+        return self.backbone(images, attention=attention)
+
+    def select(self, scores: Tensor, images: Tensor) -> Selection:
+        """What the method chooses of `images` (B, 3, H, W) by a metric's `scores` (B, g, N): its own rule.
+
+        Pictures, localisation and the server draw all scores by it. Here, for methods that draw no single box by
+        scores: the box around the `top_o` best patches, 8 where there is no such option.
+        """
+        best = min(self.top_o or BEST, scores.shape[-1])
+        return select(scores, best, self.backbone.grid_of(images), images.shape[-2:], self.box)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimisers leave undecayed beside biases and norms: tokens and positions."""
+        inner: set[str] = getattr(self.backbone.net, "no_weight_decay", set)()
+        return {f"backbone.net.{name}" for name in inner}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
+        """The layer of a parameter by its name, for timm's layer-wise learning rates; heads lie above the backbone."""
+        net = self.backbone.net
+        if not hasattr(net, "group_matcher"):
+            raise ConfigError(f"layer_decay: timm does not say which layers {type(net).__name__} has; leave it at 1")
+        layers = group_parameters(net, net.group_matcher(coarse=coarse), reverse=True)
+        return lambda name: layers.get(name.removeprefix("backbone.net."), float("inf"))
+
+    def initialised(self, kept: list[str]) -> None:
+        """Called when weights from elsewhere are in, with the names of those that were not found there."""
+
+
+class EarlyExitModel(Model):
+    """A model that may answer after its first pass: who has many images can make the second one in full batches.
+
+    `margin`: where the two best classes are so far apart in probability, the first answer stands; None: nowhere.
+    """
+
+    margin: float | None = None
+
+    def first_pass(self, images: Tensor) -> tuple[Tensor, Tensor, Selection]:
+        """Of `images` (B, 3, H, W): what `second_pass` is given (B, D), the first logits (B, C), what to crop."""
+        raise NotImplementedError
+
+    def second_pass(self, images: Tensor, given: Tensor, boxes: Tensor) -> Output:
+        """The refined answer to `images` whose first pass gave `given` and `boxes` (B, 4), without a selection."""
+        raise NotImplementedError
+
+
+class TokenModel(Model):
+    """A method whose last block sees chosen tokens only: what they are chosen from ends one block earlier."""
+
+    box = "inclusive"
+
+    def features(self, images: Tensor, attention: Attention = False) -> Features:
+        """Tokens and attention before the last block, not normalised, for any metric and picture."""
+        return self.backbone.stages(images, attention)[-1].features
