@@ -23,7 +23,8 @@ from glsim.cli.quickstart import BIRDS
 from glsim.data.synthetic import Species, draw, species
 from glsim.data.transforms import Preprocessing, eval_transform
 from glsim.inference.predictor import to_original
-from glsim.interpret.heatmaps import BOX_COLOUR, explanations
+from glsim.interpret.drawing import BOX_COLOUR
+from glsim.interpret.heatmaps import explanations
 
 COLUMNS = 3
 SIZE = 448  # finer than the network's input: box and crop are found there, and shown in the full drawing

@@ -440,45 +440,6 @@ class IndexEval(_Encode):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Explain(Settings):
-    """Draw why: heat-map, box and crop as PNG, by one score or several; a sheet of all images beside."""
-
-    source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth", path="reads")
-    images: list[str] = positional(MISSING, "files, folders or globs", path="reads")
-    out: str = required("folder for the pictures", path="folder")
-    options: dict[str, Any] = setting({}, "options of the method to change, as --options.top_o 16")
-    metrics: list[str] | None = setting(None, "scores to draw, or all; default: the model's own, gls_cos for plain")
-    contrast: list[str] | None = setting(None, "two classes: draw what speaks for the first against the second")
-    alpha: float = setting(0.7, "opacity of the heat-map where it is highest, 0 to 1")
-    colormap: str = setting("turbo", "of the heat-map, as matplotlib names them")
-    top_only: int = setting(0, "show the scores of only so many best patches (0: all)")
-    power: float = setting(1.0, "exponent on the heat-map in [0, 1]; above 1 leaves the peaks")
-    layers: bool = setting(False, "instead, what becomes of the tokens from block to block: layers.png, layers.json")
-    limit: int = setting(100, "draw at most this many images")
-    skip_bad: bool = setting(False, "leave unreadable images out and list them")
-    max_megapixels: float = megapixels()
-    device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
-
-    def __post_init__(self) -> None:
-        _limit(self.max_megapixels)
-        _at_least(self, 1, "limit")
-        _at_least(self, 0, "top_only")
-        names = ("metrics", "contrast", "alpha", "colormap", "top_only", "power")
-        given = [name for name in names if getattr(self, name) != getattr(Explain, name)]
-        if self.layers and given:
-            raise ConfigError(f"layers draws no heat-map: no {', '.join(given)} with it")
-        if self.contrast is not None:
-            if len(self.contrast) != 2 or self.contrast[0] == self.contrast[1]:
-                raise ConfigError(f"contrast: two different classes are needed, got: {' '.join(self.contrast)}")
-            if self.metrics is not None or self.top_only or self.colormap != "turbo":
-                raise ConfigError("contrast draws every patch in two colours: no metrics, top_only or colormap with it")
-        if not 0 <= self.alpha <= 1:
-            raise ConfigError(f"alpha={self.alpha}: from 0 to 1")
-        if not self.power > 0:
-            raise ConfigError(f"power={self.power}: above 0 is needed")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Localize(Settings):
     """Measure where the model looks against masks: scores and boxes of every mechanism, beside controls."""
 

@@ -179,22 +179,6 @@ def _percent(row: dict[str, Any], which: str) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def show_explain(r: dict[str, Any], _: Any) -> str:
-    """A line a picture."""
-    if "contrast" in r:
-        a, b = r["contrast"]
-        lines = [
-            f"{p['path']}: {a} {p['probabilities'][0]:.1%}, {b} {p['probabilities'][1]:.1%}, {p['picture']}"
-            for p in r["pictures"]
-        ]
-        return "\n".join([*lines, *show_skipped(r), f"pictures: {r['out']}"])
-    lines = [f"{p['path']}: {p['label']} {p['probability']:.1%}, {p['picture']}" for p in r["pictures"]]
-    if layers := r.get("layers"):
-        lines.append(f"layers, over {layers['images']} images: {layers['picture']}, {layers['table']}")
-    lines += show_skipped(r)
-    return "\n".join([*lines, f"pictures: {r['out']}"])
-
-
 def show_localize(r: dict[str, Any], s: config.Localize) -> str:
     """The tables, and what was left out."""
     from glsim.evaluation.localization import as_text
@@ -333,7 +317,6 @@ VERBS = {
     "index add": Verb(config.IndexAdd, "glsim.inference.index:add", show_index, progress=True),
     "index query": Verb(config.IndexQuery, "glsim.inference.index:query", show_query, progress=True),
     "index eval": Verb(config.IndexEval, "glsim.inference.index:evaluate", show_index_eval, progress=True),
-    "explain": Verb(config.Explain, "glsim.interpret.heatmaps:run", show_explain),
     "localize": Verb(config.Localize, "glsim.evaluation.localization:run", show_localize, progress=True),
     "serve": Verb(config.Serve, "glsim.inference.server:run", show_serve),
     "bench": Verb(config.Bench, "glsim.evaluation.speed:run", show_bench, progress=True),

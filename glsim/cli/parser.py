@@ -104,7 +104,9 @@ def add_option(parser: Any, f: dataclasses.Field, hint: Any, recipes: bool) -> N
     elif hint == list[str] | None:
         parser.add_argument(option, nargs="+", type=str, default=default, help=text)
     elif hint in (list[int], list[float], list[str]):
-        parser.add_argument(option, nargs="+", type=typing.get_args(hint)[0], default=default, help=text)
+        kind = typing.get_args(hint)[0]
+        given: dict[str, Any] = {"required": True} if needed else {"default": default}
+        parser.add_argument(option, nargs="+", type=kind, help=text, **given)
     elif needed:
         parser.add_argument(option, type=hint, required=True, help=text)
     else:

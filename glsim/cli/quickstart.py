@@ -13,13 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from glsim.checkpoints.bundle import load, preprocessing_of
-from glsim.config import Datasets, Explain, Quickstart, Train
+from glsim.config import Datasets, Quickstart, Train
 from glsim.data import prepare
 from glsim.data.readers import ImageDataset, read_data
 from glsim.data.transforms import eval_transform, mask_transform
 from glsim.evaluation.evaluate import evaluate_bundle
 from glsim.files import make_folder, read_json, write_json, write_text
-from glsim.interpret import heatmaps
+from glsim.interpret.pictures import explain_images
 from glsim.training import train
 from glsim.types import ConfigError
 
@@ -68,7 +68,7 @@ def run(s: Quickstart, progress: bool = True) -> dict[str, Any]:
         accuracy[method] = evaluate_bundle(folder, data, out=report / method, workers=s.workers).top1
     crops = measure_crops(str(out / "glsim"), data)
     shown = [str(sorted(folder.iterdir())[0]) for folder in sorted((data / "test").iterdir())]
-    heatmaps.run(Explain(source=str(out / "glsim"), images=shown, out=str(report / "pictures")))
+    explain_images(out / "glsim", shown, report / "pictures")
     result = {
         "test_top1": accuracy,
         "crops": crops,

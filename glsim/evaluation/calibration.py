@@ -21,10 +21,10 @@ from glsim.data.images import limited
 from glsim.data.loaders import make_loader
 from glsim.data.readers import split_hash
 from glsim.data.transforms import eval_transform
-from glsim.evaluation.confidence import NO_ANSWER, are_answers, calibration_error, find_threshold, graded, largest_rate
+from glsim.evaluation.confidence import calibration_error, find_threshold, graded, largest_rate
 from glsim.evaluation.evaluate import read_split
 from glsim.models.base import EarlyExitModel, Model
-from glsim.models.heads import top2_margin
+from glsim.models.heads import NO_ANSWER, are_answers, top2_margin
 from glsim.types import ConfigError, DataError
 
 COLDEST = 5.0  # logarithm of the highest temperature that is looked for, and of one over the lowest

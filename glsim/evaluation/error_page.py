@@ -22,7 +22,8 @@ from glsim.data.sources import located
 from glsim.data.transforms import Preprocessing, eval_transform
 from glsim.files import printable, write_text
 from glsim.inference.predictor import to_original
-from glsim.interpret.heatmaps import BOX_COLOUR, TITLES, Explanation, explanations, overlay, to_photograph
+from glsim.interpret.drawing import BOX_COLOUR, overlay, title_of
+from glsim.interpret.heatmaps import Explanation, explanations, to_photograph
 from glsim.models.base import Model
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def _pictures(photograph: Image.Image, e: Explanation, p: Preprocessing) -> list
     box = to_original(e.box, small.size, p)
     return [
         ("image and box", _address(_with_box(small, box))),
-        (f"scores: {TITLES.get(e.metric, e.metric)}", _address(_with_box(Image.fromarray(heat), box))),
+        (f"scores: {title_of(e.metric)}", _address(_with_box(Image.fromarray(heat), box))),
         ("in the box", _address(ImageOps.contain(crop, (SIDE, SIDE), Image.Resampling.BICUBIC))),
     ]
 

@@ -25,12 +25,13 @@ from glsim.data.loaders import make_loader, read
 from glsim.data.readers import ImageList, hold_out_val, is_split, read_data, split_hash
 from glsim.data.sources import located
 from glsim.data.transforms import eval_transform
-from glsim.evaluation.confidence import NO_ANSWER, are_answers, calibration_error, reliability, risk_coverage
+from glsim.evaluation.confidence import calibration_error, reliability, risk_coverage
 from glsim.evaluation.error_page import find_mistakes, write_page
 from glsim.evaluation.plots import draw_confidence, draw_confusion
 from glsim.files import csv_text, document, make_folder, write_json, write_text
 from glsim.inference.predictor import answers
 from glsim.models.base import Model
+from glsim.models.heads import NO_ANSWER, are_answers
 from glsim.types import ConfigError, DataError, optional
 
 MOST_CLASSES_DRAWN = 60  # in confusion.png; more names and numbers cannot be read

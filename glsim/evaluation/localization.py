@@ -23,7 +23,8 @@ from glsim.data.transforms import Preprocessing, eval_transform, mask_transform
 from glsim.evaluation.faithfulness import NOISE, SHARES, faithfulness, under
 from glsim.evaluation.localization_metrics import BOX_MEASURES, as_numbers, measure_boxes, measure_scores, signed
 from glsim.files import make_parent, write_json
-from glsim.interpret.heatmaps import selections_of, spell_out, title_of
+from glsim.interpret.drawing import title_of
+from glsim.interpret.heatmaps import selections_of, spell_out
 from glsim.models.base import Model
 from glsim.models.boxes import place_boxes
 from glsim.types import DataError, DataWarning, Output

@@ -26,7 +26,8 @@ from torch import Tensor
 from glsim.data.images import BadImage, read_image
 from glsim.data.transforms import eval_transform
 from glsim.inference.predictor import Prediction, Predictor, to_original
-from glsim.interpret.heatmaps import selections_of, title_of, to_heatmap, to_photograph
+from glsim.interpret.drawing import title_of
+from glsim.interpret.heatmaps import selections_of, to_heatmap, to_photograph
 from glsim.models.base import Model
 from glsim.models.scores import METRICS, check_metric, check_top, needs_attention
 from glsim.types import ConfigError, DataError
@@ -114,10 +115,9 @@ class Service:
         self.transform = eval_transform(self.preprocessing)
         # Read once: while the model answers, other threads would find there what one wish changed.
         self.selects = self._try_model()
-        self.metric: str = getattr(model, "metric", model.config["method"]) if self.selects else "gls_cos"
-        self.any_metric = hasattr(model, "metric")  # chooses by scores, whose ever
-        self.top_o: int | None = getattr(model, "top_o", None)
-        self.by_threshold = hasattr(model, "threshold")
+        self.metric: str = (model.metric or model.config["method"]) if self.selects else "gls_cos"
+        self.any_metric = model.metric is not None  # chooses by scores, whose ever
+        self.top_o: int | None = model.top_o
         self.counts, self._lock = Counts(), Lock()
         self.pool = ThreadPoolExecutor(workers, "decode")
         self._waiting: SimpleQueue[Job | None] = SimpleQueue()
@@ -154,7 +154,7 @@ class Service:
 
     def takes_top_o(self, metric: str | None) -> bool:
         """Whether it matters with `metric` how many best patches are taken."""
-        return self.top_o is not None or not (self.decides(metric) or self.by_threshold)
+        return self.top_o is not None or not self.decides(metric)
 
     def check(self, wish: Wish) -> None:
         """Raise ConfigError, saying what would work, for a wish that this model cannot grant."""

@@ -31,7 +31,6 @@ from glsim.data.catalog import prepared
 from glsim.data.images import BadImage, limited
 from glsim.data.readers import ImageList, find_images
 from glsim.data.sources import clean_label
-from glsim.evaluation.confidence import NO_ANSWER, are_answers
 from glsim.evaluation.evaluate import read_splits, take_split
 from glsim.files import (
     make_folder,
@@ -46,6 +45,7 @@ from glsim.files import (
 )
 from glsim.inference.predictor import Predictor, embedding_of, giving
 from glsim.models.base import Model
+from glsim.models.heads import NO_ANSWER, are_answers
 from glsim.types import EMBEDDINGS, ConfigError, DataError, GlsimError
 
 FORMAT = 1

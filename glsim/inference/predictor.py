@@ -22,10 +22,9 @@ from glsim.data.hierarchy import decide, flat, read_taxonomy
 from glsim.data.images import BadImage, limited, sharing
 from glsim.data.readers import ImageDataset, find_images
 from glsim.data.transforms import Preprocessing, eval_transform
-from glsim.evaluation.confidence import NO_ANSWER, are_answers
 from glsim.files import csv_text, expand, make_parent, printable, to_json, write_text
 from glsim.models.base import EarlyExitModel, Model
-from glsim.models.heads import top2_margin
+from glsim.models.heads import NO_ANSWER, are_answers, top2_margin
 from glsim.types import ConfigError, Output, choose
 
 

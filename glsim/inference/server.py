@@ -39,7 +39,7 @@ from glsim.data.images import BadImage, open_image
 from glsim.data.readers import find_images
 from glsim.files import one_line, printable, read_bytes, shorten, to_json
 from glsim.inference.batcher import Service, Wish
-from glsim.interpret.heatmaps import title_of
+from glsim.interpret.drawing import title_of
 from glsim.models.scores import METRICS
 from glsim.types import ConfigError, GlsimError
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -15,14 +16,15 @@ from PIL import Image
 from torch import Tensor
 
 from glsim.checkpoints.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of
-from glsim.config import Explain
-from glsim.data.images import BadImage, read_any
+from glsim.data.images import MAX_MEGAPIXELS, BadImage, pixel_limit, read_any
 from glsim.data.readers import find_images
 from glsim.data.sources import clean_label
 from glsim.data.transforms import eval_transform
-from glsim.evaluation.confidence import NO_ANSWER
-from glsim.interpret.heatmaps import GREY, SIDE, Page, Photograph, cell, photographs, targets_of, to_photograph, view_of
+from glsim.interpret.drawing import GREY, SIDE, Page, cell, view_of
+from glsim.interpret.heatmaps import Photograph, to_photograph
+from glsim.interpret.pictures import photographs, targets_of
 from glsim.models.base import Model
+from glsim.models.heads import NO_ANSWER
 from glsim.types import ConfigError
 
 STEPS = 16  # of the path from the mean colour to the image
@@ -128,38 +130,88 @@ def classes_of(model: Model, *names: str) -> list[int]:
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def run(s: Explain) -> dict[str, Any]:
-    """`glsim explain --contrast A B`: one PNG an image, with the map beside it."""
-    names = s.contrast or []
-    paths = find_images(s.images)[: s.limit]
-    model = load(s.source, **s.options).to(pick_device(s.device))
-    a, b = classes_of(model, *names)
-    targets = targets_of(s.out, paths)
-    p = preprocessing_of(model)
-    transform = eval_transform(p)
-    pictures: list[dict[str, Any]] = []
-    skipped: list[str] = []
+@dataclass(frozen=True)
+class ContrastPicture:
+    """What in one image speaks for class A against class B."""
 
-    def views_of(image: Image.Image) -> tuple[Tensor, np.ndarray]:
-        return transform(image), view_of(image, p)
+    path: str
+    picture: str
+    difference: float  # logit of A less that of B
+    start: float  # the same of an image of the mean colour alone
+    probabilities: list[float]  # of A and of B, among all classes
+    map: list[list[float]]  # (rows, cols) in logits: above 0 for A
 
-    for path, (seen, view), target in photographs(paths, targets, views_of, s.skip_bad, skipped):
-        c = attribute(model, seen[None], a, b)
-        if not (np.isfinite(c.maps).all() and np.isfinite(c.probabilities).all()):
-            bad = BadImage(path, NO_ANSWER)
-            if not s.skip_bad:
-                raise bad
-            skipped.append(str(bad))
-            continue
-        draw(view, c, names, "/".join(path.parts[-2:]), target, s.alpha, s.power)
-        told = {
-            "difference": float(c.differences[0]),
-            "start": float(c.start[0]),
-            "probabilities": c.probabilities[0].tolist(),
-        }
-        pictures.append({"path": str(path), "picture": str(target), **told, "map": c.maps[0].tolist()})
-    result = {"source": str(s.source), "out": str(s.out), "contrast": names}
-    return {**result, "pictures": pictures, "skipped": skipped}
+
+@dataclass(frozen=True)
+class ContrastPictures:
+    """What `contrast_images` drew."""
+
+    source: str
+    out: str
+    contrast: list[str]  # the two classes
+    pictures: list[ContrastPicture]
+    skipped: list[str]  # files that cannot be read or answered, and why
+
+
+def contrast_images(
+    source: str | Path,
+    images: Sequence[str | Path],
+    out: str | Path,
+    *,
+    classes: Sequence[str],
+    options: Mapping[str, Any] | None = None,
+    alpha: float = 0.7,
+    power: float = 1.0,
+    limit: int = 100,
+    skip_bad: bool = False,
+    max_megapixels: float = MAX_MEGAPIXELS,
+    device: str | None = None,
+) -> ContrastPictures:
+    """Draw what speaks for the first of two `classes` against the second: one PNG an image, with the map beside it.
+
+    Args:
+        source: what `glsim.load` takes.
+        images: files, folders or globs.
+        out: folder for the pictures.
+        classes: names of two classes of the model.
+        options: options of the method to change.
+        alpha: opacity of the map where it is strongest, 0 to 1.
+        power: exponent on the strength of the map in [0, 1].
+        limit: draw at most this many images.
+        skip_bad: leave images out that cannot be read, or have no finite answer; they are listed in `skipped`.
+        max_megapixels: larger images are bad files.
+
+    Returns:
+        The paths of what was drawn, with maps and probabilities.
+
+    Raises:
+        ConfigError: for an unknown class, or a folder where a picture would replace an image.
+        DataError: for images that are not there or cannot be read.
+    """
+    with pixel_limit(max_megapixels):
+        paths = find_images(images)[:limit]
+        model = load(source, **options or {}).to(pick_device(device))
+        a, b = classes_of(model, *classes)
+        targets, p = targets_of(out, paths), preprocessing_of(model)
+        transform = eval_transform(p)
+        pictures: list[ContrastPicture] = []
+        skipped: list[str] = []
+
+        def views_of(image: Image.Image) -> tuple[Tensor, np.ndarray]:
+            return transform(image), view_of(image, p)
+
+        for path, (seen, view), target in photographs(paths, targets, views_of, skip_bad, skipped):
+            c = attribute(model, seen[None], a, b)
+            if not (np.isfinite(c.maps).all() and np.isfinite(c.probabilities).all()):
+                bad = BadImage(path, NO_ANSWER)
+                if not skip_bad:
+                    raise bad
+                skipped.append(str(bad))
+                continue
+            draw(view, c, classes, "/".join(path.parts[-2:]), target, alpha, power)
+            numbers = float(c.differences[0]), float(c.start[0]), c.probabilities[0].tolist(), c.maps[0].tolist()
+            pictures.append(ContrastPicture(str(path), str(target), *numbers))
+    return ContrastPictures(str(source), str(out), list(classes), pictures, skipped)
 
 
 def draw(

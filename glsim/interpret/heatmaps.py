@@ -1,59 +1,26 @@
-"""Heat-maps, boxes and crops of what a model selects, as arrays and as PNG files."""
+"""Heat-maps, boxes and crops of what a model selects, as arrays."""
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from importlib import import_module
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, overload
+from typing import NamedTuple, overload
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
-from glsim.checkpoints.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of
-from glsim.config import Explain
-from glsim.data.images import BadImage, limited, read_any, read_image
-from glsim.data.readers import find_images
+from glsim.checkpoints.bundle import labels_of, preprocessing_of, temperature_of
+from glsim.data.images import read_any
 from glsim.data.transforms import Preprocessing, eval_transform, to_picture
-from glsim.evaluation.plots import save_figure
-from glsim.files import make_folder
-from glsim.interpret import representations
 from glsim.models.base import Model
-from glsim.models.boxes import crop_and_resize, select, select_component
+from glsim.models.boxes import crop_and_resize
 from glsim.models.scores import METRICS, check_metric, check_top, needs_attention, score
-from glsim.types import ConfigError, DataError, Output, Selection
-
-BOX_COLOUR, INK, GREY = "#ff2d55", "#1c1c1e", "#6e6e73"
-SHEET, SHEET_ROWS = "sheet.png", 24
-FINE = 768  # pixels at least of the longer side of a view that pictures are made from
-SIDE, WIDEST, LARGEST = 300, 3800, 12e6  # pixels: of a cell at most, of a picture's width, of a sheet's area
-TITLES = {
-    "gls_cos": "GLS cos",
-    "gls_l1": "GLS L1",
-    "gls_l2": "GLS L2",
-    "attention": "Attention",
-    "rollout": "Rollout",
-    "psm": "PSM",
-    "maws": "MAWS",
-    "sacm": "SACM",
-    "rams": "RAMS",
-    "mhv": "MHV",
-    "random": "Random",
-    "cal": "CAL",
-}
+from glsim.types import ConfigError, Output, Selection
 
 Photograph = str | Path | Image.Image
-T = TypeVar("T")
 
 
 class Explanation(NamedTuple):
@@ -121,13 +88,12 @@ def explanations(model: Model, images: Tensor, metric: str | None = None) -> lis
     """Explain the answers of `model` (in eval mode) for normalised `images` (B, 3, H, W).
 
     `metric` as for `explain`, which says what is raised. Box and crop are the model's own when the metric is. By
-    another metric they are what the model's rule (`glsim`, `rams`, `aftrans`) would have drawn; where it has none for a
-    single box, the box around the 8 best patches.
+    another metric they are what the model's rule would have drawn (`glsim.models.base:Model.select`).
     """
-    return _explanations(model, images, [metric])[0]
+    return explain_by(model, images, [metric])[0]
 
 
-def _explanations(
+def explain_by(
     model: Model, images: Tensor, metrics: Sequence[str | None], top_o: int | None = None, power: float = 1.0
 ) -> list[list[Explanation]]:
     """For each metric, an explanation of each image; None stands for the model's own, or gls_cos."""
@@ -161,38 +127,21 @@ def selections_of(
     """
     images = images.to(next(model.parameters()).device)
     output = model(images)
-    own = None if output.selection is None else getattr(model, "metric", model.config["method"])
+    own = None if output.selection is None else model.metric or model.config["method"]
     names = list(dict.fromkeys(metric or own or "gls_cos" for metric in metrics))
     others = [name for name in names if name != own]
     for name in others:
         check_metric(name, model.backbone.has_attention)
-    scores = _score(model, images, others)
+    f = model.features(images, attention=any(map(needs_attention, others))) if others else None
     found = []
     for name in names:
-        if name == own:
+        if f is None or name == own:
             selection, crops = output.selection, output.crops
         else:
-            selection, crops = _select_by(scores[name], model, images), None
+            selection, crops = model.select(score(name, f), images), None
+        assert selection is not None
         found.append((name, selection, crop_and_resize(images, selection.boxes) if crops is None else crops))
     return output, found
-
-
-def _score(model: Model, images: Tensor, metrics: Sequence[str]) -> dict[str, tuple[Tensor, tuple[int, int]]]:
-    """Each metric's scores (B, g, N) and the grid, from one pass."""
-    if not metrics:
-        return {}
-    f = model.features(images, attention=any(map(needs_attention, metrics)))
-    return {metric: (score(metric, f), f.grid) for metric in metrics}
-
-
-def _select_by(scored: tuple[Tensor, tuple[int, int]], model: Any, images: Tensor) -> Selection:
-    """What the model's rule, or else the box around the 8 best patches, selects by scores of another metric."""
-    (scores, grid), size = scored, images.shape[-2:]
-    if hasattr(model, "threshold"):
-        return select_component(scores, model.threshold, grid, size)
-    top_o = min(getattr(model, "top_o", 8), scores.shape[-1])
-    default = "inclusive" if hasattr(model, "metric") else "exclusive"  # as the method draws its own box
-    return select(scores, top_o, grid, size, getattr(model, "box", default))
 
 
 def _heatmaps(selection: Selection, images: Tensor, top_o: int | None, power: float) -> np.ndarray:
@@ -241,114 +190,7 @@ def _centred(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.pad(maps, pads)
 
 
-def overlay(image: np.ndarray, heatmap: np.ndarray, alpha: float = 0.7, colormap: str = "turbo") -> np.ndarray:
-    """Lay a `heatmap` in [0, 1], of any size, over an `image`, uint8 (H, W, 3): uint8 (H, W, 3).
-
-    The colours' opacity is `alpha` where the map is 1 and less where it is lower: there the image stays visible.
-    Raises ConfigError for a `colormap` that matplotlib does not have.
-    """
-    check_colormap(colormap)
-    size = (image.shape[1], image.shape[0])
-    heat = np.asarray(Image.fromarray(heatmap.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
-    colours = matplotlib.colormaps[colormap](heat)[..., :3] * 255
-    opacity = alpha * (0.4 + 0.6 * heat[..., None])
-    return (image * (1 - opacity) + colours * opacity).round().astype(np.uint8)
-
-
-def check_colormap(name: str) -> None:
-    """Raise ConfigError unless matplotlib has the colour map."""
-    if name not in matplotlib.colormaps:
-        raise ConfigError(f"unknown colormap {name!r}; try turbo, jet, viridis, magma, gray or another of matplotlib's")
-
-
-@limited
-def run(s: Explain) -> dict[str, Any]:
-    """The verb: one PNG an image, and `sheet.png` with up to 24 of them when there are several; or contrasts."""
-    if s.contrast is not None:
-        return import_module("glsim.interpret.contrast").run(s)  # which draws with what is here
-    check_colormap(s.colormap)
-    paths = find_images(s.images)[: s.limit]
-    model = load(s.source, **s.options).to(pick_device(s.device))
-    metrics = spell_out(s.metrics, model)
-    if s.layers:
-        representations.check_layers(model)
-    if s.top_only:
-        check_top(s.top_only, model.backbone.grid, "top_only")
-    folder, targets = Path(s.out), targets_of(s.out, paths)
-    p = preprocessing_of(model)
-    transform = eval_transform(p)
-    if s.layers:
-        bad: list[str] = []
-        views = (view[None] for _, view, _ in photographs(paths, targets, transform, s.skip_bad, bad))
-        written_down = representations.write(model, views, folder)
-        return {"source": str(s.source), "out": str(folder), "layers": written_down, "pictures": [], "skipped": bad}
-    names: list[str] = []
-    rows: list[Row] = []
-    pictures: list[dict[str, Any]] = []
-    skipped: list[str] = []
-
-    def views_of(image: Image.Image) -> tuple[Tensor, np.ndarray]:
-        return transform(image), view_of(image, p)
-
-    for path, (seen, view), target in photographs(paths, targets, views_of, s.skip_bad, skipped):
-        found = [e for (e,) in _explanations(model, seen[None], metrics, s.top_only or None, s.power)]
-        row = Row(view, found, "/".join(path.parts[-2:]))  # with the folder, which is often the class
-        if len(found) == 1:
-            draw_sheet([row], target, s.alpha, s.colormap)
-        else:
-            draw_mechanisms(row, target, s.alpha, s.colormap)
-        if len(rows) < SHEET_ROWS:
-            rows.append(row)
-        names = [e.metric for e in found]
-        boxes = {e.metric: list(e.box) for e in found}
-        where = {"boxes": boxes} if len(found) > 1 else {"box": list(found[0].box)}
-        answer = {"label": found[0].label, "probability": found[0].probability}
-        pictures.append({"path": str(path), "picture": str(target), **answer, **where})
-    sheet = str(folder / SHEET) if len(pictures) > 1 else None
-    if sheet:
-        draw_sheet(rows, sheet, s.alpha, s.colormap)
-    result = {"source": str(s.source), "out": str(folder), "metrics": names, "sheet": sheet}
-    return {**result, "pictures": pictures, "skipped": skipped}
-
-
-def targets_of(out: str | Path, paths: Sequence[Path]) -> list[Path]:
-    """A PNG in the folder `out`, which is made, for each image; ConfigError rather than overwrite one of these."""
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"out={folder} is a file; name a folder")
-    make_folder(folder)
-    targets = [folder / f"{name}.png" for name in _unique_names(paths)]
-    taken = {path.resolve() for path in paths} & {
-        target.resolve() for target in [*targets, folder / SHEET, folder / representations.PICTURE]
-    }
-    if taken:
-        raise ConfigError(f"out={folder} would overwrite the image {min(taken)}; name another folder")
-    return targets
-
-
-def photographs(
-    paths: Sequence[Path],
-    targets: Sequence[Path],
-    use: Callable[[Image.Image], T],
-    skip_bad: bool,
-    skipped: list[str],
-) -> Iterator[tuple[Path, T, Path]]:
-    """Path, what `use` makes of the image, and target of each that can be read.
-
-    The others are raised, or with `skip_bad` told in `skipped`.
-    """
-    for path, target in zip(paths, targets, strict=True):
-        try:
-            made = read_image(path, use)
-        except BadImage as error:
-            if not skip_bad:
-                raise
-            skipped.append(str(error))
-            continue
-        yield path, made, target
-
-
-def spell_out(names: list[str] | None, model: Model) -> list[str | None]:
+def spell_out(names: Sequence[str] | None, model: Model) -> list[str | None]:
     """Spell out "all": the model's own (None), and every other that it can take; ConfigError for what it cannot."""
     every = [name for name in METRICS if model.backbone.has_attention or not needs_attention(name)]
     metrics: list[str | None] = []
@@ -357,171 +199,3 @@ def spell_out(names: list[str] | None, model: Model) -> list[str | None]:
             check_metric(name, model.backbone.has_attention)
         metrics += [None, *every] if name == "all" else [name]
     return metrics or [None]
-
-
-class Row(NamedTuple):
-    """One image, and what each metric says of it."""
-
-    view: np.ndarray  # uint8, what the network was shown, in more pixels than it was
-    found: list[Explanation]
-    name: str
-
-    def answer(self) -> str:
-        """Label and probability."""
-        return f"{self.found[0].label.replace('_', ' ')}  {self.found[0].probability:.0%}"
-
-    def crop(self, e: Explanation) -> np.ndarray:
-        """What is in the box of `e`, in the shape that the second pass sees."""
-        scale = self.view.shape[0] // e.image.shape[0]
-        cut = Image.fromarray(self.view).crop([side * scale for side in e.box])  # type: ignore[arg-type]
-        size = (e.crop.shape[1] * scale, e.crop.shape[0] * scale)
-        return np.asarray(cut.resize(size, Image.Resampling.BICUBIC))
-
-
-def view_of(image: Image.Image, p: Preprocessing) -> np.ndarray:
-    """What the network is shown of `image`, uint8, in a whole multiple of its pixels."""
-    height, width = p.image_size
-    scale = math.ceil(FINE / max(height, width))
-    fine = replace(p, image_size=(height * scale, width * scale))
-    return to_picture(eval_transform(fine)(image), fine)
-
-
-class Page:
-    """A white page of pixels; pictures, boxes and words are put at (x, y), counted from the top left corner."""
-
-    def __init__(self, width: float, height: float) -> None:
-        self.pixels = np.full((math.ceil(height), math.ceil(width), 3), 255, np.uint8)
-        height, width = self.pixels.shape[:2]
-        self.figure = Figure(figsize=(width / 72, height / 72), dpi=72)  # a point is a pixel
-        FigureCanvasAgg(self.figure)
-        self.axes = self.figure.add_axes((0, 0, 1, 1))
-        self.axes.set(xlim=(0, width), ylim=(height, 0))
-        self.axes.set_axis_off()
-
-    def picture(self, image: np.ndarray, x: float, y: float, width: float, height: float) -> None:
-        """Put `image` at the place, as large as fits without changing its shape, in the middle."""
-        scale = min(width / image.shape[1], height / image.shape[0])
-        w, h = round(image.shape[1] * scale), round(image.shape[0] * scale)
-        left, top = round(x + (width - w) / 2), round(y + (height - h) / 2)
-        small = Image.fromarray(image).resize((w, h), Image.Resampling.LANCZOS)
-        self.pixels[top : top + h, left : left + w] = np.asarray(small)
-
-    def box(self, e: Explanation, x: float, y: float, width: float, height: float) -> None:
-        """Draw the box of `e` on a picture of its whole view that lies there."""
-        line = max(2.0, width / 75)
-        step = (width / e.image.shape[1], height / e.image.shape[0]) * 2
-        left, top, right, bottom = (side * s for side, s in zip(e.box, step, strict=True))
-        left, top = max(left, line), max(top, line)  # the line stays on the picture
-        right, bottom = min(right, width - line), min(bottom, height - line)
-        for colour, thick in (("white", 1.8 * line), (BOX_COLOUR, line)):
-            corner = (round(x) + left, round(y) + top)
-            self.axes.add_patch(Rectangle(corner, right - left, bottom - top, fill=False, ec=colour, lw=thick))
-
-    def words(self, text: str, x: float, y: float, room: float, size: float, **style: Any) -> float:
-        """Write `text` with its baseline at `y`; returns its width.
-
-        Where it is wider than `room` its `size` shrinks to two thirds, and then its middle is left out.
-        """
-        style = {"color": INK, "va": "baseline", **style}
-        shown = self.axes.text(x, y, text, parse_math=False, fontsize=size, **style)
-        kept = len(text)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing")
-            if (width := _width(shown)) > room:
-                shown.set_fontsize(size * max(0.66, 0.99 * room / width))
-            while (width := _width(shown)) > room and kept > 1:
-                kept = max(1, min(kept - 1, int(kept * room / width)))
-                shown.set_text(f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}")
-        return width
-
-    def write(self, path: str | Path) -> None:
-        """Write the page as PNG."""
-        height, width = self.pixels.shape[:2]
-        self.axes.imshow(self.pixels, extent=(0, width, height, 0), interpolation="nearest", aspect="auto")
-        save_figure(self.figure, path, dpi=72)
-
-
-def _width(text: Any) -> float:
-    extent = text.get_window_extent()
-    return extent.height if text.get_rotation() == 90 else extent.width
-
-
-def draw_sheet(rows: Sequence[Row], path: str | Path, alpha: float = 0.7, colormap: str = "turbo") -> None:
-    """Write one PNG with a row for each image.
-
-    With one metric the columns are the image with its box, the heat-map and the crop; with several, the image and the
-    heat-map with box of each metric.
-    """
-    metrics = [e.metric for e in rows[0].found]
-    single = len(metrics) == 1
-    columns = 3 if single else 1 + len(metrics)
-    side = min(1.4 * SIDE if single else SIDE, WIDEST / (columns * 1.03), math.sqrt(LARGEST / (columns * len(rows))))
-    width, height = cell(rows[0].view, side)
-    gap, font = round(0.03 * side), 0.07 * side if single else 0.11 * side
-    head, caption = 1.7 * font, 2.0 * font
-    page = Page(columns * (width + gap) + gap, head + len(rows) * (height + caption) + gap)
-    xs = [gap + i * (width + gap) for i in range(columns)]
-    titles = ["Image and box", title_of(metrics[0]), "Crop"] if single else ["Image", *map(title_of, metrics)]
-    for x, title in zip(xs, titles, strict=True):
-        page.words(title, x + width / 2, 1.35 * font, width, font, ha="center", fontweight="bold")
-    for i, row in enumerate(rows):
-        y = head + i * (height + caption)
-        baseline = y + 1.45 * font
-        used = page.words(row.answer(), gap, baseline, 0.7 * (page.pixels.shape[1] - 2 * gap), 0.9 * font)
-        room = page.pixels.shape[1] - 3 * gap - used - font
-        page.words(row.name, gap + used + font, baseline, room, 0.75 * font, color=GREY)
-        y += caption
-        page.picture(row.view, xs[0], y, width, height)
-        for x, e in zip(xs[1:], row.found, strict=False):
-            page.picture(overlay(row.view, e.heatmap, alpha, colormap), x, y, width, height)
-            page.box(e, x, y, width, height)
-        if single:
-            page.box(row.found[0], xs[0], y, width, height)
-            page.picture(row.crop(row.found[0]), xs[2], y, width, height)
-    page.write(path)
-
-
-def draw_mechanisms(row: Row, path: str | Path, alpha: float = 0.7, colormap: str = "turbo") -> None:
-    """Write one PNG of an image: large at the left, then a column for each metric with heat-map, box and crop."""
-    side = min(SIDE, WIDEST / (len(row.found) + 3.5))
-    width, height = cell(row.view, side)
-    gap, font = round(0.03 * side), 0.11 * side
-    head = 2.0 * font
-    large_width, large_height = 3 * width + 2 * gap, 3 * height + 2 * gap
-    start = gap + large_width + 1.6 * font
-    page = Page(start + len(row.found) * (width + gap), head + large_height + gap)
-    baseline = 1.35 * font
-    used = page.words(row.answer(), gap, baseline, 0.7 * large_width, font, fontweight="bold")
-    room = large_width - used - font
-    page.words(row.name, gap + large_width, baseline, room, 0.75 * font, color=GREY, ha="right")
-    page.picture(row.view, gap, head, large_width, large_height)
-    ys = [head + i * (height + gap) for i in range(3)]
-    for y, name in zip(ys, ("Score", "Box", "Crop"), strict=True):
-        style = {"rotation": 90, "ha": "center", "va": "center", "color": GREY}
-        page.words(name, start - 0.75 * font, y + height / 2, height, 0.9 * font, **style)
-    for i, e in enumerate(row.found):
-        x = start + i * (width + gap)
-        page.words(title_of(e.metric), x + width / 2, baseline, width, font, ha="center", fontweight="bold")
-        for y, picture in zip(ys, (overlay(row.view, e.heatmap, alpha, colormap), row.view, row.crop(e)), strict=True):
-            page.picture(picture, x, y, width, height)
-        page.box(e, x, ys[1], width, height)
-    page.write(path)
-
-
-def cell(view: np.ndarray, side: float) -> tuple[int, int]:
-    """Width and height of a picture of `view` whose longer side has `side` pixels."""
-    scale = side / max(view.shape[:2])
-    return round(view.shape[1] * scale), round(view.shape[0] * scale)
-
-
-def title_of(metric: str) -> str:
-    """The metric for people: "PSM", "Rollout (first=2, last=8)"."""
-    name, _, given = metric.partition(":")
-    return TITLES.get(name, name) + (f" ({given.replace(',', ', ')})" if given else "")
-
-
-def _unique_names(paths: Sequence[Path]) -> list[str]:
-    """A file name for each picture: the image's own, with its folder's name before it where two would collide."""
-    stems = [p.stem for p in paths]
-    names = [p.stem if stems.count(p.stem) == 1 and p.stem != "sheet" else f"{p.parent.name}_{p.stem}" for p in paths]
-    return [n if names.count(n) == 1 else f"{i:04d}_{n}" for i, n in enumerate(names)]

@@ -6,7 +6,8 @@ first estimate is biased towards 1, so HSIC is estimated without bias (Nguyen et
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,13 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from glsim.evaluation.plots import save_figure
-from glsim.files import write_json
+from glsim.checkpoints.bundle import load, pick_device, preprocessing_of
+from glsim.data.images import MAX_MEGAPIXELS, pixel_limit
+from glsim.data.readers import find_images
+from glsim.data.transforms import eval_transform
+from glsim.files import document, write_json
+from glsim.interpret.drawing import save_figure
+from glsim.interpret.pictures import photographs, targets_of
 from glsim.models.backbone import Backbone
 from glsim.models.base import Model
 from glsim.types import ConfigError, DataError
@@ -25,6 +31,53 @@ LEAST = 4  # images, for the estimate of HSIC
 ROUNDING = 1e-10  # relative, of a square: tokens are float32
 PICTURE, TABLE = "layers.png", "layers.json"
 KINDS = {"whole": "all tokens of an image", "pooled": "mean of its tokens"}
+
+
+@dataclass(frozen=True)
+class Similarities:
+    """Linear CKA between all layers, (layers, layers): of all tokens of an image, and of their mean."""
+
+    whole: list[list[float]]
+    pooled: list[list[float]]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Tokens after every block and after the final norm: numbers for each layer, means over the images.
+
+    Where there is no class token, the mean patch stands in its place.
+    """
+
+    images: int
+    layers: list[str]  # numbers of the blocks, and norm
+    norm_cls: list[float]  # length of the class token
+    norm_patch: list[float]  # mean length of the patches
+    norm_patch_max: list[float]  # length of the longest patch
+    distance: list[float]  # Euclidean, between two patches of an image
+    similarity: list[float]  # cosine of two patches of an image
+    cls_distance: list[float]  # Euclidean, between class token and patch
+    cls_similarity: list[float]  # cosine of class token and patch
+    cls_similarity_max: list[float]  # the same of the most similar patch
+    cka: Similarities
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnLayers(Layers):
+    """`Layers`, drawn and written down."""
+
+    picture: str
+    table: str
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """What `trace_representations` measured."""
+
+    source: str
+    out: str
+    layers: DrawnLayers
+    pictures: list[str]  # none: of the images themselves nothing is drawn
+    skipped: list[str]  # files that cannot be read, and why
 
 
 def hsic(a: Tensor, b: Tensor) -> Tensor:
@@ -66,14 +119,15 @@ def check_layers(model: Model) -> None:
 
 
 @torch.inference_mode()
-def analyse(model: Model, batches: Iterable[Tensor]) -> dict[str, Any]:
-    """The tokens after every block, and after the final norm, for normalised images (B, 3, H, W), four or more in all.
+def analyse(model: Model, batches: Iterable[Tensor]) -> Layers:
+    """Measure the tokens after every block, and after the final norm.
 
-    Returns lists with a number a layer, means over images: `norm_cls`, `norm_patch`, `norm_patch_max` (lengths of
-    tokens), `distance` and `similarity` (Euclidean distance and cosine between two patches of an image),
-    `cls_distance`, `cls_similarity` and `cls_similarity_max` (of class token and patches; the mean patch where there
-    is no class token), and `cka` by kind, a matrix over the layers. All tokens are held in memory for it. Raises
-    ConfigError for a network without blocks over one grid of tokens, DataError for fewer than four images, or the same.
+    Args:
+        batches: normalised images (B, 3, H, W), four or more in all. All their tokens are held in memory.
+
+    Raises:
+        ConfigError: for a network without blocks over one grid of tokens.
+        DataError: for fewer than four images, or where all, or all but one, are the same.
     """
     check_layers(model)
     device = next(model.parameters()).device
@@ -94,12 +148,12 @@ def analyse(model: Model, batches: Iterable[Tensor]) -> dict[str, Any]:
         kind: torch.stack([gram(torch.cat([batch[i] for batch in parts])) for i in range(len(means))])
         for kind, parts in by_kind.items()
     }
-    return {
-        "images": count,
-        "layers": [*(str(i + 1) for i in range(model.backbone.depth)), "norm"],
+    return Layers(
+        images=count,
+        layers=[*(str(i + 1) for i in range(model.backbone.depth)), "norm"],
         **{name: means[:, i].tolist() for i, name in enumerate(MEASURES)},
-        "cka": {kind: cka(g).tolist() for kind, g in grams.items()},
-    }
+        cka=Similarities(**{kind: cka(g).tolist() for kind, g in grams.items()}),
+    )
 
 
 MEASURES = (
@@ -139,22 +193,57 @@ def measures(backbone: Backbone, tokens: Tensor) -> Tensor:
     )
 
 
-def write(model: Model, batches: Iterable[Tensor], folder: Path) -> dict[str, Any]:
-    """`analyse`, written into `folder` as layers.json and layers.png; returns it, with the paths."""
-    found = analyse(model, batches)
-    write_json(folder / TABLE, found)
+def trace_representations(
+    source: str | Path,
+    images: Sequence[str | Path],
+    out: str | Path,
+    *,
+    options: Mapping[str, Any] | None = None,
+    limit: int = 100,
+    skip_bad: bool = False,
+    max_megapixels: float = MAX_MEGAPIXELS,
+    device: str | None = None,
+) -> LayerTrace:
+    """Measure what becomes of the tokens from block to block, and write layers.png and layers.json.
+
+    Args:
+        source: what `glsim.load` takes.
+        images: files, folders or globs; four images or more in all.
+        out: folder for both files.
+        options: options of the method to change.
+        limit: take at most this many images.
+        skip_bad: leave unreadable images out; they are listed in `skipped`.
+        max_megapixels: larger images are bad files.
+
+    Returns:
+        The measurements, and the paths of both files.
+
+    Raises:
+        ConfigError: for a network without blocks over one grid of tokens.
+        DataError: for images that are not there or cannot be read, fewer than four, or all the same.
+    """
+    with pixel_limit(max_megapixels):
+        paths = find_images(images)[:limit]
+        model = load(source, **options or {}).to(pick_device(device))
+        check_layers(model)
+        folder, targets = Path(out), targets_of(out, paths)
+        skipped: list[str] = []
+        views = photographs(paths, targets, eval_transform(preprocessing_of(model)), skip_bad, skipped)
+        found = analyse(model, (view[None] for _, view, _ in views))
+    write_json(folder / TABLE, document(found))
     draw(found, folder / PICTURE)
-    return {"picture": str(folder / PICTURE), "table": str(folder / TABLE), **found}
+    drawn = DrawnLayers(**vars(found), picture=str(folder / PICTURE), table=str(folder / TABLE))
+    return LayerTrace(str(source), str(out), drawn, [], skipped)
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
+def draw(found: Layers, path: Path) -> None:
     """Both CKA matrices, and the other measures over the layers, as PNG."""
     figure = Figure(figsize=(15, 8.5), layout="constrained")
     axes = figure.subplots(2, 3)
-    names = found["layers"]
+    names = found.layers
     places = range(len(names))
     for place, kind in zip(axes[:, 0], KINDS, strict=True):
-        image = place.imshow(found["cka"][kind], vmin=0, vmax=1, cmap="magma", origin="lower")
+        image = place.imshow(getattr(found.cka, kind), vmin=0, vmax=1, cmap="magma", origin="lower")
         place.set(title=f"CKA, {KINDS[kind]}", xlabel="block", ylabel="block")
         place.set_xticks(places, names, fontsize=7)
         place.set_yticks(places, names, fontsize=7)
@@ -171,7 +260,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     }
     for place, (title, lines) in zip(axes[:, 1:].flat, panels.items(), strict=True):
         for name, label in lines.items():
-            place.plot(places, found[name], marker=".", label=label)
+            place.plot(places, getattr(found, name), marker=".", label=label)
         place.set(title=title, xlabel="block")
         place.set_xticks(places, names, fontsize=7)
         place.grid(alpha=0.3)

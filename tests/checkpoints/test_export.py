@@ -21,10 +21,9 @@ from glsim.checkpoints import export, onnx_runtime
 from glsim.config import Bench, Export, Predict
 from glsim.data.images import BadImage
 from glsim.evaluation import speed
-from glsim.evaluation.confidence import NO_ANSWER
 from glsim.evaluation.evaluate import evaluate_bundle
 from glsim.inference.predictor import run as predict
-from glsim.models.heads import top2_margin
+from glsim.models.heads import NO_ANSWER, top2_margin
 
 LABELS = list("abcde")
 CLASS_TOKEN, REGISTERS, NEITHER = (

@@ -1,0 +1,222 @@
+"""Drawing of explanations as PNG files: overlays, pages of pictures and words, sheets of several images."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+from glsim.data.transforms import Preprocessing, eval_transform, to_picture
+from glsim.interpret.heatmaps import Explanation
+from glsim.models import METHODS, find_method
+from glsim.models.scores import TITLES
+from glsim.types import ConfigError
+
+BOX_COLOUR, INK, GREY = "#ff2d55", "#1c1c1e", "#6e6e73"
+FINE = 768  # pixels at least of the longer side of a view that pictures are made from
+SIDE, WIDEST = 300, 3800  # pixels at most: of a cell's longer side, of a picture's width
+SHEET_PIXELS = 12e6  # of a sheet, at most
+
+
+def save_figure(figure: Figure, path: str | Path, dpi: int = 120) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a script the font lacks shows as boxes
+        FigureCanvasAgg(figure).figure.savefig(temporary, format="png", dpi=dpi)
+    temporary.replace(path)
+
+
+def overlay(image: np.ndarray, heatmap: np.ndarray, alpha: float = 0.7, colormap: str = "turbo") -> np.ndarray:
+    """Lay a `heatmap` in [0, 1], of any size, over an `image`, uint8 (H, W, 3): uint8 (H, W, 3).
+
+    The colours' opacity is `alpha` where the map is 1 and less where it is lower: there the image stays visible.
+    Raises ConfigError for a `colormap` that matplotlib does not have.
+    """
+    check_colormap(colormap)
+    size = (image.shape[1], image.shape[0])
+    heat = np.asarray(Image.fromarray(heatmap.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
+    colours = matplotlib.colormaps[colormap](heat)[..., :3] * 255
+    opacity = alpha * (0.4 + 0.6 * heat[..., None])
+    return (image * (1 - opacity) + colours * opacity).round().astype(np.uint8)
+
+
+def check_colormap(name: str) -> None:
+    """Raise ConfigError unless matplotlib has the colour map."""
+    if name not in matplotlib.colormaps:
+        raise ConfigError(f"unknown colormap {name!r}; try turbo, jet, viridis, magma, gray or another of matplotlib's")
+
+
+class Row(NamedTuple):
+    """One image, and what each metric says of it."""
+
+    view: np.ndarray  # uint8, what the network was shown, in more pixels than it was
+    found: list[Explanation]
+    name: str
+
+    def answer(self) -> str:
+        """Label and probability."""
+        return f"{self.found[0].label.replace('_', ' ')}  {self.found[0].probability:.0%}"
+
+    def crop(self, e: Explanation) -> np.ndarray:
+        """What is in the box of `e`, in the shape that the second pass sees."""
+        scale = self.view.shape[0] // e.image.shape[0]
+        cut = Image.fromarray(self.view).crop([side * scale for side in e.box])  # type: ignore[arg-type]
+        size = (e.crop.shape[1] * scale, e.crop.shape[0] * scale)
+        return np.asarray(cut.resize(size, Image.Resampling.BICUBIC))
+
+
+def view_of(image: Image.Image, p: Preprocessing) -> np.ndarray:
+    """What the network is shown of `image`, uint8, in a whole multiple of its pixels."""
+    height, width = p.image_size
+    scale = math.ceil(FINE / max(height, width))
+    fine = replace(p, image_size=(height * scale, width * scale))
+    return to_picture(eval_transform(fine)(image), fine)
+
+
+class Page:
+    """A white page of pixels; pictures, boxes and words are put at (x, y), counted from the top left corner."""
+
+    def __init__(self, width: float, height: float) -> None:
+        self.pixels = np.full((math.ceil(height), math.ceil(width), 3), 255, np.uint8)
+        height, width = self.pixels.shape[:2]
+        self.figure = Figure(figsize=(width / 72, height / 72), dpi=72)  # a point is a pixel
+        FigureCanvasAgg(self.figure)
+        self.axes = self.figure.add_axes((0, 0, 1, 1))
+        self.axes.set(xlim=(0, width), ylim=(height, 0))
+        self.axes.set_axis_off()
+
+    def picture(self, image: np.ndarray, x: float, y: float, width: float, height: float) -> None:
+        """Put `image` at the place, as large as fits without changing its shape, in the middle."""
+        scale = min(width / image.shape[1], height / image.shape[0])
+        w, h = round(image.shape[1] * scale), round(image.shape[0] * scale)
+        left, top = round(x + (width - w) / 2), round(y + (height - h) / 2)
+        small = Image.fromarray(image).resize((w, h), Image.Resampling.LANCZOS)
+        self.pixels[top : top + h, left : left + w] = np.asarray(small)
+
+    def box(self, e: Explanation, x: float, y: float, width: float, height: float) -> None:
+        """Draw the box of `e` on a picture of its whole view that lies there."""
+        line = max(2.0, width / 75)
+        step = (width / e.image.shape[1], height / e.image.shape[0]) * 2
+        left, top, right, bottom = (side * s for side, s in zip(e.box, step, strict=True))
+        left, top = max(left, line), max(top, line)  # the line stays on the picture
+        right, bottom = min(right, width - line), min(bottom, height - line)
+        for colour, thick in (("white", 1.8 * line), (BOX_COLOUR, line)):
+            corner = (round(x) + left, round(y) + top)
+            self.axes.add_patch(Rectangle(corner, right - left, bottom - top, fill=False, ec=colour, lw=thick))
+
+    def words(self, text: str, x: float, y: float, room: float, size: float, **style: Any) -> float:
+        """Write `text` with its baseline at `y`; returns its width.
+
+        Where it is wider than `room` its `size` shrinks to two thirds, and then its middle is left out.
+        """
+        style = {"color": INK, "va": "baseline", **style}
+        shown = self.axes.text(x, y, text, parse_math=False, fontsize=size, **style)
+        kept = len(text)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing")
+            if (width := _width(shown)) > room:
+                shown.set_fontsize(size * max(0.66, 0.99 * room / width))
+            while (width := _width(shown)) > room and kept > 1:
+                kept = max(1, min(kept - 1, int(kept * room / width)))
+                shown.set_text(f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}")
+        return width
+
+    def write(self, path: str | Path) -> None:
+        """Write the page as PNG."""
+        height, width = self.pixels.shape[:2]
+        self.axes.imshow(self.pixels, extent=(0, width, height, 0), interpolation="nearest", aspect="auto")
+        save_figure(self.figure, path, dpi=72)
+
+
+def _width(text: Any) -> float:
+    extent = text.get_window_extent()
+    return extent.height if text.get_rotation() == 90 else extent.width
+
+
+def draw_sheet(rows: Sequence[Row], path: str | Path, alpha: float = 0.7, colormap: str = "turbo") -> None:
+    """Write one PNG with a row for each image.
+
+    With one metric the columns are the image with its box, the heat-map and the crop; with several, the image and the
+    heat-map with box of each metric.
+    """
+    metrics = [e.metric for e in rows[0].found]
+    single = len(metrics) == 1
+    columns = 3 if single else 1 + len(metrics)
+    side = min(
+        1.4 * SIDE if single else SIDE, WIDEST / (columns * 1.03), math.sqrt(SHEET_PIXELS / (columns * len(rows)))
+    )
+    width, height = cell(rows[0].view, side)
+    gap, font = round(0.03 * side), 0.07 * side if single else 0.11 * side
+    head, caption = 1.7 * font, 2.0 * font
+    page = Page(columns * (width + gap) + gap, head + len(rows) * (height + caption) + gap)
+    xs = [gap + i * (width + gap) for i in range(columns)]
+    titles = ["Image and box", title_of(metrics[0]), "Crop"] if single else ["Image", *map(title_of, metrics)]
+    for x, title in zip(xs, titles, strict=True):
+        page.words(title, x + width / 2, 1.35 * font, width, font, ha="center", fontweight="bold")
+    for i, row in enumerate(rows):
+        y = head + i * (height + caption)
+        baseline = y + 1.45 * font
+        used = page.words(row.answer(), gap, baseline, 0.7 * (page.pixels.shape[1] - 2 * gap), 0.9 * font)
+        room = page.pixels.shape[1] - 3 * gap - used - font
+        page.words(row.name, gap + used + font, baseline, room, 0.75 * font, color=GREY)
+        y += caption
+        page.picture(row.view, xs[0], y, width, height)
+        for x, e in zip(xs[1:], row.found, strict=False):
+            page.picture(overlay(row.view, e.heatmap, alpha, colormap), x, y, width, height)
+            page.box(e, x, y, width, height)
+        if single:
+            page.box(row.found[0], xs[0], y, width, height)
+            page.picture(row.crop(row.found[0]), xs[2], y, width, height)
+    page.write(path)
+
+
+def draw_mechanisms(row: Row, path: str | Path, alpha: float = 0.7, colormap: str = "turbo") -> None:
+    """Write one PNG of an image: large at the left, then a column for each metric with heat-map, box and crop."""
+    side = min(SIDE, WIDEST / (len(row.found) + 3.5))
+    width, height = cell(row.view, side)
+    gap, font = round(0.03 * side), 0.11 * side
+    head = 2.0 * font
+    large_width, large_height = 3 * width + 2 * gap, 3 * height + 2 * gap
+    start = gap + large_width + 1.6 * font
+    page = Page(start + len(row.found) * (width + gap), head + large_height + gap)
+    baseline = 1.35 * font
+    used = page.words(row.answer(), gap, baseline, 0.7 * large_width, font, fontweight="bold")
+    room = large_width - used - font
+    page.words(row.name, gap + large_width, baseline, room, 0.75 * font, color=GREY, ha="right")
+    page.picture(row.view, gap, head, large_width, large_height)
+    ys = [head + i * (height + gap) for i in range(3)]
+    for y, name in zip(ys, ("Score", "Box", "Crop"), strict=True):
+        style = {"rotation": 90, "ha": "center", "va": "center", "color": GREY}
+        page.words(name, start - 0.75 * font, y + height / 2, height, 0.9 * font, **style)
+    for i, e in enumerate(row.found):
+        x = start + i * (width + gap)
+        page.words(title_of(e.metric), x + width / 2, baseline, width, font, ha="center", fontweight="bold")
+        for y, picture in zip(ys, (overlay(row.view, e.heatmap, alpha, colormap), row.view, row.crop(e)), strict=True):
+            page.picture(picture, x, y, width, height)
+        page.box(e, x, ys[1], width, height)
+    page.write(path)
+
+
+def cell(view: np.ndarray, side: float) -> tuple[int, int]:
+    """Width and height of a picture of `view` whose longer side has `side` pixels."""
+    scale = side / max(view.shape[:2])
+    return round(view.shape[1] * scale), round(view.shape[0] * scale)
+
+
+def title_of(metric: str) -> str:
+    """The metric for people: "PSM", "Rollout (first=2, last=8)"; or the method, where it scores in a way of its own."""
+    name, _, given = metric.partition(":")
+    title = find_method(name).title if name in METHODS else TITLES.get(name)
+    return (title or name) + (f" ({given.replace(',', ', ')})" if given else "")
