@@ -567,8 +567,9 @@ def test_text_is_never_yaml(tmp_path, name, option, role):
 
 
 def test_lists_of_texts_are_never_yaml():
-    s = cli.parse("explain", cli.VERBS["explain"], ["r", *WORDS, "--out", "123", "--contrast", "null", "1e3"])
-    assert (s.images, s.out, s.contrast) == (WORDS, "123", ["null", "1e3"])
+    words = ["r", *WORDS, "--out", "123", "--classes", "null", "1e3"]
+    s = cli.parse("explain contrast", cli.load_verb("explain contrast").options, words)
+    assert (s.images, s.out, s.classes) == (WORDS, "123", ["null", "1e3"])
     s = cli.parse("predict", cli.VERBS["predict"], ["r", "x", "--options.margin", "null"])
     assert s.options == {"margin": None}  # values of options are YAML
 

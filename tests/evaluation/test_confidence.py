@@ -268,10 +268,10 @@ def test_calibrate_finds_the_threshold_that_eval_and_predict_use(run_folder, bir
         (["predict", "m", "a.png", "--taxonomy", "t.csv"], "add --reject"),
         (["predict", "m", "a.png", "--reject", "--engine", "ray", "--out", "o"], "not with --engine ray"),
         (["explain", "m", "a.png", "--out", "o", "--contrast", "a", "a"], "two different classes"),
-        (["explain", "m", "a.png", "--out", "o", "--contrast", "a", "b", "--metrics", "all"], "no metrics"),
-        (["explain", "m", "a.png", "--out", "o", "--layers", "--contrast", "a", "b"], "no contrast with it"),
-        (["explain", "m", "a.png", "--out", "o", "--layers", "--metrics", "all", "--power", "2"], "no metrics, power"),
-        (["explain", "m", "a.png", "--out", "o", "--layers", "--top-only", "3"], "no top_only with it"),
+        (["explain", "m", "a.png", "--out", "o", "--contrast", "a", "b", "--metrics", "all"], "--metrics"),
+        (["explain", "m", "a.png", "--out", "o", "--layers", "--contrast", "a", "b"], "--layers"),
+        (["explain", "m", "a.png", "--out", "o", "--layers", "--metrics", "all"], "--metrics"),
+        (["explain", "layers", "m", "a.png", "--out", "o", "--top-only", "3"], "--top-only"),
     ],
 )
 def test_settings_that_make_no_sense(words, message, capsys):

@@ -88,7 +88,7 @@ def test_photographs_get_maps_of_their_size(tmp_path):
 def test_unknown_classes_are_named_with_those_that_are_close(tmp_path, capsys):
     source = glsim.save(small_model(), tmp_path / "m", labels=["robin", "wren", "oak", "elm", "ash"])
     scene().save(tmp_path / "a.png")
-    words = ["explain", str(source), str(tmp_path / "a.png"), "--out", str(tmp_path / "p"), "--contrast"]
+    words = ["explain", "contrast", str(source), str(tmp_path / "a.png"), "--out", str(tmp_path / "p"), "--classes"]
     assert cli.main([*words, "robbin", "elm"]) == 2
     assert "the model has no class 'robbin'; close to it: robin" in capsys.readouterr().err
     assert not (tmp_path / "p").exists()

@@ -5,15 +5,18 @@ from conftest import small_model
 from PIL import Image
 
 import glsim
-from glsim import cli
 from glsim.checkpoints.bundle import preprocessing_of
-from glsim.config import Explain
+from glsim.cli.explain import Options
+from glsim.cli.parser import parse
 from glsim.data.images import open_image
 from glsim.data.transforms import Preprocessing
 from glsim.inference.predictor import to_original
-from glsim.interpret.heatmaps import Page, explanations, overlay, run, to_heatmap, to_photograph
+from glsim.interpret.drawing import Page, overlay, title_of
+from glsim.interpret.heatmaps import explanations, to_heatmap, to_photograph
+from glsim.interpret.pictures import explain_images
+from glsim.models import find_method
 from glsim.models.boxes import select, select_component
-from glsim.models.scores import NEEDS_ATTENTION
+from glsim.models.scores import NEEDS_ATTENTION, TITLES, score
 
 
 def mark(monkeypatch, row, col):
@@ -73,7 +76,7 @@ def test_the_models_own_metric_gives_its_own_box_and_crop():
 )
 def test_every_method_and_metric(method, backbone, options):
     model, images = small_model(method, backbone, **options), torch.randn(2, 3, 64, 64)
-    own = getattr(model, "metric", "gls_cos" if method == "plain" else method)
+    own = model.metric or ("gls_cos" if method == "plain" else method)
     assert [e.metric for e in explanations(model, images)] == [own] * 2
     for metric in (None, own, *glsim.METRICS):
         maps = glsim.explain(model, images, metric)
@@ -98,6 +101,79 @@ def test_another_metric_goes_by_the_models_rule(method):
     assert [list(e.box) for e in explanations(model, images, "gls_l2")] == selection.boxes.tolist()
 
 
+@pytest.mark.parametrize("method", ["glsim", "rams", "aftrans", "dcal"])
+def test_a_rule_by_scores_is_the_one_that_the_method_chooses_by(method):
+    model, images = small_model(method), torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        chosen = model(images).selection
+        drawn = model.select(score(model.metric, model.features(images, attention=True)), images)
+    assert torch.equal(drawn.boxes, chosen.boxes) and torch.equal(drawn.indices, chosen.indices)
+    assert drawn.grid == chosen.grid == model.backbone.grid
+    torch.testing.assert_close(drawn.scores, chosen.scores)
+
+
+METHOD_WITH_A_RULE = """
+from glsim.models.base import Model
+from glsim.models.boxes import select_these
+from glsim.models.heads import zero_linear
+from glsim.types import Output
+
+TITLE = "Worst patch"
+EMBEDDINGS = ("global",)
+
+
+class Worst(Model):
+    def __init__(self, backbone, head, metric):
+        super().__init__()
+        self.backbone, self.head, self.metric = backbone, head, metric
+
+    def forward(self, images):
+        f = self.features(images)
+        selection = self.select(-(f.patches - f.cls[:, None]).norm(dim=-1)[:, None], images)
+        return Output(self.head(f.cls), selection, embeddings={"global": f.cls})
+
+    def select(self, scores, images):
+        worst = scores.mean(dim=1).argmin(dim=1, keepdim=True)
+        return select_these(scores.mean(dim=1), worst, self.backbone.grid_of(images), images.shape[-2:])
+
+
+def build(encoder, num_classes, *, metric=None):
+    return Worst(encoder, zero_linear(encoder.dim, num_classes), metric)
+"""
+
+
+@pytest.mark.parametrize("backbone", ["vit_tiny_patch16_224", "resnet18"])
+def test_a_method_with_a_rule_of_its_own_is_drawn_by_it(backbone, tmp_path, monkeypatch):
+    (tmp_path / "worst_patch.py").write_text(METHOD_WITH_A_RULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(glsim.METHODS, "worst", "worst_patch")
+    mark(monkeypatch, row=1, col=1)
+    monkeypatch.setitem(glsim.METRICS, "hole", lambda f: -glsim.METRICS["mark"](f))
+    assert find_method("worst").embeddings == ("global",) and not find_method("worst").crops
+    assert title_of("worst") == "Worst patch" and title_of("hole") == "hole"
+
+    model = small_model("worst", backbone, size=(64, 96))
+    rows, cols = model.backbone.grid
+    height, width = 64 // rows, 96 // cols
+    images = torch.randn(2, 3, 64, 96)
+    for e in explanations(model, images, "hole"):
+        assert e.metric == "hole" and e.box == (width, height, 2 * width, 2 * height)
+    with torch.inference_mode():
+        own = model(images).selection.boxes.tolist()
+    assert [(e.metric, list(e.box)) for e in explanations(model, images)] == [("worst", box) for box in own]
+
+    Image.effect_noise((60, 50), 90).convert("RGB").save(tmp_path / "a.png")
+    source = glsim.save(model, tmp_path / "m")
+    (picture,) = explain_images(source, [tmp_path / "a.png"], tmp_path / "p", metrics=["worst", "hole"]).pictures
+    assert picture.boxes["hole"] == [width, height, 2 * width, 2 * height] and list(picture.boxes) == ["worst", "hole"]
+
+
+def test_every_metric_and_every_method_has_a_title():
+    assert set(TITLES) == set(glsim.METRICS)
+    assert title_of("psm") == "PSM" and title_of("rollout:first=2,last=8") == "Rollout (first=2, last=8)"
+    assert title_of("cal") == "CAL" and title_of("plain") == "plain"
+
+
 def test_a_convolutional_network_takes_what_needs_no_attention(tmp_path):
     torch.manual_seed(0)
     model, images = glsim.create_model("plain", "resnet18", 5, 64).eval(), torch.randn(1, 3, 64, 64)
@@ -109,7 +185,7 @@ def test_a_convolutional_network_takes_what_needs_no_attention(tmp_path):
     glsim.save(model, tmp_path / "m")
     Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
     words = {"source": str(tmp_path / "m"), "images": [str(tmp_path / "a.png")], "out": str(tmp_path / "p")}
-    assert run(Explain(**words, metrics=["all"]))["metrics"] == free
+    assert explain_images(**words, metrics=["all"]).metrics == free
 
 
 @pytest.mark.parametrize("metric", ["x", "all", "glsim"])
@@ -231,16 +307,17 @@ def test_options_are_checked(words, message, tmp_path):
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     source = random_bundle(tmp_path / "m")
     with pytest.raises(glsim.ConfigError, match=message):
-        run(Explain(source=source, images=[str(tmp_path / "a.png")], out=str(tmp_path / "p"), **words))
+        settings = Options(source=source, images=[str(tmp_path / "a.png")], out=str(tmp_path / "p"), **words)
+        explain_images(**vars(settings))
     assert not (tmp_path / "p").exists()
 
 
 def test_metrics_on_the_command_line():
     words = ["m", "a.png", "b.png", "--metrics", "psm", "rollout:first=2,last=8", "--out", "p"]
-    settings = cli.parse("explain", cli.VERBS["explain"], words)
+    settings = parse("explain", Options, words)
     assert settings.images == ["a.png", "b.png"] and settings.metrics == ["psm", "rollout:first=2,last=8"]
-    assert cli.parse("explain", cli.VERBS["explain"], ["m", "a", "--out", "p", "--metrics", "all"]).metrics == ["all"]
-    assert cli.parse("explain", cli.VERBS["explain"], ["m", "a", "--out", "p"]).metrics is None
+    assert parse("explain", Options, ["m", "a", "--out", "p", "--metrics", "all"]).metrics == ["all"]
+    assert parse("explain", Options, ["m", "a", "--out", "p"]).metrics is None
 
 
 def test_all_metrics_are_drawn(tmp_path):
@@ -248,16 +325,16 @@ def test_all_metrics_are_drawn(tmp_path):
         Image.effect_noise(size, 90).convert("RGB").save(tmp_path / f"{i}.png")
     images = [str(tmp_path / f"{i}.png") for i in range(2)]
     source = random_bundle(tmp_path / "m", metric="psm")
-    result = run(Explain(source=source, images=images, out=str(tmp_path / "p"), metrics=["all", "attention:block=0"]))
-    assert result["metrics"] == ["psm", *(m for m in glsim.METRICS if m != "psm"), "attention:block=0"]
-    assert result["sheet"] == str(tmp_path / "p" / "sheet.png")
+    result = explain_images(source, images, tmp_path / "p", metrics=["all", "attention:block=0"])
+    assert result.metrics == ["psm", *(m for m in glsim.METRICS if m != "psm"), "attention:block=0"]
+    assert result.sheet == str(tmp_path / "p" / "sheet.png")
     model = glsim.load(source)
-    for picture in result["pictures"]:
-        assert list(picture["boxes"]) == result["metrics"] and "box" not in picture
-        (answer,) = glsim.Predictor(model)(picture["path"])
-        assert picture["probability"] == pytest.approx(answer.probabilities[0], abs=1e-5)
-    columns = len(result["metrics"])
-    for file, wide, high in ((result["pictures"][0]["picture"], columns + 3, 3), (result["sheet"], columns + 1, 2)):
+    for picture in result.pictures:
+        assert list(picture.boxes) == result.metrics and picture.box is None
+        (answer,) = glsim.Predictor(model)(picture.path)
+        assert picture.probability == pytest.approx(answer.probabilities[0], abs=1e-5)
+    columns = len(result.metrics)
+    for file, wide, high in ((result.pictures[0].picture, columns + 3, 3), (result.sheet, columns + 1, 2)):
         with Image.open(file) as image:
             assert 2000 < image.width <= 4000
             assert 0.75 < (image.width / wide) / (image.height / high) < 1.2  # square cells, and lines of words
@@ -267,9 +344,9 @@ def test_what_is_drawn_follows_the_options(tmp_path):
     Image.effect_noise((64, 64), 90).convert("RGB").save(tmp_path / "a.png")
     source, seen = random_bundle(tmp_path / "m"), set()
     for words in ({}, {"alpha": 0.2}, {"colormap": "gray"}, {"top_only": 2}, {"power": 3.0}, {"metrics": ["gls_l1"]}):
-        result = run(Explain(source=source, images=[str(tmp_path / "a.png")], out=str(tmp_path / "p"), **words))
-        assert result["sheet"] is None
-        with Image.open(result["pictures"][0]["picture"]) as image:
+        result = explain_images(source, [tmp_path / "a.png"], tmp_path / "p", **words)
+        assert result.sheet is None
+        with Image.open(result.pictures[0].picture) as image:
             seen.add(image.tobytes())
     assert len(seen) == 6
 
@@ -288,9 +365,9 @@ def test_bad_images_stop_by_name_or_are_skipped(run_folder, birds, tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"")
     words = {"source": str(run_folder), "images": [str(tmp_path / "bad.jpg"), str(good)], "out": str(tmp_path / "p")}
     with pytest.raises(glsim.DataError, match="bad.jpg: empty file"):
-        run(Explain(**words))
-    result = run(Explain(**words, skip_bad=True))
-    assert len(result["pictures"]) == 1 and len(result["skipped"]) == 1 and result["sheet"] is None
+        explain_images(**words)
+    result = explain_images(**words, skip_bad=True)
+    assert len(result.pictures) == 1 and len(result.skipped) == 1 and result.sheet is None
 
 
 def test_photographs_are_never_overwritten(run_folder, birds, tmp_path):
@@ -298,7 +375,7 @@ def test_photographs_are_never_overwritten(run_folder, birds, tmp_path):
     open_image(next((birds / "test").rglob("*.jpg"))).save(photo)
     before = photo.read_bytes()
     with pytest.raises(glsim.ConfigError, match=r"would overwrite the image .*a.png; name another folder"):
-        run(Explain(source=str(run_folder), images=[str(photo)], out=str(tmp_path)))
+        explain_images(run_folder, [photo], tmp_path)
     assert photo.read_bytes() == before
 
 
@@ -308,14 +385,14 @@ def test_names_are_no_formulas(run_folder, birds, tmp_path, metrics):
     for path in odd:
         open_image(next((birds / "test").rglob("*.jpg"))).save(path)
     words = {"images": [str(p) for p in odd], "out": str(tmp_path / "p"), "metrics": metrics}
-    assert len(run(Explain(source=str(run_folder), **words))["pictures"]) == 2
+    assert len(explain_images(run_folder, **words).pictures) == 2
 
 
 def test_pictures_are_written_under_unique_names(run_folder, birds, tmp_path):
     folders = [str(birds / "test")]  # every class holds 0000.jpg, 0001.jpg, ..
-    result = run(Explain(source=str(run_folder), images=folders, out=str(tmp_path / "p"), limit=5))
-    assert len(result["pictures"]) == 5 and result["metrics"] == ["gls_cos"]
-    files = {p["picture"] for p in result["pictures"]}
+    result = explain_images(run_folder, folders, tmp_path / "p", limit=5)
+    assert len(result.pictures) == 5 and result.metrics == ["gls_cos"]
+    files = {p.picture for p in result.pictures}
     assert len(files) == 5
     for file in [*files, tmp_path / "p" / "sheet.png"]:
         with Image.open(file) as image:

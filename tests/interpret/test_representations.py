@@ -61,7 +61,7 @@ def test_images_that_are_alike_arrange_nothing(different):
         cka(gram(rounded)[None])
     images[-1] = 1
     if different:
-        found = torch.tensor(analyse(model, images.split(3))["cka"]["whole"])
+        found = torch.tensor(analyse(model, images.split(3)).cka.whole)
         torch.testing.assert_close(found.diagonal(), torch.ones(3))
 
 
@@ -79,7 +79,7 @@ def test_measures_agree_with_loops(backbone):
     model = small_model("plain", backbone, size)
     images = torch.randn(5, 3, size, size, generator=generator())
     found = analyse(model, images.split(2))
-    assert found["images"] == 5 and found["layers"] == ["1", "2", "norm"]
+    assert found.images == 5 and found.layers == ["1", "2", "norm"]
     with torch.no_grad():
         f, layers = model.features(images), model.backbone.layers(images)
     torch.testing.assert_close(layers[-1][:, model.backbone.skip :], f.patches)
@@ -99,10 +99,12 @@ def test_measures_agree_with_loops(backbone):
             totals["cls_similarity"] += sum(to_cls) / len(to_cls)
             totals["cls_similarity_max"] += max(to_cls)
         for name, total in totals.items():
-            assert found[name][i] == pytest.approx(total / 5, rel=1e-4, abs=1e-4), name
+            assert getattr(found, name)[i] == pytest.approx(total / 5, rel=1e-4, abs=1e-4), name
     for kind, vectors in (("whole", [t.flatten(1) for t in layers]), ("pooled", [t.mean(dim=1) for t in layers])):
         expected = cka(torch.stack([gram(v) for v in vectors]))
-        torch.testing.assert_close(torch.tensor(found["cka"][kind], dtype=torch.double), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            torch.tensor(getattr(found.cka, kind), dtype=torch.double), expected, atol=1e-4, rtol=1e-4
+        )
 
 
 def test_the_verb_writes_picture_and_table(tmp_path, capsys):
@@ -110,7 +112,7 @@ def test_the_verb_writes_picture_and_table(tmp_path, capsys):
     for i in range(5):
         scene((60, 50), seed=i).save(tmp_path / f"{i}.png")
     (tmp_path / "bad.png").write_bytes(b"")
-    words = ["explain", str(tmp_path / "m"), str(tmp_path), "--layers", "--out", str(tmp_path / "out"), "--json"]
+    words = ["explain", "layers", str(tmp_path / "m"), str(tmp_path), "--out", str(tmp_path / "out"), "--json"]
     assert cli.main(words) == 3
     assert "bad.png: empty file" in capsys.readouterr().err
     assert cli.main([*words, "--skip-bad"]) == 0
@@ -126,10 +128,10 @@ def test_the_verb_writes_picture_and_table(tmp_path, capsys):
     for i in range(4):
         scene((60, 50)).save(tmp_path / "same" / f"{i}.png")
     folder = tmp_path / "none"
-    assert cli.main(["explain", words[1], str(tmp_path / "same"), "--layers", "--out", str(folder)]) == 3
+    assert cli.main(["explain", "layers", words[2], str(tmp_path / "same"), "--out", str(folder)]) == 3
     assert "layers: the images are all alike" in capsys.readouterr().err and [p.name for p in folder.iterdir()] == [
         ".glsim"
     ]
     glsim.save(small_model("plain", "resnet18"), tmp_path / "r")
-    assert cli.main(["explain", str(tmp_path / "r"), *words[2:-1]]) == 2
+    assert cli.main(["explain", "layers", str(tmp_path / "r"), *words[3:-1]]) == 2
     assert "'resnet18' does not keep one grid of tokens" in capsys.readouterr().err

@@ -74,7 +74,7 @@ def refusal(method, backbone):
     """What a method says of a family it cannot take; None where it can."""
     if method == "transfg" and backbone in RELATIVE | ROTARY | set(MAPS):
         return r"stride=0.75: only the patches of ViT and DeiT can overlap, not those of '" + backbone
-    if method in ("transfg", "ffvt", "ielt", "rams", "aftrans", "dcal") and backbone in NO_CLASS_TOKEN:
+    if "class_token" in find_method(method).needs and backbone in NO_CLASS_TOKEN:
         return rf"'{method}' reads a class token, which this \w+ does not have; try ViT, DeiT, DINO or EVA"
     if method in ("ffvt", "ielt") and backbone in RELATIVE:
         return rf"'{method}' sends some of the tokens through the last block.* need them all; try ViT, DeiT"
@@ -194,7 +194,7 @@ def test_contract(method, metric, backbone, tmp_path):
         left, top, right, bottom = chosen.boxes.unbind(1)
         assert (left >= 0).all() and (left < right).all() and (right <= width).all()
         assert (top >= 0).all() and (top < bottom).all() and (bottom <= height).all()
-    assert (output.crops is not None) == (method in ("glsim", "rams", "aftrans", "cal"))
+    assert (output.crops is not None) == find_method(method).crops
     if output.crops is not None:
         assert output.crops.shape == (3, 3, height, width) and output.crops.isfinite().all()
 
@@ -225,6 +225,11 @@ def test_contract(method, metric, backbone, tmp_path):
     with torch.inference_mode():
         torch.testing.assert_close(again(images).logits, model(images).logits, atol=1e-5, rtol=1e-5)
     assert again.config["label_names"] == list("abcde")
+
+
+def test_a_need_that_does_not_exist_is_refused_by_name():
+    with pytest.raises(ConfigError, match="unknown need 'grid'; choose from: class_token, last_block, map"):
+        build_backbone("test_vit").check_needs("x", ["grid"])
 
 
 @pytest.mark.parametrize(("method", "backbone"), REFUSED)
@@ -413,13 +418,6 @@ def test_a_new_dcal_starts_from_even_odds():
 
 # --- embeddings -----------------------------------------------------------------------------------------------------
 
-TOLD = {  # which embeddings a method has
-    "plain": {"global"},
-    "dcal": {"global", "fused"},
-    **{method: {"fused"} for method in ("transfg", "ffvt", "ielt")},
-    **{method: {"global", "crop", "fused"} for method in ("glsim", "rams", "aftrans", "cal")},
-}
-
 
 @pytest.mark.parametrize("method", METHODS)
 def test_embeddings_are_what_the_answer_was_read_from(method):
@@ -436,7 +434,7 @@ def test_embeddings_are_what_the_answer_was_read_from(method):
     }.get(method, lambda v: model.head(v["fused"]))
     with torch.inference_mode():
         output = model(images)
-        assert set(output.embeddings) == TOLD[method]
+        assert set(output.embeddings) == set(find_method(method).embeddings)
         torch.testing.assert_close(read(output.embeddings), output.logits, atol=1e-4, rtol=1e-4)
         if "global" in output.embeddings:
             torch.testing.assert_close(output.embeddings["global"], model.features(images).cls)
@@ -445,7 +443,7 @@ def test_embeddings_are_what_the_answer_was_read_from(method):
 
 
 def test_only_embeddings_that_are_described_exist():
-    assert set().union(*TOLD.values()) == set(EMBEDDINGS)
+    assert set().union(*(find_method(method).embeddings for method in METHODS)) == set(EMBEDDINGS)
 
 
 # --- GLSim ----------------------------------------------------------------------------------------------------------
