@@ -24,10 +24,11 @@ import glsim
 from glsim import cli
 from glsim.config import Train
 from glsim.data.synthetic import species
-from glsim.models.backbone import build_backbone
+from glsim.models import find_method
+from glsim.models.backbone import NEEDS, build_backbone
 from glsim.models.boxes import BOX_RULES, CONTROLS
 from glsim.models.losses import TERMS
-from glsim.models.scores import NEEDS_ATTENTION, find_metric
+from glsim.models.scores import NEEDS_ATTENTION, NEEDS_MAPS, TITLES, find_metric
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = {"pip", "git", "cd", "curl", "ray"}  # commands that are not ours to check, or elsewhere (test_serve.py)
@@ -84,7 +85,8 @@ def workplace(tmp_path, monkeypatch):
     scene((96, 64)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    registries = glsim.METRICS, glsim.METHODS, BOX_RULES, TERMS, NEEDS_ATTENTION  # a page may show how to add to them
+    # a page may show how to add to them
+    registries = glsim.METRICS, glsim.METHODS, BOX_RULES, TERMS, NEEDS_ATTENTION, NEEDS_MAPS, TITLES
     kept = [registry.copy() for registry in registries]
     yield tmp_path
     for registry, before in zip(registries, kept, strict=True):
@@ -236,6 +238,29 @@ def test_metrics_that_read_attention_are_the_ones_that_method_says():
     assert "all but the `gls_` metrics and `random` read" in section("Metrics").replace("\n", " ")
 
 
+def test_metrics_have_the_titles_and_needs_that_pictures_says():
+    text = section("From the command line", page="pictures.md")
+    lines = re.findall(r"^\| ([^|`]+) \| (`.*?`) \| .* \| (yes)? ?\|$", text, re.M)
+    told = {
+        name.strip("` "): (title, bool(needs))
+        for titles, names, needs in lines
+        for title, name in zip(titles.split(", "), names.split(", "), strict=True)
+    }
+    assert told == {name: (TITLES[name], name in NEEDS_ATTENTION) for name in glsim.METRICS}
+
+
+def test_methods_are_what_the_table_says():
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in section("Methods").splitlines() if "|" in line
+    ]
+    told = {cells[0].strip("`"): cells[1:] for cells in lines if cells[0].startswith("`")}
+    for name in glsim.METHODS:
+        *_, happens, needs = told[name]
+        method = find_method(name)
+        assert tuple(re.findall(r"`(\w+)`", needs)) == method.needs and set(method.needs) <= set(NEEDS)
+        assert ("crop" in happens) == method.crops, name
+
+
 def test_metrics_have_the_parameters_that_method_says():
     for names, given in re.findall(r"^\| ([a-z, ]+) \| (`.*) \| `", section("Metrics"), re.M):
         for name in names.split(", "):
@@ -257,7 +282,7 @@ def test_methods_have_the_options_that_method_says(method):
     text = section(method, "###").replace("\n", " ")
     said = re.search(r"Options: (.*?)\. From the paper", text)
     said = re.findall(r"`(\w+=[^`]+)`", said[1]) if said else []
-    assert sorted(said) == sorted(f"{k}={v}" for k, v in (own | getattr(module, "ENCODER", {})).items())
+    assert sorted(said) == sorted(f"{k}={v}" for k, v in (own | find_method(method).encoder).items())
     assert said or "No options." in text
 
 
@@ -295,9 +320,7 @@ def test_methods_have_the_embeddings_that_new_classes_says():
         told[method] = {name for name, cell in zip(names[1:], cells, strict=True) if cell}
     assert set(told) == set(glsim.METHODS)
     for method, embeddings in told.items():
-        model = small_model(method, "resnet18" if method == "cal" else "vit_tiny_patch16_224", size=64)
-        with torch.inference_mode():
-            assert set(model(torch.zeros(1, 3, 64, 64)).embeddings) == embeddings, method
+        assert set(find_method(method).embeddings) == embeddings, method  # test_models.py holds the models to that
 
 
 def test_every_method_stands_in_the_table_of_backbones():
