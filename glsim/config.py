@@ -246,35 +246,6 @@ class Report(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibrate(Settings):
-    """Fit confidences on validation images, and when a first pass may answer alone; changes the bundle."""
-
-    source: str = positional(MISSING, "bundle folder", path="folder")
-    data: str = required("folder, CSV, hf:NAME or wds:FOLDER, as for train", path="reads")
-    dataset: str | None = setting(None, "name of a data set prepared in DATA")
-    split: Literal["train", "val", "test", "all"] = setting(
-        "val", "which images, as eval takes them; none that the model was trained on; all: every one there is"
-    )
-    max_loss: float = setting(0.1, "points of accuracy (of 100) that skipping second passes may cost on these images")
-    max_error: float | None = setting(
-        None, "points (of 100) of the answers that may be wrong: below the threshold found, --reject says unknown"
-    )
-    batch_size: int = setting(32, "images at a time")
-    workers: int = setting(2, "processes that load images")
-    max_megapixels: float = megapixels()
-    device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
-
-    def __post_init__(self) -> None:
-        _limit(self.max_megapixels)
-        _at_least(self, 1, "batch_size")
-        _at_least(self, 0, "workers", "max_loss")
-        if self.max_error is not None and not 0 <= self.max_error < 100:
-            raise ConfigError(f"max_error={self.max_error}: points of 100, from 0 to below 100")
-        if self.dataset is not None:
-            choose(self.dataset, SETS, "data set")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Predict(Settings):
     """Name what is in images: top-k classes with probabilities, and the crop box."""
 
