@@ -33,6 +33,7 @@ from glsim.config import Train, read_recipe
 from glsim.data.readers import ImageDataset, read_data
 from glsim.data.transforms import eval_transform
 from glsim.environment import environment, pick_device
+from glsim.evaluation.calibration import calibrate_bundle
 from glsim.files import write_text
 from glsim.inference.predictor import answers
 from glsim.interpret.drawing import save_figure

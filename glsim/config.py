@@ -450,37 +450,6 @@ class Explain(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Localize(Settings):
-    """Measure where the model looks against masks: scores and boxes of every mechanism, beside controls."""
-
-    source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth", path="reads")
-    images: str = required("folder (or file, or glob) of images", path="reads")
-    masks: str = required(
-        "folder of masks, one an image: PNG, trimap or PASCAL VOC XML; or with body/ and part/", path="reads"
-    )
-    metrics: list[str] | None = setting(None, "mechanisms, or all; default: the model's own, gls_cos for plain")
-    controls: bool = setting(False, "boxes of the same size too: centre, random place; random patches; whole image")
-    faithfulness: bool = setting(False, "deletion and insertion curves too (18 more passes a mechanism)")
-    options: dict[str, Any] = setting({}, "options of the method to change, as --options.top_o 16")
-    limit: int | None = setting(None, "measure at most this many images, evenly spaced")
-    resamples: int = setting(1000, "bootstrap draws of the images, for the intervals")
-    seed: int = setting(0, "of these draws and of the random boxes")
-    batch_size: int = setting(32, "images at a time")
-    skip_bad: bool = setting(False, "leave unreadable images, and bad masks with theirs, out and list them")
-    max_megapixels: float = megapixels()
-    out: str | None = setting(None, "file for the result as JSON", path="file")
-    device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
-
-    def __post_init__(self) -> None:
-        _limit(self.max_megapixels)
-        _at_least(self, 1, "batch_size")
-        _at_least(self, 100, "resamples")
-        if self.limit is not None:
-            _at_least(self, 1, "limit")
-        _seeds(self.seed)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Serve(Settings):
     """A web page and a JSON API on this machine: drop an image, see the answer and why. Needs glsim[demo]."""
 

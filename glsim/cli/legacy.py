@@ -167,13 +167,6 @@ def show_explain(r: dict[str, Any], _: Any) -> str:
     return "\n".join([*lines, f"pictures: {r['out']}"])
 
 
-def show_localize(r: dict[str, Any], s: config.Localize) -> str:
-    """The tables, and what was left out."""
-    from glsim.evaluation.localization import as_text
-
-    return "\n".join([as_text(r), *show_skipped(r, "images"), *[f"written: {s.out}"] * bool(s.out)])
-
-
 def show_convert(r: dict[str, Any], _: Any) -> str:
     """What became of every key."""
     lines = [f"{len(r['used'])} keys used, {len(r['ignored'])} ignored, {len(r['missing'])} missing"]
@@ -305,7 +298,6 @@ VERBS = {
     "index query": Verb(config.IndexQuery, "glsim.inference.index:query", show_query, progress=True),
     "index eval": Verb(config.IndexEval, "glsim.inference.index:evaluate", show_index_eval, progress=True),
     "explain": Verb(config.Explain, "glsim.interpret.heatmaps:run", show_explain),
-    "localize": Verb(config.Localize, "glsim.evaluation.localization:run", show_localize, progress=True),
     "serve": Verb(config.Serve, "glsim.inference.server:run", show_serve),
     "bench": Verb(config.Bench, "glsim.evaluation.speed:run", show_bench, progress=True),
     "flops": Verb(config.Flops, "glsim.evaluation.flops:run", show_flops),
