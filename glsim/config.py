@@ -555,34 +555,6 @@ class Bench(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flops(Settings):
-    """Count parameters and floating point operations of a model, or of each way to choose patches; nothing is timed."""
-
-    method: str = setting("glsim", f"shown beside plain; one of: {', '.join(METHODS)}")
-    backbone: str | None = setting(None, "timm model name; default: vit_base_patch16_224, for cal resnet101")
-    image_size: Size = setting(None, "pixels, one side or [height,width]; default: the backbone's own")
-    num_classes: int = setting(200, "outputs of the last layer")
-    options: dict[str, Any] = setting({}, "options of the method, as --options.crop_size 112")
-    backbone_args: dict[str, Any] = setting({}, "handed to timm, as --backbone-args.depth 6")
-    convention: Literal["paper", "honest"] | None = setting(
-        None, "count each way to choose patches instead, as GLSim's paper does or all by one rule (docs/cost.md)"
-    )
-    sizes: list[int] = setting([224, 448, 768, 1024], "sides of the images in pixels, with --convention")
-
-    def __post_init__(self) -> None:
-        choose(self.method, METHODS, "method")
-        _at_least(self, 1, "num_classes")
-        if not self.sizes or min(self.sizes) < 1:
-            raise ConfigError(f"sizes={self.sizes}: one or more, at least 1")
-        if self.convention is not None:
-            choose(self.convention, {"paper": None, "honest": None}, "convention")
-            if self.image_size is not None:
-                raise ConfigError("image_size: with --convention use --sizes")
-            if self.options or self.method != "glsim":
-                raise ConfigError("method and options: --convention counts every way to choose, and the paper's GLSim")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Convert(Settings):
     """Turn a checkpoint of the GLSim, TransFG or FFVT authors into a bundle, reporting every key used or ignored."""
 

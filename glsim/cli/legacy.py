@@ -279,13 +279,6 @@ def show_bench(r: dict[str, Any], s: config.Bench) -> str:
     return (speed if s.loader is None else throughput).as_text(r) + (f"\nwritten: {s.out}" if s.out else "")
 
 
-def show_flops(r: dict[str, Any], s: config.Flops) -> str:
-    """The table, under a head that says how it counts."""
-    from glsim.evaluation.flops import as_text
-
-    return as_text(r, s.convention)
-
-
 VERBS = {
     "quickstart": Verb(config.Quickstart, "glsim.cli.quickstart:run", show_quickstart, progress=True),
     "train": Verb(config.Train, "glsim.training.train:run", show_train, progress=True),
@@ -300,7 +293,6 @@ VERBS = {
     "explain": Verb(config.Explain, "glsim.interpret.heatmaps:run", show_explain),
     "serve": Verb(config.Serve, "glsim.inference.server:run", show_serve),
     "bench": Verb(config.Bench, "glsim.evaluation.speed:run", show_bench, progress=True),
-    "flops": Verb(config.Flops, "glsim.evaluation.flops:run", show_flops),
     "convert": Verb(config.Convert, "glsim.checkpoints.convert:run", show_convert),
     "export": Verb(config.Export, "glsim.checkpoints.export:run", show_export),
     "push": Verb(config.Push, "glsim.checkpoints.push:run", show_push),
