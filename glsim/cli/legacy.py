@@ -271,14 +271,6 @@ def show_serve(r: dict[str, Any], _: Any) -> str:
     return f"stopped: {r['answered']} images answered{mean}{other}"
 
 
-def show_bench(r: dict[str, Any], s: config.Bench) -> str:
-    """A line a row, ratios beside; with --loader the three rates."""
-    from glsim.evaluation import speed
-    from glsim.training import throughput
-
-    return (speed if s.loader is None else throughput).as_text(r) + (f"\nwritten: {s.out}" if s.out else "")
-
-
 VERBS = {
     "quickstart": Verb(config.Quickstart, "glsim.cli.quickstart:run", show_quickstart, progress=True),
     "train": Verb(config.Train, "glsim.training.train:run", show_train, progress=True),
@@ -292,7 +284,6 @@ VERBS = {
     "index eval": Verb(config.IndexEval, "glsim.inference.index:evaluate", show_index_eval, progress=True),
     "explain": Verb(config.Explain, "glsim.interpret.heatmaps:run", show_explain),
     "serve": Verb(config.Serve, "glsim.inference.server:run", show_serve),
-    "bench": Verb(config.Bench, "glsim.evaluation.speed:run", show_bench, progress=True),
     "convert": Verb(config.Convert, "glsim.checkpoints.convert:run", show_convert),
     "export": Verb(config.Export, "glsim.checkpoints.export:run", show_export),
     "push": Verb(config.Push, "glsim.checkpoints.push:run", show_push),
