@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -17,10 +16,11 @@ from PIL import Image, ImageDraw, ImageOps
 
 from glsim.checkpoints.bundle import preprocessing_of
 from glsim.data.images import BadImage, read_image
+from glsim.data.pages import render
 from glsim.data.readers import ImageList
 from glsim.data.sources import located
 from glsim.data.transforms import Preprocessing, eval_transform
-from glsim.files import printable, write_text
+from glsim.files import write_text
 from glsim.inference.predictor import to_original
 from glsim.interpret.drawing import BOX_COLOUR, overlay, title_of
 from glsim.interpret.heatmaps import Explanation, explanations, to_photograph
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 PAGE = "index.html"
 MOST, PAIRS = 200, 12  # mistakes and pairs of classes that the page shows
 SIDE, BATCH = 256, 16  # pixels of the longer side of a picture; images explained at a time
+TEMPLATE = Path(__file__).with_suffix(".html")
 
 
 class Mistake(NamedTuple):
@@ -53,6 +54,23 @@ def find_mistakes(
     return sorted(wrong, key=lambda m: (-m.confidence, str(m.path)))
 
 
+class ConfusedPair(NamedTuple):
+    """Two classes that are taken for each other, as the page shows them."""
+
+    classes: tuple[int, int]
+    counts: list[tuple[int, int, int, int]]  # class, the class it was taken for, how often, images of the class
+    links: list[int]  # numbers of the mistakes below
+
+
+class Card(NamedTuple):
+    """A mistake as the page shows it."""
+
+    number: int
+    mistake: Mistake
+    path: str  # below the data set where it lies there
+    pictures: list[tuple[str, str]]  # title, address
+
+
 def write_page(
     folder: Path,
     model: Model,
@@ -61,25 +79,55 @@ def write_page(
     train: ImageList | None,
     about: BundleEvaluation,
 ) -> Path:
-    """Write `folder`/index.html, which needs no other file; returns it. An older one is replaced.
+    """Write `folder`/index.html, which needs no other file; an older one is replaced.
 
-    `train` gives an example of each class, where there is one. `about` is what `evaluate_bundle` returns.
+    Args:
+        model: the model, for heat-maps and crops.
+        mistakes: what `find_mistakes` found.
+        classes: names of the classes.
+        train: images to take an example of each class from, where there are any.
+        about: what `evaluate_bundle` returns.
+
+    Returns:
+        The path of the page.
     """
     shown, pairs = mistakes[:MOST], confused_pairs(mistakes)
     wanted = {c for m in shown for c in (m.truth, m.answer)} | {c for pair, _ in pairs[:PAIRS] for c in pair}
-    examples = draw_examples(train, wanted)
-    names = [_text(name.replace("_", " ")) for name in classes]
-    body = _head(mistakes, about)
-    if mistakes:
-        body += _pairs(pairs, shown, names, examples, list(about.per_class.values()))
-        body += f"<h2>One by one, the most confident first</h2>\n<p>{_legend(model, shown[0], len(mistakes))}</p>\n"
-    for number, (m, pictures) in enumerate(draw(model, shown), start=1):
-        body += _card(number, m, pictures, names, examples, located(about.data))
-    title = f"glsim mistakes: {_text(about.source)}"
-    # An example stands beside many mistakes: as a background its picture is in the page once.
-    style = _STYLE + "".join(f".of{c} {{ background-image: url({address}) }}\n" for c, address in examples.items())
-    write_text(folder / PAGE, _HTML.format(title=title, style=style, body=body))
+    root = located(about.data)
+    page = render(
+        TEMPLATE,
+        about=about,
+        wrong=len(mistakes),
+        shown=len(shown),
+        method=model.config["method"],
+        crops=looks_again(model, shown[0].path) if shown else False,
+        names=[name.replace("_", " ") for name in classes],
+        examples=draw_examples(train, wanted),
+        pairs=[as_pair(pair, shown, list(about.per_class.values())) for pair in pairs[:PAIRS]],
+        more_pairs=max(0, len(pairs) - PAIRS),
+        cards=(  # one by one: the pictures of all would fill the memory twice
+            Card(number, m, str(m.path.relative_to(root) if m.path.is_relative_to(root) else m.path), pictures)
+            for number, (m, pictures) in enumerate(draw(model, shown), start=1)
+        ),
+    )
+    write_text(folder / PAGE, page)
     return folder / PAGE
+
+
+def as_pair(
+    pair: tuple[tuple[int, int], tuple[int, int]], shown: Sequence[Mistake], per_class: Sequence[Sequence[int]]
+) -> ConfusedPair:
+    """A row of `confused_pairs` with what the page tells of it."""
+    (a, b), (there, back) = pair
+    counts = [(x, y, count, per_class[x][1]) for x, y, count in ((a, b, there), (b, a, back)) if count]
+    return ConfusedPair((a, b), counts, [i for i, m in enumerate(shown, 1) if {m.truth, m.answer} == {a, b}])
+
+
+def looks_again(model: Model, path: Path) -> bool:
+    """Whether the method encodes a crop of the image once more."""
+    image = read_image(path, eval_transform(preprocessing_of(model)))[None]
+    with torch.inference_mode():
+        return model(image.to(next(model.parameters()).device)).crops is not None
 
 
 def confused_pairs(mistakes: Sequence[Mistake]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
@@ -151,127 +199,3 @@ def _address(picture: Image.Image) -> str:
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=75)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-# --- the page ---------------------------------------------------------------------------------------------------------
-
-_HTML = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-{style}</style></head><body>
-{body}</body></html>
-"""
-
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #1c1c1e }
-h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem } a { color: inherit }
-.grey, figcaption { color: #666 } figcaption, .small { font-size: .8rem; line-height: 1.35 }
-.small, figcaption, h3 { overflow-wrap: anywhere }
-.pair { display: grid; grid-template-columns: 5rem 5rem 1fr; gap: .8rem; align-items: center }
-.pair { padding: .6rem 0; border-bottom: 1px solid #ddd } .pair p { margin: 0 }
-.example { display: block; width: 100%; aspect-ratio: 1; background: #f4f4f5 center / contain no-repeat }
-.none { display: grid; place-items: center; text-align: center; color: #888; font-size: .75rem; line-height: 1.2 }
-.card { border: 1px solid #ddd; border-radius: .4rem; padding: .8rem; margin: 1rem 0; scroll-margin-top: 1rem }
-.card:target { border-color: #ff2d55; box-shadow: 0 0 0 1px #ff2d55 }
-h3 { margin: 0; font-size: 1.1rem; font-weight: 400 }
-.card p { margin: 0 0 .6rem } figure { margin: 0; min-width: 0 }
-.pictures { display: grid; grid-template-columns: repeat(5, 1fr); gap: .6rem }
-.pictures img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: #f4f4f5 }
-.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); column-gap: 2rem }
-.first { position: relative }
-.first::before { content: ""; position: absolute; inset: 0 auto 0 -.35rem; border-left: 1px solid #ddd }
-@media (max-width: 44rem) {
-.pictures { grid-template-columns: repeat(6, 1fr) } figure { grid-column: span 2 }
-.example-of { grid-column: span 3 } .example-of .example { aspect-ratio: 3 / 2 }
-.first::before { display: none } .pair { grid-template-columns: 4rem 4rem 1fr }
-}
-"""
-
-
-def _head(mistakes: Sequence[Mistake], about: BundleEvaluation) -> str:
-    count = f"{about.count:,} {'image' if about.count == 1 else 'images'}"
-    title = f"{len(mistakes):,} of {count} wrong" if mistakes else f"None of {count} wrong"
-    flip = ", image and mirror image averaged" * about.flip
-    split = "all splits" if about.split == "all" else f"split {about.split}"
-    return f"""<h1>{title}</h1>
-<p class="grey small">{_text(about.source)} on {_text(about.data)}, {split}: top-1 {about.top1:.2%}{flip}</p>
-"""
-
-
-def _legend(model: Model, first: Mistake, wrong: int) -> str:
-    """What the pictures show."""
-    image = read_image(first.path, eval_transform(preprocessing_of(model)))[None]
-    with torch.inference_mode():
-        crops = model(image.to(next(model.parameters()).device)).crops is not None
-    method = _text(model.config["method"])
-    capped = f"The {MOST} of {wrong:,} about which the model was surest. " * (wrong > MOST)
-    return capped + (
-        "The heat-map goes from blue, low scores, to red, high ones; edges that the network was not shown are blue. "
-        + (
-            f"{method} encoded what is in the box once more."
-            if crops
-            else f"{method} does not look into the box again."
-        )
-    )
-
-
-def _pairs(
-    pairs: Sequence[tuple[tuple[int, int], tuple[int, int]]],
-    shown: Sequence[Mistake],
-    names: Sequence[str],
-    examples: dict[int, str],
-    per_class: Sequence[Sequence[int]],
-) -> str:
-    """The classes taken for each other most often, with an example of both and where the mistakes stand."""
-    text = '<h2>Most often confused</h2>\n<div class="pairs">\n'
-    for (a, b), counts in pairs[:PAIRS]:
-        lines = [
-            f"<p><b>{names[true]}</b> taken for <b>{names[said]}</b>: {count} of {per_class[true][1]:,}</p>"
-            for (true, said), count in zip(((a, b), (b, a)), counts, strict=True)
-            if count
-        ]
-        links = [f'<a href="#m{i}">{i}</a>' for i, m in enumerate(shown, 1) if {m.truth, m.answer} == {a, b}]
-        lines += [f'<p class="small grey">see {", ".join(links)}</p>'] * bool(links)
-        pictures = "".join(_example(c, names, examples) for c in (a, b))
-        text += f'<div class="pair">{pictures}<div>{"".join(lines)}</div></div>\n'
-    rest = len(pairs) - PAIRS
-    return (
-        text
-        + "</div>\n"
-        + (f'<p class="grey">and {rest:,} more {"pair" if rest == 1 else "pairs"}</p>\n' if rest > 0 else "")
-    )
-
-
-def _card(
-    number: int, m: Mistake, pictures: list[tuple[str, str]], names: Sequence[str], examples: dict[int, str], root: Path
-) -> str:
-    """One mistake."""
-    path = m.path.relative_to(root) if m.path.is_relative_to(root) else m.path
-    figures = "".join(
-        f'<figure><img loading="lazy" src="{address}" alt=""><figcaption>{_text(title)}</figcaption></figure>'
-        for title, address in pictures
-    )
-    for c, which, first in ((m.truth, "true", " first"), (m.answer, "predicted", "")):
-        figures += (
-            f'<figure class="example-of{first}">{_example(c, names, examples)}'
-            f"<figcaption>{which}: {names[c]}, in training</figcaption></figure>"
-        )
-    answers = f"{names[m.answer]} {m.confidence:.1%}, {names[m.truth]} {m.true_confidence:.1%}"
-    return f"""<article class="card" id="m{number}">
-<h3><span class="grey">{number}.</span> <b>{names[m.truth]}</b> taken for <b>{names[m.answer]}</b></h3>
-<p class="small grey">{answers}; {_text(path)}</p>
-<div class="pictures">{figures}</div>
-</article>
-"""
-
-
-def _example(c: int, names: Sequence[str], examples: dict[int, str]) -> str:
-    if c in examples:
-        return f'<span class="example of{c}" role="img" aria-label="training image of {names[c]}"></span>'
-    return f'<span class="example none">no training image of {names[c]}</span>'
-
-
-def _text(value: Any) -> str:
-    return html.escape(printable(value))

@@ -1,25 +1,20 @@
-"""Localisation metrics of patch scores and boxes against object masks, with bootstrap intervals.
+"""Localisation metrics of patch scores and boxes against object masks.
 
 A mask is two bool maps (B, H, W): `inside`, the pixels of the object, and `counted`, those that are object or
 background (the border of a trimap is neither). Every measure is one number an image (B,) or a box (B, R), NaN where it
-says nothing: no pixel of the object, for the ROC-AUC none of the background, for the purity neither; a score is NaN.
+says nothing: no pixel of the object, for the ROC-AUC none of the background, for the precision of a box neither; a
+score is NaN.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from glsim.models.boxes import boxes_from_mask, grid_line
-
-RESAMPLES, LEVEL = 1000, 0.95  # of an interval
-AT_ONCE = 2**22  # images drawn at once: 64 MB
-
-Key = TypeVar("Key")
 
 
 def per_patch(mask: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -87,28 +82,28 @@ def measure_scores(scores: Tensor, grid: tuple[int, int], inside: Tensor, counte
 # --- boxes ------------------------------------------------------------------------------------------------------------
 
 HOLDS = 0.9  # a box holds an object when at least this share of its pixels lies inside
-BOX_MEASURES = ("area", "coverage", "holds", "purity", "iou")
+BOX_MEASURES = ("area", "box_recall", "holds", "box_precision", "iou")
 
 
 def measure_boxes(boxes: Tensor, inside: Tensor, counted: Tensor) -> dict[str, Tensor]:
     """`boxes` (B, R, 4) against a mask (B, H, W); every value (B, R).
 
-    `area`: share of the image; `coverage`: share of the object inside; `holds`: 1 where that is `HOLDS` or more;
-    `purity`: share of the box that is object; `iou`: with the tightest box around the object.
+    `area`: share of the image; `box_recall`: share of the object inside; `holds`: 1 where that is `HOLDS` or more;
+    `box_precision`: share of the box that is object; `iou`: with the tightest box around the object.
     """
     size = inside.shape[1:]
     areas = _area(boxes).float()
     held, total = _count(inside, boxes), inside.flatten(1).sum(dim=1)[:, None].float()
-    coverage = held / total  # 0 / 0 is NaN
+    box_recall = held / total  # 0 / 0 is NaN
     tight = boxes_from_mask(inside, size)[:, None]
     low, high = torch.maximum(boxes, tight)[..., :2], torch.minimum(boxes, tight)[..., 2:]
     shared = (high - low).clamp(min=0).prod(dim=-1)
     empty = total == 0
     return {
         "area": areas / (size[0] * size[1]),
-        "coverage": coverage,
-        "holds": (coverage >= HOLDS).float().masked_fill(empty, torch.nan),
-        "purity": (held / _count(counted, boxes)).masked_fill(empty, torch.nan),
+        "box_recall": box_recall,
+        "holds": (box_recall >= HOLDS).float().masked_fill(empty, torch.nan),
+        "box_precision": (held / _count(counted, boxes)).masked_fill(empty, torch.nan),
         "iou": (shared / (areas + _area(tight) - shared)).masked_fill(empty, torch.nan),
     }
 
@@ -128,45 +123,3 @@ def _count(mask: Tensor, boxes: Tensor) -> Tensor:
         return sums.flatten(1).gather(1, row * (width + 1) + col)
 
     return (at(bottom, right) - at(top, right) - at(bottom, left) + at(top, left)).float()
-
-
-# --- over images ------------------------------------------------------------------------------------------------------
-
-
-def interval(values: Tensor, resamples: int = RESAMPLES, seed: int = 0) -> Tensor:
-    """Mean over images and its 95 % interval by the bootstrap, of `values` (images, M), NaN left out: (3, M).
-
-    Images are drawn with replacement `resamples` times, the same ones for all M columns: the rows are mean, low, high.
-    NaN for a column without a number, and for both ends of one with a single number. The draws are most of the work:
-    call it once for all columns.
-    """
-    values = values.double().cpu()
-    mean, images = values.nanmean(dim=0, keepdim=True), len(values)
-    there, values = values.isfinite().double(), values.nan_to_num()
-    generator, one = torch.Generator().manual_seed(seed), torch.ones((), dtype=torch.double)
-    means = []
-    for part in torch.arange(resamples).split(max(1, AT_ONCE // images)):
-        draws = torch.randint(images, (len(part), images), generator=generator)
-        counts = torch.zeros(draws.shape, dtype=torch.double).scatter_add_(1, draws, one.expand_as(draws))
-        means.append((counts @ values) / (counts @ there))  # part M
-    tail = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.double)
-    ends = torch.cat(means).nanquantile(tail, dim=0).masked_fill(there.sum(dim=0) < 2, torch.nan)
-    return torch.cat((mean, ends))
-
-
-def as_numbers(
-    columns: dict[Key, Tensor], resamples: int = RESAMPLES, seed: int = 0
-) -> dict[Key, list[float | None] | None]:
-    """Mean, low and high of every column (images,) by `interval`; None where there is none, or no mean either."""
-    if not columns:
-        return {}
-    found = interval(torch.stack(tuple(columns.values()), dim=1), resamples, seed)
-    rows = [[value if value == value else None for value in row] for row in found.T.tolist()]
-    return {name: None if row[0] is None else row for name, row in zip(columns, rows, strict=True)}
-
-
-def signed(mean: float, low: float | None, high: float | None, digits: int = 1) -> str:
-    """A difference as `as_numbers` gives it, for people: "+1.2 (-0.3 to +2.7)", or "+1.2" without an interval."""
-    mean, *ends = (round(value, digits) + 0.0 for value in (mean, low, high) if value is not None)  # no -0.0
-    between = f" ({ends[0]:+.{digits}f} to {ends[1]:+.{digits}f})" if ends else ""
-    return f"{mean:+.{digits}f}{between}"

@@ -31,7 +31,7 @@ from glsim.data.catalog import prepared
 from glsim.data.images import BadImage, limited
 from glsim.data.readers import ImageList, find_images
 from glsim.data.sources import clean_label
-from glsim.evaluation.evaluate import read_splits, take_split
+from glsim.data.splits import read_splits, take_split
 from glsim.files import (
     make_folder,
     one_line,
@@ -455,7 +455,7 @@ def evaluate(s: IndexEval, progress: bool = True) -> dict[str, Any]:
 
 def find_split(model: Model, s: IndexBuild | IndexEval) -> ImageList:
     """The images asked for, of any classes; DataError when there is no such split, or none in it."""
-    return take_split(read_splits(model, prepared(s.data, s.dataset)), s.split, s.data)
+    return take_split(read_splits(prepared(s.data, s.dataset), model.config.get("data")), s.split, s.data)
 
 
 def describe(index: Index) -> dict[str, Any]:

@@ -15,11 +15,12 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 from torch import Tensor
 
-from glsim.checkpoints.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of
+from glsim.checkpoints.bundle import labels_of, load, preprocessing_of, temperature_of
 from glsim.data.images import MAX_MEGAPIXELS, BadImage, pixel_limit, read_any
 from glsim.data.readers import find_images
 from glsim.data.sources import clean_label
 from glsim.data.transforms import eval_transform
+from glsim.environment import pick_device
 from glsim.interpret.drawing import GREY, SIDE, Page, cell, view_of
 from glsim.interpret.heatmaps import Photograph, to_photograph
 from glsim.interpret.pictures import photographs, targets_of

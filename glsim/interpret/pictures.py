@@ -11,10 +11,11 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from glsim.checkpoints.bundle import load, pick_device, preprocessing_of
+from glsim.checkpoints.bundle import load, preprocessing_of
 from glsim.data.images import MAX_MEGAPIXELS, BadImage, pixel_limit, read_image
 from glsim.data.readers import find_images
 from glsim.data.transforms import eval_transform
+from glsim.environment import pick_device
 from glsim.files import make_folder
 from glsim.interpret.drawing import Row, check_colormap, draw_mechanisms, draw_sheet, view_of
 from glsim.interpret.heatmaps import explain_by, spell_out

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from glsim.checkpoints.bundle import load, pick_device, preprocessing_of
+from glsim.checkpoints.bundle import load, preprocessing_of
 from glsim.data.images import MAX_MEGAPIXELS, pixel_limit
 from glsim.data.readers import find_images
 from glsim.data.transforms import eval_transform
+from glsim.environment import pick_device
 from glsim.files import document, write_json
 from glsim.interpret.drawing import save_figure
 from glsim.interpret.pictures import photographs, targets_of

@@ -40,15 +40,16 @@ from glsim.data.catalog import SETS, prepared
 from glsim.data.images import BadImage, find_bad, limited
 from glsim.data.loaders import CachedImages, TrainBatches, make_loader, mix, read, train_loader
 from glsim.data.readers import ImageDataset, ImageList, hold_out_val, read_data, split_hash
+from glsim.data.splits import drop_bad, take_split
 from glsim.data.transforms import Preprocessing, batch_mixing, eval_transform, train_steps
-from glsim.environment import environment
-from glsim.evaluation.evaluate import drop_bad, evaluate, make_accelerator, predictions_table, take_split
-from glsim.evaluation.plots import draw_curve
+from glsim.environment import environment, make_accelerator
+from glsim.evaluation.evaluate import evaluate, predictions_table
 from glsim.files import document, one_line, printable, read_json, write_json, write_text
 from glsim.models import create_model
 from glsim.models.base import Model
 from glsim.models.losses import objective
 from glsim.training.adapt import adapt, merged
+from glsim.training.plots import draw_curve
 from glsim.training.resume import (
     CHECKPOINT,
     Interrupted,
