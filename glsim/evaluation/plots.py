@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -22,24 +21,6 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 120) -> None:
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a script the font lacks shows as boxes
         FigureCanvasAgg(figure).figure.savefig(temporary, format="png", dpi=dpi)
     temporary.replace(path)
-
-
-def draw_curve(history: list[dict[str, Any]], path: Path) -> None:
-    """Loss and accuracy over the epochs, as PNG."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in history]
-    loss.plot(epochs, [row["train_loss"] for row in history], marker=".", label="train")
-    loss.set(xlabel="epoch", ylabel="loss", title="Loss")
-    for name in ("train", "val", "test"):
-        points = [(row["epoch"], 100 * row[f"{name}_top1"]) for row in history if f"{name}_top1" in row]
-        if points:
-            accuracy.plot(*zip(*points, strict=True), marker="." if len(points) > 1 else "*", label=name)
-    accuracy.set(xlabel="epoch", ylabel="top-1, %", title="Accuracy", ylim=(0, 101))
-    for axes in (loss, accuracy):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    save_figure(figure, path)
 
 
 def draw_confusion(confusion: Tensor, labels: list[str], path: Path) -> None:

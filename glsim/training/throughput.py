@@ -19,7 +19,8 @@ from glsim.files import make_folder, write_json
 from glsim.models import create_model
 from glsim.models.losses import objective
 from glsim.training.adapt import adapt
-from glsim.training.train import explaining, make_optimizer, make_preprocessing, read_splits, train_images
+from glsim.training.components import make_optimizer, make_preprocessing, read_splits, train_images
+from glsim.training.train import explain_failures
 
 KINDS = ("loading", "model", "together")
 
@@ -81,7 +82,7 @@ def run(s: Bench, progress: bool = True) -> dict[str, Any]:
     }
     for kind in tqdm(KINDS, disable=not progress):
         source, use = works[kind]
-        with explaining(batches, t.workers):
+        with explain_failures(batches, t.workers):
             result[kind] = images_per_second(source(), use, s.seconds)
     result["waits"] = "model" if result["loading"] < result["model"] else "loader"
     result["environment"] = environment(accelerator.device)
