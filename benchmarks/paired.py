@@ -43,16 +43,17 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from glsim import load, save
-from glsim.checkpoints.bundle import CONFIG, pick_device
+from glsim.checkpoints.bundle import CONFIG
 from glsim.config import Train, read_recipe
+from glsim.data.masks import find_masks
+from glsim.environment import pick_device
 from glsim.evaluation import evaluate, flops
-from glsim.evaluation.localization import find_masks, measure
-from glsim.evaluation.localization_metrics import as_numbers, signed
-from glsim.evaluation.plots import save_figure
+from glsim.evaluation.localization import measure
+from glsim.evaluation.statistics import as_numbers, mcnemar, signed
 from glsim.files import write_text
+from glsim.interpret.drawing import save_figure
 from glsim.models import METHODS
 from glsim.training import train
-from glsim.training.report import mcnemar
 from glsim.training.resume import CHECKPOINT
 from glsim.types import ConfigError
 

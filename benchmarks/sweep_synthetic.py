@@ -29,9 +29,9 @@ from torch import Tensor
 from glsim.config import Localize
 from glsim.data import synthetic
 from glsim.evaluation.localization import run as localize
-from glsim.evaluation.localization_metrics import as_numbers, signed
-from glsim.evaluation.plots import save_figure
+from glsim.evaluation.statistics import as_numbers, signed
 from glsim.files import write_text
+from glsim.interpret.drawing import save_figure
 
 MECHANISMS = ["published", "far", "evidence", "rollout", "random", "plain"]
 EVERYTHING = "where_all.json"

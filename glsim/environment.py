@@ -1,4 +1,4 @@
-"""Versions, commit, devices: what a number was measured with."""
+"""Versions, commit and devices: what a number was measured with, and where models run."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from glsim import __version__
+from glsim.types import ConfigError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -62,3 +66,38 @@ def commit(root: Path) -> str | None:
     except (OSError, subprocess.SubprocessError):  # no git, no commit yet, or somebody else's files
         return None
     return head.stdout.strip() + "+changes" * bool(changed)
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device `name` ("cpu", "cuda:1"), by default the best there is; ConfigError when it is not there."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    best = accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name) if name is not None else best
+    except RuntimeError as error:
+        raise ConfigError(f"device={name}: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", best.type):
+        raise ConfigError(f"device={name} is not here; the best there is: {best.type}")
+    return device
+
+
+def make_accelerator(device: str | None = None, precision: str = "no", accumulate: int = 1, **more: Any) -> Accelerator:
+    """Accelerate's choice of devices and precision, anew each time; ConfigError for what is not there.
+
+    Gradients are averaged over `accumulate` batches; `more` goes to Accelerate.
+    """
+    from accelerate import Accelerator, PartialState  # imported here: an answer needs a device, and not this
+    from accelerate.state import AcceleratorState
+
+    chosen = pick_device(device)
+    if precision == "fp16" and chosen.type == "cpu":
+        raise ConfigError("precision=fp16 needs an accelerator, there is only a CPU; use no or bf16")
+    if chosen.index is not None and chosen.type != "cpu":
+        torch.accelerator.set_device_index(chosen.index)
+    if PartialState(cpu=chosen.type == "cpu").num_processes == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier run in this very process
+    try:
+        cpu = chosen.type == "cpu"
+        return Accelerator(cpu=cpu, mixed_precision=precision, gradient_accumulation_steps=accumulate, **more)
+    except ValueError as error:
+        raise ConfigError(f"precision={precision}: {error}") from error

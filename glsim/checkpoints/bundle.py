@@ -322,19 +322,6 @@ def amend(folder: str | Path, options: dict[str, Any], **info: Any) -> None:
     write_json(folder / CONFIG, config)
 
 
-def pick_device(name: str | None = None) -> torch.device:
-    """The device `name` ("cpu", "cuda:1"), by default the best there is; ConfigError when it is not there."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    best = accelerator or torch.device("cpu")
-    try:
-        device = torch.device(name) if name is not None else best
-    except RuntimeError as error:
-        raise ConfigError(f"device={name}: {str(error).splitlines()[0]}") from error
-    if device.type not in ("cpu", best.type):
-        raise ConfigError(f"device={name} is not here; the best there is: {best.type}")
-    return device
-
-
 def card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
     """The model card: what it is, what it learned from, how well it did, how to use it, under whose licences."""
     config, metrics = shown(dict(config)), shown(metrics)  # a card is for people

@@ -21,7 +21,7 @@ from glsim.config import Export
 from glsim.files import make_parent
 from glsim.models.attention import explicit_attention
 from glsim.models.backbone import Model, StagedModel
-from glsim.models.heads import lead
+from glsim.models.heads import top2_margin
 from glsim.types import ConfigError, GlsimError, Output
 
 BATCHES = (1, 3, 8)  # images at a time with which an exported file is held to the model
@@ -58,7 +58,7 @@ class First(Answer):
         """`images` (B, 3, H, W), normalised."""
         with spelled_out(self.model):
             given, logits, selection = self.model.first(images)
-        return logits, selection.boxes, given, lead(logits) < self.model.margin
+        return logits, selection.boxes, given, top2_margin(logits) < self.model.margin
 
 
 class Second(Answer):

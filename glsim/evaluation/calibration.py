@@ -14,17 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from glsim.checkpoints.bundle import amend, load, pick_device, preprocessing_of
+from glsim.checkpoints.bundle import amend, load, preprocessing_of
 from glsim.config import Calibrate
 from glsim.data.catalog import prepared
 from glsim.data.images import limited
 from glsim.data.loaders import make_loader
 from glsim.data.readers import split_hash
 from glsim.data.transforms import eval_transform
-from glsim.evaluation.confidence import NO_ANSWER, are_answers, calibration_error, find_threshold, graded, largest_rate
+from glsim.environment import pick_device
+from glsim.evaluation.confidence import calibration_error, find_threshold, graded, largest_rate
 from glsim.evaluation.evaluate import read_split
 from glsim.models.backbone import Model, StagedModel
-from glsim.models.heads import lead
+from glsim.models.heads import NO_ANSWER, are_answers, top2_margin
 from glsim.types import ConfigError, DataError
 
 COLDEST = 5.0  # logarithm of the highest temperature that is looked for, and of one over the lowest
@@ -128,7 +129,7 @@ def find_margin(first: Tensor, second: Tensor, labels: Tensor, max_loss: float) 
     `first`, `second` (images, C) are the logits after one pass and two. Only margins count above which no other one
     costs more: one that does well by chance in between is not taken. None: every image needs both passes.
     """
-    order = (ahead := lead(first)).argsort()
+    order = (ahead := top2_margin(first)).argsort()
     gained = ((second.argmax(1) == labels).long() - (first.argmax(1) == labels).long())[order]  # by its second pass
     ahead = ahead[order]
     lost = gained.flip(0).cumsum(0).flip(0)  # right answers fewer when the images from here on get one pass
@@ -137,7 +138,7 @@ def find_margin(first: Tensor, second: Tensor, labels: Tensor, max_loss: float) 
     if count == len(labels):
         return None, torch.ones_like(labels, dtype=torch.bool)
     margin = float(ahead[count - 1].nextafter(torch.tensor(2.0))) if count else 0.0
-    return margin, lead(first) < margin
+    return margin, top2_margin(first) < margin
 
 
 class Temperature(NamedTuple):

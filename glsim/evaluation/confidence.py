@@ -13,18 +13,12 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
-NO_ANSWER = "the model's answer is no number: its weights or its arithmetic overflow"
 BINS = 15  # of the expected calibration error, as in Guo et al., arXiv 1706.04599
 
 
 def calibration_error(confidences: Tensor, right: Tensor) -> float:
     """Expected calibration error over 15 bins: mean distance of confidence and accuracy."""
     return float(binary_calibration_error(confidences.clamp(0, 1), right.long(), n_bins=BINS))
-
-
-def are_answers(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Of which images the logits (images, C) are numbers that a softmax can take: bool (images,)."""
-    return (logits.float() / temperature).isfinite().all(dim=1)
 
 
 def graded(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

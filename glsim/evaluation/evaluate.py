@@ -7,31 +7,32 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from glsim.checkpoints.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of, threshold_of
+from glsim.checkpoints.bundle import labels_of, load, preprocessing_of, temperature_of, threshold_of
 from glsim.data.catalog import prepared
 from glsim.data.hierarchy import Taxonomy, decide, flat, read_taxonomy
-from glsim.data.images import MAX_MEGAPIXELS, BadImage, find_bad, pixel_limit
+from glsim.data.images import MAX_MEGAPIXELS, find_bad, pixel_limit
 from glsim.data.loaders import make_loader, read
-from glsim.data.readers import ImageList, hold_out_val, is_split, read_data, split_hash
+from glsim.data.readers import ImageList, is_split, split_hash
 from glsim.data.sources import located
+from glsim.data.splits import drop_bad, read_splits, take_split
 from glsim.data.transforms import eval_transform
-from glsim.evaluation.confidence import NO_ANSWER, are_answers, calibration_error, reliability, risk_coverage
+from glsim.environment import make_accelerator
+from glsim.evaluation.confidence import calibration_error, reliability, risk_coverage
 from glsim.evaluation.error_page import find_mistakes, write_page
 from glsim.evaluation.plots import draw_confidence, draw_confusion
 from glsim.files import csv_text, document, make_folder, write_json, write_text
 from glsim.inference.predictor import answers
 from glsim.models.backbone import Model
-from glsim.types import ConfigError, DataError, optional
+from glsim.models.heads import NO_ANSWER, are_answers
+from glsim.types import DataError, optional
 
 MOST_CLASSES_DRAWN = 60  # in confusion.png; more names and numbers cannot be read
 MOST_CONFUSED = 20  # pairs of classes that the summary names
@@ -224,69 +225,13 @@ def evaluate(
     )
 
 
-def join(lists: Iterable[ImageList]) -> ImageList:
-    """Several splits of one data set as one."""
-    lists = list(lists)
-    paths, labels = (tuple(chain(*parts)) for parts in zip(*((i.paths, i.labels) for i in lists), strict=True))
-    return ImageList(paths, labels, lists[0].classes)
-
-
-def drop_bad(images: ImageList, bad: list[BadImage]) -> ImageList:
-    """`images` without the unreadable files; DataError when nothing is left."""
-    gone = {str(b.path) for b in bad}
-    kept = [(p, y) for p, y in zip(images.paths, images.labels, strict=True) if str(p) not in gone]
-    if not kept:
-        raise DataError(f"none of the {len(images)} images can be read; the first: {bad[0]}")
-    return ImageList(tuple(p for p, _ in kept), tuple(y for _, y in kept), images.classes)
-
-
-def make_accelerator(device: str | None = None, precision: str = "no", accumulate: int = 1, **more: Any) -> Accelerator:
-    """Accelerate's choice of devices and precision, anew each time; ConfigError for what is not there.
-
-    Gradients are averaged over `accumulate` batches; `more` goes to Accelerate.
-    """
-    chosen = pick_device(device)
-    if precision == "fp16" and chosen.type == "cpu":
-        raise ConfigError("precision=fp16 needs an accelerator, there is only a CPU; use no or bf16")
-    if chosen.index is not None and chosen.type != "cpu":
-        torch.accelerator.set_device_index(chosen.index)
-    if PartialState(cpu=chosen.type == "cpu").num_processes == 1:
-        AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier run in this very process
-    try:
-        cpu = chosen.type == "cpu"
-        return Accelerator(cpu=cpu, mixed_precision=precision, gradient_accumulation_steps=accumulate, **more)
-    except ValueError as error:
-        raise ConfigError(f"precision={precision}: {error}") from error
-
-
-def read_splits(model: Model, data: str | Path, classes: Sequence[str] | None = None) -> dict[str, ImageList]:
-    """All splits, as the run that trained `model` saw them, val held out of train; `classes` goes to `read_data`."""
-    seen = {"split_seed": 0, "test_fraction": 0.2, "val_fraction": 0.0} | (model.config.get("data") or {})
-    splits = read_data(data, classes=classes, seed=seen["split_seed"], test_fraction=seen["test_fraction"])
-    return hold_out_val(splits, seen["val_fraction"], seen["split_seed"])
-
-
-def take_split(splits: Mapping[str, ImageList], split: str, data: str | Path) -> ImageList:
-    """The images of `split` of the data set `data`, or of all splits, to measure or to keep.
-
-    Raises DataError when there is no such split, or none of a class could be held out for it.
-    """
-    if split == "all":
-        return join(splits.values())
-    if not len(splits.get(split, ())):
-        there = ", ".join(name for name, images in splits.items() if len(images))
-        hint = "; train with --val-fraction 0.1 to hold some images out, of classes that have two or more"
-        raise DataError(f"{data} has no split {split!r}; it has: {there}{hint if split == 'val' else ''}")
-    return splits[split]
-
-
 def read_split(model: Model, data: str | Path, split: str) -> tuple[ImageList, dict[str, ImageList]]:
     """The images of `split`, or all, and all splits, as the run that trained `model` saw them, val held out of train.
 
     Raises DataError as `take_split` does, or when the classes are not those of `model`.
     """
     named, labels = model.config.get("label_names"), labels_of(model)
-    splits = read_splits(model, data, named)
+    splits = read_splits(data, model.config.get("data"), named)
     images = take_split(splits, split, data)
     if named is None and len(images.classes) != len(labels):
         raise DataError(f"{data} has {len(images.classes)} classes, the model {len(labels)} without names")

@@ -1,26 +1,15 @@
-"""Plots as PNG files."""
+"""Plots of an evaluation as PNG files: confusion matrix, reliability, risk and coverage."""
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from glsim.evaluation.confidence import BINS, Reliability, RiskCoverage
-
-
-def save_figure(figure: Figure, path: str | Path, dpi: int = 120) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a script the font lacks shows as boxes
-        FigureCanvasAgg(figure).figure.savefig(temporary, format="png", dpi=dpi)
-    temporary.replace(path)
+from glsim.interpret.drawing import save_figure
 
 
 def draw_confusion(confusion: Tensor, labels: list[str], path: Path) -> None:

@@ -31,8 +31,7 @@ from glsim.data.catalog import prepared
 from glsim.data.images import BadImage, limited
 from glsim.data.readers import ImageList, find_images
 from glsim.data.sources import clean_label
-from glsim.evaluation.confidence import NO_ANSWER, are_answers
-from glsim.evaluation.evaluate import read_splits, take_split
+from glsim.data.splits import read_splits, take_split
 from glsim.files import (
     make_folder,
     one_line,
@@ -46,6 +45,7 @@ from glsim.files import (
 )
 from glsim.inference.predictor import Predictor, embedding_of, giving
 from glsim.models.backbone import Model
+from glsim.models.heads import NO_ANSWER, are_answers
 from glsim.types import EMBEDDINGS, ConfigError, DataError, GlsimError
 
 FORMAT = 1
@@ -455,7 +455,7 @@ def evaluate(s: IndexEval, progress: bool = True) -> dict[str, Any]:
 
 def find_split(model: Model, s: IndexBuild | IndexEval) -> ImageList:
     """The images asked for, of any classes; DataError when there is no such split, or none in it."""
-    return take_split(read_splits(model, prepared(s.data, s.dataset)), s.split, s.data)
+    return take_split(read_splits(prepared(s.data, s.dataset), model.config.get("data")), s.split, s.data)
 
 
 def describe(index: Index) -> dict[str, Any]:

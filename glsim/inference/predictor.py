@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from glsim.checkpoints.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of, threshold_of
+from glsim.checkpoints.bundle import labels_of, load, preprocessing_of, temperature_of, threshold_of
 from glsim.config import Predict
 from glsim.data.hierarchy import decide, flat, read_taxonomy
 from glsim.data.images import BadImage, limited, sharing
 from glsim.data.readers import ImageDataset, find_images
 from glsim.data.transforms import Preprocessing, eval_transform
-from glsim.evaluation.confidence import NO_ANSWER, are_answers
+from glsim.environment import pick_device
 from glsim.files import csv_text, expand, make_parent, printable, to_json, write_text
 from glsim.models.backbone import Model, StagedModel
-from glsim.models.heads import lead
+from glsim.models.heads import NO_ANSWER, are_answers, top2_margin
 from glsim.types import ConfigError, Output, choose
 
 
@@ -240,7 +240,8 @@ def _regrouped(model: StagedModel, margin: float, batches: Iterable[Tensor]) -> 
     for images in batches:
         size = max(size, len(images))
         given, logits, selection = model.first(images)
-        output = Output(logits, selection, aux={"unsure": lead(logits) < margin, "embeddings": {"global": given}})
+        aux = {"unsure": top2_margin(logits) < margin, "embeddings": {"global": given}}
+        output = Output(logits, selection, aux=aux)
         held.append(output)
         rows = output.aux["unsure"].nonzero()[:, 0].tolist()
         # A view of a row would keep the images of its whole batch.

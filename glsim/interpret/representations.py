@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from glsim.evaluation.plots import save_figure
 from glsim.files import write_json
+from glsim.interpret.drawing import save_figure
 from glsim.models.backbone import Backbone, Model
 from glsim.types import ConfigError, DataError
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from glsim.models.backbone import Backbone, Model, StagedModel, to_pair
 from glsim.models.boxes import check_box, crop_and_resize, select
-from glsim.models.heads import Aggregator, Classifier, lead
+from glsim.models.heads import Aggregator, Classifier, top2_margin
 from glsim.models.scores import check_metric, check_top, needs_attention, score
 from glsim.types import ConfigError, Output, Selection
 
@@ -81,7 +81,7 @@ class AdaptiveGLSim(GLSim, StagedModel):
             logits, _, crops, aux = self.second(images, given, selection.boxes)
             both = {"cross_entropy": ((1.0, logits), (self.early_loss, first))}
             return Output(logits, selection, crops, both if self.training else aux)
-        unsure = lead(first) < self.margin
+        unsure = top2_margin(first) < self.margin
         if unsure.any():
             second = self.second(images[unsure], given[unsure], selection.boxes[unsure])
             first = first.masked_scatter(unsure[:, None], second.logits)

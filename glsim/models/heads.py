@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from glsim.types import choose
 
+NO_ANSWER = "the model's answer is no number: its weights or its arithmetic overflow"
+
 
 class Aggregator(nn.Module):
     """Transformer blocks and a LayerNorm over the class tokens of image and crop (arXiv 2407.12891): (B, 2, D) -> same.
@@ -80,10 +82,15 @@ def zero_linear(dim: int, num_classes: int) -> nn.Linear:
     return linear
 
 
-def lead(logits: Tensor) -> Tensor:
+def top2_margin(logits: Tensor) -> Tensor:
     """How far the best class is ahead of the second one in probability (B,), of logits (B, C); 1 for a single class."""
     best = logits.float().softmax(dim=1).topk(min(2, logits.shape[1])).values
     return best[:, 0] - best[:, 1:].sum(dim=1)
+
+
+def are_answers(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Of which images the logits (images, C) are numbers that a softmax can take: bool (images,)."""
+    return (logits.float() / temperature).isfinite().all(dim=1)
 
 
 class LayerWeights(nn.Module):

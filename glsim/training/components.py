@@ -15,8 +15,8 @@ from glsim.data.catalog import prepared
 from glsim.data.images import BadImage, find_bad
 from glsim.data.loaders import CachedImages
 from glsim.data.readers import ImageDataset, ImageList, hold_out_val, read_data
+from glsim.data.splits import drop_bad, take_split
 from glsim.data.transforms import Preprocessing, train_steps
-from glsim.evaluation.evaluate import drop_bad, take_split
 from glsim.models.backbone import Model
 from glsim.training.config import Train
 from glsim.types import ConfigError, DataError

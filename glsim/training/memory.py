@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 
-from glsim.checkpoints.bundle import pick_device
+from glsim.environment import pick_device
 from glsim.models import create_model
 from glsim.models.backbone import Model
 from glsim.models.losses import objective

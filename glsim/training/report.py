@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 
 from glsim.checkpoints.bundle import CONFIG, METRICS_FILE
 from glsim.config import Report, Train, read_recipe
-from glsim.evaluation.plots import save_figure
+from glsim.evaluation.statistics import mcnemar
 from glsim.files import csv_plain, csv_text, make_folder, markdown, read_json, read_text, write_text
+from glsim.interpret.drawing import save_figure
 from glsim.training.reproduce import STATE, is_measured, summary
 from glsim.training.train import FREE, PREDICTIONS, RECIPE, plain
 from glsim.types import ConfigError, DataError
@@ -188,16 +189,6 @@ def compare(base: list[Run], other: list[Run]) -> dict[str, Any]:
 def _mcnemar_row(seed: str, images: int, only_base: int, only_other: int) -> dict[str, Any]:
     p = mcnemar(only_base, only_other)
     return {"seed": seed, "images": images, "only_baseline": only_base, "only_other": only_other, "p": p}
-
-
-def mcnemar(b: int, c: int) -> float:
-    """Exact two-sided p of McNemar's test: how likely `b` and `c` images that only one of two models gets right are at
-    least as uneven by chance, each of them falling to either side with probability 1/2."""
-    n, term, total = b + c, 1, 0
-    for i in range(min(b, c) + 1):
-        total += term  # n choose i
-        term = term * (n - i) // (i + 1)
-    return min(1.0, 2 * total / 2**n)
 
 
 def read_predictions(run: Run) -> dict[str, tuple[str, str]]:

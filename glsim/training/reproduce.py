@@ -19,7 +19,8 @@ from accelerate import Accelerator
 
 from glsim.config import Reproduce, Train, change_recipe
 from glsim.data.readers import hold_out, split_hash
-from glsim.evaluation.evaluate import make_accelerator, take_split
+from glsim.data.splits import take_split
+from glsim.environment import make_accelerator
 from glsim.files import one_line, printable, read_json, write_json
 from glsim.training import train
 from glsim.training.resume import Interrupted, held

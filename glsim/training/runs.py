@@ -17,8 +17,8 @@ from glsim.checkpoints.bundle import METRICS_FILE, UNKNOWN, WHERE_FROM, read_con
 from glsim.data.catalog import SETS
 from glsim.environment import environment
 from glsim.evaluation.evaluate import Summary
-from glsim.evaluation.plots import save_figure
 from glsim.files import csv_plain, one_line, read_json, read_text
+from glsim.interpret.drawing import save_figure
 from glsim.models.backbone import Model
 from glsim.training.config import Train
 from glsim.types import DataError, optional

@@ -13,8 +13,7 @@ from tqdm import tqdm
 from glsim.config import Bench, change_recipe
 from glsim.data.loaders import TrainBatches, read, train_loader
 from glsim.data.transforms import batch_mixing
-from glsim.environment import environment
-from glsim.evaluation.evaluate import make_accelerator
+from glsim.environment import environment, make_accelerator
 from glsim.files import make_folder, write_json
 from glsim.models import create_model
 from glsim.models.losses import objective

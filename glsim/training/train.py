@@ -25,7 +25,8 @@ from glsim.data.images import BadImage, pixel_limit
 from glsim.data.loaders import TrainBatches, make_loader, mix, read, train_loader
 from glsim.data.readers import ImageList, split_hash
 from glsim.data.transforms import Preprocessing, batch_mixing, eval_transform
-from glsim.evaluation.evaluate import evaluate, make_accelerator, predictions_table
+from glsim.environment import make_accelerator
+from glsim.evaluation.evaluate import evaluate, predictions_table
 from glsim.files import document, one_line, printable, write_json, write_text
 from glsim.models import create_model
 from glsim.models.backbone import Model

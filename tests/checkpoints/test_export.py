@@ -21,10 +21,9 @@ from glsim.checkpoints import export, onnx_runtime
 from glsim.config import Bench, Export, Predict
 from glsim.data.images import BadImage
 from glsim.evaluation import speed
-from glsim.evaluation.confidence import NO_ANSWER
 from glsim.evaluation.evaluate import evaluate_bundle
 from glsim.inference.predictor import run as predict
-from glsim.models.heads import lead
+from glsim.models.heads import NO_ANSWER, top2_margin
 
 LABELS = list("abcde")
 CLASS_TOKEN, REGISTERS, NEITHER = (
@@ -209,7 +208,7 @@ def test_a_model_that_answers_early_is_two_graphs(tmp_path):
         return small_model(early_loss=1.0, margin=margin)
 
     images = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(3))
-    ahead = lead(adaptive(0.5).first(images)[1]).detach().sort().values
+    ahead = top2_margin(adaptive(0.5).first(images)[1]).detach().sort().values
     model = adaptive(float(ahead[3:5].mean()))  # half of the images are sure after the first pass
     out, result = exported(model, tmp_path)
     assert [p.rpartition("/")[2] for p in result["files"]] == ["model.2.onnx", "model.onnx"]

@@ -17,7 +17,7 @@ from glsim.data.images import BadImage
 from glsim.evaluation import calibration, evaluate
 from glsim.evaluation.confidence import calibration_error, graded, largest_rate
 from glsim.inference.predictor import answers, run
-from glsim.models.heads import lead
+from glsim.models.heads import top2_margin
 from glsim.models.losses import objective
 from glsim.training import train
 
@@ -61,8 +61,8 @@ def set_margin(folder, margin):
 def test_the_lead_is_the_difference_of_the_two_largest_probabilities():
     logits = torch.tensor([[2.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
     p = logits.softmax(1)
-    torch.testing.assert_close(lead(logits), torch.stack((p[0, 0] - p[0, 2], torch.tensor(0.0))))
-    assert lead(torch.zeros(2, 1)).tolist() == [1, 1]
+    torch.testing.assert_close(top2_margin(logits), torch.stack((p[0, 0] - p[0, 2], torch.tensor(0.0))))
+    assert top2_margin(torch.zeros(2, 1)).tolist() == [1, 1]
 
 
 def test_without_a_margin_it_answers_as_glsim_does(model, images):
@@ -101,8 +101,8 @@ def test_only_the_unsure_get_a_second_pass(model, images, count, monkeypatch):
     with torch.no_grad():
         full = model(images).logits
         _, first, _ = model.first(images)
-        margin = [*lead(first).sort().values.tolist(), 2.0][count]
-        unsure = lead(first) < margin
+        margin = [*top2_margin(first).sort().values.tolist(), 2.0][count]
+        unsure = top2_margin(first) < margin
         encoded = []
         counted = model.backbone.net.patch_embed.register_forward_hook(lambda _m, x, _o: encoded.append(len(x[0])))
         monkeypatch.setattr(model, "margin", margin)
@@ -117,7 +117,7 @@ def test_only_the_unsure_get_a_second_pass(model, images, count, monkeypatch):
 def test_unsure_images_wait_for_a_full_batch(model, images, monkeypatch):
     """Batches of 4, 4 and 1, most images unsure: the second passes run in fours, and the order stays."""
     with torch.no_grad():
-        monkeypatch.setattr(model, "margin", float(lead(model.first(images)[1]).sort().values[6]))
+        monkeypatch.setattr(model, "margin", float(top2_margin(model.first(images)[1]).sort().values[6]))
         wanted = model(images)
     sizes, second = [], model.second
     monkeypatch.setattr(model, "second", lambda *given: sizes.append(len(given[0])) or second(*given))
@@ -130,7 +130,7 @@ def test_unsure_images_wait_for_a_full_batch(model, images, monkeypatch):
 
 def test_waiting_images_do_not_keep_their_batches(model, images, monkeypatch):
     """One unsure image in each batch of 3: its copy waits, the batch goes."""
-    leads = lead(model.first(images)[1]).detach()
+    leads = top2_margin(model.first(images)[1]).detach()
     order = torch.cat([leads.argsort()[i::3] for i in range(3)])
     monkeypatch.setattr(model, "margin", float(leads.sort().values[3]))
     kept, alive = [], []
@@ -150,7 +150,7 @@ def test_waiting_images_do_not_keep_their_batches(model, images, monkeypatch):
 
 def test_mirrored_too_an_image_is_unsure_where_either_view_is(model, images, monkeypatch):
     with torch.no_grad():
-        views = [lead(model.first(x)[1]) for x in (images, images.flip(-1))]
+        views = [top2_margin(model.first(x)[1]) for x in (images, images.flip(-1))]
         monkeypatch.setattr(model, "margin", float(torch.cat(views).median()))
         first, second = (view < model.margin for view in views)
         (output,) = answers(model, [images], flip=True)
@@ -187,17 +187,17 @@ def test_the_margin_against_every_one_tried(seed, max_loss):
     margin, unsure = calibration.find_margin(first, second, labels, max_loss)
 
     def lost(bound):
-        mixed = torch.where((lead(first) < bound)[:, None], second, first)
+        mixed = torch.where((top2_margin(first) < bound)[:, None], second, first)
         return int((second.argmax(1) == labels).sum() - (mixed.argmax(1) == labels).sum())
 
     allowed = max_loss / 100 * 40
-    tried = sorted({0.0, 2.0, *(x + 1e-6 for x in lead(first).tolist())})
+    tried = sorted({0.0, 2.0, *(x + 1e-6 for x in top2_margin(first).tolist())})
     good = [bound for i, bound in enumerate(tried) if all(lost(b) <= allowed for b in tried[i:])]
-    wanted = lead(first) < good[0]
+    wanted = top2_margin(first) < good[0]
     assert torch.equal(unsure, wanted)
     assert (margin is None) == bool(wanted.all())
     if margin is not None:
-        assert torch.equal(lead(first) < margin, wanted)
+        assert torch.equal(top2_margin(first) < margin, wanted)
 
 
 def test_the_temperature_is_the_one_the_labels_were_drawn_with():
@@ -361,7 +361,7 @@ def test_bad_files_keep_their_place_among_answers_that_come_late(early, birds, t
     loader = evaluate.make_loader(
         evaluate.read_data(birds)["test"], evaluate.eval_transform(evaluate.preprocessing_of(glsim.load(early))), 9, 0
     )
-    set_margin(early, float(lead(calibration.ask(glsim.load(early), loader).first).median()))
+    set_margin(early, float(top2_margin(calibration.ask(glsim.load(early), loader).first).median()))
     paths = sorted((birds / "test").glob("*/*"))
     for i in (0, 1, 2, 7):
         bad = tmp_path / f"bad{i}.png"

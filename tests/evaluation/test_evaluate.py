@@ -18,6 +18,7 @@ from glsim.data.images import open_image
 from glsim.data.loaders import make_loader
 from glsim.data.readers import read_data
 from glsim.data.transforms import eval_transform
+from glsim.environment import make_accelerator
 from glsim.evaluation import evaluate
 from glsim.files import MARKER
 from glsim.inference.predictor import run as predict
@@ -47,7 +48,7 @@ def test_no_method_lets_images_of_a_batch_meet(method, birds):
     """In evaluation; dcal pairs them in training."""
     model = small_model(method, "resnet18" if method == "cal" else "vit_tiny_patch16_224", classes=3)
     images = read_data(birds)["test"]
-    accelerator = evaluate.make_accelerator("cpu")
+    accelerator = make_accelerator("cpu")
     alone, together = (
         evaluate.evaluate(
             model, make_loader(images, eval_transform(preprocessing_of(model)), size, 0), 3, accelerator, flip=True
@@ -71,7 +72,7 @@ def test_flip_averages_the_logits_of_both():
     images = torch.zeros(2, 3, 2, 4)
     images[0, ..., 0] = 4.0  # left 2, right 0; mirrored 0, 2; so 1, 1 and 0
     images[1] = -1.0
-    labels, accelerator = torch.tensor([1, 2]), evaluate.make_accelerator("cpu")
+    labels, accelerator = torch.tensor([1, 2]), make_accelerator("cpu")
     plain = evaluate.evaluate(Sides(), [(images, labels)], 3, accelerator)
     flipped = evaluate.evaluate(Sides(), [(images, labels)], 3, accelerator, flip=True)
     weights = torch.tensor([2.0, 0, 0]).exp()

@@ -5,8 +5,9 @@ import torch
 from conftest import small_model
 from PIL import Image
 
+from glsim.data.masks import Masked
 from glsim.evaluation.faithfulness import NOISE, SHARES, WEIGHTS, faithfulness, impute, ranking, remove, under
-from glsim.evaluation.localization import Masked, measure
+from glsim.evaluation.localization import measure
 
 GRID, SIZE = (3, 4), (12, 20)
 

@@ -5,19 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from largest import Largest
 from torchmetrics.functional.classification import binary_auroc
 
-from glsim.evaluation import localization_metrics
 from glsim.evaluation.localization_metrics import (
     BOX_MEASURES,
-    as_numbers,
-    interval,
     measure_boxes,
     measure_scores,
     per_patch,
     roc_auc,
-    signed,
 )
 from glsim.models.boxes import placed
 
@@ -85,19 +81,6 @@ def test_scores_agree_with_loops_and_with_torchmetrics():
         kept = counted[b].flatten()
         auc = binary_auroc(scores[b][places][kept].sigmoid(), inside[b].flatten()[kept].long())
         assert found["auc"][b].item() == pytest.approx(auc.item(), abs=1e-5)
-
-
-class Largest(TorchDispatchMode):
-    """Numbers of the largest tensor that anything gave."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.count = max(self.count, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return result
 
 
 def test_the_roc_auc_is_that_of_all_pairs_in_memory_that_grows_with_the_patches():
@@ -237,49 +220,6 @@ def test_a_box_beside_the_object_holds_nothing():
     inside, counted = one_patch()
     found = measure_boxes(torch.tensor([[[23, 10, 30, 20]]]), inside, counted)
     assert [found[k].item() for k in BOX_MEASURES[1:]] == [0, 0, 0, 0]
-
-
-def test_the_interval_is_the_bootstraps():
-    values = torch.rand(40, 3, generator=generator(), dtype=torch.double)
-    values[::4, 1] = torch.nan
-    values[:, 2] = torch.nan
-    mean, low, high = interval(values, resamples=300, seed=5)
-    draws = torch.randint(40, (300, 40), generator=generator(5))
-    for column in (0, 1):
-        means = sorted(float(np.nanmean(values[rows, column].numpy())) for rows in draws)
-        assert mean[column].item() == pytest.approx(float(np.nanmean(values[:, column])))
-        assert low[column].item() == pytest.approx(float(np.quantile(means, 0.025)))
-        assert high[column].item() == pytest.approx(float(np.quantile(means, 0.975)))
-    assert mean[2].isnan() and low[2].isnan()
-    named = as_numbers({"a": values[:, 0], "c": values[:, 2]}, 300, 5)
-    assert named["c"] is None and named["a"] == [mean[0].item(), low[0].item(), high[0].item()]
-    assert as_numbers({}) == {}
-
-
-def test_one_image_has_no_interval():
-    columns = {"a": torch.tensor([0.25, torch.nan]), "b": torch.tensor([0.0, 1.0]), "c": torch.full((2,), torch.nan)}
-    found = as_numbers(columns, 100)
-    assert found["a"] == [0.25, None, None] and found["b"] == [0.5, 0.0, 1.0] and found["c"] is None
-    assert as_numbers({"a": torch.tensor([0.25])}) == {"a": [0.25, None, None]}
-    assert [signed(*found[name], digits=2) for name in "ab"] == ["+0.25", "+0.50 (+0.00 to +1.00)"]
-
-
-def test_draws_in_parts_are_those_at_once(monkeypatch):
-    """And many images take little memory: all counts at once are 10 million."""
-    values = torch.rand(50_000, 2, generator=generator(), dtype=torch.double)
-    with Largest() as largest:
-        interval(values, resamples=200)
-    assert largest.count <= localization_metrics.AT_ONCE < 200 * 50_000
-    few = values[:30]
-    at_once = interval(few, resamples=101)
-    monkeypatch.setattr(localization_metrics, "AT_ONCE", 100)
-    torch.testing.assert_close(interval(few, resamples=101), at_once, atol=1e-12, rtol=0)
-
-
-def test_the_interval_is_as_wide_as_theory_says():
-    values = torch.randn(400, 1, generator=generator(), dtype=torch.double)
-    _, low, high = interval(values, resamples=4000)[:, 0].tolist()
-    assert (high - low) / 2 == pytest.approx(1.96 * values.std().item() / math.sqrt(400), rel=0.08)
 
 
 def test_places_are_inside_uniform_and_in_the_middle():

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from glsim import ConfigError, DataError, cli
 from glsim.config import Reproduce, Train
-from glsim.evaluation.evaluate import make_accelerator
+from glsim.environment import make_accelerator
 from glsim.training import reproduce, train
 from glsim.training.resume import HOLDER, LOCK, held
 

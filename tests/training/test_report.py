@@ -39,18 +39,6 @@ def runs(tmp_path):
     return [*made, *(make_run(tmp_path / f"g{seed}", range(2, last), seed=seed) for seed, last in ((1, 10), (10, 9)))]
 
 
-@pytest.mark.parametrize(
-    ("b", "c"), [(0, 0), (0, 1), (0, 6), (5, 1), (1, 5), (10, 12), (7, 7), (121, 59), (3000, 3100)]
-)
-def test_mcnemar_is_the_exact_binomial_test(b, c):
-    expected = binomtest(b, b + c).pvalue if b + c else 1.0
-    assert report.mcnemar(b, c) == pytest.approx(expected, rel=1e-9)
-
-
-def test_mcnemar_by_hand():
-    assert report.mcnemar(1, 5) == pytest.approx(2 * (1 + 6) / 64)  # of 64 ways, 7 are as uneven on one side
-
-
 def test_mean_std_and_counts_of_runs_that_differ_in_the_seed(runs):
     (data,) = report.run(Report(runs=runs))["data"]
     plain, glsim = data["rows"]

@@ -38,6 +38,7 @@ from glsim.data import loaders as batches_module
 from glsim.data.loaders import TrainBatches, make_loader, read, train_loader
 from glsim.data.readers import ImageDataset, read_data
 from glsim.data.transforms import Preprocessing, train_transform
+from glsim.environment import make_accelerator
 from glsim.evaluation import evaluate
 from glsim.models.losses import TERMS, objective
 from glsim.training import resume, train
@@ -91,7 +92,7 @@ def test_metrics_by_hand():
 
     logits = torch.eye(7)[[0, 0, 1, 2, 2]] * 5 - torch.arange(7) * 0.1
     labels = torch.tensor([0, 1, 1, 6, 2])
-    accelerator = evaluate.make_accelerator("cpu")
+    accelerator = make_accelerator("cpu")
     result = evaluate.evaluate(Fixed(), [(logits[:3], labels[:3]), (logits[3:], labels[3:])], 7, accelerator)
     summary = result.summary("abcdefg")
     assert (summary["count"], summary["correct"], summary["correct_top5"]) == (5, 3, 4)
@@ -793,7 +794,7 @@ def test_a_file_that_cannot_be_read_is_named_before_training(birds, tmp_path):
     victim = images.paths[3]
     victim.unlink()
     with pytest.raises(DataError, match=f"{victim}: cannot be read"):
-        resume.fingerprints(images.paths, evaluate.make_accelerator("cpu"))
+        resume.fingerprints(images.paths, make_accelerator("cpu"))
 
 
 @pytest.fixture(scope="module")
