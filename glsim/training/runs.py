@@ -8,7 +8,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -54,7 +54,8 @@ class RunMetrics(Epoch):
     test: Summary | None = optional()
 
 
-class Measured(NamedTuple):
+@dataclass(frozen=True)
+class Measured:
     """What runs are compared by."""
 
     count: int
@@ -80,9 +81,10 @@ def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
 
 def read_measured(value: Any) -> Measured | None:
     """The counts and accuracies of a measurement in a JSON file; None where that is something else."""
-    if not isinstance(value, dict) or not all(isinstance(value.get(name), int | float) for name in Measured._fields):
+    names = [f.name for f in dataclasses.fields(Measured)]
+    if not isinstance(value, dict) or not all(isinstance(value.get(name), int | float) for name in names):
         return None
-    return Measured(*(value[name] for name in Measured._fields))
+    return Measured(**{name: value[name] for name in names})
 
 
 def read_predictions(folder: Path, test: Measured) -> dict[str, tuple[str, str]]:

@@ -301,7 +301,7 @@ def finish_epoch(s: Train, run: Run, epoch: int) -> None:
     accelerator.log(document(row), run.step)
     run.tally = Tally(accelerator)
     if accelerator.is_main_process:
-        metrics = document(RunMetrics(**vars(row), **measured))
+        metrics = document(RunMetrics(**vars(row), val=measured.get("val"), test=measured.get("test")))
         with writing(out):
             save(answering, out, list(run.classes), preprocessing=run.preprocessing, metrics=metrics, **run.about)
             write_text(out / LOG, "".join(json.dumps(document(r)) + "\n" for r in run.history))
