@@ -94,8 +94,8 @@ def run(options: Options, progress: bool) -> Quickstart:
     accuracy, seconds = {}, {}
     for method in ("plain", "glsim"):
         folder, began = out / method, time.perf_counter()
-        how = {"data": str(data), "out": str(folder), "method": method}
-        train(Train(**how, epochs=options.epochs, workers=options.workers, **RECIPE), progress)
+        how = {"data": str(data), "out": str(folder), "method": method, "epochs": options.epochs, "cache": "ram"}
+        train(Train(**how, workers=options.workers, **RECIPE), progress)
         seconds[method] = round(time.perf_counter() - began, 1)
         accuracy[method] = evaluate_bundle(folder, data, out=report / method, workers=options.workers).top1
         (report / method / CURVE).write_bytes((folder / CURVE).read_bytes())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -65,6 +67,8 @@ from glsim.training.runs import (
 from glsim.training.tally import Tally
 from glsim.types import ConfigError, GlsimError
 
+CURVE_SECONDS = 30.0  # between drawings of the curve, which take as long as an epoch of a small model
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedRun(RunMetrics):
@@ -102,6 +106,7 @@ class Run:
     history: list[Epoch]
     step: int
     tally: Tally
+    curve_drawn: float = -math.inf  # when, on the clock of `time.monotonic`
 
 
 def train(settings: Train, progress: bool = True) -> TrainedRun:
@@ -305,7 +310,9 @@ def finish_epoch(s: Train, run: Run, epoch: int) -> None:
         with writing(out):
             save(answering, out, list(run.classes), preprocessing=run.preprocessing, metrics=metrics, **run.about)
             write_text(out / LOG, "".join(json.dumps(document(r)) + "\n" for r in run.history))
-            draw_curve(run.history, out / CURVE)
+            if epoch + 1 == s.epochs or time.monotonic() - run.curve_drawn >= CURVE_SECONDS:
+                draw_curve(run.history, out / CURVE)
+                run.curve_drawn = time.monotonic()
 
 
 def save_state(s: Train, run: Run) -> None:

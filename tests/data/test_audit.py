@@ -19,11 +19,12 @@ from PIL import Image
 from torch import nn
 
 from glsim import cli
-from glsim.config import Doctor, Train
+from glsim.config import Doctor
 from glsim.data import audit, audit_page, duplicates
 from glsim.data.images import BadImage
 from glsim.models import create_model
 from glsim.training import memory
+from glsim.training.config import Train
 from glsim.types import ConfigError, DataError, GlsimError, Output
 
 PLAN = dict(backbone="vit_tiny_patch16_224", image_size=64, backbone_args=SMALL, options={"top_o": 4}, device="cpu")

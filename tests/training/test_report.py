@@ -12,8 +12,9 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from glsim import ConfigError, DataError, cli
-from glsim.config import Report, Train, to_recipe
+from glsim.config import Report
 from glsim.training import report
+from glsim.training.config import Train, to_recipe
 
 
 def make_run(folder, right, *, data="birds", images=10, split="ab" * 32, seed=1, labels="ab", **changes):
