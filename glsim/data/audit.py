@@ -45,14 +45,14 @@ CHECKS = {  # name -> (severity, what was found, what to do); the order is that 
     "near_clash": (
         WARNING,
         "Nearly the same picture under two labels",
-        "Compare them by eye: a copy with another label is a wrong label.",
+        "Compare them by eye: a duplicate with another label is a wrong label.",
     ),
     "duplicate": (
         WARNING,
         "The same picture twice in a class",
-        "It counts twice, in training or in the test: remove the copies.",
+        "It counts twice, in training or in the test: remove the others.",
     ),
-    "near_duplicate": (WARNING, "Nearly the same picture twice in a class", "Remove those that are only copies."),
+    "near_duplicate": (WARNING, "Nearly the same picture twice in a class", "Remove those that only repeat another."),
     "blank": (WARNING, "Pictures of nearly one colour", "Look whether a camera or a download failed."),
     "suffix": (
         WARNING,

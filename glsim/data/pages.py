@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
+from jinja2.filters import do_forceescape, do_mark_safe
 
 from glsim.files import printable, read_text
 
@@ -32,8 +32,8 @@ def render(template: Path, **values: Any) -> str:
     environment.filters["breakable"] = _breakable
     environment.filters["thousands"] = lambda number: f"{number:,}"
     environment.filters["percent"] = lambda share, digits=1: f"{share:.{digits}%}"
-    return environment.get_template(template.name).render(style=Markup(read_text(STYLE)), **values)
+    return environment.get_template(template.name).render(style=do_mark_safe(read_text(STYLE)), **values)
 
 
-def _breakable(name: Any) -> Markup:
-    return Markup(re.sub("([_/])", r"\1<wbr>", str(escape(printable(name)))))
+def _breakable(name: Any) -> str:
+    return do_mark_safe(re.sub("([_/])", r"\1<wbr>", str(do_forceescape(printable(name)))))

@@ -604,7 +604,11 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(birds, tmp_path, mon
     monkeypatch.setattr(os, "fsync", fsync)
     train.train(settings(birds, out, epochs=1), progress=False)
     files = [path for path in (out / "checkpoint").rglob("*") if path.is_file()]
-    assert {path.name for path in files} == {"state.json", *(f"{n}.safetensors" for n in PARTS if n != "averaged")}
+    assert {path.name for path in files} == {
+        ".glsim",
+        "state.json",
+        *(f"{n}.safetensors" for n in PARTS if n != "averaged"),
+    }
     assert {path.stat().st_ino for path in files} <= synced
 
 
