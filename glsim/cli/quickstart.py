@@ -94,8 +94,16 @@ def run(options: Options, progress: bool) -> Quickstart:
     accuracy, seconds = {}, {}
     for method in ("plain", "glsim"):
         folder, began = out / method, time.perf_counter()
-        how = {"data": str(data), "out": str(folder), "method": method, "epochs": options.epochs, "cache": "ram"}
-        train(Train(**how, workers=options.workers, **RECIPE), progress)
+        settings = Train(
+            data=str(data),
+            out=str(folder),
+            method=method,
+            epochs=options.epochs,
+            workers=options.workers,
+            cache="ram",
+            **RECIPE,
+        )
+        train(settings, progress)
         seconds[method] = round(time.perf_counter() - began, 1)
         accuracy[method] = evaluate_bundle(folder, data, out=report / method, workers=options.workers).top1
         (report / method / CURVE).write_bytes((folder / CURVE).read_bytes())
