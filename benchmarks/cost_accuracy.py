@@ -29,11 +29,10 @@ from matplotlib.figure import Figure
 
 from glsim import load
 from glsim.checkpoints.bundle import METRICS_FILE, amend, preprocessing_of
-from glsim.config import Calibrate
 from glsim.data.readers import ImageDataset, read_data
 from glsim.data.transforms import eval_transform
 from glsim.environment import environment, pick_device
-from glsim.evaluation import calibration
+from glsim.evaluation.calibration import calibrate_bundle
 from glsim.files import write_text
 from glsim.inference.predictor import answers
 from glsim.interpret.drawing import save_figure
@@ -106,9 +105,9 @@ def prepare(recipe: Path, seed: int, has_val: bool, a: argparse.Namespace) -> No
     if not has_val:
         judge = replace(base, out=str(a.out / recipe.stem / "val"), seed=a.seeds[0], val_fraction=0.2, test=False)
         finish(judge)
-    found = calibration.run(Calibrate(source=judge.out, data=a.data, max_loss=a.max_loss), progress=False)
-    amend(base.out, {"margin": found["margin"]})
-    print(f"{base.out}: margin {found['margin']}, by {found['count']} images of {judge.out}", file=sys.stderr)
+    found = calibrate_bundle(judge.out, a.data, max_loss=a.max_loss)
+    amend(base.out, {"margin": found.margin})
+    print(f"{base.out}: margin {found.margin}, by {found.count} images of {judge.out}", file=sys.stderr)
 
 
 def finish(s: Train) -> None:

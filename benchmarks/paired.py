@@ -254,7 +254,10 @@ def locate(out: Path, a: argparse.Namespace) -> None:
         rows = targets.get("part", next(iter(targets.values())))
         own = next(iter(rows))
         found = {
-            which: {name: rows[row][name].tolist() for name in ("area", "coverage", "holds")}
+            which: {
+                key: rows[row][name].tolist()
+                for key, name in (("area", "area"), ("coverage", "box_recall"), ("holds", "holds"))
+            }
             for which, row in (("box", own), ("random", f"{own}/random"))
         }
     write_text(out / WHERE, json.dumps(found) + "\n")

@@ -25,7 +25,8 @@ import torch
 
 from glsim.data.images import BadImage
 from glsim.data.readers import find_images
-from glsim.evaluation.speed import resident, wait
+from glsim.evaluation.peak_memory import resident
+from glsim.evaluation.workloads import wait
 from glsim.inference.predictor import Predictor
 
 

@@ -26,9 +26,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from glsim.config import Localize
 from glsim.data import synthetic
-from glsim.evaluation.localization import run as localize
+from glsim.evaluation.localization import evaluate_localization
 from glsim.evaluation.statistics import as_numbers, signed
 from glsim.files import write_text
 from glsim.interpret.drawing import save_figure
@@ -102,9 +101,8 @@ def cell(a: argparse.Namespace, scale: float, clutter: float) -> Cell:
     everything = out / EVERYTHING
     if paired.PUBLISHED in a.mechanisms and not everything.exists():
         source = str(out / paired.PUBLISHED / f"seed_{a.seeds[0]}")
-        images, masks = str(data / "test"), str(data / "masks")
-        every = Localize(source=source, images=images, masks=masks, metrics=["all"], controls=True, out=str(everything))
-        localize(every, progress=False)
+        images, masks = data / "test", data / "masks"
+        evaluate_localization(source, images, masks, metrics=["all"], controls=True, out=everything)
     found: Cell = {}
     runs = {name: [right for _, right in paired.finished(asked, name).values()] for name in names}
     right = {name: torch.stack(seeds).double().mean(dim=0) for name, seeds in runs.items()}

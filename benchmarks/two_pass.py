@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from glsim import create_model
 from glsim.environment import environment, pick_device
-from glsim.evaluation.speed import in_turn, wait
+from glsim.evaluation.speed import in_turn
+from glsim.evaluation.workloads import wait
 from glsim.models.boxes import crop_and_resize, select
 from glsim.models.scores import needs_attention, score
 

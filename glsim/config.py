@@ -15,7 +15,6 @@ from typing import Any, Literal
 from glsim.data.catalog import SETS
 from glsim.data.images import MAX_MEGAPIXELS
 from glsim.files import expand
-from glsim.models import METHODS
 from glsim.training.config import Train, change_recipe, find_checked_recipe, read_recipe, to_recipe  # noqa: F401
 from glsim.types import EMBEDDINGS, ConfigError, choose
 
@@ -75,35 +74,6 @@ def outputs(settings: Any) -> dict[str, tuple[str, Role]]:
 def megapixels() -> Any:
     """The field `max_megapixels` of every verb that decodes images (`glsim.data.images:limited`)."""
     return setting(MAX_MEGAPIXELS, "megapixels of an image; a larger one is a bad file, and none of it is decoded")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibrate(Settings):
-    """Fit confidences on validation images, and when a first pass may answer alone; changes the bundle."""
-
-    source: str = positional(MISSING, "bundle folder", path="folder")
-    data: str = required("folder, CSV, hf:NAME or wds:FOLDER, as for train", path="reads")
-    dataset: str | None = setting(None, "name of a data set prepared in DATA")
-    split: Literal["train", "val", "test", "all"] = setting(
-        "val", "which images, as eval takes them; none that the model was trained on; all: every one there is"
-    )
-    max_loss: float = setting(0.1, "points of accuracy (of 100) that skipping second passes may cost on these images")
-    max_error: float | None = setting(
-        None, "points (of 100) of the answers that may be wrong: below the threshold found, --reject says unknown"
-    )
-    batch_size: int = setting(32, "images at a time")
-    workers: int = setting(2, "processes that load images")
-    max_megapixels: float = megapixels()
-    device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
-
-    def __post_init__(self) -> None:
-        _limit(self.max_megapixels)
-        _at_least(self, 1, "batch_size")
-        _at_least(self, 0, "workers", "max_loss")
-        if self.max_error is not None and not 0 <= self.max_error < 100:
-            raise ConfigError(f"max_error={self.max_error}: points of 100, from 0 to below 100")
-        if self.dataset is not None:
-            choose(self.dataset, SETS, "data set")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,37 +281,6 @@ class Explain(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Localize(Settings):
-    """Measure where the model looks against masks: scores and boxes of every mechanism, beside controls."""
-
-    source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth", path="reads")
-    images: str = required("folder (or file, or glob) of images", path="reads")
-    masks: str = required(
-        "folder of masks, one an image: PNG, trimap or PASCAL VOC XML; or with body/ and part/", path="reads"
-    )
-    metrics: list[str] | None = setting(None, "mechanisms, or all; default: the model's own, gls_cos for plain")
-    controls: bool = setting(False, "boxes of the same size too: centre, random place; random patches; whole image")
-    faithfulness: bool = setting(False, "deletion and insertion curves too (18 more passes a mechanism)")
-    options: dict[str, Any] = setting({}, "options of the method to change, as --options.top_o 16")
-    limit: int | None = setting(None, "measure at most this many images, evenly spaced")
-    resamples: int = setting(1000, "bootstrap draws of the images, for the intervals")
-    seed: int = setting(0, "of these draws and of the random boxes")
-    batch_size: int = setting(32, "images at a time")
-    skip_bad: bool = setting(False, "leave unreadable images, and bad masks with theirs, out and list them")
-    max_megapixels: float = megapixels()
-    out: str | None = setting(None, "file for the result as JSON", path="file")
-    device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
-
-    def __post_init__(self) -> None:
-        _limit(self.max_megapixels)
-        _at_least(self, 1, "batch_size")
-        _at_least(self, 100, "resamples")
-        if self.limit is not None:
-            _at_least(self, 1, "limit")
-        _seeds(self.seed)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Serve(Settings):
     """A web page and a JSON API on this machine: drop an image, see the answer and why. Needs glsim[demo]."""
 
@@ -367,111 +306,6 @@ class Serve(Settings):
         _limit(self.max_megapixels)
         if self.port > 65535:
             raise ConfigError(f"port={self.port}: 0 to 65535")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bench(Settings):
-    """Time models in turn: answers, training steps, images a second, peak memory, and their ratios."""
-
-    methods: list[str] = setting(["plain", "glsim"], "what to measure; options after a colon: glsim:crop_size=112")
-    sources: list[str] = setting(
-        [], "trained bundles or exported .onnx to measure instead, at their own image size", path="reads"
-    )
-    backbones: list[str] = setting(["vit_base_patch16_224"], "timm model names")
-    sizes: list[int] = setting([224], "sides of the images in pixels")
-    batch_sizes: list[int] = setting([1, 8], "images at a time")
-    dtypes: list[str] = setting(["float32"], "float32, bfloat16, float16: of the weights; in training, of autocast")
-    compile: Literal["no", "yes", "both"] = setting("no", "compile the models with torch.compile")
-    against: str | None = setting(
-        None, "a method (or source): divide what the others took by what this one took", path="reads"
-    )
-    training: bool = setting(True, "time training steps too: forward, backward, SGD")
-    memory: bool = setting(True, "measure peak memory too, each row in a process of its own")
-    data: str | None = setting(
-        None,
-        "images (folder or glob): how many a second are read, prepared and answered; with --sources a data set as "
-        "for train, whose test images are what is answered (the cost of a model may depend on them)",
-        path="reads",
-    )
-    images: int = setting(128, "with --sources and --data: test images in every turn, in memory beforehand")
-    loader: str | None = setting(
-        None, "recipe: instead, the images a second that training loads from DATA, and uses", path="reads"
-    )
-    train: dict[str, Any] = setting({}, "with --loader: settings instead of the recipe's, as --train.cache ram")
-    seconds: float = setting(15.0, "with --loader: how long loading, model and both together are timed each")
-    workers: int | None = setting(None, "processes that load images; default: 2, with --loader those of the recipe")
-    max_megapixels: float = megapixels()
-    repeats: int = setting(10, "rounds in which every model has its turn; median and quartiles are over these")
-    warmup: int = setting(2, "rounds before those, not counted")
-    num_classes: int = setting(200, "outputs of the last layer")
-    backbone_args: dict[str, Any] = setting({}, "handed to timm, as --backbone-args.depth 6")
-    out: str | None = setting(None, "folder for bench.json and plots", path="folder")
-    device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
-
-    def __post_init__(self) -> None:
-        _limit(self.max_megapixels)
-        for method in self.methods:
-            choose(method.partition(":")[0], METHODS, "method")
-        for dtype in self.dtypes:
-            choose(dtype, dict.fromkeys(("float32", "bfloat16", "float16")), "dtype")
-        choose(self.compile, dict.fromkeys(("no", "yes", "both")), "compile")
-        if self.against is not None:
-            choose(self.against, dict.fromkeys(self.sources or self.methods), "method to compare against")
-        for name in ("methods", "sources", "backbones", "sizes", "batch_sizes", "dtypes"):
-            values = getattr(self, name)
-            if len(set(values)) < len(values) or not (values or name == "sources"):
-                raise ConfigError(f"{name}={values}: {'each only once' if values else 'one or more'}")
-        if self.sources:
-            if self.loader is not None:
-                raise ConfigError("sources: not with --loader")
-            usual = Bench()
-            for name in ("methods", "backbones", "sizes", "num_classes", "backbone_args"):
-                if getattr(self, name) != getattr(usual, name):
-                    raise ConfigError(f"{name}={getattr(self, name)}: not with --sources, which have their own")
-            if self.images < max(self.batch_sizes):
-                raise ConfigError(f"images={self.images}: at least the largest of batch_sizes, {max(self.batch_sizes)}")
-        if min(self.sizes + self.batch_sizes) < 1:
-            raise ConfigError(f"sizes={self.sizes}, batch_sizes={self.batch_sizes}: at least 1 is needed")
-        _at_least(self, 1, "repeats", "num_classes")
-        _at_least(self, 0, "warmup")
-        if self.loader is not None and self.data is None:
-            raise ConfigError(f"loader={self.loader}: name the images to load with --data, as for train")
-        if self.train and self.loader is None:
-            raise ConfigError(f"--train.{next(iter(self.train))}: only with --loader RECIPE")
-        if not self.seconds > 0:
-            raise ConfigError(f"seconds={self.seconds}: above 0 is needed")
-        if self.workers is None and self.loader is None:
-            object.__setattr__(self, "workers", 2)
-        if self.workers is not None:
-            _at_least(self, 0, "workers")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Flops(Settings):
-    """Count parameters and floating point operations of a model, or of each way to choose patches; nothing is timed."""
-
-    method: str = setting("glsim", f"shown beside plain; one of: {', '.join(METHODS)}")
-    backbone: str | None = setting(None, "timm model name; default: vit_base_patch16_224, for cal resnet101")
-    image_size: Size = setting(None, "pixels, one side or [height,width]; default: the backbone's own")
-    num_classes: int = setting(200, "outputs of the last layer")
-    options: dict[str, Any] = setting({}, "options of the method, as --options.crop_size 112")
-    backbone_args: dict[str, Any] = setting({}, "handed to timm, as --backbone-args.depth 6")
-    convention: Literal["paper", "honest"] | None = setting(
-        None, "count each way to choose patches instead, as GLSim's paper does or all by one rule (docs/cost.md)"
-    )
-    sizes: list[int] = setting([224, 448, 768, 1024], "sides of the images in pixels, with --convention")
-
-    def __post_init__(self) -> None:
-        choose(self.method, METHODS, "method")
-        _at_least(self, 1, "num_classes")
-        if not self.sizes or min(self.sizes) < 1:
-            raise ConfigError(f"sizes={self.sizes}: one or more, at least 1")
-        if self.convention is not None:
-            choose(self.convention, {"paper": None, "honest": None}, "convention")
-            if self.image_size is not None:
-                raise ConfigError("image_size: with --convention use --sizes")
-            if self.options or self.method != "glsim":
-                raise ConfigError("method and options: --convention counts every way to choose, and the paper's GLSim")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -347,11 +347,15 @@ def shown(value: Any) -> Any:
 def document(value: Any) -> Any:
     """A result as what JSON has: dataclasses and named tuples become objects, paths texts.
 
-    A field that was declared with `glsim.types:optional` is left out where it is None.
+    A field that was declared with `glsim.types:optional` is left out where it, or the field it names, is None.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
-        return {f.name: document(v) for f, v in fields if v is not None or not f.metadata.get("optional")}
+        kept = {}
+        for f in dataclasses.fields(value):
+            decides = f.metadata.get("optional")
+            if not decides or getattr(value, f.name if decides is True else decides) is not None:
+                kept[f.name] = document(getattr(value, f.name))
+        return kept
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return {name: document(inside) for name, inside in value._asdict().items()}
     if isinstance(value, dict):

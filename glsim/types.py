@@ -65,9 +65,12 @@ class DataWarning(UserWarning):
     """What a person should know of their data, though the work goes on: on the command line a note, and in its JSON."""
 
 
-def optional() -> Any:
-    """A field of a result that is None where it does not apply, and then is left out of its JSON document."""
-    return field(default=None, metadata={"optional": True})
+def optional(beside: str | None = None) -> Any:
+    """A field of a result that is None where it does not apply, and then is left out of its JSON document.
+
+    A field whose None says something is left out where the field named `beside` is None.
+    """
+    return field(default=None, metadata={"optional": beside or True})
 
 
 EMBEDDINGS = {

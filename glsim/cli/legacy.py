@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from glsim import config
-from glsim.cli.eval import show_answered
 from glsim.cli.output import put
 from glsim.files import printable
 
@@ -25,33 +24,6 @@ class Verb(NamedTuple):
 def show_skipped(r: dict[str, Any], what: str = "unreadable images") -> list[str]:
     """What was left out, counted and listed."""
     return [f"skipped {len(r['skipped'])} {what}:", *(f"  {bad}" for bad in r["skipped"])] * bool(r["skipped"])
-
-
-def show_calibrate(r: dict[str, Any], _: Any) -> str:
-    """What the fit changed."""
-    lines = [f"{r['count']} images of {r['split']}: temperature {r['temperature']:.3f}"]
-    if r["temperature_kept"] is not None:
-        lines[0] += f", kept at 1: {r['temperature_kept']}; calibrate on more images"
-    else:
-        lines[0] += " ({:.3f} to {:.3f}, 95 %)".format(*r["temperature_interval"])
-    lines.append(
-        "expected calibration error {:.2%} -> {:.2%}, mean log-loss {:.4f} -> {:.4f}".format(*r["ece"], *r["nll"])
-    )
-    if "margin" in r:
-        first, second, correct, count = r["correct_first"], r["correct_second"], r["correct"], r["count"]
-        lines += [
-            f"first pass alone {first / count:.2%} ({first}), always both {second / count:.2%} ({second}), "
-            f"as calibrated {correct / count:.2%} ({correct})",
-            f"second pass for {r['second_pass_share']:.1%} of the images, margin {r['margin']}",
-        ]
-    if "max_error" in r and r["threshold"] is None:
-        lines.append(f"no threshold keeps the error at {r['max_error']:g} points: --reject will not work")
-    elif "max_error" in r:
-        lines.append(show_answered(r["threshold"], r["coverage"], r["answered"], r["answered_correct"]))
-        lines.append(
-            f"that rests on {r['count']} images: up to {r['error_at_most']:.1%} of such answers may be wrong (95 %)"
-        )
-    return "\n".join([*lines, f"written: {r['bundle']}"])
 
 
 def show_predict(r: dict[str, Any], s: config.Predict) -> str:
@@ -154,13 +126,6 @@ def show_explain(r: dict[str, Any], _: Any) -> str:
     return "\n".join([*lines, f"pictures: {r['out']}"])
 
 
-def show_localize(r: dict[str, Any], s: config.Localize) -> str:
-    """The tables, and what was left out."""
-    from glsim.evaluation.localization import as_text
-
-    return "\n".join([as_text(r), *show_skipped(r, "images"), *[f"written: {s.out}"] * bool(s.out)])
-
-
 def show_convert(r: dict[str, Any], _: Any) -> str:
     """What became of every key."""
     lines = [f"{len(r['used'])} keys used, {len(r['ignored'])} ignored, {len(r['missing'])} missing"]
@@ -216,33 +181,14 @@ def show_serve(r: dict[str, Any], _: Any) -> str:
     return f"stopped: {r['answered']} images answered{mean}{other}"
 
 
-def show_bench(r: dict[str, Any], s: config.Bench) -> str:
-    """A line a row, ratios beside; with --loader the three rates."""
-    from glsim.evaluation import speed
-    from glsim.training import throughput
-
-    return (speed if s.loader is None else throughput).as_text(r) + (f"\nwritten: {s.out}" if s.out else "")
-
-
-def show_flops(r: dict[str, Any], s: config.Flops) -> str:
-    """The table, under a head that says how it counts."""
-    from glsim.evaluation.flops import as_text
-
-    return as_text(r, s.convention)
-
-
 VERBS = {
-    "calibrate": Verb(config.Calibrate, "glsim.evaluation.calibration:run", show_calibrate, progress=True),
     "predict": Verb(config.Predict, "glsim.inference.predictor:run", show_predict, progress=True, shows_raw=True),
     "index build": Verb(config.IndexBuild, "glsim.inference.index:build", show_index, progress=True),
     "index add": Verb(config.IndexAdd, "glsim.inference.index:add", show_index, progress=True),
     "index query": Verb(config.IndexQuery, "glsim.inference.index:query", show_query, progress=True),
     "index eval": Verb(config.IndexEval, "glsim.inference.index:evaluate", show_index_eval, progress=True),
     "explain": Verb(config.Explain, "glsim.interpret.heatmaps:run", show_explain),
-    "localize": Verb(config.Localize, "glsim.evaluation.localization:run", show_localize, progress=True),
     "serve": Verb(config.Serve, "glsim.inference.server:run", show_serve),
-    "bench": Verb(config.Bench, "glsim.evaluation.speed:run", show_bench, progress=True),
-    "flops": Verb(config.Flops, "glsim.evaluation.flops:run", show_flops),
     "convert": Verb(config.Convert, "glsim.checkpoints.convert:run", show_convert),
     "export": Verb(config.Export, "glsim.checkpoints.export:run", show_export),
     "push": Verb(config.Push, "glsim.checkpoints.push:run", show_push),

@@ -6,6 +6,7 @@ Temperature: Guo et al., On Calibration of Modern Neural Networks, arXiv 1706.04
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,19 +16,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glsim.checkpoints.bundle import amend, load, preprocessing_of
-from glsim.config import Calibrate
 from glsim.data.catalog import prepared
-from glsim.data.images import limited
+from glsim.data.images import MAX_MEGAPIXELS, pixel_limit
 from glsim.data.loaders import make_loader
 from glsim.data.readers import split_hash
 from glsim.data.transforms import eval_transform
 from glsim.environment import pick_device
 from glsim.evaluation.confidence import calibration_error, find_threshold, graded, largest_rate
 from glsim.evaluation.evaluate import read_split
+from glsim.files import document
 from glsim.models.backbone import Model, StagedModel
 from glsim.models.heads import NO_ANSWER, are_answers, top2_margin
-from glsim.types import ConfigError, DataError
+from glsim.types import ConfigError, DataError, optional
 
+MAX_LOSS = 0.1  # points of accuracy
 COLDEST = 5.0  # logarithm of the highest temperature that is looked for, and of one over the lowest
 WIDEST = 2.0  # a temperature that may as well be so many times higher or lower is not taken
 
@@ -40,64 +42,124 @@ class Answers(NamedTuple):
     first: Tensor | None = None  # (images, C) after the first pass, of a `StagedModel`
 
 
-@limited
-def run(s: Calibrate, progress: bool = True) -> dict[str, Any]:
-    """The verb: fit temperature, margin and threshold, write them into the bundle; returns them, as plain values.
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What was fitted on the images of a split. Of `nll` and `ece` the first is before, the second after it."""
 
-    The temperature stays 1 where the images cannot tell it, and `temperature_kept` says why. Raises ConfigError when
-    `s.source` is no bundle folder, DataError for images that do not fit the model.
+    bundle: str
+    margin: float | None = optional(beside="max_loss")  # of the early exit; None: every image needs both passes
+    second_pass_share: float | None = optional()  # of the images
+    max_loss: float | None = optional()  # points of accuracy that skipping second passes may cost
+    correct_first: int | None = optional()  # right answers of the first pass alone
+    correct_second: int | None = optional()  # right answers of both passes, always
+    data: str  # its name
+    split: str
+    split_hash: str
+    count: int  # images
+    correct: int  # right answers
+    temperature: float
+    temperature_interval: tuple[float, float] | None  # of 95 %
+    temperature_kept: str | None  # why the temperature stays 1
+    nll: list[float]  # mean log-loss
+    ece: list[float]  # expected calibration error
+    max_error: float | None = optional()  # points of the answers that may be wrong
+    threshold: float | None = optional(beside="max_error")  # None: there is none
+    coverage: float | None = optional()  # share of the images that are answered at the threshold
+    answered: int | None = optional()  # images
+    answered_correct: int | None = optional()
+    error_at_most: float | None = optional()  # share of such answers that may be wrong, one-sided, 95 %
+
+
+def calibrate_bundle(
+    source: str | Path,
+    data: str | Path,
+    *,
+    dataset: str | None = None,
+    split: str = "val",
+    max_loss: float = MAX_LOSS,
+    max_error: float | None = None,
+    batch_size: int = 32,
+    workers: int = 2,
+    max_megapixels: float = MAX_MEGAPIXELS,
+    device: str | None = None,
+    progress: bool = False,
+) -> Calibration:
+    """Fit temperature, margin of the early exit and threshold of rejection on a split; write them into the bundle.
+
+    The temperature stays 1 where the images cannot tell it, and `temperature_kept` says why.
+
+    Args:
+        source: a bundle folder, which is changed.
+        data: what `glsim.data.readers:read_data` takes; with `dataset` prepared as that named data set.
+        split: train, val, test, or all; images that the model was not trained on.
+        max_loss: points of accuracy (of 100) that skipping second passes may cost on these images.
+        max_error: points (of 100) of the answers that may be wrong: below the threshold found, they are rejected.
+        max_megapixels: larger images are bad files.
+        progress: draw a progress bar.
+
+    Raises:
+        ConfigError: when `source` is no bundle folder, or `max_loss` is given for a model without early exit.
+        DataError: for images that do not fit the model.
     """
-    folder = Path(s.source)
+    folder = Path(source)
     if not folder.is_dir():
-        raise ConfigError(f"{s.source} is no folder: calibrate writes into the bundle; download or convert it first")
-    model = load(folder)
-    staged = isinstance(model, StagedModel)
-    if isinstance(model, StagedModel):
-        model.margin = None
-    elif s.max_loss != Calibrate.max_loss:
-        raise ConfigError(f"max_loss={s.max_loss}: {s.source} spares no second pass; train with --options.early_loss 1")
-    data = prepared(s.data, s.dataset)
-    images, _ = read_split(model, data, s.split)
-    loader = make_loader(images, eval_transform(preprocessing_of(model)), s.batch_size, s.workers)
-    said = ask(model.to(pick_device(s.device)).eval(), loader, progress)
-    logits, found = said.logits, dict[str, Any]()
+        raise ConfigError(f"{source} is no folder: calibrate writes into the bundle; download or convert it first")
+    with pixel_limit(max_megapixels):
+        model = load(folder)
+        if isinstance(model, StagedModel):
+            model.margin = None
+        elif max_loss != MAX_LOSS:
+            raise ConfigError(f"max_loss={max_loss}: {source} spares no second pass; train with --options.early_loss 1")
+        place = prepared(data, dataset)
+        images, _ = read_split(model, place, split)
+        loader = make_loader(images, eval_transform(preprocessing_of(model)), batch_size, workers)
+        said = ask(model.to(pick_device(device)).eval(), loader, progress)
+    logits, early_exit = said.logits, dict[str, Any]()
     if said.first is not None:
-        margin, unsure = find_margin(said.first, said.logits, said.labels, s.max_loss)
+        margin, unsure = find_margin(said.first, said.logits, said.labels, max_loss)
         logits = torch.where(unsure[:, None], said.logits, said.first)
-        found = {
+        early_exit = {
             "margin": margin,
             "second_pass_share": float(unsure.float().mean()),
-            "max_loss": s.max_loss,
+            "max_loss": max_loss,
             "correct_first": count_right(said.first, said.labels),
             "correct_second": count_right(said.logits, said.labels),
         }
     fitted = fit_temperature(logits, said.labels)
     temperature = fitted.value
-    found |= {
-        "data": Path(s.data).name,
-        "split": s.split,
-        "split_hash": split_hash({s.split: images}, data),
-        "count": len(said.labels),
-        "correct": count_right(logits, said.labels),
-        "temperature": temperature,
-        "temperature_interval": fitted.interval,
-        "temperature_kept": fitted.why_not,
-        "nll": [float(F.cross_entropy(logits / t, said.labels)) for t in (1.0, temperature)],
-        "ece": [calibration_error(*graded(logits / t, said.labels)) for t in (1.0, temperature)],
+    found = Calibration(
+        bundle=str(folder),
+        **early_exit,
+        data=Path(data).name,
+        split=split,
+        split_hash=split_hash({split: images}, place),
+        count=len(said.labels),
+        correct=count_right(logits, said.labels),
+        temperature=temperature,
+        temperature_interval=fitted.interval,
+        temperature_kept=fitted.why_not,
+        nll=[float(F.cross_entropy(logits / t, said.labels)) for t in (1.0, temperature)],
+        ece=[calibration_error(*graded(logits / t, said.labels)) for t in (1.0, temperature)],
+        **(rejection(logits / temperature, said.labels, max_error) if max_error is not None else {}),
+    )
+    kept = document(found)
+    del kept["bundle"]
+    amend(folder, {"margin": found.margin} if early_exit else {}, calibration=kept)
+    return found
+
+
+def rejection(logits: Tensor, labels: Tensor, max_error: float) -> dict[str, Any]:
+    """The fields of `Calibration` about the threshold that keeps the error of the answers at `max_error` points."""
+    confidences, right = graded(logits, labels)
+    threshold, answered = find_threshold(confidences, right, max_error)
+    return {
+        "max_error": max_error,
+        "threshold": threshold,
+        "coverage": float(answered.float().mean()),
+        "answered": int(answered.sum()),
+        "answered_correct": int(right[answered].sum()),
+        "error_at_most": largest_rate(int((~right[answered]).sum()), int(answered.sum())),
     }
-    if s.max_error is not None:
-        confidences, right = graded(logits / temperature, said.labels)
-        threshold, answered = find_threshold(confidences, right, s.max_error)
-        found |= {
-            "max_error": s.max_error,
-            "threshold": threshold,
-            "coverage": float(answered.float().mean()),
-            "answered": int(answered.sum()),
-            "answered_correct": int(right[answered].sum()),
-            "error_at_most": largest_rate(int((~right[answered]).sum()), int(answered.sum())),
-        }
-    amend(folder, {"margin": found["margin"]} if staged else {}, calibration=found)
-    return {"bundle": str(folder), **found}
 
 
 @torch.no_grad()

@@ -102,7 +102,7 @@ def remove(ranks: Tensor, grid: tuple[int, int], size: tuple[int, int], share: f
     return torch.einsum("rh,brc,cw->bhw", rows, mask, cols) > 0.5
 
 
-def faithfulness(
+def removal_curves(
     answer: Callable[[Tensor], Tensor],
     images: Tensor,
     whole: Tensor,

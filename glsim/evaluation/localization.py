@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,57 +13,132 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glsim.checkpoints.bundle import load, preprocessing_of, temperature_of
-from glsim.config import Localize
-from glsim.data.images import limited
+from glsim.data.images import MAX_MEGAPIXELS, pixel_limit
 from glsim.data.masks import Masked, check_masks, find_masks, read_masked, to_view
 from glsim.data.transforms import Preprocessing, eval_transform
 from glsim.environment import pick_device
-from glsim.evaluation.faithfulness import NOISE, SHARES, faithfulness, under
+from glsim.evaluation.faithfulness import NOISE, SHARES, removal_curves, under
 from glsim.evaluation.localization_metrics import BOX_MEASURES, measure_boxes, measure_scores
-from glsim.evaluation.statistics import as_numbers, signed
-from glsim.files import make_parent, write_json
-from glsim.interpret.heatmaps import selections_of, spell_out, title_of
+from glsim.evaluation.statistics import RESAMPLES, as_numbers
+from glsim.files import document, make_parent, write_json
+from glsim.interpret.heatmaps import selections_of, spell_out
 from glsim.models.backbone import Model
 from glsim.models.boxes import placed
 from glsim.types import DataError, Output
 
+KEYS = {"box_recall": "coverage", "box_precision": "purity"}  # what a result calls them
 DRAWS = 16  # random places of a box, of which the mean counts
 
 
-@limited
-def run(s: Localize, progress: bool = True) -> dict[str, Any]:
-    """The verb: measures of every mechanism, with 95 % intervals; written as JSON to `s.out` where that is given.
+Numbers = list[float | None] | None  # mean, low and high of the 95 % interval; None where there is no mean
 
-    Raises DataError before the model is loaded: naming the image without mask, or, unless `s.skip_bad`, the first image
-    or mask that cannot be taken.
+
+@dataclass(frozen=True)
+class TargetMeasures:
+    """Means over the images of one target: by row, and by measure."""
+
+    left_out: int  # images of which no pixel of the object is left in the network's view: no row has them
+    rows: dict[str, dict[str, Numbers]]
+    gains: dict[str, dict[str, Numbers]]  # how much more a mechanism's box holds than its controls, image by image
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Mean probabilities of a mechanism as patches are removed, at these shares of the patches."""
+
+    removed: list[float]
+    kept: list[float]
+    deletion: list[float]
+    insertion: list[float]
+
+
+@dataclass(frozen=True)
+class Localization:
+    """What `evaluate_localization` returns; `rows` and `curves` are by mechanism."""
+
+    source: str
+    images: str
+    masks: str
+    count: int
+    interval: str
+    resamples: int
+    seed: int
+    targets: dict[str, TargetMeasures]
+    curves: dict[str, Curves]
+    skipped: list[str]  # images and masks that cannot be taken, and why
+
+
+def evaluate_localization(
+    source: str | Path,
+    images: str | Path,
+    masks: str | Path,
+    *,
+    metrics: list[str] | None = None,
+    controls: bool = False,
+    faithfulness: bool = False,
+    options: Mapping[str, Any] | None = None,
+    limit: int | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    batch_size: int = 32,
+    skip_bad: bool = False,
+    max_megapixels: float = MAX_MEGAPIXELS,
+    out: str | Path | None = None,
+    device: str | None = None,
+    progress: bool = False,
+) -> Localization:
+    """Measure scores and boxes of every mechanism against masks, with 95 % intervals.
+
+    Args:
+        source: what `glsim.load` takes.
+        images: folder, file or glob.
+        masks: folder that `glsim.data.masks:find_masks` looks in.
+        metrics: mechanisms, or all; by default the model's own.
+        controls: measure boxes of the same size in the centre and at random places, random patches, and the image too.
+        faithfulness: measure deletion and insertion too.
+        options: options of the method to change.
+        limit: at most this many images, evenly spaced.
+        resamples: bootstrap draws of the images.
+        seed: of these draws and of the random boxes.
+        skip_bad: leave bad images, and images with bad masks, out; they are listed in `skipped`.
+        max_megapixels: larger images are bad files.
+        out: file for the result as JSON.
+        progress: draw progress bars.
+
+    Raises:
+        ConfigError: for an option or a metric that does not fit.
+        DataError: before the model is loaded: for an image without mask, and for bad files unless `skip_bad`.
     """
-    if s.out is not None:
-        if Path(s.out).is_dir():
-            raise DataError(f"out={s.out} is a folder; name a file")
-        make_parent(s.out)  # first: what cannot be made must not come late
-    found = find_masks(s.images, s.masks)
-    count = min(s.limit or len(found), len(found))
-    found = [found[i * len(found) // count] for i in range(count)]  # of every class some
-    with tqdm(total=count, desc="masks", unit="image", disable=not progress) as bar:
-        images, skipped = check_masks(found, s.skip_bad, bar.update)
-    model = load(s.source, **s.options).to(pick_device(s.device))
-    names: list[str | None] = [*spell_out(s.metrics, model), *(["random"] if s.controls else [])]
-    with tqdm(total=len(images), desc="images", unit="image", disable=not progress) as bar:
-        measured = measure(model, images, names, s.controls, s.faithfulness, s.batch_size, s.seed, bar.update)
-    result = {
-        "source": str(s.source),
-        "images": str(s.images),
-        "masks": str(s.masks),
-        "count": len(images),
-        "interval": "95 %, bootstrap over images",
-        "resamples": s.resamples,
-        "seed": s.seed,
-        "targets": {target: summary(rows, s.resamples, s.seed) for target, rows in measured.targets.items()},
-        "curves": measured.curves,
-        "skipped": skipped,
-    }
-    if s.out is not None:
-        write_json(s.out, result)
+    if out is not None:
+        if Path(out).is_dir():
+            raise DataError(f"out={out} is a folder; name a file")
+        make_parent(out)  # first: what cannot be made must not come late
+    with pixel_limit(max_megapixels):
+        found = find_masks(images, masks)
+        count = min(limit or len(found), len(found))
+        found = [found[i * len(found) // count] for i in range(count)]  # of every class some
+        with tqdm(total=count, desc="masks", unit="image", disable=not progress) as bar:
+            masked, skipped = check_masks(found, skip_bad, bar.update)
+        model = load(source, **options or {}).to(pick_device(device))
+        names: list[str | None] = [*spell_out(metrics, model)]
+        if controls:
+            names.append("random")
+        with tqdm(total=len(masked), desc="images", unit="image", disable=not progress) as bar:
+            measured = measure(model, masked, names, controls, faithfulness, batch_size, seed, bar.update)
+    result = Localization(
+        source=str(source),
+        images=str(images),
+        masks=str(masks),
+        count=len(masked),
+        interval="95 %, bootstrap over images",
+        resamples=resamples,
+        seed=seed,
+        targets={target: summarise(rows, resamples, seed) for target, rows in measured.targets.items()},
+        curves=measured.curves,
+        skipped=skipped,
+    )
+    if out is not None:
+        write_json(out, document(result))
     return result
 
 
@@ -75,7 +151,7 @@ class Measured(NamedTuple):
     """What was measured of all images."""
 
     targets: dict[str, Rows]
-    curves: dict[str, dict[str, list[float]]]  # of every mechanism: shares of the patches, and mean probabilities there
+    curves: dict[str, Curves]
 
 
 def measure(
@@ -118,7 +194,7 @@ def measure(
             noise = torch.stack([torch.from_numpy(draw.standard_normal(pixels.shape[1:])) for draw in draws])
             there, noise = pixels.to(device), NOISE * noise.float().to(device)
             for name, selection, _ in found:
-                both = faithfulness(answer, there, probabilities(output), selection.scores, selection.grid, noise)
+                both = removal_curves(answer, there, probabilities(output), selection.scores, selection.grid, noise)
                 areas[name] = {curve: under(heights).cpu() for curve, heights in both.items()}
                 for curve, heights in both.items():
                     curves.setdefault(name, {}).setdefault(curve, []).append(heights.cpu())
@@ -133,9 +209,9 @@ def measure(
         target: {row: {name: torch.cat(v) for name, v in columns.items()} for row, columns in rows.items()}
         for target, rows in parts.items()
     }
+    removed, kept = [0.0, *SHARES], [*(1 - share for share in reversed(SHARES)), 1.0]
     means = {
-        row: {"removed": [0.0, *SHARES], "kept": [*(1 - share for share in reversed(SHARES)), 1.0]}
-        | {name: torch.cat(values).mean(dim=0).tolist() for name, values in both.items()}
+        row: Curves(removed, kept, **{name: torch.cat(values).mean(dim=0).tolist() for name, values in both.items()})
         for row, both in curves.items()
     }
     return Measured(targets, means)
@@ -184,22 +260,22 @@ def _mean(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.nanmean(dim=1) for name, value in values.items()}
 
 
-def summary(rows: Rows, resamples: int, seed: int) -> dict[str, Any]:
-    """Means with intervals: of every row, and of how much more a mechanism's box holds than its controls (paired).
-
-    `left_out` counts the images of which no pixel of the object is left in the network's view: no row has them.
-    """
-    some = next(iter(rows.values()))["coverage"]
+def summarise(rows: Rows, resamples: int, seed: int) -> TargetMeasures:
+    """Means with intervals: of every row, and of how much more a mechanism's box holds than its controls (paired)."""
+    some = next(iter(rows.values()))["box_recall"]
     gains = {
         row: {
-            f"{measure} - {control}": columns[measure] - rows[f"{row}/{control}"][measure]
+            f"{KEYS.get(measure, measure)} - {control}": columns[measure] - rows[f"{row}/{control}"][measure]
             for control in ("centre", "random")
             for measure in BOX_MEASURES[1:]
         }
         for row, columns in rows.items()
         if f"{row}/random" in rows
     }
-    tables = {"rows": rows, "gains": gains}
+    tables = {
+        "rows": {row: {KEYS.get(name, name): v for name, v in columns.items()} for row, columns in rows.items()},
+        "gains": gains,
+    }
     every = {
         (kind, row, name): column
         for kind, table in tables.items()
@@ -207,63 +283,8 @@ def summary(rows: Rows, resamples: int, seed: int) -> dict[str, Any]:
         for name, column in columns.items()
     }
     found = as_numbers(every, resamples, seed)
-    return {
-        "left_out": int(some.isnan().sum()),
-        **{
-            kind: {row: {name: found[kind, row, name] for name in columns} for row, columns in table.items()}
-            for kind, table in tables.items()
-        },
+    means = {
+        kind: {row: {name: found[kind, row, name] for name in columns} for row, columns in table.items()}
+        for kind, table in tables.items()
     }
-
-
-# --- for people -------------------------------------------------------------------------------------------------------
-
-HEADS = {
-    "pointing": "pointing",
-    "energy": "energy",
-    "auc": "ROC-AUC",
-    "area": "area",
-    "coverage": "coverage",
-    "holds": "holds",
-    "purity": "purity",
-    "iou": "IoU",
-    "deletion": "deletion",
-    "insertion": "insertion",
-}
-
-
-def as_text(result: dict[str, Any]) -> str:
-    """A table for each target: a line a row, means in percent with half the width of the interval."""
-    lines = [f"{result['count']} images; percent, +- half of the 95 % interval"]
-    for target, found in result["targets"].items():
-        rows = found["rows"]
-        heads = [name for name in HEADS if any(name in row for row in rows.values())]
-        titles = {row: _title(row) for row in rows}
-        width = max(map(len, titles.values()))
-        why = "images left out: no pixel of it is left in the network's view"
-        left_out = f" ({found['left_out']} {why})" * bool(found["left_out"])
-        lines += ["", f"{target}{left_out}", " " * width + "".join(f"{HEADS[name]:>14}" for name in heads)]
-        for row, values in rows.items():
-            cells = "".join(f"{_cell(values[name]) if name in values else '':>14}" for name in heads)
-            lines.append(f"{titles[row]:{width}}{cells}".rstrip())
-        for row, values in found["gains"].items():
-            more = values["coverage - random"]
-            if more is not None:
-                lines.append(f"coverage of {title_of(row)} - random box: {signed(*_percent(more))}")
-    return "\n".join(lines)
-
-
-def _title(row: str) -> str:
-    name, _, control = row.rpartition("/")
-    return f"  {control}, same size" if name else {"whole": "whole image"}.get(row, title_of(row))
-
-
-def _cell(value: list[float | None] | None) -> str:
-    if value is None:
-        return "-"
-    mean, low, high = _percent(value)
-    return f"{mean:.1f}" if low is None else f"{mean:.1f} +-{(high - low) / 2:.1f}"
-
-
-def _percent(value: list[float | None]) -> list[Any]:
-    return [None if v is None else 100 * v for v in value]
+    return TargetMeasures(int(some.isnan().sum()), means["rows"], means["gains"])

@@ -2,7 +2,8 @@
 
 A mask is two bool maps (B, H, W): `inside`, the pixels of the object, and `counted`, those that are object or
 background (the border of a trimap is neither). Every measure is one number an image (B,) or a box (B, R), NaN where it
-says nothing: no pixel of the object, for the ROC-AUC none of the background, for the purity neither; a score is NaN.
+says nothing: no pixel of the object, for the ROC-AUC none of the background, for the precision of a box neither; a
+score is NaN.
 """
 
 from __future__ import annotations
@@ -81,28 +82,28 @@ def measure_scores(scores: Tensor, grid: tuple[int, int], inside: Tensor, counte
 # --- boxes ------------------------------------------------------------------------------------------------------------
 
 HOLDS = 0.9  # a box holds an object when at least this share of its pixels lies inside
-BOX_MEASURES = ("area", "coverage", "holds", "purity", "iou")
+BOX_MEASURES = ("area", "box_recall", "holds", "box_precision", "iou")
 
 
 def measure_boxes(boxes: Tensor, inside: Tensor, counted: Tensor) -> dict[str, Tensor]:
     """`boxes` (B, R, 4) against a mask (B, H, W); every value (B, R).
 
-    `area`: share of the image; `coverage`: share of the object inside; `holds`: 1 where that is `HOLDS` or more;
-    `purity`: share of the box that is object; `iou`: with the tightest box around the object.
+    `area`: share of the image; `box_recall`: share of the object inside; `holds`: 1 where that is `HOLDS` or more;
+    `box_precision`: share of the box that is object; `iou`: with the tightest box around the object.
     """
     size = inside.shape[1:]
     areas = _area(boxes).float()
     held, total = _count(inside, boxes), inside.flatten(1).sum(dim=1)[:, None].float()
-    coverage = held / total  # 0 / 0 is NaN
+    box_recall = held / total  # 0 / 0 is NaN
     tight = boxes_from_mask(inside, size)[:, None]
     low, high = torch.maximum(boxes, tight)[..., :2], torch.minimum(boxes, tight)[..., 2:]
     shared = (high - low).clamp(min=0).prod(dim=-1)
     empty = total == 0
     return {
         "area": areas / (size[0] * size[1]),
-        "coverage": coverage,
-        "holds": (coverage >= HOLDS).float().masked_fill(empty, torch.nan),
-        "purity": (held / _count(counted, boxes)).masked_fill(empty, torch.nan),
+        "box_recall": box_recall,
+        "holds": (box_recall >= HOLDS).float().masked_fill(empty, torch.nan),
+        "box_precision": (held / _count(counted, boxes)).masked_fill(empty, torch.nan),
         "iou": (shared / (areas + _area(tight) - shared)).masked_fill(empty, torch.nan),
     }
 

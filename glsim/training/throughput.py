@@ -3,39 +3,102 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import repeat
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
-from glsim.config import Bench, change_recipe
+from glsim.data.images import MAX_MEGAPIXELS, pixel_limit
 from glsim.data.loaders import TrainBatches, read, train_loader
 from glsim.data.transforms import batch_mixing
 from glsim.environment import environment, make_accelerator
-from glsim.files import make_folder, write_json
+from glsim.files import document, make_folder, write_json
 from glsim.models import create_model
 from glsim.models.losses import objective
 from glsim.training.adapt import adapt
 from glsim.training.components import make_optimizer, make_preprocessing, read_splits, train_images
+from glsim.training.config import change_recipe
 from glsim.training.train import explain_failures
 
 KINDS = ("loading", "model", "together")
 
 
-def run(s: Bench, progress: bool = True) -> dict[str, Any]:
-    """`glsim bench --loader`: a rate in images a second for each of `KINDS`, what `waits`, and what was measured.
+@dataclass(frozen=True)
+class Throughput:
+    """Rates in images a second, and what was measured."""
+
+    method: str
+    backbone: str
+    image_size: list[int]  # height and width, pixels
+    batch_size: int
+    workers: int
+    cache: str
+    cache_seconds: float | None  # what it took to fill the cache
+    images: int  # of the training split
+    loading: float
+    model: float
+    together: float
+    waits: Literal["model", "loader"]  # the faster one
+    environment: dict[str, Any]
+
+
+def measure_throughput(
+    recipe: str | Path,
+    data: str | Path,
+    *,
+    train: Mapping[str, Any] | None = None,
+    seconds: float = 15.0,
+    workers: int | None = None,
+    max_megapixels: float = MAX_MEGAPIXELS,
+    out: str | Path | None = None,
+    device: str | None = None,
+    progress: bool = False,
+) -> Throughput:
+    """Measure how many images a second training loads, and how many the model can use.
 
     Loading: the training pipeline of the recipe, nothing done to its batches. Model: steps on one batch that is there
     already. Together: steps on what is loaded. A CPU does both, and together they are slower than either alone; an
     accelerator should come near the slower one. Epochs follow each other as in training, the start of the processes
-    that load included. `cache_seconds` is what it took to fill the cache.
+    that load included.
+
+    Args:
+        recipe: file, or name of a recipe of the package.
+        data: what `glsim.data.readers:read_data` takes.
+        train: settings in place of the recipe's.
+        seconds: how long each of the three is timed.
+        workers: processes that load images; by default those of the recipe.
+        max_megapixels: larger images are bad files.
+        out: folder for bench.json.
+        progress: draw a progress bar.
+
+    Raises:
+        ConfigError: for a recipe or settings that do not fit.
+        DataError: for data that cannot be read.
     """
-    more = {} if s.workers is None else {"workers": s.workers}
-    t = change_recipe(str(s.loader), s.train, data=s.data, out="-", pretrained=False, resume=False, test=False, **more)
+    with pixel_limit(max_megapixels):
+        result = _measure(str(recipe), str(data), dict(train or {}), seconds, workers, device, progress)
+    if out is not None:
+        write_json(make_folder(out) / "bench.json", document(result))
+    return result
+
+
+def _measure(
+    recipe: str,
+    data: str,
+    train: dict[str, Any],
+    seconds: float,
+    workers: int | None,
+    device: str | None,
+    progress: bool,
+) -> Throughput:
+    more = {} if workers is None else {"workers": workers}
+    t = change_recipe(recipe, train, data=data, out="-", pretrained=False, resume=False, test=False, **more)
     images = read_splits(t)[0]["train"]
-    accelerator = make_accelerator(s.device, t.precision)
+    accelerator = make_accelerator(device, t.precision)
     classes = len(images.classes)
     model = create_model(t.method, t.backbone, classes, t.image_size, False, t.backbone_args or None, **t.options)
     adapt(model, **{name: getattr(t, name) for name in ("freeze", "lora", "supcon", "grad_checkpointing", "compile")})
@@ -69,25 +132,24 @@ def run(s: Bench, progress: bool = True) -> dict[str, Any]:
         "model": (lambda: repeat(next(epochs())), step),
         "together": (epochs, step),
     }
-    result: dict[str, Any] = {
-        "method": t.method,
-        "backbone": model.config["backbone"],
-        "image_size": list(model.backbone.image_size),
-        "batch_size": batches.batch_size,
-        "workers": t.workers,
-        "cache": t.cache,
-        "cache_seconds": round(filled, 1) if t.cache == "ram" else None,
-        "images": len(images),
-    }
+    rates = {}
     for kind in tqdm(KINDS, disable=not progress):
         source, use = works[kind]
         with explain_failures(batches, t.workers):
-            result[kind] = images_per_second(source(), use, s.seconds)
-    result["waits"] = "model" if result["loading"] < result["model"] else "loader"
-    result["environment"] = environment(accelerator.device)
-    if s.out is not None:
-        write_json(make_folder(s.out) / "bench.json", result)
-    return result
+            rates[kind] = images_per_second(source(), use, seconds)
+    return Throughput(
+        method=t.method,
+        backbone=model.config["backbone"],
+        image_size=list(model.backbone.image_size),
+        batch_size=batches.batch_size,
+        workers=t.workers,
+        cache=t.cache,
+        cache_seconds=round(filled, 1) if t.cache == "ram" else None,
+        images=len(images),
+        **rates,
+        waits="model" if rates["loading"] < rates["model"] else "loader",
+        environment=environment(accelerator.device),
+    )
 
 
 def images_per_second(
@@ -115,18 +177,3 @@ def wait() -> None:
     """Until an accelerator has done what it was given."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
-
-
-def as_text(r: dict[str, Any]) -> str:
-    """The three rates, and who waits."""
-    height, width = r["image_size"]
-    other = {"model": "loader", "loader": "model"}[r["waits"]]
-    share = r["together"] / min(r["loading"], r["model"])
-    lines = [
-        f"{r['method']} on {r['backbone']}, {width} x {height} pixels, batches of {r['batch_size']}; "
-        f"{r['workers']} workers, cache {r['cache']}; {r['environment']['device']}",
-        *[f"cache filled in {r['cache_seconds']} s"] * (r["cache_seconds"] is not None),
-        *(f"{kind:8} {r[kind]:9,.1f} images/s" for kind in KINDS),
-    ]
-    lines[-1] += f", {share:.0%} of the slower one, {r['together'] / r['model']:.0%} of the model alone"
-    return "\n".join([*lines, f"the {r['waits']} waits for the {other}"])

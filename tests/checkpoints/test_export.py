@@ -18,10 +18,14 @@ from test_models import BACKBONES, MAPS, takes
 import glsim
 from glsim import ConfigError, DataError, GlsimError, cli
 from glsim.checkpoints import export, onnx_runtime
-from glsim.config import Bench, Export, Predict
+from glsim.cli import bench
+from glsim.config import Export, Predict
 from glsim.data.images import BadImage
-from glsim.evaluation import speed
 from glsim.evaluation.evaluate import evaluate_bundle
+from glsim.evaluation.peak_memory import peaks_here
+from glsim.evaluation.speed import compare_speed
+from glsim.evaluation.workloads import Job, Setup
+from glsim.files import document
 from glsim.inference.predictor import run as predict
 from glsim.models.heads import NO_ANSWER, top2_margin
 
@@ -137,20 +141,19 @@ def test_bench_takes_a_graph_beside_its_bundle(file, birds, tmp_path):
     bundle = str(file.parent / "bundle")
     given = {"sources": [bundle, str(file)], "against": bundle, "batch_sizes": [2], "repeats": 1, "warmup": 0}
     given |= {"data": str(birds), "images": 5, "workers": 0, "memory": False, "device": "cpu", "out": str(tmp_path)}
-    result = speed.run(Bench(**given), progress=False)
-    mine, graph = result["rows"]
-    assert mine.keys() - graph.keys() == {"parameters", "training_ms", "training_quartiles_ms"}
-    assert [graph[k] for k in ("backbone", "image_size")] == [mine[k] for k in ("backbone", "image_size")]
+    result = compare_speed(**given)
+    mine, graph = result.rows
+    assert document(mine).keys() - document(graph).keys() == {"parameters", "training_ms", "training_quartiles_ms"}
+    assert (graph.backbone, graph.image_size) == (mine.backbone, mine.image_size)
     assert 0 < graph.latency_ms == pytest.approx(2000 / graph.images_per_second)
-    (ratio,) = result["ratio"]
-    assert ratio["latency"] == graph.latency_ms / mine["latency_ms"] and "training" not in ratio
-    assert "x latency" in speed.as_text(result)
-    job = speed.Job(str(file), "", 0, 1, "float32", False)
-    found = speed.peaks_here(job._asdict(), {"sources": [str(file)], "device": "cpu"}, True)
+    (ratio,) = result.ratio
+    assert ratio.latency == graph.latency_ms / mine.latency_ms and ratio.training is None
+    assert "x latency" in bench.show(result, bench.Options())
+    found = peaks_here(Job(str(file), "", 0, 1, "float32", False), Setup(True, device="cpu"), True)
     assert list(found) == ["memory_mib"]  # there is nothing to train
-    settings = Bench(**given | {"sources": [str(file)], "against": None, "dtypes": ["bfloat16"], "compile": "both"})
-    rows = speed.run(settings, progress=False)["rows"]
-    assert all("is exported and runs as it is: --device cpu --dtypes float32" in row["error"] for row in rows)
+    given |= {"sources": [str(file)], "against": None, "dtypes": ["bfloat16"], "compile": "both"}
+    rows = compare_speed(**given).rows
+    assert all("is exported and runs as it is: --device cpu --dtypes float32" in row.error for row in rows)
 
 
 def test_a_graph_only_answers(file):

@@ -17,6 +17,7 @@ from conftest import ROOT, TINY, scene, touch, write
 from PIL import Image
 
 from glsim import cli
+from glsim.cli.eval import Options as EvalOptions
 from glsim.config import Train
 from glsim.data import catalog, prepare
 from glsim.data.catalog import SETS
@@ -410,7 +411,7 @@ def test_without_scipy(tmp_path, small, monkeypatch):
 
 
 def test_unknown_names(tmp_path):
-    for settings in (Train, Eval):
+    for settings in (Train, EvalOptions):
         words = {"data": "d", "dataset": "owls"} | ({"out": "o"} if settings is Train else {"source": "s"})
         with pytest.raises(ConfigError, match=r"unknown data set 'owls'; choose from: aircraft, cars"):
             settings(**words)

@@ -12,10 +12,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import glsim
 from glsim import ConfigError, DataError, cli
 from glsim.checkpoints.bundle import amend, read_config
-from glsim.config import Calibrate, Predict, Train
+from glsim.config import Predict, Train
 from glsim.data.images import BadImage
+from glsim.data.readers import read_data
 from glsim.evaluation import calibration, evaluate
 from glsim.evaluation.confidence import calibration_error, graded, largest_rate
+from glsim.files import document
 from glsim.inference.predictor import answers, run
 from glsim.models.heads import top2_margin
 from glsim.models.losses import objective
@@ -316,20 +318,22 @@ def test_calibrate_writes_what_eval_and_predict_use(early, birds, capsys):
 
 
 def test_no_loss_allowed_and_a_model_that_never_stops_early(early, run_folder, birds, tmp_path):
-    found = calibration.run(Calibrate(source=str(early), data=str(birds), split="test", max_loss=0, workers=0), False)
-    assert found["correct"] >= found["correct_second"]
-    assert found["nll"][1] <= found["nll"][0] + 1e-6
+    found = calibration.calibrate_bundle(early, birds, split="test", max_loss=0, workers=0)
+    assert found.correct >= found.correct_second
+    assert found.nll[1] <= found.nll[0] + 1e-6
     usual = shutil.copytree(run_folder, tmp_path / "usual")
-    found = calibration.run(Calibrate(source=str(usual), data=str(birds), split="test", workers=0), False)
-    assert "margin" not in found and glsim.load(usual).config["calibration"]["temperature"] == found["temperature"]
+    found = calibration.calibrate_bundle(usual, birds, split="test", workers=0)
+    assert (
+        "margin" not in document(found) and glsim.load(usual).config["calibration"]["temperature"] == found.temperature
+    )
     with pytest.raises(ConfigError, match=r"max_loss=1.0: .*usual spares no second pass; train with --options.early_l"):
-        calibration.run(Calibrate(source=str(usual), data=str(birds), split="test", max_loss=1.0), False)
+        calibration.calibrate_bundle(usual, birds, split="test", max_loss=1.0)
     config = json.loads((usual / "config.json").read_text())
-    assert config["calibration"]["temperature_kept"] == found["temperature_kept"]
+    assert config["calibration"]["temperature_kept"] == found.temperature_kept
     with pytest.raises(DataError, match=r"no split 'val'.*train with --val-fraction 0.1 to hold some images out"):
-        calibration.run(Calibrate(source=str(usual), data=str(birds), workers=0), False)
+        calibration.calibrate_bundle(usual, birds, workers=0)
     with pytest.raises(ConfigError, match="writes into the bundle"):
-        calibration.run(Calibrate(source="hf-hub:me/model", data=str(birds)), False)
+        calibration.calibrate_bundle("hf-hub:me/model", birds)
 
 
 def test_all_right_keeps_1_and_says_on_what_a_threshold_rests(run_folder, birds, tmp_path, capsys, monkeypatch):
@@ -359,7 +363,7 @@ def test_answers_that_are_no_numbers_calibrate_nothing(early):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_files_keep_their_place_among_answers_that_come_late(early, birds, tmp_path, workers):
     loader = evaluate.make_loader(
-        evaluate.read_data(birds)["test"], evaluate.eval_transform(evaluate.preprocessing_of(glsim.load(early))), 9, 0
+        read_data(birds)["test"], evaluate.eval_transform(evaluate.preprocessing_of(glsim.load(early))), 9, 0
     )
     set_margin(early, float(top2_margin(calibration.ask(glsim.load(early), loader).first).median()))
     paths = sorted((birds / "test").glob("*/*"))

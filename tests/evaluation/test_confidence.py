@@ -234,7 +234,7 @@ def test_without_a_taxonomy_it_is_the_label_or_unknown(sure, birds, capsys, tmp_
         known = a.probabilities[0] >= middle
         assert a.verdict == (a.labels[0] if known else "unknown", "label" if known else None, a.probabilities[0])
     measured = evaluate.evaluate_bundle(folder, birds, workers=0, reject=True)
-    assert measured.answered["count"] == sum(a.verdict.level is not None for a in said)
+    assert measured.answered.count == sum(a.verdict.level is not None for a in said)
     assert measured.levels is None
     for ending in ("text", "csv", "jsonl"):
         assert cli.main(["predict", str(folder), str(said[0].path), "--workers=0", "--reject", "--format", ending]) == 0
@@ -250,9 +250,9 @@ def test_calibrate_finds_the_threshold_that_eval_and_predict_use(run_folder, bir
     assert cli.main(["calibrate", str(folder), *words, "--split", "test", "--max-error", "80"]) == 0
     printed, found = capsys.readouterr().out, read_config(folder)["calibration"]
     measured = evaluate.evaluate_bundle(folder, birds, workers=0, reject=True)
-    assert measured.answered["count"] == found["answered"] > 0
-    assert measured.answered["correct"] == found["answered_correct"]
-    assert measured.answered["error"] <= 0.8 and measured.ece == pytest.approx(found["ece"][1], abs=1e-6)
+    assert measured.answered.count == found["answered"] > 0
+    assert measured.answered.correct == found["answered_correct"]
+    assert measured.answered.error <= 0.8 and measured.ece == pytest.approx(found["ece"][1], abs=1e-6)
     assert f"{found['coverage']:.1%} answered" in printed
     config = read_config(folder)
     config["calibration"]["threshold"] = None

@@ -5,6 +5,7 @@ import csv
 import io
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +16,17 @@ from PIL import Image, ImageOps
 import glsim
 from glsim.data.images import open_image
 from glsim.data.readers import ImageList, read_data
-from glsim.evaluation import error_page, evaluate
+from glsim.evaluation import error_page
 from glsim.evaluation.error_page import Mistake, confused_pairs, find_mistakes, write_page
+from glsim.evaluation.evaluate import evaluate_bundle
 
 CARD = re.compile(r'<article class="card" id="m(\d+)">(.*?)</article>', re.S)
-ABOUT = {"source": "run", "data": "data", "split": "test", "flip": False, "count": 9, "top1": 0.5}
+
+
+def about(classes, images=3, data="data"):
+    """What the page tells of an evaluation of nine images."""
+    counts = {c: [0, images] for c in classes}
+    return SimpleNamespace(source="run", data=data, split="test", flip=False, count=9, top1=0.5, per_class=counts)
 
 
 def picture(address):
@@ -60,21 +67,18 @@ def test_pairs_count_both_directions():
 @pytest.fixture(scope="module")
 def page(run_folder, birds, tmp_path_factory):
     folder = tmp_path_factory.mktemp("errors") / "deep" / "page"
-    s = Eval(
-        source=str(run_folder), data=str(birds), split="all", workers=0, errors=str(folder), out=str(folder / "all")
-    )
-    return evaluate.run(s), folder
+    return evaluate_bundle(run_folder, birds, split="all", workers=0, errors=folder, out=folder / "all"), folder
 
 
 def test_the_page_shows_every_mistake(page, birds):
     result, folder = page
-    assert result["errors"] == str(folder / "index.html")
+    assert result.errors == str(folder / "index.html")
     assert {p.name for p in folder.iterdir()} == {".glsim", "index.html", "all"}
     with (folder / "all" / "predictions.csv").open() as file:
         wrong = [row for row in csv.DictReader(file) if row["label"] != row["prediction"]]
     wrong.sort(key=lambda row: -float(row["confidence"]))
     cards = shown(folder / "index.html")
-    assert wrong and len(cards) == len(wrong) == result["count"] - result["correct"]
+    assert wrong and len(cards) == len(wrong) == result.count - result.correct
     for number, (card, row) in enumerate(zip(cards, wrong, strict=True), start=1):
         label, said = row["label"].replace("_", " "), row["prediction"].replace("_", " ")
         assert card[0] == number and card[1].startswith(f"{number}. {label} taken for {said} ")
@@ -117,8 +121,7 @@ def test_only_so_many_are_shown(monkeypatch, birds, tmp_path):
     images = read_data(birds)["test"]
     model = small_model(classes=3)
     wrong = find_mistakes(images, [(y + 1 + (i == 0)) % 3 for i, y in enumerate(images.labels)], [0.5] * 9, [0.2] * 9)
-    about = ABOUT | {"per_class": {c: [0, 3] for c in images.classes}}
-    page = write_page(tmp_path, model, wrong, images.classes, None, about)
+    page = write_page(tmp_path, model, wrong, images.classes, None, about(images.classes))
     text = page.read_text()
     assert [number for number, _, _ in shown(page)] == [1, 2]
     assert "<h1>9 of 9 images wrong</h1>" in text and "The 2 of 9 about which the model was surest." in text
@@ -128,7 +131,7 @@ def test_only_so_many_are_shown(monkeypatch, birds, tmp_path):
 
 def test_no_mistakes(birds, tmp_path):
     classes = read_data(birds)["test"].classes
-    page = write_page(tmp_path, small_model(classes=3), [], classes, None, ABOUT | {"per_class": {}})
+    page = write_page(tmp_path, small_model(classes=3), [], classes, None, about([]))
     assert "<h1>None of 9 images wrong</h1>" in page.read_text() and not shown(page)
 
 
@@ -140,8 +143,7 @@ def test_every_method_has_a_page(method, backbone, birds, tmp_path):
     splits = read_data(birds)
     model = small_model(method, backbone, classes=3)
     wrong = [Mistake(path, 0, 1, 0.9, 0.05) for path in splits["test"].paths[:3]]
-    about = ABOUT | {"per_class": {c: [0, 3] for c in splits["test"].classes}}
-    page = write_page(tmp_path, model, wrong, splits["test"].classes, splits["train"], about)
+    page = write_page(tmp_path, model, wrong, splits["test"].classes, splits["train"], about(splits["test"].classes))
     cards = shown(page)
     assert len(cards) == 3 and all(len(pictures) == 3 for _, _, pictures in cards)
     crops = model(torch.zeros(1, 3, 64, 64)).crops is not None
@@ -158,8 +160,8 @@ def test_odd_images_and_odd_names(tmp_path):
     images = read_data(tmp_path / "data" / "test", test_fraction=0)["train"]
     train = read_data(tmp_path / "data" / "train", test_fraction=0, classes=images.classes)["train"]
     wrong = [Mistake(path, label, 1 - label, 0.9, 0.1) for path, label in zip(images.paths, images.labels, strict=True)]
-    about = ABOUT | {"per_class": {c: [0, 1] for c in images.classes}, "data": tmp_path / "data"}
-    page = write_page(tmp_path, small_model(classes=2), wrong, images.classes, train, about)
+    told = about(images.classes, 1, tmp_path / "data")
+    page = write_page(tmp_path, small_model(classes=2), wrong, images.classes, train, told)
     text = page.read_text()
     assert "<b>wide &lt;b&gt;</b> taken for <b>tiny &amp; small</b>" in text and "x&lt;y&gt;.png" in text
     assert "x<y>" not in text and "no training image of wide &lt;b&gt;" in text
@@ -172,4 +174,4 @@ def test_odd_images_and_odd_names(tmp_path):
 def test_a_folder_that_cannot_be_made_is_named_first(run_folder, birds, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
-        evaluate.evaluate_bundle("not even looked for", birds, errors=tmp_path / "file")
+        evaluate_bundle("not even looked for", birds, errors=tmp_path / "file")

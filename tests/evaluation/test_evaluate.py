@@ -11,8 +11,8 @@ from conftest import small_model
 from PIL import ImageOps
 
 import glsim
-from glsim import cli
 from glsim.checkpoints.bundle import preprocessing_of
+from glsim.cli.eval import Options, show
 from glsim.config import Predict
 from glsim.data.images import open_image
 from glsim.data.loaders import make_loader
@@ -20,6 +20,7 @@ from glsim.data.readers import read_data
 from glsim.data.transforms import eval_transform
 from glsim.environment import make_accelerator
 from glsim.evaluation import evaluate
+from glsim.evaluation.evaluate import evaluate_bundle
 from glsim.files import MARKER
 from glsim.inference.predictor import run as predict
 
@@ -33,14 +34,14 @@ def test_one_image_at_a_time_counts_the_same(run_folder, birds, tmp_path):
     results = []
     for size in (1, 4, 32):
         out = tmp_path / str(size)
-        s = Eval(source=str(run_folder), data=str(birds), split="all", batch_size=size, workers=0, out=str(out))
-        results.append((evaluate.run(s), answers(out, "path", "prediction")))
+        result = evaluate_bundle(run_folder, birds, split="all", batch_size=size, workers=0, out=out)
+        results.append((result, answers(out, "path", "prediction")))
     first, rows = results[0]
-    assert len(rows) == first["count"] == 27
+    assert len(rows) == first.count == 27
     for result, others in results[1:]:
         assert others == rows
         for key in ("correct", "correct_top5", "per_class", "per_class_mean", "per_class_std", "split_hash"):
-            assert result[key] == first[key]
+            assert getattr(result, key) == getattr(first, key)
 
 
 @pytest.mark.parametrize("method", glsim.METHODS)
@@ -104,8 +105,7 @@ def test_a_mirror_image_gets_the_same_answer_with_flip(birds):
 
 def test_flip_of_the_verbs(run_folder, birds, tmp_path):
     for flip in (False, True):
-        s = Eval(source=str(run_folder), data=str(birds), workers=0, flip=flip, out=str(tmp_path / str(flip)))
-        evaluate.run(s)
+        evaluate_bundle(run_folder, birds, workers=0, flip=flip, out=tmp_path / str(flip))
         assert json.loads((tmp_path / str(flip) / "evaluation.json").read_text())["flip"] is flip
     paths = [str(path) for path in read_data(birds)["test"].paths]
     said = predict(Predict(source=str(run_folder), images=paths, workers=0, flip=True), progress=False)["predictions"]
@@ -119,23 +119,21 @@ def test_flip_of_the_verbs(run_folder, birds, tmp_path):
 def test_the_confusion_is_a_table_at_any_size_and_a_picture_where_it_can_be_read(
     tmp_path, monkeypatch, run_folder, birds
 ):
-    s = Eval(source=str(run_folder), data=str(birds), split="all", workers=0, out=str(tmp_path / "small"))
-    result = evaluate.run(s)
     for folder, most in (("small", 60), ("large", 2)):
         monkeypatch.setattr(evaluate, "MOST_CLASSES_DRAWN", most)
-        s = replace(s, out=str(tmp_path / folder))
-        result = evaluate.run(s)
-        assert sorted(result["written"]) == sorted(p.name for p in (tmp_path / folder).iterdir() if p.name != MARKER)
-        assert ("confusion.png" in result["written"]) == (folder == "small")
-        assert ("no confusion.png: 3 classes" in cli.show_eval(result, s)) == (folder == "large")
+        s = Options(source=str(run_folder), data=str(birds), split="all", workers=0, out=str(tmp_path / folder))
+        result = evaluate_bundle(**vars(s))
+        assert sorted(result.written) == sorted(p.name for p in (tmp_path / folder).iterdir() if p.name != MARKER)
+        assert ("confusion.png" in result.written) == (folder == "small")
+        assert ("no confusion.png: 3 classes" in show(result, s)) == (folder == "large")
         with (tmp_path / folder / "confusion.csv").open() as file:
             table = {(row["label"], row["prediction"]): int(row["count"]) for row in csv.DictReader(file)}
         assert table == Counter(answers(tmp_path / folder, "label", "prediction"))
     wrong = sorted(((n, pair) for pair, n in table.items() if pair[0] != pair[1]), key=lambda row: -row[0])
-    assert [x["count"] for x in result["confused"]] == [n for n, _ in wrong]
-    for x in result["confused"]:
-        assert x["count"] == table[x["label"], x["prediction"]] and x["of"] == 9
-        assert f"  {x['label']} taken for {x['prediction']}: {x['count']} of 9" in cli.show_eval(result, s)
+    assert [x.count for x in result.confused] == [n for n, _ in wrong]
+    for x in result.confused:
+        assert x.count == table[x.label, x.prediction] and x.of == 9
+        assert f"  {x.label} taken for {x.prediction}: {x.count} of 9" in show(result, s)
 
 
 def test_ten_thousand_classes_are_counted_without_their_square():
@@ -145,7 +143,7 @@ def test_ten_thousand_classes_are_counted_without_their_square():
     predictions = torch.where(torch.arange(count) < 30, 5, labels)
     nothing = torch.zeros(count)
     result = evaluate.Evaluation(count, labels, predictions, nothing, nothing, 1.0, nothing, nothing)
-    assert result.summary(classes)["correct"] == count - 29
+    assert result.summary(classes).correct == count - 29
     table = evaluate.confusion_table(result, classes)
     assert len(table.splitlines()) == 1 + 10_000 + 29 and "\nc3,c5,1\n" in table
     assert len(evaluate.most_confused(result, classes)) == evaluate.MOST_CONFUSED
@@ -157,5 +155,5 @@ def test_mean_and_deviation_over_classes():
     nothing = torch.zeros(12)
     result = evaluate.Evaluation(12, labels, predictions, nothing, nothing, 1.0, nothing, nothing)
     summary = result.summary("abcd")
-    assert summary["per_class_mean"] == pytest.approx((0.75 + 0.5 + 1) / 3)  # d has no images
-    assert summary["per_class_std"] == pytest.approx((((0 + 0.25**2 + 0.25**2) / 3) ** 0.5), abs=1e-6)
+    assert summary.per_class_mean == pytest.approx((0.75 + 0.5 + 1) / 3)  # d has no images
+    assert summary.per_class_std == pytest.approx((((0 + 0.25**2 + 0.25**2) / 3) ** 0.5), abs=1e-6)

@@ -6,7 +6,7 @@ from conftest import small_model
 from PIL import Image
 
 from glsim.data.masks import Masked
-from glsim.evaluation.faithfulness import NOISE, SHARES, WEIGHTS, faithfulness, impute, ranking, remove, under
+from glsim.evaluation.faithfulness import NOISE, SHARES, WEIGHTS, impute, ranking, removal_curves, remove, under
 from glsim.evaluation.localization import measure
 
 GRID, SIZE = (3, 4), (12, 20)
@@ -83,7 +83,7 @@ def test_curves_of_an_answer_that_rests_on_one_patch():
     right[:, 5] = 1
     noise = NOISE * torch.randn(images.shape, generator=generator())
     for scores, low, high in ((right, 0.1, 0.99), (-right, 0.9, 0.2)):
-        curves = faithfulness(answer, images, answer(images), scores, GRID, noise)
+        curves = removal_curves(answer, images, answer(images), scores, GRID, noise)
         assert curves["deletion"].shape == curves["insertion"].shape == (2, len(SHARES) + 1)
         assert (curves["deletion"][:, 0] == 1).all() and (curves["insertion"][:, -1] == 1).all()
         deletion, insertion = under(curves["deletion"]), under(curves["insertion"])
@@ -110,7 +110,7 @@ def test_an_answer_is_asked_for_as_often_as_told_and_equal_scores_go_anywhere():
 
     noise = NOISE * torch.randn(images.shape, generator=generator())
     for _ in range(2):
-        faithfulness(answer, images, torch.ones(2, 2) / 2, torch.zeros(2, 12), GRID, noise)
+        removal_curves(answer, images, torch.ones(2, 2) / 2, torch.zeros(2, 12), GRID, noise)
     assert len(seen) == 36 and all(torch.equal(a, b) for a, b in zip(seen[:18], seen[18:], strict=True))
     half = seen[4]
     assert ((half == noise) | (half.abs() < 1e-6)).all() and not torch.equal(half[0] == 0, half[1] == 0)

@@ -11,11 +11,11 @@ from PIL import Image
 import glsim
 from glsim import cli
 from glsim.checkpoints.bundle import preprocessing_of
-from glsim.config import Localize
+from glsim.cli.localize import Options, show
 from glsim.data.images import open_image
 from glsim.data.masks import Masked, find_masks, read_mask, to_view
 from glsim.evaluation import localization
-from glsim.evaluation.localization import as_text, measure, run
+from glsim.evaluation.localization import evaluate_localization, measure
 from glsim.evaluation.localization_metrics import BOX_MEASURES, measure_boxes, measure_scores
 from glsim.evaluation.statistics import as_numbers
 from glsim.interpret.heatmaps import selections_of
@@ -71,12 +71,12 @@ def test_rows_are_the_models_own_selections(source, birds):
             cuts = [np.s_[y : y + height, x : x + width] for x, y in corners]
             inside, counted = (np.array([view.numpy()[cut].sum() for cut in cuts]) for view in views)
             row = one["part"][f"gls_cos/{control}"]
-            assert row["coverage"][i].item() == pytest.approx((inside / views[0].sum().item()).mean(), abs=1e-6)
-            assert row["purity"][i].item() == pytest.approx((inside / counted).mean(), abs=1e-6)
+            assert row["box_recall"][i].item() == pytest.approx((inside / views[0].sum().item()).mean(), abs=1e-6)
+            assert row["box_precision"][i].item() == pytest.approx((inside / counted).mean(), abs=1e-6)
     rows = one["object"]
     for control in ("centre", "random"):
         torch.testing.assert_close(rows[f"gls_cos/{control}"]["area"], rows["gls_cos"]["area"])
-    assert (rows["whole"]["area"] == 1).all() and (rows["whole"]["coverage"] == 1).all()
+    assert (rows["whole"]["area"] == 1).all() and (rows["whole"]["box_recall"] == 1).all()
 
 
 def test_a_border_is_neither_and_draws_are_the_images_own(source, tmp_path):
@@ -90,7 +90,7 @@ def test_a_border_is_neither_and_draws_are_the_images_own(source, tmp_path):
     inside, counted = to_view(read_mask(file, (64, 64)), preprocessing_of(model))
     share = inside.sum() / counted.sum()
     assert share > 1.2 * inside.float().mean()
-    torch.testing.assert_close(rows["whole"]["purity"], share.expand(2))
+    torch.testing.assert_close(rows["whole"]["box_precision"], share.expand(2))
     pixels = glsim.interpret.heatmaps.eval_transform(preprocessing_of(model))(open_image(images[0].path))[None]
     ((_, selection, _),) = selections_of(model, pixels, [None])[1]
     found = measure_scores(selection.scores, selection.grid, inside[None], counted[None])
@@ -98,9 +98,9 @@ def test_a_border_is_neither_and_draws_are_the_images_own(source, tmp_path):
     for name in ("energy", "auc"):
         torch.testing.assert_close(rows["gls_cos"][name], found[name].expand(2))
         assert (found[name] - plain[name]).abs() > 1e-3
-    first, second = rows["gls_cos/random"]["coverage"].tolist()
-    assert len({first, second, *others["gls_cos/random"]["coverage"].tolist()}) == 4
-    torch.testing.assert_close(rows["gls_cos"]["coverage"], others["gls_cos"]["coverage"])
+    first, second = rows["gls_cos/random"]["box_recall"].tolist()
+    assert len({first, second, *others["gls_cos/random"]["box_recall"].tolist()}) == 4
+    torch.testing.assert_close(rows["gls_cos"]["box_recall"], others["gls_cos"]["box_recall"])
 
 
 def test_the_verb(source, birds, tmp_path, capsys):
@@ -117,10 +117,11 @@ def test_the_verb(source, birds, tmp_path, capsys):
         gain = found["gains"]["psm"]["coverage - random"]
         own, control = (found["rows"][name]["coverage"][0] for name in ("psm", "psm/random"))
         assert gain[0] == pytest.approx(own - control)
-    text = as_text(result)
+    assert cli.main([*words, "--metrics", "all", "--controls"]) == 0
+    text = capsys.readouterr().out
     assert "centre, same size" in text and "whole image" in text and "coverage of GLS cos - random box" in text
-    few = run(Localize(source=source, images=str(birds / "test"), masks=str(birds / "masks" / "part"), limit=8), False)
-    assert few["count"] == 8 and list(few["targets"]) == ["object"] and list(few["targets"]["object"]["gains"]) == []
+    few = evaluate_localization(source, birds / "test", birds / "masks" / "part", limit=8)
+    assert few.count == 8 and list(few.targets) == ["object"] and list(few.targets["object"].gains) == []
     assert cli.main([*words[:4], "--masks", str(tmp_path)]) == 3
     assert "has no mask in" in capsys.readouterr().err
 
@@ -130,7 +131,7 @@ def test_a_place_that_says_nothing_is_left_out_of_the_mean_over_places():
     inside[0, 12:] = counted[0, 10:] = True
     places = torch.tensor([[[0, 0, 20, 10], [0, 10, 20, 20]]])  # the first on the border alone
     found = localization._mean(measure_boxes(places, inside, counted))
-    assert found["purity"].item() == pytest.approx(0.8) and found["coverage"].item() == 0.5
+    assert found["box_precision"].item() == pytest.approx(0.8) and found["box_recall"].item() == 0.5
 
 
 def test_the_images_are_drawn_once_for_all_rows_of_a_target(monkeypatch):
@@ -140,13 +141,13 @@ def test_the_images_are_drawn_once_for_all_rows_of_a_target(monkeypatch):
     rows = {
         row: {name: torch.rand(8, generator=g) for name in BOX_MEASURES} for row in ("a", "a/centre", "a/random", "b")
     }
-    found = localization.summary(rows, 100, 3)
-    assert len(calls) == 1 and list(found["gains"]) == ["a"] and list(found["rows"]) == list(rows)
+    found = localization.summarise(rows, 100, 3)
+    assert len(calls) == 1 and list(found.gains) == ["a"] and list(found.rows) == list(rows)
     for row, columns in rows.items():
         for name, told in as_numbers(columns, 100, 3).items():
-            assert found["rows"][row][name] == pytest.approx(told)
+            assert found.rows[row][localization.KEYS.get(name, name)] == pytest.approx(told)
     gain = as_numbers({"x": rows["a"]["iou"] - rows["a/centre"]["iou"]}, 100, 3)["x"]
-    assert found["gains"]["a"]["iou - centre"] == pytest.approx(gain)
+    assert found.gains["a"]["iou - centre"] == pytest.approx(gain)
 
 
 def test_curves_stand_beside_the_measures(source, birds):
@@ -156,17 +157,17 @@ def test_curves_stand_beside_the_measures(source, birds):
     one, together = (measure(model, images, ["gls_cos", "random"], False, True, size) for size in (1, 3))
     assert sorted(one.curves) == ["gls_cos", "random"]
     for row, curves in one.curves.items():
-        assert curves["removed"][0] == 0 and curves["kept"][-1] == 1 and len(curves["kept"]) == len(curves["insertion"])
+        assert curves.removed[0] == 0 and curves.kept[-1] == 1 and len(curves.kept) == len(curves.insertion)
         for name in ("deletion", "insertion"):
-            assert curves[name] == pytest.approx(together.curves[row][name], abs=1e-4)
+            assert getattr(curves, name) == pytest.approx(getattr(together.curves[row], name), abs=1e-4)
             areas = one.targets["object"][row][name]
             assert areas.shape == (3,) and areas.mean().item() == pytest.approx(
-                (sum(curves[name]) - (curves[name][0] + curves[name][-1]) / 2) / 9, abs=1e-5
+                (sum(getattr(curves, name)) - (getattr(curves, name)[0] + getattr(curves, name)[-1]) / 2) / 9, abs=1e-5
             )
     best = [glsim.Predictor(model)(image.path)[0].probabilities[0] for image in images]
     whole = sum(best) / 3
-    assert one.curves["gls_cos"]["deletion"][0] == pytest.approx(whole, abs=1e-5)
-    assert one.curves["random"]["insertion"][-1] == pytest.approx(whole, abs=1e-5)
+    assert one.curves["gls_cos"].deletion[0] == pytest.approx(whole, abs=1e-5)
+    assert one.curves["random"].insertion[-1] == pytest.approx(whole, abs=1e-5)
 
 
 def test_objects_that_are_lost_are_left_out(source, tmp_path):
@@ -179,17 +180,17 @@ def test_objects_that_are_lost_are_left_out(source, tmp_path):
         values[place] = 255
         png(tmp_path / "masks" / f"{i}.png", values)
         png(tmp_path / f"{i}.png", np.random.default_rng(i).integers(0, 255, (100, 100)))
-    words = dict(source=source, masks=str(tmp_path / "masks"), controls=True, faithfulness=True)
-    found = run(Localize(images=str(tmp_path / "*.png"), **words), False)
-    alone = run(Localize(images=str(tmp_path / "0.png"), **words), False)
-    target, expected = found["targets"]["object"], alone["targets"]["object"]
-    assert found["count"] == 3 and target["left_out"] == 2 and expected["left_out"] == 0
-    for row, values in expected["rows"].items():
+    words = dict(masks=tmp_path / "masks", controls=True, faithfulness=True)
+    found = evaluate_localization(source, tmp_path / "*.png", **words)
+    alone = evaluate_localization(source, tmp_path / "0.png", **words)
+    target, expected = found.targets["object"], alone.targets["object"]
+    assert found.count == 3 and target.left_out == 2 and expected.left_out == 0
+    for row, values in expected.rows.items():
         for name, value in values.items():
-            assert target["rows"][row][name] == pytest.approx(value, abs=1e-4), (row, name)  # pixels imputed to 1e-4
-    mean, low, high = target["rows"]["gls_cos"]["coverage"]
+            assert target.rows[row][name] == pytest.approx(value, abs=1e-4), (row, name)  # pixels imputed to 1e-4
+    mean, low, high = target.rows["gls_cos"]["coverage"]
     assert 0 <= mean <= 1 and low is None and high is None  # one image has no interval
-    text = as_text(found)
+    text = show(found, Options(source=source, images="i", masks="m"))
     assert f"{100 * mean:.1f}" in text.split() and "+- half" in text.splitlines()[0]
     assert "object (2 images left out: no pixel of it is left in the network's view)" in text
 
@@ -201,9 +202,9 @@ def test_bad_images_and_masks_are_known_first(source, tmp_path, capsys):
         png(masks / f"{i}.png", np.ones((70, 80)) if i else np.zeros((70, 80)))
     (images / "1.png").write_bytes((images / "1.png").read_bytes()[:3000])
     png(masks / "3.png", np.ones((70, 70)))
-    words = dict(images=str(images), masks=str(masks))
+    words = dict(images=images, masks=masks)
     with pytest.raises(glsim.DataError, match=r"0\.png: an empty mask"):
-        run(Localize(source=str(tmp_path / "no bundle"), **words), False)
+        evaluate_localization(tmp_path / "no bundle", **words)
     given = ["localize", source, "--images", str(images), "--masks", str(masks), "--skip-bad"]
     assert cli.main([*given, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -213,26 +214,26 @@ def test_bad_images_and_masks_are_known_first(source, tmp_path, capsys):
     assert cli.main(given) == 0
     assert f"skipped 3 images:\n  {masks / '0.png'}: an empty mask" in capsys.readouterr().out
     with pytest.raises(glsim.DataError, match=r"no image is left: .*0\.png: an empty mask"):
-        run(Localize(source=source, skip_bad=True, images=str(images / "0.png"), masks=str(masks)), False)
+        evaluate_localization(source, images / "0.png", masks, skip_bad=True)
 
 
 def test_out_is_tried_first(tmp_path, birds):
-    words = dict(source=str(tmp_path / "no bundle"), images=str(birds / "test"), masks=str(birds / "masks"))
+    words = dict(source=tmp_path / "no bundle", images=birds / "test", masks=birds / "masks")
     with pytest.raises(glsim.DataError, match=r"out=.* is a folder; name a file"):
-        run(Localize(out=str(tmp_path), **words), False)
+        evaluate_localization(out=tmp_path, **words)
     with pytest.raises(glsim.GlsimError, match="no bundle"):
-        run(Localize(out=str(tmp_path / "new" / "deep" / "r.json"), **words), False)
+        evaluate_localization(out=tmp_path / "new" / "deep" / "r.json", **words)
     assert (tmp_path / "new" / "deep").is_dir()
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
-        run(Localize(out=str(tmp_path / "file" / "r.json"), **words), False)
+        evaluate_localization(out=tmp_path / "file" / "r.json", **words)
 
 
 def test_a_method_with_scores_of_its_own_can_be_named(birds, tmp_path):
     glsim.save(small_model("cal", classes=3), tmp_path / "cal", labels=["a", "b", "c"])
-    words = dict(source=str(tmp_path / "cal"), images=str(birds / "test"), masks=str(birds / "masks"), limit=2)
-    own, named = (run(Localize(metrics=metrics, **words), False)["targets"] for metrics in (None, ["cal"]))
-    assert own == named and list(own["object"]["rows"]) == ["cal"]
+    words = dict(source=tmp_path / "cal", images=birds / "test", masks=birds / "masks", limit=2)
+    own, named = (evaluate_localization(metrics=metrics, **words).targets for metrics in (None, ["cal"]))
+    assert own == named and list(own["object"].rows) == ["cal"]
 
 
 @pytest.mark.parametrize(
@@ -241,4 +242,4 @@ def test_a_method_with_scores_of_its_own_can_be_named(birds, tmp_path):
 )
 def test_settings_are_checked(words, message, source, birds):
     with pytest.raises(glsim.ConfigError, match=message):
-        run(Localize(source=source, images=str(birds / "test"), masks=str(birds / "masks"), **words), False)
+        cli.localize.run(Options(source=source, images=str(birds / "test"), masks=str(birds / "masks"), **words), False)

@@ -121,9 +121,9 @@ def naive_box(box, inside, counted):
     coverage = hits / len(on)
     return {
         "area": len(held) / len(PIXELS),
-        "coverage": coverage,
+        "box_recall": coverage,
         "holds": float(coverage >= 0.9),
-        "purity": hits / valid if (valid := sum(bool(counted[y, x]) for y, x in held)) else math.nan,
+        "box_precision": hits / valid if (valid := sum(bool(counted[y, x]) for y, x in held)) else math.nan,
         "iou": len(tight & set(held)) / len(tight | set(held)),
     }
 
@@ -213,7 +213,7 @@ def test_a_box_on_what_does_not_count_has_no_purity():
     inside, counted = one_patch()
     counted[0, :5] = False
     found = measure_boxes(torch.tensor([[[0, 0, 8, 5], [0, 0, 8, 6]]]), inside, counted)
-    assert found["purity"].isnan().tolist() == [[True, False]] and found["coverage"].tolist() == [[0, 0]]
+    assert found["box_precision"].isnan().tolist() == [[True, False]] and found["box_recall"].tolist() == [[0, 0]]
 
 
 def test_a_box_beside_the_object_holds_nothing():

@@ -13,18 +13,26 @@ from PIL import Image
 import glsim
 from glsim import cli
 from glsim.checkpoints.bundle import preprocessing_of
-from glsim.config import Bench
+from glsim.cli.bench import Options, show
+from glsim.cli.parser import parse, split_commas
 from glsim.data.images import open_image
 from glsim.data.readers import read_data
 from glsim.data.transforms import eval_transform
-from glsim.evaluation import speed
-from glsim.evaluation.speed import Job, in_turn, ratios
+from glsim.evaluation import peak_memory, speed, workloads
+from glsim.evaluation.speed import SpeedComparison, SpeedRow, compare_speed, in_turn, ratios
+from glsim.evaluation.workloads import Job, Setup
+from glsim.files import document
 from glsim.models.boxes import select
 from glsim.types import ConfigError
 
 TINY = {"backbones": ["vit_tiny_patch16_224"], "sizes": [64], "batch_sizes": [2], "backbone_args": SMALL}
 TINY |= {"methods": ["plain", "glsim:top_o=4"], "repeats": 2, "warmup": 1, "num_classes": 5, "device": "cpu"}
+SETUP = Setup(False, 5, SMALL, "cpu")
 TIMES = {"latency_ms", "latency_quartiles_ms", "images_per_second", "training_ms", "training_quartiles_ms"}
+
+
+def as_row(job, **measured):
+    return SpeedRow(**job._asdict(), **measured)
 
 
 class Clock:
@@ -79,14 +87,14 @@ def test_medians_spread_and_ratios(monkeypatch):
     original = speed.in_turn
     monkeypatch.setattr(speed, "in_turn", lambda *given: original(*given, clock=clock))
     settings = TINY | {"repeats": 3, "training": False, "memory": False, "against": "plain"}
-    result = speed.run(Bench(**settings), progress=False)
-    plain, glsim = result["rows"]
-    assert plain["latency_ms"] == 2000 and plain["latency_quartiles_ms"] == [1500, 7000]
-    assert plain["images_per_second"] == 1 and glsim["latency_ms"] == 5000
-    (ratio,) = result["ratio"]
-    assert ratio["latency"] == 2.5 and set(ratio) == {*Job._fields, "against", "latency"}
-    assert (ratio["method"], ratio["against"], ratio["batch_size"]) == ("glsim:top_o=4", "plain", 2)
-    text = speed.as_text(result)
+    result = compare_speed(**settings)
+    plain, glsim = result.rows
+    assert plain.latency_ms == 2000 and plain.latency_quartiles_ms == [1500, 7000]
+    assert plain.images_per_second == 1 and glsim.latency_ms == 5000
+    (ratio,) = result.ratio
+    assert ratio.latency == 2.5 and set(document(ratio)) == {*Job._fields, "against", "latency"}
+    assert (ratio.method, ratio.against, ratio.batch_size) == ("glsim:top_o=4", "plain", 2)
+    text = show(result, Options())
     assert "2,000.0 ±2,750.0" in text and "2.500" in text and "divided by plain" in text
 
 
@@ -95,21 +103,21 @@ def test_ratios_pair_equal_settings_only():
     for batch, ms in ((1, 2.0), (8, 10.0)):
         for method, factor in (("plain", 1), ("glsim", 2 + batch / 10)):
             job = Job(method, "net", 64, batch, "float32", False)
-            rows.append(job._asdict() | {"latency_ms": ms * factor, "memory_mib": 100 * factor})
-    rows.append(Job("glsim", "other", 64, 1, "float32", False)._asdict() | {"latency_ms": 1.0})  # no plain beside
-    rows.append(Job("cal", "net", 64, 1, "float32", False)._asdict() | {"error": "no", "memory_mib": 3.0})
+            rows.append(as_row(job, latency_ms=ms * factor, memory_mib=100 * factor))
+    rows.append(as_row(Job("glsim", "other", 64, 1, "float32", False), latency_ms=1.0))  # no plain beside
+    rows.append(as_row(Job("cal", "net", 64, 1, "float32", False), error="no", memory_mib=3.0))
     found = ratios(rows, "plain")
-    assert [(r["method"], r["batch_size"]) for r in found] == [("glsim", 1), ("glsim", 8)]
-    assert [r["latency"] for r in found] == pytest.approx([2.1, 2.8])
-    assert [r["memory"] for r in found] == pytest.approx([2.1, 2.8])
+    assert [(r.method, r.batch_size) for r in found] == [("glsim", 1), ("glsim", 8)]
+    assert [r.latency for r in found] == pytest.approx([2.1, 2.8])
+    assert [r.memory for r in found] == pytest.approx([2.1, 2.8])
 
 
 def test_one_json_document_with_everything(capsys, tmp_path, monkeypatch):
     """Through the command line: times, memory in another process, loading, plots."""
     real, known = speed.peaks_elsewhere, []
 
-    def peaks(job, s):  # the start of a process takes seconds: one measures for both rows
-        known.append(known[0] if known else real(job, s))
+    def peaks(job, *rest):  # the start of a process takes seconds: one measures for both rows
+        known.append(known[0] if known else real(job, *rest))
         return known[-1]
 
     monkeypatch.setattr(speed, "peaks_elsewhere", peaks)
@@ -155,18 +163,18 @@ def test_what_does_not_fit_is_a_row_that_says_why(capsys):
         "against": "plain",
     }
     settings |= {"backbone_args": {}, "memory": False, "training": False, "repeats": 1}
-    result = speed.run(Bench(**settings), progress=False)
-    errors = [row.get("error", "") for row in result["rows"]]
-    assert errors[0] == "" and "only the patches of ViT and DeiT can overlap, not those of 'resnet18'" in errors[1]
+    result = compare_speed(**settings)
+    errors = [row.error for row in result.rows]
+    assert errors[0] is None and "only the patches of ViT and DeiT can overlap, not those of 'resnet18'" in errors[1]
     assert "timm has no model 'vit_tiny_patch16_2'" in errors[2] and "vit_tiny_patch16_224" in errors[3]
-    assert result["ratio"] == [] and "exit_code" not in result
-    assert "failed: stride=0.75: only the patches" in speed.as_text(result)
+    assert result.ratio == [] and result.exit_code is None
+    assert "failed: stride=0.75: only the patches" in show(result, Options())
     words = ["bench", "--methods", "transfg", "--backbones", "resnet18", "--no-memory"]
     assert cli.main([*words, "--json"]) == 1  # nothing was measured
     assert json.loads(capsys.readouterr().out)["exit_code"] == 1
     assert cli.main(words) == 1 and " 1 failed: stride=0.75: only" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(ConfigError, match="could not|no option"):
-        speed.build(Job("glsim:crop=3", "vit_tiny_patch16_224", 64, 1, "float32", False), Bench())
+        workloads.build(Job("glsim:crop=3", "vit_tiny_patch16_224", 64, 1, "float32", False), Setup(False))
 
 
 def test_a_row_that_fails_while_running_does_not_stop_the_others(monkeypatch):
@@ -178,29 +186,28 @@ def test_a_row_that_fails_while_running_does_not_stop_the_others(monkeypatch):
         return original(model, job, device)
 
     monkeypatch.setattr(speed, "training", training)
-    plain, glsim = speed.run(Bench(**TINY | {"memory": False}), progress=False)["rows"]
-    assert set(plain) >= TIMES
-    assert glsim["error"] == "CUDA out of memory." and "latency_ms" not in glsim
+    plain, glsim = compare_speed(**TINY | {"memory": False}).rows
+    assert set(document(plain)) >= TIMES
+    assert glsim.error == "CUDA out of memory." and glsim.latency_ms is None
 
 
 def test_what_answers_early_is_not_compiled():
     """`answers` would not see through the compiled model that it may regroup the second passes."""
     settings = TINY | {"methods": ["glsim:top_o=4,early_loss=1.0,margin=0.5"], "compile": "yes", "memory": False}
-    (row,) = speed.run(Bench(**settings), progress=False)["rows"]
-    assert "answers early (margin 0.5), which is not compiled: --compile no" in row["error"]
+    (row,) = compare_speed(**settings).rows
+    assert "answers early (margin 0.5), which is not compiled: --compile no" in row.error
 
 
 def test_images_that_are_not_square_are_shown():
     jobs = [Job(name, "net", size, 1, "float32", False) for name, size in (("a", [32, 64]), ("b", 64))]
-    rows = [job._asdict() | {"latency_ms": 1.0, "latency_quartiles_ms": [1, 1]} for job in jobs]
-    text = speed.as_text({"rows": rows, "ratio": None, "environment": {"device": "cpu"}})
+    rows = [as_row(job, latency_ms=1.0, latency_quartiles_ms=[1, 1]) for job in jobs]
+    text = show(SpeedComparison(rows, None, {"device": "cpu"}), Options())
     assert "[32, 64]" in text
 
 
 def test_options_follow_the_method():
     def options(method):
-        s = Bench(methods=[method], backbone_args=SMALL)
-        return speed.build(Job(method, "vit_tiny_patch16_224", 64, 1, "float32", False), s).config["options"]
+        return workloads.build(Job(method, "vit_tiny_patch16_224", 64, 1, "float32", False), SETUP).config["options"]
 
     found = options("glsim:top_o=3,crop_size=[32,48],metric=rollout:first=1")
     assert (found["top_o"], found["crop_size"], found["metric"]) == (3, [32, 48], "rollout:first=1")
@@ -210,58 +217,56 @@ def test_options_follow_the_method():
 def test_dtype_compile_and_lists_span_the_rows(monkeypatch):
     """Every combination is asked for once; nothing runs."""
     asked = []
-    monkeypatch.setattr(speed, "measure", lambda jobs, *rest: asked.append(jobs) or [j._asdict() for j in jobs])
+    monkeypatch.setattr(speed, "measure", lambda jobs, *rest: asked.append(jobs) or [as_row(j) for j in jobs])
     lists = {"sizes": [64, 96], "batch_sizes": [1, 2], "dtypes": ["float32", "bfloat16"], "compile": "both"}
-    result = speed.run(Bench(**TINY | lists), progress=False)
+    result = compare_speed(**TINY | lists)
     assert len(asked) == 16 and all([job.method for job in jobs] == TINY["methods"] for jobs in asked)
-    assert len({tuple(row.values()) for row in result["rows"]}) == 32
+    assert len(set(result.rows)) == 32
 
 
 def test_bfloat16_is_computed_in(monkeypatch):
     seen = []
-    s = Bench(**TINY)
     job = Job("glsim:top_o=4", "vit_tiny_patch16_224", 64, 2, "bfloat16", False)
-    model = speed.build(job, s)
+    model = workloads.build(job, SETUP)
     model.register_forward_hook(lambda module, given, output: seen.append((given[0].dtype, output.logits.dtype)))
-    speed.training(model, job, torch.device("cpu"))()
+    workloads.training(model, job, torch.device("cpu"))()
     assert all(p.dtype == torch.float32 for p in model.parameters())
-    speed.answering(model, job, torch.device("cpu"))()
+    workloads.answering(model, job, torch.device("cpu"))()
     assert seen == [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
 
 
 def test_a_training_step_changes_the_weights():
     job = Job("plain", "vit_tiny_patch16_224", 64, 2, "float32", False)
-    model = speed.build(job, Bench(**TINY))
+    model = workloads.build(job, SETUP)
     before = model.head.weight.clone()
-    speed.training(model, job, torch.device("cpu"))()
+    workloads.training(model, job, torch.device("cpu"))()
     assert not torch.equal(model.head.weight, before) and model.head.weight.grad is None
 
 
-@pytest.mark.skipif(not speed.STATUS.exists(), reason="needs /proc")
+@pytest.mark.skipif(not peak_memory.STATUS.exists(), reason="needs /proc")
 def test_a_row_does_not_inherit_what_the_process_before_it_held():
     """A child of a process of 400 MiB and more; `ru_maxrss` would tell that number."""
     held = b"x" * (400 * 2**20)
-    code = "from glsim.evaluation.speed import resident; print(resident(peak=True))"
+    code = "from glsim.evaluation.peak_memory import resident; print(resident(peak=True))"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    here = speed.resident(peak=False)
+    here = peak_memory.resident(peak=False)
     assert len(held) == 400 * 2**20 and int(child.stdout) < here - 200 * 2**20
 
 
-@pytest.mark.skipif(not speed.STATUS.exists(), reason="needs /proc")
+@pytest.mark.skipif(not peak_memory.STATUS.exists(), reason="needs /proc")
 def test_a_peak_is_seen_after_it_has_passed_and_can_be_forgotten():
     cpu = torch.device("cpu")
-    speed.forget_peak(cpu)
-    before = speed.peak(cpu)
+    peak_memory.forget_peak(cpu)
+    before = peak_memory.peak(cpu)
     torch.ones(100 * 2**20, dtype=torch.uint8)
-    assert speed.peak(cpu) > before + 90 * 2**20
-    speed.forget_peak(cpu)
-    assert speed.peak(cpu) < before + 50 * 2**20
+    assert peak_memory.peak(cpu) > before + 90 * 2**20
+    peak_memory.forget_peak(cpu)
+    assert peak_memory.peak(cpu) < before + 50 * 2**20
 
 
 def test_a_child_that_dies_says_why():
-    s = Bench(**TINY | {"methods": ["glsim:top_o=99"]})
     with pytest.raises(RuntimeError, match="while measuring memory: .*top_o=99, but the grid"):
-        speed.peaks_elsewhere(Job("glsim:top_o=99", "vit_tiny_patch16_224", 64, 1, "float32", False), s)
+        peak_memory.peaks_elsewhere(Job("glsim:top_o=99", "vit_tiny_patch16_224", 64, 1, "float32", False), SETUP)
 
 
 @pytest.mark.parametrize(
@@ -284,13 +289,13 @@ def test_a_child_that_dies_says_why():
 )
 def test_wrong_settings(given, said):
     with pytest.raises(ConfigError, match=said):
-        Bench(**given)
+        Options(**given)
 
 
 def test_lists_of_numbers_take_commas_too():
     for words in (["--sizes", "64,96"], ["--sizes=64,96"], ["--sizes", "64", "96"], ["--sizes", "64,", "96"]):
-        assert cli.parse("bench", cli.VERBS["bench"], [*words, "--dtypes", "float32", "bfloat16"]).sizes == [64, 96]
-    assert cli.split_commas(["--labels", "", "a,b"], {"--sizes"}) == ["--labels", "", "a,b"]
+        assert parse("bench", Options, [*words, "--dtypes", "float32", "bfloat16"]).sizes == [64, 96]
+    assert split_commas(["--labels", "", "a,b"], {"--sizes"}) == ["--labels", "", "a,b"]
 
 
 @pytest.fixture
@@ -357,15 +362,15 @@ def test_bundles_are_rows_with_their_accuracy_and_answer_test_images(run_folder,
     names = [str(run_folder), str(second)]
     given = {"sources": names, "against": names[0], "data": str(birds), "images": 4, "batch_sizes": [2], "workers": 0}
     given |= {"training": False, "memory": False, "repeats": 2, "warmup": 0, "device": "cpu", "out": str(tmp_path)}
-    result = speed.run(Bench(**given), progress=False)
-    first, other = result["rows"]
+    result = compare_speed(**given)
+    first, other = result.rows
     measured = json.loads((run_folder / "metrics.json").read_text())["test"]["top1"]
-    assert first["accuracy"] == measured and "accuracy" not in other
-    assert [(r["method"], r["backbone"], r["image_size"]) for r in (first, other)] == [
+    assert first.accuracy == measured and other.accuracy is None
+    assert [(r.method, r.backbone, r.image_size) for r in (first, other)] == [
         (name, "vit_tiny_patch16_224", 64) for name in names
     ]
-    assert result["ratio"][0]["latency"] == other["latency_ms"] / first["latency_ms"]
-    assert first["images_per_second"] == pytest.approx(2000 / first["latency_ms"])
+    assert result.ratio[0].latency == other.latency_ms / first.latency_ms
+    assert first.images_per_second == pytest.approx(2000 / first.latency_ms)
     assert [name for name, _ in seen] == [names[0], names[0], names[1], names[1]] * 2  # two batches every turn
     paths = read_data(birds)["test"].paths
     transform = eval_transform(preprocessing_of(glsim.load(run_folder)))
@@ -373,7 +378,7 @@ def test_bundles_are_rows_with_their_accuracy_and_answer_test_images(run_folder,
     torch.testing.assert_close(torch.cat([seen[0][1], seen[1][1]]), expected, atol=1e-6, rtol=1e-6)
     with Image.open(tmp_path / "accuracy.png") as picture:
         assert picture.format == "PNG"
-    text = speed.as_text(result)
+    text = show(result, Options())
     assert f"{measured:.1%}" in text and "top-1" in text
 
 
@@ -384,25 +389,24 @@ def test_the_time_of_a_batch_is_that_of_a_turn_divided_by_its_batches(run_folder
     monkeypatch.setattr(speed, "in_turn", lambda *given: original(*given, clock=clock))
     given = {"sources": [str(run_folder)], "data": str(birds), "images": 7, "batch_sizes": [2], "workers": 0}
     given |= {"training": False, "memory": False, "repeats": 1, "warmup": 1, "device": "cpu"}
-    (row,) = speed.run(Bench(**given), progress=False)["rows"]
-    assert row["latency_ms"] == 1000 and row["images_per_second"] == 2  # 3 whole batches of 7 images in 3 s
+    (row,) = compare_speed(**given).rows
+    assert row.latency_ms == 1000 and row.images_per_second == 2  # 3 whole batches of 7 images in 3 s
 
 
 def test_bundles_that_cannot_be_measured(run_folder, birds, tmp_path, capsys):
     fast = {"training": False, "memory": False, "repeats": 1, "warmup": 0, "device": "cpu", "workers": 0}
-    rows = speed.run(Bench(sources=[str(tmp_path / "gone"), str(run_folder)], batch_sizes=[1], **fast), False)["rows"]
-    assert "gone does not exist; give a bundle folder" in rows[0]["error"] and "error" not in rows[1]
-    s = Bench(sources=[str(run_folder)], data=str(birds), images=99, batch_sizes=[1], **fast)
-    assert "has 9 test images, 99 were asked for" in speed.run(s, False)["rows"][0]["error"]
+    rows = compare_speed(sources=[str(tmp_path / "gone"), str(run_folder)], batch_sizes=[1], **fast).rows
+    assert "gone does not exist; give a bundle folder" in rows[0].error and rows[1].error is None
+    (row,) = compare_speed(sources=[str(run_folder)], data=str(birds), images=99, batch_sizes=[1], **fast).rows
+    assert "has 9 test images, 99 were asked for" in row.error
     assert cli.main(["bench", "--sources", str(run_folder), "--data", str(tmp_path / "gone")]) == 3
     damaged = tmp_path / "damaged"
     glsim.save(glsim.load(run_folder), damaged)
     (damaged / "metrics.json").write_text("{")
-    (row,) = speed.run(Bench(sources=[str(damaged)], batch_sizes=[1], **fast), False)["rows"]
-    assert "metrics.json is damaged or cannot be read" in row["error"]
+    (row,) = compare_speed(sources=[str(damaged)], batch_sizes=[1], **fast).rows
+    assert "metrics.json is damaged or cannot be read" in row.error
 
 
 def test_memory_of_a_bundle_is_measured_in_a_process_of_its_own(run_folder):
-    s = Bench(sources=[str(run_folder)], device="cpu")
-    found = speed.peaks_elsewhere(Job(str(run_folder), "", 0, 1, "float32", False), s)
+    found = peak_memory.peaks_elsewhere(Job(str(run_folder), "", 0, 1, "float32", False), Setup(True, device="cpu"))
     assert 0 < found["memory_mib"] <= found["training_memory_mib"]

@@ -8,7 +8,7 @@ import yaml
 from conftest import TINY
 
 from glsim import ConfigError, cli
-from glsim.config import Bench
+from glsim.cli.bench_loading import Options
 from glsim.training import throughput
 
 
@@ -46,7 +46,7 @@ def test_the_faster_one_waits(recipe, birds, monkeypatch, capsys, slowed, waits)
         monkeypatch.setattr(throughput, "objective", slow(plain, 0.2))
     else:
         monkeypatch.setattr(throughput, "read", lambda loader: map(slow(lambda batch: batch, 0.2), plain(loader)))
-    words = ["bench", "--loader", recipe, "--data", str(birds), "--seconds", "0.5", "--device", "cpu"]
+    words = ["bench", "loading", "--recipe", recipe, "--data", str(birds), "--seconds", "0.5", "--device", "cpu"]
     assert cli.main([*words, "--json", "--workers", "0", "--train.cache", "ram", "--train.batch_size", "3"]) == 0
     r = json.loads(capsys.readouterr().out)
     assert r["waits"] == waits and (r["loading"] < r["model"]) == (waits == "model")
@@ -57,7 +57,7 @@ def test_the_faster_one_waits(recipe, birds, monkeypatch, capsys, slowed, waits)
 
 def test_the_text_says_the_same_and_out_keeps_it(recipe, birds, tmp_path, capsys):
     words = ["--seconds", "0.1", "--device", "cpu", "--train.mixup", "0.3", "--train.precision", "bf16", "--out"]
-    assert cli.main(["bench", "--loader", recipe, "--data", str(birds), *words, str(tmp_path / "o")]) == 0
+    assert cli.main(["bench", "loading", "--recipe", recipe, "--data", str(birds), *words, str(tmp_path / "o")]) == 0
     out = capsys.readouterr().out
     r = json.loads((tmp_path / "o" / "bench.json").read_text())
     for kind in ("loading", "model", "together"):
@@ -69,19 +69,15 @@ def test_the_text_says_the_same_and_out_keeps_it(recipe, birds, tmp_path, capsys
 
 
 def test_wrong_settings_are_refused_by_name(recipe, birds, tmp_path, capsys):
-    for given, said in (
-        ({"loader": recipe}, "name the images to load with --data"),
-        ({"train": {"cache": "ram"}}, "--train.cache: only with --loader RECIPE"),
-        ({"loader": recipe, "data": "d", "seconds": 0}, "seconds=0: above 0"),
-        ({"workers": -1}, "workers=-1: at least 0"),
-    ):
+    for given, said in (({"seconds": 0}, "seconds=0: above 0"), ({"workers": -1}, "workers=-1: at least 0")):
         with pytest.raises(ConfigError, match=said):
-            Bench(**given)
-    assert Bench().workers == 2 and Bench(loader=recipe, data="d").workers is None
+            Options(recipe=recipe, data="d", **given)
+    assert Options(recipe=recipe, data="d").workers is None
     for words, code, said in (
-        (["--loader", recipe, "--data", str(birds), "--train.batch", "3"], 2, "tiny.yaml with --train: "),
-        (["--loader", recipe, "--data", str(tmp_path / "none")], 3, "does not exist"),
-        (["--loader", str(tmp_path / "none.yaml"), "--data", str(birds)], 2, "none.yaml cannot be read"),
+        (["--recipe", recipe], 2, "data"),
+        (["--recipe", recipe, "--data", str(birds), "--train.batch", "3"], 2, "tiny.yaml with --train: "),
+        (["--recipe", recipe, "--data", str(tmp_path / "none")], 3, "does not exist"),
+        (["--recipe", str(tmp_path / "none.yaml"), "--data", str(birds)], 2, "none.yaml cannot be read"),
     ):
-        assert cli.main(["bench", *words]) == code
+        assert cli.main(["bench", "loading", *words]) == code
         assert said in capsys.readouterr().err

@@ -95,9 +95,9 @@ def test_metrics_by_hand():
     accelerator = make_accelerator("cpu")
     result = evaluate.evaluate(Fixed(), [(logits[:3], labels[:3]), (logits[3:], labels[3:])], 7, accelerator)
     summary = result.summary("abcdefg")
-    assert (summary["count"], summary["correct"], summary["correct_top5"]) == (5, 3, 4)
-    assert summary["per_class_mean"] == pytest.approx((1 + 0.5 + 1 + 0) / 4)  # classes without images do not count
-    assert summary["per_class"]["b"] == [1, 2] and summary["per_class"]["d"] == [0, 0]
+    assert (summary.count, summary.correct, summary.correct_top5) == (5, 3, 4)
+    assert summary.per_class_mean == pytest.approx((1 + 0.5 + 1 + 0) / 4)  # classes without images do not count
+    assert summary.per_class["b"] == [1, 2] and summary.per_class["d"] == [0, 0]
     assert result.confusions().tolist() == [[0, 0, 1], [1, 0, 1], [1, 1, 1], [2, 2, 1], [6, 2, 1]]
 
 

@@ -1,0 +1,179 @@
+"""Workloads that are timed: answers to batches, training steps, and images read, prepared and answered."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from glsim.checkpoints.bundle import METRICS_FILE, load, preprocessing_of
+from glsim.checkpoints.config import read_metrics
+from glsim.checkpoints.onnx_runtime import GraphModel
+from glsim.data.images import sharing
+from glsim.data.readers import ImageDataset, find_images, read_data
+from glsim.data.transforms import Preprocessing, eval_transform
+from glsim.environment import pick_device
+from glsim.inference.predictor import answers
+from glsim.models import create_model
+from glsim.models.backbone import Model, StagedModel
+from glsim.models.losses import objective
+from glsim.types import ConfigError, DataError
+
+AS_EXPORTED = ("float32", False, "cpu")  # dtype of the images, compiled, device
+
+
+class Job(NamedTuple):
+    """What a row measures."""
+
+    method: str  # with its options: glsim:crop_size=112; or a source
+    backbone: str  # "" and 0 for a source: it has its own, which its row tells
+    image_size: int
+    batch_size: int
+    dtype: str
+    compile: bool
+
+
+class Setup(NamedTuple):
+    """What all rows share of how their models are built."""
+
+    trained: bool  # the methods are sources: bundles, or exported graphs
+    num_classes: int = 200
+    backbone_args: dict[str, Any] | None = None
+    device: str | None = None
+
+
+Work = Callable[[], object]
+
+
+def build(job: Job, setup: Setup) -> Model:
+    """The model of a row: a trained one out of a source, else one whose weights are random.
+
+    Raises ConfigError for an exported graph that is to be anything but what it is, and for a compiled model with a
+    margin, whose two passes `answers` calls one by one.
+    """
+    model = load(job.method) if setup.trained else untrained(job, setup)
+    if isinstance(model, GraphModel) and (job.dtype, job.compile, pick_device(setup.device).type) != AS_EXPORTED:
+        raise ConfigError(f"{job.method} is exported and runs as it is: --device cpu --dtypes float32 --compile no")
+    if isinstance(model, StagedModel) and model.margin is not None and job.compile:
+        raise ConfigError(f"{job.method} answers early (margin {model.margin:g}), which is not compiled: --compile no")
+    return model
+
+
+def untrained(job: Job, setup: Setup) -> Model:
+    """The method of a row with its options, random weights."""
+    method, _, given = job.method.partition(":")
+    options = {}
+    for part in re.split(r",(?![^[]*\])", given) if given else []:  # not the comma of crop_size=[96,128]
+        key, _, value = part.partition("=")
+        options[key.strip()] = yaml.safe_load(value)
+    torch.manual_seed(0)
+    return create_model(method, job.backbone, setup.num_classes, job.image_size, False, setup.backbone_args, **options)
+
+
+def about_source(source: str, model: Model) -> dict[str, Any]:
+    """What a trained model says of itself: backbone, side of its images (height and width, if they differ), accuracy.
+
+    Raises DataError for numbers that cannot be read.
+    """
+    height, width = model.config["image_size"]
+    row = {"backbone": model.config["backbone"], "image_size": height if height == width else [height, width]}
+    folder = Path(source.removeprefix("local-dir:"))
+    test = ((read_metrics(folder / METRICS_FILE) if folder.is_dir() else None) or {}).get("test")
+    return row | {"accuracy": test["top1"]} if isinstance(test, dict) and "top1" in test else row
+
+
+def test_images(model: Model, data: str, count: int, workers: int) -> Tensor:
+    """`count` images, drawn evenly from the test split of `data` as `model` was trained, prepared for it."""
+    seen = {"split_seed": 0, "test_fraction": 0.2} | (model.config.get("data") or {})
+    return _test_images(data, seen["split_seed"], seen["test_fraction"], preprocessing_of(model), count, workers)
+
+
+@lru_cache(maxsize=2)
+def _test_images(
+    data: str, seed: int, fraction: float, preprocessing: Preprocessing, count: int, workers: int
+) -> Tensor:
+    splits = read_data(data, seed=seed, test_fraction=fraction)
+    found = splits["test"].paths if "test" in splits else ()
+    if len(found) < count:
+        raise DataError(f"{data} has {len(found)} test images, {count} were asked for; fewer: --images")
+    paths = [found[i * len(found) // count] for i in range(count)]
+    dataset: Any = ImageDataset(paths, eval_transform(preprocessing))
+    start = sharing() if workers else None
+    return torch.cat([images for images, _ in DataLoader(dataset, 32, num_workers=workers, worker_init_fn=start)])
+
+
+def answering(model: Model, job: Job, device: torch.device, images: Tensor | None = None) -> Work:
+    """An answer to a batch, weights and images of the dtype, in inference mode; waits for the device.
+
+    With `images` (.., 3, H, W) an answer to each whole batch of them, second passes regrouped as `predict` does it;
+    else the batch is noise.
+    """
+    dtype = getattr(torch, job.dtype)
+    net = compiled(model.eval().to(device, dtype), job)
+    if images is None:
+        images = torch.randn(job.batch_size, 3, *model.config["image_size"])
+    batches = [batch for batch in images.to(device, dtype).split(job.batch_size) if len(batch) == job.batch_size]
+
+    @torch.inference_mode()
+    def work() -> None:
+        for _ in answers(net, batches):
+            pass
+        wait(device)
+
+    return work
+
+
+def training(model: Model, job: Job, device: torch.device) -> Work:
+    """A step on a batch with arbitrary labels: forward (autocast where the dtype is not float32), backward, SGD."""
+    dtype = getattr(torch, job.dtype)
+    net = compiled(model.train().to(device), job)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, nesterov=True)
+    images = torch.randn(job.batch_size, 3, *model.config["image_size"], device=device)
+    labels = torch.arange(job.batch_size, device=device) % model.config["num_classes"]
+
+    def work() -> None:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = objective(net(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        wait(device)
+
+    return work
+
+
+def compiled(model: Model, job: Job) -> Any:
+    """The model, compiled where the row says so."""
+    return torch.compile(model) if job.compile else model
+
+
+def wait(device: torch.device) -> None:
+    """Until an accelerator has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def loaded(model: Model, job: Job, device: torch.device, data: str, batches: int, workers: int) -> float:
+    """Images a second of one pass over the images of `data`, at most so many batches: read, prepared, answered.
+
+    The start of the processes that load is part of it.
+    """
+    dtype = getattr(torch, job.dtype)
+    net = compiled(model.eval().to(device, dtype), job)
+    paths = find_images(data)[: batches * job.batch_size]
+    dataset: Any = ImageDataset(paths, eval_transform(preprocessing_of(model)))
+    share = sharing() if workers else None
+    start = time.perf_counter()
+    with torch.inference_mode():
+        for images, _ in DataLoader(dataset, job.batch_size, num_workers=workers, worker_init_fn=share):
+            net(images.to(device, dtype))
+        wait(device)
+    return len(paths) / (time.perf_counter() - start)
