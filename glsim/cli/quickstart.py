@@ -147,7 +147,7 @@ def measure_crops(source: str | Path, data: Path) -> CropShares:
         centre=float(rows[f"{own}/centre"]["holds"].nanmean()),
         threshold=HOLDS,
         area=float(rows[own]["area"].nanmean()),
-        coverage=float(rows[own]["coverage"].nanmean()),
+        coverage=float(rows[own]["box_recall"].nanmean()),
     )
 
 
