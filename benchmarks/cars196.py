@@ -36,7 +36,6 @@ from torch import Tensor
 
 from glsim import save
 from glsim.checkpoints.bundle import CONFIG, init_from
-from glsim.config import Train, to_recipe
 from glsim.data.images import open_image
 from glsim.data.loaders import TrainBatches, mix
 from glsim.data.readers import ImageList, read_data
@@ -47,7 +46,11 @@ from glsim.inference.predictor import answers
 from glsim.models import create_model
 from glsim.models.base import Model
 from glsim.models.losses import objective
-from glsim.training import train
+from glsim.training import runs
+from glsim.training.components import make_optimizer, make_preprocessing, make_schedule
+from glsim.training.config import Train, to_recipe
+from glsim.training.runs import LOG, PREDICTIONS
+from glsim.training.train import check_out
 from glsim.types import ConfigError
 
 RECIPE = Path(__file__).with_suffix(".yaml")
@@ -115,7 +118,7 @@ def follow(a: argparse.Namespace) -> dict[str, Any]:
     work = [(name, s) for name, s in plan if paired.answers(Path(s.out)) is None]
     if work:
         model = make(plain, splits["train"])
-        sets = {name: Pixels(splits[name], train.make_preprocessing(plain, model)) for name in ("train", "test")}
+        sets = {name: Pixels(splits[name], make_preprocessing(plain, model)) for name in ("train", "test")}
         if not (a.out / "start" / CONFIG).exists():
             learner = make(plain, splits["train"])
             if a.compile:
@@ -140,10 +143,10 @@ def settings(a: argparse.Namespace, name: str, seed: int) -> Train:
 def claim(s: Train) -> None:
     """Write a run's settings down before anything else; ConfigError where the folder was begun with others."""
     out = Path(s.out)
-    if (out / train.RECIPE).exists():
-        train.check_out(replace(s, resume=True), out)
+    if (out / runs.RECIPE).exists():
+        check_out(replace(s, resume=True), out)
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / train.RECIPE, to_recipe(s))
+    write_text(out / runs.RECIPE, to_recipe(s))
 
 
 def fine_tune(a: argparse.Namespace, name: str, s: Train, sets: dict[str, Pixels], test: ImageList) -> None:
@@ -230,8 +233,8 @@ def fit(model: Model, s: Train, images: Pixels, deadline: float) -> None:
     out, device = Path(s.out), images.images.device
     out.mkdir(parents=True, exist_ok=True)
     batches = TrainBatches(len(images.labels), s.batch_size, 1, s.seed)
-    optimizer = train.make_optimizer(s, model)
-    schedule = train.make_schedule(s, optimizer, s.epochs * batches.steps)
+    optimizer = make_optimizer(s, model)
+    schedule = make_schedule(s, optimizer, s.epochs * batches.steps)
     mixing = batch_mixing(s.mixup, s.cutmix, model.config["num_classes"])
     log: list[dict[str, Any]] = []
     if (out / STATE).exists():
@@ -269,7 +272,7 @@ def fit(model: Model, s: Train, images: Pixels, deadline: float) -> None:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "log": log}
             torch.save(state, out / f"{STATE}.tmp")
             (out / f"{STATE}.tmp").replace(out / STATE)
-            write_text(out / train.LOG, "".join(json.dumps(row) + "\n" for row in log))
+            write_text(out / LOG, "".join(json.dumps(row) + "\n" for row in log))
         if late and epoch + 1 < s.epochs:
             raise Stopped(f"{out}: {epoch + 1} of {s.epochs} epochs")
 
@@ -294,7 +297,7 @@ def write_answers(out: Path, guesses: Tensor, images: ImageList) -> None:
     for path, label, guess in zip(images.paths, images.labels, guesses.tolist(), strict=True):
         writer.writerow([f"{path.parent.name}/{path.name}", images.classes[label], images.classes[guess]])
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / train.PREDICTIONS, text.getvalue())
+    write_text(out / PREDICTIONS, text.getvalue())
 
 
 if __name__ == "__main__":

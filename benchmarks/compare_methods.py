@@ -24,12 +24,13 @@ from typing import Any
 import torch
 
 from glsim import load
-from glsim.config import Train, read_recipe
 from glsim.environment import pick_device
-from glsim.files import write_text
+from glsim.files import document, write_text
 from glsim.models.base import Model
 from glsim.models.losses import objective
-from glsim.training import train
+from glsim.training.config import Train, read_recipe
+from glsim.training.runs import LOG, RECIPE
+from glsim.training.train import train
 
 ROW = "compare.json"
 
@@ -73,11 +74,11 @@ def train_one(recipe: Path, data: str, out: Path, seed: int | None) -> None:
     """Train one recipe in this process and leave its row beside the run."""
     values = read_recipe(recipe) | ({} if seed is None else {"seed": seed})
     folder = out / recipe.stem
-    resumed = (folder / train.RECIPE).exists()
-    result = train.run(Train(**values, data=data, out=str(folder), resume=resumed))
-    log = [json.loads(line) for line in (folder / train.LOG).read_text().splitlines()]
+    resumed = (folder / RECIPE).exists()
+    result = train(Train(**values, data=data, out=str(folder), resume=resumed))
+    log = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
     row: dict[str, Any] = {
-        "test": result["test"],
+        "test": document(result.test),
         "parameters": sum(p.numel() for p in load(folder).parameters()),
         "seconds": sum(r["seconds"] for r in log),
         "peak_bytes": peak_bytes(),

@@ -29,7 +29,6 @@ from matplotlib.figure import Figure
 
 from glsim import load
 from glsim.checkpoints.bundle import METRICS_FILE, amend, preprocessing_of
-from glsim.config import Train, read_recipe
 from glsim.data.readers import ImageDataset, read_data
 from glsim.data.transforms import eval_transform
 from glsim.environment import environment, pick_device
@@ -39,7 +38,9 @@ from glsim.inference.predictor import answers
 from glsim.interpret.drawing import save_figure
 from glsim.models import METHODS
 from glsim.models.base import EarlyExitModel, Model
-from glsim.training import train
+from glsim.training.config import Train, read_recipe
+from glsim.training.runs import LOG, RECIPE
+from glsim.training.train import check_out, train
 
 METHODS["tokens"] = "one_pass"  # the file beside this one
 
@@ -112,16 +113,16 @@ def prepare(recipe: Path, seed: int, has_val: bool, a: argparse.Namespace) -> No
 def finish(s: Train) -> None:
     """Train, go on training, or leave a finished run alone; ConfigError for a run that began with other settings."""
     folder = Path(s.out)
-    s = replace(s, resume=(folder / train.RECIPE).exists())
-    train.check_out(s, folder)
+    s = replace(s, resume=(folder / RECIPE).exists())
+    check_out(s, folder)
     if not is_finished(s):
         print(f"training {folder}", file=sys.stderr)
-        train.run(s)
+        train(s)
 
 
 def is_finished(s: Train) -> bool:
     """Whether all epochs of a run are written down: its metrics alone are there after the first one."""
-    log = Path(s.out) / train.LOG
+    log = Path(s.out) / LOG
     return (Path(s.out) / METRICS_FILE).exists() and log.exists() and len(log.read_text().splitlines()) == s.epochs
 
 

@@ -28,8 +28,8 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from glsim.config import Train, to_recipe
 from glsim.data import synthetic
+from glsim.training.config import Train, to_recipe
 
 NOT_EQUAL = 4
 EARLY = 0.2  # share of the kills in start-up

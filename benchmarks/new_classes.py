@@ -33,7 +33,7 @@ from torch import Tensor
 
 from glsim import Predictor
 from glsim.checkpoints.bundle import labels_of, load
-from glsim.config import IndexBuild, IndexEval, Train, read_recipe
+from glsim.config import IndexBuild, IndexEval
 from glsim.data.readers import ImageList, hold_out, read_data
 from glsim.evaluation.calibration import fit_temperature
 from glsim.evaluation.confidence import calibration_error, graded
@@ -41,7 +41,9 @@ from glsim.evaluation.evaluate import join
 from glsim.files import write_text
 from glsim.inference import index
 from glsim.models.base import Model
-from glsim.training import train
+from glsim.training.config import Train, read_recipe
+from glsim.training.runs import LOG, RECIPE
+from glsim.training.train import train
 
 RESULT = "new_classes.json"
 
@@ -109,10 +111,10 @@ def fit(a: argparse.Namespace, splits: dict[str, ImageList]) -> None:
     values = read_recipe(a.recipe) | {k: yaml.safe_load(v) for k, _, v in (word.partition("=") for word in a.set)}
     write_list(a.out / "known.csv", splits)
     settings = {**values, "data": str(a.out / "known.csv"), "out": str(a.run), "workers": a.workers}
-    log = a.run / train.LOG
+    log = a.run / LOG
     if not log.exists() or len(log.read_text().splitlines()) < Train(**settings).epochs:
         print(f"training {a.recipe.stem} on {a.known} classes", file=sys.stderr)
-        train.run(Train(**settings, resume=(a.run / train.RECIPE).exists()))
+        train(Train(**settings, resume=(a.run / RECIPE).exists()))
 
 
 def embeddings_of(model: Model) -> list[str]:

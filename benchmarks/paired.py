@@ -44,7 +44,6 @@ from torch import Tensor
 
 from glsim import load, save
 from glsim.checkpoints.bundle import CONFIG
-from glsim.config import Train, read_recipe
 from glsim.data.masks import find_masks
 from glsim.environment import pick_device
 from glsim.evaluation import evaluate, flops
@@ -53,8 +52,9 @@ from glsim.evaluation.statistics import as_numbers, mcnemar, signed
 from glsim.files import write_text
 from glsim.interpret.drawing import save_figure
 from glsim.models import METHODS
-from glsim.training import train
+from glsim.training.config import Train, read_recipe
 from glsim.training.resume import CHECKPOINT
+from glsim.training.runs import PREDICTIONS
 from glsim.types import ConfigError
 
 METHODS["ruled"] = "rules"  # the file beside this one
@@ -265,7 +265,7 @@ def locate(out: Path, a: argparse.Namespace) -> None:
 
 def answers(out: Path) -> tuple[tuple[Any, ...], Tensor] | None:
     """A run's test images, file and label, and whether it is right (images,); None before the run is finished."""
-    for file in (out / train.PREDICTIONS, out / "predictions.csv"):
+    for file in (out / PREDICTIONS, out / "predictions.csv"):
         if file.exists():
             with file.open(encoding="utf-8", newline="") as lines:
                 rows = list(csv.DictReader(lines))

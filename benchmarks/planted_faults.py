@@ -234,12 +234,12 @@ FAULTS = (
     ),
     Fault(
         "best taken for worst",
-        'return max(finished, key=lambda row: (row["val"]["correct"], -row["lr"]))["lr"]',
-        'return min(finished, key=lambda row: (row["val"]["correct"], -row["lr"]))["lr"]',
+        "return -max(finished)[1]",
+        "return -min(finished)[1]",
         "reproduce -k 'chosen_on_val'",
     ),
     Fault(
-        "copies found by half of their hash",
+        "duplicates found by half of their hash",
         "            near = distance <= most\n",
         "            near = distance <= 2 * most\n",
         "doctor -k near",

@@ -20,8 +20,11 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from glsim.config import Train, read_recipe
 from glsim.training import train
+from glsim.training.components import read_splits
+from glsim.training.config import Train, read_recipe
+from glsim.training.runs import RECIPE
+from glsim.training.tally import Diverged
 from glsim.types import GlsimError
 
 FOLDER = "folder"
@@ -45,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     if any(low <= 0 for name, (low, _) in spans.items() if name != "drop_path"):
         parser.error("a log-uniform range starts above 0")
     recipe = read_recipe(given.recipe) | {"data": given.data, "val_fraction": 0.0, "test": False}
-    if "val" not in train.read_splits(Train(**recipe | {"out": str(given.out)}))[0]:
+    if "val" not in read_splits(Train(**recipe | {"out": str(given.out)}))[0]:
         recipe["val_fraction"] = given.val_fraction or parser.error("--val-fraction 0: the data has no val split")
 
     given.out.mkdir(parents=True, exist_ok=True)
@@ -66,16 +69,16 @@ def main(arguments: list[str] | None = None) -> int:
         if "drop_path" in values:
             values["options"] = {**(recipe.get("options") or {}), "drop_path": values.pop("drop_path")}
         folder = given.out / trial.user_attrs.get(FOLDER, f"trial_{trial.number}")
-        run = {"out": str(folder), "resume": (folder / train.RECIPE).exists()}
+        run = {"out": str(folder), "resume": (folder / RECIPE).exists()}
         try:
-            result = train.run(Train(**recipe | values | run))
-        except train.Diverged as error:
+            result = train.train(Train(**recipe | values | run))
+        except Diverged as error:
             print(error, file=sys.stderr)
             raise optuna.TrialPruned from error
         except (GlsimError, KeyboardInterrupt):  # interrupted, or a full disk: the next call takes it up
             study.enqueue_trial(trial.params, {FOLDER: folder.name})
             raise
-        return result["val"]["top1"]
+        return result.val.top1
 
     done = len(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)))
     try:

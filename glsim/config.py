@@ -8,18 +8,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import typing
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from glsim.data.catalog import SETS
 from glsim.data.images import MAX_MEGAPIXELS
-from glsim.files import expand, one_line, read_text
-from glsim.models import METHODS
-from glsim.training.recipes import find_recipe
+from glsim.files import expand
+from glsim.training.config import Train, change_recipe, find_checked_recipe, read_recipe, to_recipe  # noqa: F401
 from glsim.types import EMBEDDINGS, ConfigError, choose
 
 Size = int | list[int] | None
@@ -78,171 +74,6 @@ def outputs(settings: Any) -> dict[str, tuple[str, Role]]:
 def megapixels() -> Any:
     """The field `max_megapixels` of every verb that decodes images (`glsim.data.images:limited`)."""
     return setting(MAX_MEGAPIXELS, "megapixels of an image; a larger one is a bad file, and none of it is decoded")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Train(Settings):
-    """Train a model on a folder or CSV of images. OUT becomes a bundle: load it, evaluate it, predict with it."""
-
-    data: str = required(
-        "folder (train/CLASS/.., or CLASS/..), CSV with path,label[,split], hf:NAME or wds:FOLDER", path="reads"
-    )
-    dataset: str | None = setting(None, "data set prepared in DATA; its settings hold unless others are given")
-    out: str = required("run folder to make", path="folder")
-    resume: bool = setting(False, "go on from the last checkpoint in OUT")
-
-    method: str = setting("glsim", f"one of: {', '.join(METHODS)}")
-    backbone: str | None = setting(None, "timm model name; default: vit_base_patch16_224, for cal resnet101")
-    pretrained: bool = setting(True, "start from timm's weights (downloaded once)")
-    image_size: Size = setting(None, "pixels, one side or [height,width]; default: the backbone's own")
-    options: dict[str, Any] = setting({}, "options of the method, as --options.top_o 16 --options.metric gls_l2")
-    backbone_args: dict[str, Any] = setting({}, "handed to timm, as --backbone-args.depth 6")
-
-    init_from: str | None = setting(
-        None, "start from a bundle, hf-hub:owner/name, .pth (what fits) or ViT .npz", path="reads"
-    )
-
-    val_fraction: float = setting(0.0, "share of train held out, stratified, to watch the run (0: none)")
-    test_fraction: float = setting(0.2, "share held out as test where the data has no split of its own")
-    test: bool = setting(False, "measure the test split too, once: after the last epoch; nothing is chosen by it")
-    split_seed: int = setting(0, "of both shares; kept apart from seed so that repeated runs share their splits")
-    skip_bad: bool = setting(False, "check every image first, leave unreadable ones out and list them")
-    max_megapixels: float = megapixels()
-    workers: int = setting(2, "processes that load images")
-    cache: Literal["none", "ram"] = setting("none", "ram: decode and resize every training image once, and keep it")
-
-    # None only until __post_init__ is done.
-    resize_ratio: float = setting(None, "resize images to this many times image_size before cropping; default: 1.34")
-    resize: Literal["square", "short"] = setting("square", "squeeze to a square, or keep the aspect: by the short side")
-    augment: str = setting(
-        "medium",
-        "none, weak (flip), medium (flip,trivialaugment,erase), or a list of those and vflip, autoaugment, "
-        "randaugment, jitter, blur, grey, solarise, affine",
-    )
-    crop: str = setting("random", "random or centre (of the resized image), or resized (RandomResizedCrop)")
-    crop_scale: float = setting(0.5, "smallest share of the area with crop=resized")
-    mean: list[float] | None = setting(None, "normalisation, 3 numbers; default: the backbone's")
-    std: list[float] | None = setting(None, "normalisation, 3 numbers; default: the backbone's")
-
-    repeats: int = setting(1, "times each image comes in a step, augmented anew; an epoch then shows fewer images")
-    mixup: float = setting(0.0, "mix pairs of images; parameter of the Beta distribution (0: off)")
-    cutmix: float = setting(0.0, "paste a piece of one image into another; parameter of the Beta distribution (0: off)")
-
-    freeze: Literal["none", "backbone"] = setting("none", "backbone: only what the method puts on top is trained")
-    lora: int = setting(0, "rank of low-rank adapters on the attention of a backbone otherwise frozen (0: off)")
-    epochs: int = setting(50, "passes over train")
-    batch_size: int = setting(8, "images at a time, on each device")
-    accumulate: int = setting(1, "batches whose mean gradient makes one step")
-    save_steps: int = setting(0, "save every so many steps too (0: after every epoch)")
-    optimizer: str = setting("sgd", "sgd (Nesterov), adamw, or any other name timm knows")
-    lr: float = setting(0.01, "peak learning rate")
-    layer_decay: float = setting(1.0, "each layer's learning rate is this times that of the one above; heads: lr")
-    weight_decay: float = setting(0.0, "not applied to biases and norms")
-    momentum: float = setting(0.9, "of SGD")
-    warmup_steps: int = setting(500, "steps from warmup_lr up to lr")
-    warmup_lr: float = setting(1e-6, "learning rate of the first step")
-    min_lr: float = setting(1e-5, "learning rate at the end of the cosine")
-    schedule: Literal["cosine", "step"] = setting("cosine", "after the warm-up: down a cosine, or in steps")
-    decay_epochs: float = setting(30.0, "schedule=step: epochs from one decay to the next")
-    decay_rate: float = setting(0.1, "schedule=step: each decay multiplies the learning rate by it")
-    label_smoothing: float = setting(0.1, "0 to below 1")
-    focal: float = setting(0.0, "exponent of the focal loss (0: cross-entropy)")
-    supcon: float = setting(0.0, "weight of the supervised-contrastive loss of the class tokens (0: off)")
-    clip_grad: float = setting(1.0, "largest gradient norm (0: no clipping)")
-    ema: float = setting(0.0, "decay of averaged weights, which are then the ones saved (0: off)")
-    precision: Literal["no", "fp16", "bf16"] = setting("no", "mixed precision")
-    grad_checkpointing: bool = setting(False, "keep less for the backward pass and compute it again: slower, smaller")
-    compile: bool = setting(False, "compile the model with torch.compile")
-    seed: int = setting(1, "of everything random")
-    data_licence: str | None = setting(None, "of the images, for the model card; default: the named data set's")
-    tracker: Literal["tensorboard", "trackio", "wandb"] | None = setting(None, "log there too; pip install it first")
-
-    def __post_init__(self) -> None:
-        _limit(self.max_megapixels)
-        choose(self.method, METHODS, "method")
-        self._fill()
-        if self.tracker is not None:
-            choose(self.tracker, {"tensorboard": None, "trackio": None, "wandb": None}, "tracker")
-        choose(self.schedule, {"cosine": None, "step": None}, "schedule")
-        for name, choices in {"cache": "none ram", "resize": "square short", "freeze": "none backbone"}.items():
-            choose(getattr(self, name), dict.fromkeys(choices.split()), name)
-        _at_least(self, 1, "epochs", "batch_size", "accumulate", "repeats")
-        _at_least(self, 0, "workers", "save_steps", "warmup_steps", "weight_decay", "clip_grad")
-        _at_least(self, 0, "mixup", "cutmix", "focal", "supcon", "lora")
-        _at_least(self, 0, "lr", "min_lr", "warmup_lr")
-        _seeds(self.seed)
-        _below_one(self, "val_fraction", "test_fraction", "label_smoothing", "ema", "momentum")
-        for name in ("mean", "std"):
-            values = getattr(self, name)
-            if values is not None and len(values) != 3:
-                raise ConfigError(f"{name}={values}: three numbers are needed, one per colour")
-        if self.std is not None and min(self.std) <= 0:
-            raise ConfigError(f"std={self.std}: above 0, for it divides")
-        if self.resize_ratio < 1:
-            raise ConfigError(f"resize_ratio={self.resize_ratio}: at least 1, or the crop would not fit")
-        if self.supcon and (self.mixup or self.cutmix):
-            raise ConfigError("supcon needs one class an image; leave mixup and cutmix at 0")
-        for name in ("crop_scale", "decay_rate", "layer_decay"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: above 0, at most 1")
-        if self.decay_epochs <= 0:
-            raise ConfigError(f"decay_epochs={self.decay_epochs}: above 0")
-
-    def _fill(self) -> None:
-        """Give what is left open the values of the named data set, so that they stand in the resolved recipe."""
-        chosen: dict[str, Any] = {"resize_ratio": 1.34}
-        if self.dataset is not None:
-            named = choose(self.dataset, SETS, "data set")
-            chosen = {"resize_ratio": named.resize_ratio, "mean": list(named.mean), "std": list(named.std)}
-            object.__setattr__(self, "options", {**named.options(self.method), **self.options})
-        for name, value in chosen.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reproduce(Settings):
-    """Run a recipe by the paper's protocol: choose the lr on images held out of train, then train several seeds."""
-
-    recipe: str = positional(
-        MISSING, "YAML file, or the name of one that glsim recipes lists, as for train", path="reads"
-    )
-    data: str = required("folder or CSV, as for train", path="reads")
-    out: str = required("folder for all the runs; the same command goes on where it was interrupted", path="folder")
-    lrs: list[float] = setting([], "learning rates to choose from; default: the recipe's, and nothing is chosen")
-    seeds: list[int] = setting([1, 10, 100], "of the runs that are measured on test; the first one's choose the lr")
-    val_fraction: float = setting(0.2, "share of train held out while choosing, where the data has no val split")
-    train: dict[str, Any] = setting({}, "settings instead of the recipe's, as --train.epochs 10 --train.workers 8")
-
-    def __post_init__(self) -> None:
-        _below_one(self, "val_fraction")
-        for name in ("lrs", "seeds"):
-            values = getattr(self, name)
-            if len(set(values)) < len(values) or (name == "seeds" and not values):
-                raise ConfigError(f"{name}={values}: {'one or more' if not values else 'each only once'}")
-        if any(lr <= 0 for lr in self.lrs):
-            raise ConfigError(f"lrs={self.lrs}: above 0")
-        _seeds(*self.seeds)
-        if self.lrs and not self.val_fraction:
-            raise ConfigError("val_fraction=0: the lr is chosen on what is held out of train; above 0 is needed")
-        fixed = {"data": "--data", "out": "--out", "lr": "--lrs", "seed": "--seeds", "val_fraction": "--val-fraction"}
-        for name in self.train:
-            if name in fixed:
-                raise ConfigError(f"--train.{name}: use {fixed[name]}")
-            if name in ("test", "resume"):
-                raise ConfigError(f"--train.{name}: the protocol sets that itself")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report(Settings):
-    """Tables of finished runs: mean and std over seeds, one table a data set, McNemar between pairs of runs."""
-
-    runs: list[str] = positional(MISSING, "run folders, folders of glsim reproduce, or globs of them", path="reads")
-    against: str | None = setting(
-        None, "method or run folder: pair every other row with this one (exact McNemar)", path="reads"
-    )
-    best_on_test: bool = setting(False, "a column with the best seed's accuracy, named so; not a result to quote")
-    out: str | None = setting(None, "folder for report.md, report.csv and report.png", path="folder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -491,39 +322,6 @@ class Push(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Doctor(Settings):
-    """Look through a data set before training: bad files, duplicates, leaks, labels, sizes, memory; writes a page."""
-
-    data: str = positional(MISSING, "folder or CSV, as for train", path="reads")
-    out: str = setting("doctor.html", "page to write; an older one is replaced", path="file")
-    near: int = setting(32, "pictures are nearly the same when at most so many of the 256 bits of their hash differ")
-    min_images: int = setting(5, "training images a class should have")
-    test_fraction: float = setting(0.2, "share held out as test where the data has no split of its own")
-    split_seed: int = setting(0, "of that share")
-    workers: int | None = setting(None, "processes that read images; default: one a core; 0: none beside this one")
-    max_megapixels: float = megapixels()
-
-    method: str = setting("glsim", "the planned run, as for train; its memory is estimated")
-    backbone: str | None = setting(None, "timm model name; default: vit_base_patch16_224, for cal resnet101")
-    image_size: Size = setting(None, "pixels, one side or [height,width]; default: the backbone's own")
-    options: dict[str, Any] = setting({}, "options of the method")
-    backbone_args: dict[str, Any] = setting({}, "handed to timm")
-    batch_size: int = setting(8, "images at a time, on each device")
-    optimizer: str = setting("sgd", "sgd (Nesterov), adamw, or any other name timm knows")
-    precision: Literal["no", "fp16", "bf16"] = setting("no", "mixed precision")
-    device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
-
-    def __post_init__(self) -> None:
-        _limit(self.max_megapixels)
-        choose(self.method, METHODS, "method")
-        _at_least(self, 1, "batch_size", "min_images")
-        _at_least(self, 0, "near")
-        _below_one(self, "test_fraction")
-        if self.workers is not None:
-            _at_least(self, 0, "workers")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Datasets(Settings):
     """List the data sets glsim knows by name, or prepare one in a folder for --dataset NAME."""
 
@@ -542,91 +340,6 @@ class Datasets(Settings):
     part_scale: float = setting(1.0, "synthetic: size of the parts that tell species apart")
     clutter: float = setting(1.0, "synthetic: how busy the background is")
     seed: int = setting(0, "synthetic: another seed draws other images")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Quickstart(Settings):
-    """Train plain ViT and GLSim on the embedded synthetic birds, evaluate and explain them, write a report."""
-
-    out: str = setting("quickstart", "folder for data, runs and report", path="folder")
-    epochs: int = setting(16, "passes over train, for each of the two models")
-    train: int = setting(120, "training images a species")
-    test: int = setting(40, "test images a species")
-    workers: int = setting(2, "processes that load images")
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "epochs", "train", "test")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipes(Settings):
-    """List the recipes of the package, which train and reproduce take by name: claim, data, method, hardware."""
-
-
-def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The keys of a recipe: a YAML file by its path, or one of the package by name.
-
-    Raises ConfigError naming the file and any key that `Train` does not have.
-    """
-    path = find_recipe(expand(str(path)))
-    try:
-        values = yaml.safe_load(read_text(path))
-    except yaml.MarkedYAMLError as error:
-        where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"recipe {path} cannot be read: {error.problem or one_line(error)}{where}") from error
-    except RecursionError:
-        raise ConfigError(f"recipe {path} cannot be read: lists and objects too deep inside each other") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"recipe {path} cannot be read: {one_line(error)}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"recipe {path} holds no 'key: value' lines")
-    known = {f.name for f in dataclasses.fields(Train)} - {"resume"}
-    unknown = sorted(str(k) for k in set(values) - known)
-    if unknown:
-        raise ConfigError(f"recipe {path}: unknown {', '.join(unknown)}; known keys: {', '.join(sorted(known))}")
-    for name, hint in typing.get_type_hints(Train).items():
-        value = values.get(name)
-        if hint in (str, str | None) and value is not None and not isinstance(value, str):
-            raise ConfigError(f"recipe {path}: {name}: {value} is no text in YAML; put it between quotes")
-    return values
-
-
-def find_checked_recipe(name: str) -> Path:
-    """The file of a recipe that `read_recipe` takes."""
-    path = find_recipe(expand(name))
-    read_recipe(path)
-    return path
-
-
-def change_recipe(path: str | Path, changes: dict[str, Any], **fixed: Any) -> Train:
-    """The settings of a recipe with `changes` as they came from the command line, and `fixed` ones above both.
-
-    Raises ConfigError naming the setting that is unknown or of another type.
-    """
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    recipe = read_recipe(path)
-    values = recipe | changes | fixed
-    for name in ("options", "backbone_args"):
-        # Words after --train.options.NAME arrive as they were typed.
-        given = {k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in (changes.get(name) or {}).items()}
-        values[name] = (recipe.get(name) or {}) | given
-    if values.get("precision") is False:  # a bare `no` in YAML
-        values["precision"] = "no"
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Train)
-    try:
-        checked = parser.parse_object(values).as_dict()
-    except ArgumentError as error:
-        raise ConfigError(f"{path} with --train: {' '.join(str(error).split())}") from None
-    return Train(**checked)
-
-
-def to_recipe(settings: Train) -> str:
-    """The resolved settings as YAML that `read_recipe` takes."""
-    values = dataclasses.asdict(settings)
-    del values["resume"]
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _is_list(path: str) -> bool:

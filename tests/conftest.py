@@ -144,9 +144,17 @@ TINY = dict(
 @pytest.fixture(scope="session")
 def run_folder(birds, tmp_path_factory):
     """A trained run: two epochs of a tiny GLSim on the birds."""
-    from glsim.config import Train
-    from glsim.training import train
+    from glsim.training.config import Train
+    from glsim.training.train import train
 
     out = tmp_path_factory.mktemp("runs") / "glsim"
-    train.run(Train(data=str(birds), out=str(out), test=True, **TINY), progress=False)
+    train(Train(data=str(birds), out=str(out), test=True, **TINY), progress=False)
     return out
+
+
+def parsed(name, words):
+    """The options of a verb, from words of the command line."""
+    from glsim import cli
+
+    verb = cli.load_verb(name)
+    return cli.parse(name, verb.options, [str(word) for word in words], verb.recipe)

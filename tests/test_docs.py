@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import ROOT, scene, small_model
+from conftest import ROOT, parsed, scene, small_model
 from PIL import Image
 from test_layout import ORDER
 from test_models import SIZES, refusal, takes
@@ -22,13 +22,13 @@ from timm.models.vision_transformer import VisionTransformer
 
 import glsim
 from glsim import cli
-from glsim.config import Train
 from glsim.data.synthetic import species
 from glsim.models import find_method
 from glsim.models.backbone import NEEDS, build_backbone
 from glsim.models.boxes import BOX_RULES, CONTROLS
 from glsim.models.losses import TERMS
 from glsim.models.scores import NEEDS_ATTENTION, NEEDS_MAPS, TITLES, find_metric
+from glsim.training.config import Train
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = {"pip", "git", "cd", "curl", "ray"}  # commands that are not ours to check, or elsewhere (test_serve.py)
@@ -136,11 +136,10 @@ def test_commands_parse(words, monkeypatch):
     program, *rest = words
     if program == "glsim":
         name, rest = cli.split_verb(rest)
-        verb = cli.VERBS[name]
-        assert isinstance(cli.parse(name, verb, [w for w in rest if w != "--json"]), verb.settings)
+        assert isinstance(parsed(name, [w for w in rest if w != "--json"]), cli.load_verb(name).options)
     elif program in ("torchrun", "accelerate"):  # the launcher's own words, then ours
         verb = rest[rest.index("glsim.cli") + 1 :]
-        assert isinstance(cli.parse(verb[0], cli.VERBS[verb[0]], verb[1:]), cli.VERBS[verb[0]].settings)
+        assert isinstance(parsed(verb[0], verb[1:]), cli.load_verb(verb[0]).options)
     elif program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
         assert rest and set(rest) <= set(targets)
@@ -152,7 +151,7 @@ def test_commands_parse(words, monkeypatch):
 
 def test_every_verb_is_shown():
     shown = {cli.split_verb(words.values[0][1:])[0] for words in commands() if words.values[0][0] == "glsim"}
-    assert shown | {"quickstart"} == set(cli.VERBS)  # quickstart is shown as make quickstart
+    assert shown | {"quickstart"} == set(cli.verb_names())  # quickstart is shown as make quickstart
 
 
 def test_the_file_tree_is_the_real_one():
@@ -374,9 +373,10 @@ def test_what_parity_says_is_here_is_here(there, here):
 def is_here(name):
     if launched := re.fullmatch(r"(?:accelerate launch -m glsim\.cli|glsim) (.+)", name):
         verb, words = cli.split_verb([word for word in launched[1].split() if word != ".."])
-        there = {f.name for f in dataclasses.fields(cli.VERBS[verb].settings)} if verb in cli.VERBS else set()
+        known = verb in cli.verb_names()
+        there = {f.name for f in dataclasses.fields(cli.load_verb(verb).options)} if known else set()
         options = [word for word in words if word.startswith("--")]
-        return verb in cli.VERBS and {option[2:].partition(".")[0].replace("-", "_") for option in options} <= there
+        return known and {option[2:].partition(".")[0].replace("-", "_") for option in options} <= there
     if name.startswith("backbone_args."):
         return name.partition(".")[2] in inspect.signature(VisionTransformer).parameters
     if name.startswith("options."):

@@ -60,8 +60,7 @@ def load_verb(name: str) -> Verb:
             more = {"progress": progress} if old.progress else {}
             return getattr(import_module(module), function)(settings, **more)
 
-        recipe = config.find_checked_recipe if name == "train" else None
-        return Verb("Start", old.settings, run, old.show, recipe, old.shows_raw)
+        return Verb("Start", old.settings, run, old.show, None, old.shows_raw)
     module = import_module(f"glsim.cli.{name.replace(' ', '_')}")
     more = {field: getattr(module, field.upper()) for field in ("recipe", "raw") if hasattr(module, field.upper())}
     return Verb(module.PURPOSE, module.Options, module.run, module.show, **more)

@@ -26,47 +26,6 @@ def show_skipped(r: dict[str, Any], what: str = "unreadable images") -> list[str
     return [f"skipped {len(r['skipped'])} {what}:", *(f"  {bad}" for bad in r["skipped"])] * bool(r["skipped"])
 
 
-def show_train(r: dict[str, Any], s: config.Train) -> str:
-    """Accuracies and where the bundle is."""
-    lines = [f"trained {r['epoch']} epochs: loss {r['train_loss']:.3f}, {r['images_per_second']} images/s"]
-    if r["batch_size"] < s.batch_size:
-        lines.append(f"batch_size {s.batch_size} was cut to {r['batch_size']}: train has no more images for a step")
-    for name in ("val", "test"):
-        if name in r:
-            lines.append(f"{name}: top-1 {r[name]['top1']:.2%} ({r[name]['correct']} of {r[name]['count']})")
-    lines += show_skipped(r)
-    lines.append(f"bundle: {r['out']} (curve.png, log.jsonl, metrics.json beside it)")
-    named = f" --dataset {s.dataset}" if s.dataset is not None else ""
-    return "\n".join(
-        lines + [f"next: glsim eval {r['out']} --data {s.data}{named}"] * ("test" in r["splits"] and "test" not in r)
-    )
-
-
-def show_reproduce(r: dict[str, Any], _: Any) -> str:
-    """Which lr was chosen by what, every seed's accuracy, mean and std."""
-    lines = []
-    for run in r["runs"].values():
-        if "val" in run:
-            chosen = " (chosen)" * (run["lr"] == r["lr"])
-            lines.append(f"lr {run['lr']}: val top-1 {run['val']['top1']:.2%}{chosen}")
-        elif run["state"] == "diverged":
-            lines.append(f"lr {run['lr']}: {run['why']}")
-        else:
-            test = run["test"]
-            lines.append(f"seed {run['seed']}: test top-1 {test['top1']:.2%} ({test['correct']} of {test['count']})")
-    mean, std = r["test"]["top1"]["mean"], r["test"]["top1"]["std"]
-    spread = f" +- {100 * std:.2f}" if std is not None else ""
-    lines.append(f"test top-1 {100 * mean:.2f}{spread} % over {r['test']['runs']} seeds, last epoch, lr {r['lr']}")
-    return "\n".join([*lines, f"runs: {r['out']}; tables: glsim report {r['out']}"])
-
-
-def show_report(r: dict[str, Any], s: config.Report) -> str:
-    """The tables as Markdown."""
-    from glsim.training.report import as_markdown
-
-    return as_markdown(r).rstrip("\n") + (f"\n\nwritten: {s.out}" if s.out else "")
-
-
 def show_predict(r: dict[str, Any], s: config.Predict) -> str:
     """The answers in the format asked for; of a bulk job, how many there are."""
     if r.get("engine") == "ray":
@@ -179,29 +138,6 @@ def show_push(r: dict[str, Any], _: Any) -> str:
     return f"pushed: {r['commit']} (licence {r['licence']['model']})\nload it: hf-hub:{r['repository']}"
 
 
-def show_doctor(r: dict[str, Any], _: Any) -> str:
-    """What was found, every problem by name; the memory of the planned run; where the page is."""
-    from glsim.training.memory import as_gib
-
-    images = ", ".join(f"{count} {split}" for split, count in r["counts"].items())
-    lines = [f"{r['data']}: {images} images of {r['classes']['count']} classes, {r['seconds']} s"]
-    for f in r["findings"]:
-        lines.append(f"{f['severity']}: {f['title']}: {f['count']}. {f['advice']}")
-        most = 5 if f["severity"] == "warning" else f["count"]
-        for item in f["items"][:most]:
-            paths = " = ".join(image["path"] for image in item["images"])
-            lines.append("  " + ": ".join(part for part in (paths, item["note"]) if part))
-        if f["count"] > most:
-            lines.append(f"  .. and {f['count'] - most} more (--json lists all)")
-    m = r["memory"]
-    lines.append(
-        f"memory of a step: about {as_gib(m['total'])}, free on {m['device']}: {as_gib(m['free'])}; "
-        + (f"batches up to {m['largest_batch_size']} fit" if m["fits"] else "it will not fit; what helps:")
-    )
-    lines += [f"  {advice}" for advice in m["advice"]]
-    return "\n".join([*lines, *["nothing found"] * (not r["findings"]), f"page: {r['out']}"])
-
-
 def show_datasets(r: dict[str, Any], _: Any) -> str:
     """The names, or what was made."""
     if "root" in r:
@@ -222,32 +158,6 @@ def show_datasets(r: dict[str, Any], _: Any) -> str:
     return "\n".join(lines)
 
 
-def show_recipes(r: dict[str, Any], _: Any) -> str:
-    """A paragraph a recipe: name, method, data, what its header claims, and on what hardware."""
-    lines = []
-    for recipe in r["recipes"]:
-        lines += [f"{recipe['name']}: {recipe['method']} on {recipe['data']}. {recipe['title']}"]
-        lines += [f"    {key}: {recipe[key]}" for key in ("claim", "hardware")]
-    return "\n".join([*lines, "", "next: glsim train --recipe NAME --data DATA --out RUN (path and source: --json)"])
-
-
-def show_quickstart(r: dict[str, Any], _: Any) -> str:
-    """Both accuracies, what the crops hold, where the report is."""
-    lines = [f"{'':8}  test top-1"]
-    lines += [f"{name:8}  {value:8.1%}" for name, value in r["test_top1"].items()]
-    inside = r["crops"]
-    lines += [
-        "",
-        f"crops that hold the part that tells the species ({inside['threshold']:.0%} of its pixels or more):",
-        f"  GLSim {inside['glsim']:.1%}   random box of the same area {inside['random']:.1%}   "
-        f"centre box of the same area {inside['centre']:.1%}   (mean area {inside['area']:.0%} of the image)",
-        "",
-        f"report:   {r['report']}",
-        f"pictures: {r['pictures']}",
-    ]
-    return "\n".join(lines)
-
-
 def show_serve(r: dict[str, Any], _: Any) -> str:
     """What was done until it was stopped."""
     mean = f", {r['answered'] / r['batches']:.1f} at a time" if r["batches"] else ""
@@ -256,11 +166,6 @@ def show_serve(r: dict[str, Any], _: Any) -> str:
 
 
 VERBS = {
-    "quickstart": Verb(config.Quickstart, "glsim.cli.quickstart:run", show_quickstart, progress=True),
-    "train": Verb(config.Train, "glsim.training.train:run", show_train, progress=True),
-    "reproduce": Verb(config.Reproduce, "glsim.training.reproduce:run", show_reproduce, progress=True),
-    "recipes": Verb(config.Recipes, "glsim.training.recipes:run", show_recipes),
-    "report": Verb(config.Report, "glsim.training.report:run", show_report),
     "predict": Verb(config.Predict, "glsim.inference.predictor:run", show_predict, progress=True, shows_raw=True),
     "index build": Verb(config.IndexBuild, "glsim.inference.index:build", show_index, progress=True),
     "index add": Verb(config.IndexAdd, "glsim.inference.index:add", show_index, progress=True),
@@ -270,6 +175,5 @@ VERBS = {
     "convert": Verb(config.Convert, "glsim.checkpoints.convert:run", show_convert),
     "export": Verb(config.Export, "glsim.checkpoints.export:run", show_export),
     "push": Verb(config.Push, "glsim.checkpoints.push:run", show_push),
-    "doctor": Verb(config.Doctor, "glsim.data.audit:run", show_doctor, progress=True),
     "datasets": Verb(config.Datasets, "glsim.data.prepare:run", show_datasets),
 }

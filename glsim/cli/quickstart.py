@@ -1,28 +1,16 @@
-"""The quickstart: the whole main job in one command, on images that come with the package."""
+"""`glsim quickstart`: the whole main job in one command, on images that come with the package."""
 
 from __future__ import annotations
 
-import html
 import math
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
-from torch import Tensor
-
-from glsim.checkpoints.bundle import load, preprocessing_of
-from glsim.config import Datasets, Quickstart, Train
-from glsim.data import prepare
-from glsim.data.readers import ImageDataset, read_data
-from glsim.data.transforms import eval_transform, mask_transform
-from glsim.evaluation.evaluate import evaluate_bundle
-from glsim.files import make_folder, read_json, write_json, write_text
-from glsim.interpret.pictures import explain_images
-from glsim.training import train
+from glsim.cli.options import Settings, dataclass, setting
 from glsim.types import ConfigError
 
+PURPOSE = "Start"
 SIZE = 96  # pixels; small enough for two cores, large enough to see a wing bar
 BIRDS: dict[str, Any] = dict(classes=5, size=SIZE, part_scale=1.4, clutter=0.5)  # easy enough for twenty epochs
 RECIPE: dict[str, Any] = dict(  # as recipes/synthetic_glsim.yaml and recipes/synthetic_plain.yaml
@@ -48,122 +36,133 @@ RECIPE: dict[str, Any] = dict(  # as recipes/synthetic_glsim.yaml and recipes/sy
     warmup_steps=50,
     test=True,
 )
-HOLDS = 0.9  # a crop holds a part when at least this share of the part's pixels lies inside
 
 
-def run(s: Quickstart, progress: bool = True) -> dict[str, Any]:
-    """The verb: draw the birds, train `plain` and `glsim`, measure both, draw why, write `OUT/report/report.html`."""
-    out, start = Path(s.out), time.perf_counter()
+@dataclass(frozen=True, kw_only=True)
+class Options(Settings):
+    """Train plain ViT and GLSim on the embedded synthetic birds, evaluate and explain them, write a report."""
+
+    out: str = setting("quickstart", "folder for data, runs and report", path="folder")
+    epochs: int = setting(16, "passes over train, for each of the two models", least=1)
+    train: int = setting(120, "training images a species", least=1)
+    test: int = setting(40, "test images a species", least=1)
+    workers: int = setting(2, "processes that load images")
+
+
+@dataclass(frozen=True)
+class CropShares:
+    """Shares of the test images whose crop holds the part that tells the species, beside boxes of the same area."""
+
+    glsim: float  # the model's own box
+    random: float  # a box at a random place, mean of several
+    centre: float  # a box in the middle
+    threshold: float  # a box holds a part when at least this share of the part's pixels lies inside
+    area: float  # mean share of the image that the boxes cover
+    coverage: float  # mean share of the part inside the model's own box
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """What was measured, and where the report is."""
+
+    test_top1: dict[str, float]  # of each method
+    crops: CropShares
+    environment: dict[str, Any]  # machine and versions, as `run.json` holds them
+    seconds: dict[str, float]  # of training each method, and of all together
+    report: str
+    pictures: str
+
+
+def run(options: Options, progress: bool) -> Quickstart:
+    """Draw the birds, train `plain` and `glsim`, measure both, draw heat-maps, write `OUT/report/report.html`."""
+    from glsim.data import synthetic
+    from glsim.data.pages import render
+    from glsim.evaluation.evaluate import evaluate_bundle
+    from glsim.files import document, make_folder, read_json, write_json, write_text
+    from glsim.interpret.pictures import explain_images
+    from glsim.training.config import Train
+    from glsim.training.runs import CURVE, RUN
+    from glsim.training.train import train
+
+    out, start = Path(options.out), time.perf_counter()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not an empty folder; remove it or name another --out")
     make_folder(out)
     data, report = out / "birds", out / "report"
-    prepare.run(Datasets(action="prepare", name="synthetic", root=str(data), train=s.train, test=s.test, **BIRDS))
+    synthetic.write(data, train=options.train, test=options.test, **BIRDS)
     accuracy, seconds = {}, {}
     for method in ("plain", "glsim"):
         folder, began = out / method, time.perf_counter()
-        settings = Train(data=str(data), out=str(folder), method=method, epochs=s.epochs, workers=s.workers, **RECIPE)
-        train.run(settings, progress)
+        settings = Train(
+            data=str(data),
+            out=str(folder),
+            method=method,
+            epochs=options.epochs,
+            workers=options.workers,
+            cache="ram",
+            **RECIPE,
+        )
+        train(settings, progress)
         seconds[method] = round(time.perf_counter() - began, 1)
-        accuracy[method] = evaluate_bundle(folder, data, out=report / method, workers=s.workers).top1
-    crops = measure_crops(str(out / "glsim"), data)
-    shown = [str(sorted(folder.iterdir())[0]) for folder in sorted((data / "test").iterdir())]
+        accuracy[method] = evaluate_bundle(folder, data, out=report / method, workers=options.workers).top1
+        (report / method / CURVE).write_bytes((folder / CURVE).read_bytes())
+    crops = measure_crops(out / "glsim", data)
+    shown = [str(min(folder.iterdir())) for folder in sorted((data / "test").iterdir())]
     explain_images(out / "glsim", shown, report / "pictures")
-    result = {
-        "test_top1": accuracy,
-        "crops": crops,
-        "environment": read_json(out / "glsim" / train.RUN)["starts"][-1],
-        "seconds": {**seconds, "all": round(time.perf_counter() - start, 1)},
-        "report": str(report / "report.html"),
-        "pictures": str(report / "pictures"),
-    }
-    for method in accuracy:
-        (report / method / "curve.png").write_bytes((out / method / "curve.png").read_bytes())
-    write_json(report / "report.json", result)
-    write_text(report / "report.html", as_html(result, s))
+    result = Quickstart(
+        test_top1=accuracy,
+        crops=crops,
+        environment=read_json(out / "glsim" / RUN)["starts"][-1],
+        seconds={**seconds, "all": round(time.perf_counter() - start, 1)},
+        report=str(report / "report.html"),
+        pictures=str(report / "pictures"),
+    )
+    images = options.test * BIRDS["classes"]
+    page = render(
+        Path(__file__).with_suffix(".html"),
+        errors=[math.sqrt(p * (1 - p) / images) for p in accuracy.values()],
+        images=images,
+        options=options,
+        result=result,
+        species=BIRDS["classes"],
+    )
+    write_json(report / "report.json", document(result))
+    write_text(report / "report.html", page)
     return result
 
 
-@torch.inference_mode()
-def measure_crops(source: str, data: Path) -> dict[str, float]:
-    """Share of test crops that hold the part that tells the species, beside two boxes of the same area per image.
+def measure_crops(source: str | Path, data: Path) -> CropShares:
+    """Measure the crops that a model takes of the test images against the masks of the parts."""
+    from glsim.checkpoints.bundle import load
+    from glsim.data.masks import find_masks
+    from glsim.evaluation.localization import measure
+    from glsim.evaluation.localization_metrics import HOLDS
 
-    `glsim` is the model's own box, `random` a box of the same size at a uniformly random place (seeded), `centre` one
-    in the middle. `area` is the mean share of the image they cover, `coverage` the mean share of the part inside.
-    """
-    model = load(source)
-    p = preprocessing_of(model)
-    images = read_data(data, classes=model.config["label_names"])["test"]
-    dataset: Any = ImageDataset(images, eval_transform(p))
-    to_mask = mask_transform(p)
-    generator = torch.Generator().manual_seed(0)
-    height, width = p.image_size
-    inside: dict[str, list[float]] = {"glsim": [], "random": [], "centre": []}
-    areas = []
-    for i, path in enumerate(images.paths):
-        (box,) = model(dataset[i][0][None]).selection.boxes.tolist()
-        w, h = box[2] - box[0], box[3] - box[1]
-        x = int(torch.randint(0, width - w + 1, (1,), generator=generator))
-        y = int(torch.randint(0, height - h + 1, (1,), generator=generator))
-        cx, cy = (width - w) // 2, (height - h) // 2
-        mask_path = data / "masks" / "part" / path.relative_to(data).with_suffix(".png")
-        with Image.open(mask_path) as mask:
-            part = to_mask(mask.convert("L"))
-        boxes = {"glsim": box, "random": [x, y, x + w, y + h], "centre": [cx, cy, cx + w, cy + h]}
-        for name, b in boxes.items():
-            inside[name].append(_share(part, b))
-        areas.append(w * h / (width * height))
-    share = {name: sum(v >= HOLDS for v in values) / len(values) for name, values in inside.items()}
-    coverage = math.fsum(inside["glsim"]) / len(areas)
-    return {**share, "threshold": HOLDS, "area": math.fsum(areas) / len(areas), "coverage": coverage}
-
-
-def _share(mask: Tensor, box: list[int]) -> float:
-    left, top, right, bottom = box
-    return float(mask[top:bottom, left:right].sum() / mask.sum().clamp(min=1))
-
-
-def as_html(r: dict[str, Any], s: Quickstart) -> str:
-    """The report page; pictures stand beside it."""
-    rows = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{value:.1%}</td><td>{r['seconds'][name]:.0f} s</td></tr>"
-        for name, value in r["test_top1"].items()
+    rows = measure(load(source), find_masks(data / "test", data / "masks"), [None], controls=True).targets["part"]
+    (own,) = {name.removesuffix("/random") for name in rows if name.endswith("/random")}
+    return CropShares(
+        glsim=float(rows[own]["holds"].nanmean()),
+        random=float(rows[f"{own}/random"]["holds"].nanmean()),
+        centre=float(rows[f"{own}/centre"]["holds"].nanmean()),
+        threshold=HOLDS,
+        area=float(rows[own]["area"].nanmean()),
+        coverage=float(rows[own]["box_recall"].nanmean()),
     )
-    c, about, images = r["crops"], r["environment"], s.test * BIRDS["classes"]
-    versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "torchvision", "timm"))
-    errors = ", ".join(f"{math.sqrt(p * (1 - p) / images):.1%}" for p in r["test_top1"].values())
-    curves = "".join(
-        f'<figure><img src="{m}/curve.png" alt="learning curve of {m}"><figcaption>{m}</figcaption></figure>'
-        for m in r["test_top1"]
+
+
+def show(r: Quickstart, options: Options) -> str:
+    """Both accuracies, what the crops hold, where the report is."""
+    c = r.crops
+    return "\n".join(
+        [
+            f"{'':8}  test top-1",
+            *(f"{name:8}  {value:8.1%}" for name, value in r.test_top1.items()),
+            "",
+            f"crops that hold the part that tells the species ({c.threshold:.0%} of its pixels or more):",
+            f"  GLSim {c.glsim:.1%}   random box of the same area {c.random:.1%}   "
+            f"centre box of the same area {c.centre:.1%}   (mean area {c.area:.0%} of the image)",
+            "",
+            f"report:   {r.report}",
+            f"pictures: {r.pictures}",
+        ]
     )
-    tables = "".join(
-        f'<figure><img src="{m}/confusion.png" alt="confusion matrix of {m}"><figcaption>{m}</figcaption></figure>'
-        for m in r["test_top1"]
-    )
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>glsim quickstart</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c1c1e }}
-table {{ border-collapse: collapse; margin: 1rem 0 }} td, th {{ padding: .3rem 1rem; border-bottom: 1px solid #ddd }}
-th {{ text-align: left }} img {{ max-width: 100% }} figure {{ margin: 1rem 0 }} figcaption {{ color: #666 }}
-.two {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem }}
-</style></head><body>
-<h1>Which bird, and why</h1>
-<p>{BIRDS["classes"]} species of drawn birds that differ in one small part each. Both models were trained from scratch,
-{s.epochs} epochs on {s.train} images a species, and tested on {s.test} images a species.</p>
-<table><tr><th>method</th><th>test top-1</th><th>training</th></tr>{rows}</table>
-<p>Trained on {html.escape(about["device"])} with {html.escape(versions)}. Another processor,
-number of threads or release adds the same sums in another order, and training lets the difference grow: expect other
-accuracies there, by about one standard error ({errors} on {images} images), now and then by two.</p>
-<p>The crop GLSim chose holds the part that tells the species (at least {c["threshold"]:.0%} of its pixels) in
-<b>{c["glsim"]:.1%}</b> of the test images; a box of the same area at a random place in {c["random"]:.1%}, in the
-centre in {c["centre"]:.1%}. The crops cover {c["area"]:.0%} of the image on average.</p>
-<h2>Where it looked</h2>
-<p>The image with GLSim's box, the similarity of each patch to the whole, and the crop it encodes in a
-second pass (pictures are drawn in finer pixels than the network gets).</p>
-<img src="pictures/sheet.png" alt="image, similarity and crop for one test bird of each species">
-<h2>Learning curves</h2>{curves}
-<h2>Confusion</h2><div class="two">{tables}</div>
-</body></html>
-"""

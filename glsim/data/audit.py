@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from glsim.config import Doctor
-from glsim.data.audit_page import as_html
-from glsim.data.duplicates import PAIRS, Entry, Photo, find_copies, find_near, item, look_at_all
-from glsim.data.images import EXTENSIONS, HEIF, BadImage, limited
+from glsim.data.duplicates import PAIRS, Entry, Item, Photo, find_duplicates, find_near, item, look_at_all
+from glsim.data.images import EXTENSIONS, HEIF, MAX_MEGAPIXELS, BadImage, pixel_limit
 from glsim.data.readers import ImageList, LeftOut, is_split, read_data
-from glsim.files import is_junk, write_text
-from glsim.training.memory import estimate_memory
-from glsim.types import ConfigError
+from glsim.files import is_junk
+from glsim.types import optional
 
 PROBLEM, WARNING = "problem", "warning"
 CHECKS = {  # name -> (severity, what was found, what to do); the order is that of the report
@@ -43,19 +40,19 @@ CHECKS = {  # name -> (severity, what was found, what to do); the order is that 
     "near_leak": (
         WARNING,
         "Nearly the same picture in two splits",
-        "Compare them by eye: resized, compressed or trimmed copies leak just as exact ones do.",
+        "Compare them by eye: resized, compressed or trimmed duplicates leak just as exact ones do.",
     ),
     "near_clash": (
         WARNING,
         "Nearly the same picture under two labels",
-        "Compare them by eye: a copy with another label is a wrong label.",
+        "Compare them by eye: a duplicate with another label is a wrong label.",
     ),
     "duplicate": (
         WARNING,
         "The same picture twice in a class",
-        "It counts twice, in training or in the test: remove the copies.",
+        "It counts twice, in training or in the test: remove the others.",
     ),
-    "near_duplicate": (WARNING, "Nearly the same picture twice in a class", "Remove those that are only copies."),
+    "near_duplicate": (WARNING, "Nearly the same picture twice in a class", "Remove those that only repeat another."),
     "blank": (WARNING, "Pictures of nearly one colour", "Look whether a camera or a download failed."),
     "suffix": (
         WARNING,
@@ -79,85 +76,183 @@ FORMAT_OF = {
 }
 
 
-@limited
-def run(s: Doctor, progress: bool = True) -> dict[str, Any]:
-    """The verb: look at every image of `s.data`, estimate the memory of the planned run, write the page `s.out`.
+RANKS = {"smallest": 0, "5 %": 5, "median": 50, "95 %": 95, "largest": 100}  # percentiles of sizes
 
-    The result holds `findings`, `sizes`, `classes`, `memory`, and `exit_code`: 3 where a finding is a problem. Raises
-    DataError where the data cannot be listed and ConfigError where the run cannot be planned.
+
+class Listing(NamedTuple):
+    """The images of a data set, before any of them is read."""
+
+    data: str
+    splits: dict[str, ImageList]
+    classes: tuple[str, ...]
+    unseen: list[Path]  # files that are no images by their names
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found."""
+
+    check: str  # of `CHECKS`
+    severity: str
+    title: str
+    advice: str
+    count: int
+    items: list[Item]
+
+
+class ClassSizes(NamedTuple):
+    """Readable images a class in one split; a class and its number where it is one class."""
+
+    smallest: tuple[str, int]
+    median: float
+    largest: tuple[str, int]
+
+
+@dataclass(frozen=True)
+class ClassCounts:
+    """The classes, and how many images they have in each split that there is."""
+
+    count: int
+    imbalance: float | None = None  # largest class of train by the smallest; None where that is empty
+    train: ClassSizes | None = optional()
+    val: ClassSizes | None = optional()
+    test: ClassSizes | None = optional()
+
+
+class SizedImage(NamedTuple):
+    """An image and its size."""
+
+    path: str
+    size: tuple[int, int]  # width, height
+
+
+Percentiles = dict[str, float]  # by the names of RANKS
+
+
+@dataclass(frozen=True)
+class ImageSizes:
+    """Sizes of the readable images; everything is left out where there is none."""
+
+    width: Percentiles | None = optional()
+    height: Percentiles | None = optional()
+    aspect: Percentiles | None = optional()  # width / height
+    smallest: SizedImage | None = optional()
+    largest: SizedImage | None = optional()
+    smaller_than_image_size: int | None = optional()  # than what the network sees, in width or height
+    elongated: int | None = optional()  # more than twice as wide as high, or the other way round
+    formats: dict[str, int] | None = optional()
+    modes: dict[str, int] | None = optional()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """What `audit_images` returns."""
+
+    data: str
+    exit_code: int  # 3 where a finding is a problem
+    counts: dict[str, int]  # images of each split
+    split_drawn: bool  # the data has no splits of its own
+    classes: ClassCounts
+    sizes: ImageSizes
+    findings: list[Finding]  # in the order of `CHECKS`
+    near_search_stopped: bool  # at `PAIRS` pairs
+
+
+def list_images(data: str | Path, *, split_seed: int = 0, test_fraction: float = 0.2) -> Listing:
+    """List the images of a data set as `train` would take them; DataError where that cannot be done.
+
+    Args:
+        data: what `glsim.data.readers:read_data` takes.
+        split_seed, test_fraction: of the test split, where the data has none.
     """
-    began, out = time.perf_counter(), Path(s.out)
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise ConfigError(f"out={s.out}: name a file, in a folder that is there")
     left = LeftOut()
-    splits = read_data(s.data, seed=s.split_seed, test_fraction=s.test_fraction, left=left)
+    splits = read_data(data, seed=split_seed, test_fraction=test_fraction, left=left)
     unseen = list(map(Path, left.files))
     left.files.clear()  # a finding of its own
-    left.tell(s.data)
-    classes = next(iter(splits.values())).classes
-    memory = estimate_memory(s, len(classes))  # first, for a wrong setting must not wait for the images
+    left.tell(data)
+    return Listing(str(data), splits, next(iter(splits.values())).classes, unseen)
+
+
+def audit_images(
+    listing: Listing,
+    *,
+    image_size: Sequence[int],
+    near: int = 32,
+    min_images: int = 5,
+    workers: int | None = None,
+    max_megapixels: float = MAX_MEGAPIXELS,
+    progress: bool = False,
+) -> Audit:
+    """Read every image of a data set once, and look for what is wrong with them.
+
+    Args:
+        listing: from `list_images`.
+        image_size: (height, width) that the network is to see, in pixels.
+        near: images are nearly the same when at most so many of the 256 bits of their hashes differ.
+        min_images: training images that a class should have.
+        workers: processes that read images; None: one a core; 0: none beside this one.
+        max_megapixels: larger images are bad files.
+        progress: draw a progress bar.
+    """
+    splits = listing.splits
     entries = {
-        path: Entry(path, split, classes[label])
+        path: Entry(path, split, listing.classes[label])
         for split, images in splits.items()
         for path, label in zip(images.paths, images.labels, strict=True)
     }
     often = 0.2 if sys.stderr.isatty() else 30.0  # seconds between looks; a log file needs fewer
-    with tqdm(total=len(entries), unit="image", disable=not progress, mininterval=often) as bar:
-
-        def each(results: Iterator[Photo | BadImage]) -> Iterator[Photo | BadImage]:
-            for result in results:
-                bar.update()
-                yield result
-
-        looks = list(each(look_at_all(list(entries), s.workers)))
+    looks = []
+    with (
+        pixel_limit(max_megapixels),
+        tqdm(total=len(entries), unit="image", disable=not progress, mininterval=often) as bar,
+    ):
+        for look in look_at_all(list(entries), workers):
+            looks.append(look)
+            bar.update()
     photos = {e: look for e, look in zip(entries.values(), looks, strict=True) if isinstance(look, Photo)}
     bad = {e: look for e, look in zip(entries.values(), looks, strict=True) if isinstance(look, BadImage)}
-    pairs = find_near(photos, s.near)
+    pairs = find_near(photos, near)
+    unseen = sorted({*find_unseen(list(entries)), *listing.unseen})
     found = {
         "unreadable": [item([e], b.reason) for e, b in bad.items()],
-        **find_untrainable(splits, photos),
-        **find_copies(photos, pairs),
+        "untrainable": find_untrainable(splits, photos),
+        **find_duplicates(photos, pairs),
         "blank": [item([e]) for e, photo in photos.items() if photo.hash is None],
         "suffix": [
             item([e], f"{photo.format} named {e.path.suffix}")
             for e, photo in photos.items()
             if photo.format not in FORMAT_OF.get(e.path.suffix.lower(), ())
         ],
-        "unseen": [item([Entry(path, "", "")]) for path in sorted({*find_unseen(list(entries)), *unseen})],
-        **find_small_classes(splits, photos, s.min_images),
+        "unseen": [item([Entry(path, "", "")]) for path in unseen],
+        "few": find_small_classes(splits, photos, min_images),
+        "absent": find_absent_classes(splits, photos),
     }
-    findings: list[dict[str, Any]] = [
-        {"check": name, "severity": severity, "title": title, "advice": advice, "count": len(found[name])}
-        | {"items": found[name]}
+    findings = [
+        Finding(name, severity, title, advice, len(found[name]), found[name])
         for name, (severity, title, advice) in CHECKS.items()
         if found.get(name)
     ]
-    result = {
-        "data": s.data,
-        "exit_code": 3 if any(f["severity"] == PROBLEM for f in findings) else 0,
-        "counts": {split: len(images) for split, images in splits.items()},
-        "split_drawn": not is_split(s.data),
-        "classes": count_classes(splits, photos),
-        "sizes": measure_sizes(photos, memory["image_size"]),
-        "findings": findings,
-        "near_search_stopped": len(pairs) == PAIRS,
-        "memory": memory,
-        "out": str(out),
-        "seconds": round(time.perf_counter() - began, 1),
-    }
-    write_text(out, as_html(result, CHECKS))
-    return result
+    return Audit(
+        data=listing.data,
+        exit_code=3 if any(f.severity == PROBLEM for f in findings) else 0,
+        counts={split: len(images) for split, images in splits.items()},
+        split_drawn=not is_split(listing.data),
+        classes=count_classes(splits, photos),
+        sizes=measure_sizes(photos, image_size),
+        findings=findings,
+        near_search_stopped=len(pairs) == PAIRS,
+    )
 
 
-def find_untrainable(splits: dict[str, ImageList], photos: Iterable[Entry]) -> dict[str, list[dict[str, Any]]]:
+def find_untrainable(splits: dict[str, ImageList], photos: Iterable[Entry]) -> list[Item]:
     """What `train` refuses although every file is where it should be."""
     classes = next(iter(splits.values())).classes
     if "train" not in splits:
-        return {"untrainable": [item([], f"no split 'train'; there is: {', '.join(splits)}")]}
+        return [item([], f"no split 'train'; there is: {', '.join(splits)}")]
     reasons = [f"one class only: {classes[0]}"] if len(classes) < 2 else []
     readable = {e.label for e in photos if e.split == "train"}
     reasons += [f"no readable training image of {label}" for label in classes if label not in readable]
-    return {"untrainable": [item([], reason) for reason in reasons]}
+    return [item([], reason) for reason in reasons]
 
 
 def find_unseen(paths: Iterable[Path]) -> list[Path]:
@@ -168,58 +263,60 @@ def find_unseen(paths: Iterable[Path]) -> list[Path]:
     return [f for f in files if f.is_file() and not is_junk(f.name) and f.suffix.lower() not in skip]
 
 
-def find_small_classes(
-    splits: dict[str, ImageList], photos: Iterable[Entry], least: int
-) -> dict[str, list[dict[str, Any]]]:
-    """Classes with fewer than `least` readable training images, and classes without an image in another split."""
+def find_small_classes(splits: dict[str, ImageList], photos: Iterable[Entry], least: int) -> list[Item]:
+    """Classes with fewer than `least` readable training images, but one or more."""
     classes = next(iter(splits.values())).classes
-    counts = Counter((e.split, e.label) for e in photos)
-    few = sorted((counts["train", label], label) for label in classes if 0 < counts["train", label] < least)
-    absent = [(split, label) for split in splits for label in classes if split != "train" and not counts[split, label]]
-    return {
-        "few": [item([], f"{label}: {count}") for count, label in few],
-        "absent": [item([], f"{label}: none in {split}") for split, label in absent],
-    }
+    counts = Counter(e.label for e in photos if e.split == "train")
+    few = sorted((counts[label], label) for label in classes if 0 < counts[label] < least)
+    return [item([], f"{label}: {count}") for count, label in few]
 
 
-def count_classes(splits: dict[str, ImageList], photos: Iterable[Entry]) -> dict[str, Any]:
+def find_absent_classes(splits: dict[str, ImageList], photos: Iterable[Entry]) -> list[Item]:
+    """Classes without a readable image in a split other than train."""
+    classes = next(iter(splits.values())).classes
+    there = {(e.split, e.label) for e in photos}
+    others = [(split, label) for split in splits if split != "train" for label in classes]
+    return [item([], f"{label}: none in {split}") for split, label in others if (split, label) not in there]
+
+
+def count_classes(splits: dict[str, ImageList], photos: Iterable[Entry]) -> ClassCounts:
     """Readable images a class: smallest, median and largest class of every split; in `train` also their ratio."""
     classes = next(iter(splits.values())).classes
     counts = Counter((e.split, e.label) for e in photos)
-    about: dict[str, Any] = {"count": len(classes)}
+    imbalance, sizes = None, {}
     for split in splits:
         numbers = [counts[split, label] for label in classes]
         smallest, largest = min(numbers), max(numbers)
-        about[split] = {
-            "smallest": [classes[numbers.index(smallest)], smallest],
-            "median": median(numbers),
-            "largest": [classes[numbers.index(largest)], largest],
-        }
-        if split == "train":
-            about["imbalance"] = round(largest / smallest, 2) if smallest else None
-    return about
+        sizes[split] = ClassSizes(
+            (classes[numbers.index(smallest)], smallest), median(numbers), (classes[numbers.index(largest)], largest)
+        )
+        if split == "train" and smallest:
+            imbalance = round(largest / smallest, 2)
+    return ClassCounts(len(classes), imbalance, **sizes)
 
 
-def measure_sizes(photos: dict[Entry, Photo], image_size: Sequence[int]) -> dict[str, Any]:
-    """Percentiles of width, height and width / height; how many are smaller than the network's input."""
+def measure_sizes(photos: dict[Entry, Photo], image_size: Sequence[int]) -> ImageSizes:
+    """Percentiles of width, height and width / height; how many are smaller than `image_size` (height, width)."""
     if not photos:
-        return {}
-    ranks = {"smallest": 0, "5 %": 5, "median": 50, "95 %": 95, "largest": 100}
+        return ImageSizes()
     wide, high = np.array([photo.size for photo in photos.values()]).T
     entries, area, aspect = list(photos), wide * high, wide / high
 
-    def percentiles(values: np.ndarray, digits: int) -> dict[str, float]:
-        return {name: round(float(np.percentile(values, rank)), digits) for name, rank in ranks.items()}
+    def percentiles(values: np.ndarray, digits: int) -> Percentiles:
+        return {name: round(float(np.percentile(values, rank)), digits) for name, rank in RANKS.items()}
+
+    def sized(entry: Entry) -> SizedImage:
+        return SizedImage(str(entry.path), photos[entry].size)
 
     height, width = image_size
-    return {
-        "width": percentiles(wide, 0),
-        "height": percentiles(high, 0),
-        "aspect": percentiles(aspect, 2),
-        "smallest": {"path": str(entries[area.argmin()].path), "size": list(photos[entries[area.argmin()]].size)},
-        "largest": {"path": str(entries[area.argmax()].path), "size": list(photos[entries[area.argmax()]].size)},
-        "smaller_than_image_size": int(((wide < width) | (high < height)).sum()),
-        "elongated": int(((aspect > 2) | (aspect < 0.5)).sum()),
-        "formats": dict(Counter(photo.format for photo in photos.values()).most_common()),
-        "modes": dict(Counter(photo.mode for photo in photos.values()).most_common()),
-    }
+    return ImageSizes(
+        width=percentiles(wide, 0),
+        height=percentiles(high, 0),
+        aspect=percentiles(aspect, 2),
+        smallest=sized(entries[area.argmin()]),
+        largest=sized(entries[area.argmax()]),
+        smaller_than_image_size=int(((wide < width) | (high < height)).sum()),
+        elongated=int(((aspect > 2) | (aspect < 0.5)).sum()),
+        formats=dict(Counter(photo.format for photo in photos.values()).most_common()),
+        modes=dict(Counter(photo.mode for photo in photos.values()).most_common()),
+    )

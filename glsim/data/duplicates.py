@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice, product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import imagehash
 import numpy as np
@@ -22,9 +22,9 @@ from PIL import Image
 from glsim.data.images import BadImage, bands, cores, read_image, sharing
 from glsim.types import GlsimError
 
-HASH_SIDE = 16  # a hash has 16 x 16 bits; with the usual 8 x 8, views of different cars are as near as copies
+HASH_SIDE = 16  # a hash has 16 x 16 bits; with the usual 8 x 8, views of different cars are as near as duplicates
 ONE_COLOUR = 2.0  # standard deviation of the grey values (0 to 255) below which a hash says nothing
-PAIRS = 100_000  # the search for near copies stops at so many; nobody would look at more
+PAIRS = 100_000  # the search for near duplicates stops at so many; nobody would look at more
 
 
 class Photo(NamedTuple):
@@ -45,10 +45,24 @@ class Entry(NamedTuple):
     label: str
 
 
-def item(entries: Iterable[Entry], note: str = "") -> dict[str, Any]:
-    """One finding: the images it is about and a remark. What is not about a file has no images."""
-    images = [{"path": str(e.path), "split": e.split, "label": e.label} for e in entries]
-    return {"images": images, "note": note}
+class Place(NamedTuple):
+    """An `Entry` in a report."""
+
+    path: str
+    split: str
+    label: str
+
+
+class Item(NamedTuple):
+    """One finding of an audit: the images it is about, none where it is not about a file, and a remark."""
+
+    images: list[Place]
+    note: str
+
+
+def item(entries: Iterable[Entry], note: str = "") -> Item:
+    """A finding about images of the data set."""
+    return Item([Place(str(e.path), e.split, e.label) for e in entries], note)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -106,7 +120,7 @@ def _start(share: Callable[[], None]) -> None:
 def find_near(photos: dict[Entry, Photo], most: int) -> list[tuple[list[Entry], list[Entry], int]]:
     """Pairs of different pictures whose hashes differ in at most `most` bits, nearest first.
 
-    A picture stands for all its exact copies: one entry for every split and label it is found under.
+    A picture stands for all its exact duplicates: one entry for every split and label it is found under.
     """
     holders: dict[str, dict[tuple[str, str], Entry]] = {}
     hashes: dict[str, bytes] = {}
@@ -152,14 +166,14 @@ def near_pairs(hashes: np.ndarray, most: int, limit: int, rows: int = 32) -> lis
     return sorted(pairs, key=lambda pair: (pair[2], pair))
 
 
-def find_copies(
+def find_duplicates(
     photos: dict[Entry, Photo], pairs: Iterable[tuple[list[Entry], list[Entry], int]]
-) -> dict[str, list[dict[str, Any]]]:
-    """Exact copies in groups and near ones in pairs, by what is wrong with them: leak, clash, else duplicate."""
+) -> dict[str, list[Item]]:
+    """Exact duplicates in groups and near ones in pairs, by what is wrong with them: leak, clash, else duplicate."""
     groups: dict[str, list[Entry]] = {}
     for entry, photo in photos.items():
         groups.setdefault(photo.pixels, []).append(entry)
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[Item]] = {}
     for group in groups.values():
         if len(group) > 1:
             for kind in _kinds(group):
@@ -173,5 +187,9 @@ def find_copies(
 
 
 def _kinds(entries: Iterable[Entry]) -> list[str]:
-    leak, clash = len({e.split for e in entries}) > 1, len({e.label for e in entries}) > 1
-    return ["leak"] * leak + ["clash"] * clash or ["duplicate"]
+    kinds = []
+    if len({e.split for e in entries}) > 1:
+        kinds.append("leak")
+    if len({e.label for e in entries}) > 1:
+        kinds.append("clash")
+    return kinds or ["duplicate"]

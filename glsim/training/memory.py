@@ -1,85 +1,133 @@
-"""Memory that a training step of a planned run needs, and what to change where there is less."""
+"""Estimate of the memory that a training step of a planned run needs, and what to change where there is less."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
 
-from glsim.config import Doctor, Train
 from glsim.environment import pick_device
 from glsim.models import create_model
 from glsim.models.base import Model
 from glsim.models.losses import objective
-from glsim.training.train import make_optimizer
+from glsim.settings import Size
+from glsim.training.components import make_optimizer
+from glsim.training.config import Train
 
 SLACK = 1.1  # memory for what a step holds beside what the estimate counts
 
 
-def estimate_memory(s: Doctor, num_classes: int) -> dict[str, Any]:
-    """Bytes that a training step of the planned run needs, the bytes free on its device, and what to change.
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes that a training step of a planned run needs, the bytes free on its device, and what to change."""
+
+    method: str
+    backbone: str
+    image_size: list[int]  # height, width
+    batch_size: int
+    precision: str
+    parameters: int  # numbers, not bytes
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int  # of the whole batch
+    activations_per_image: int
+    total: int  # with `SLACK`
+    device: str
+    free: int
+    fits: bool
+    largest_batch_size: int
+    advice: list[str]  # options that make it fit, where it does not
+
+
+def estimate_memory(
+    num_classes: int,
+    *,
+    method: str = "glsim",
+    backbone: str | None = None,
+    image_size: Size = None,
+    options: Mapping[str, Any] | None = None,
+    backbone_args: Mapping[str, Any] | None = None,
+    batch_size: int = 8,
+    optimizer: str = "sgd",
+    precision: str = "no",
+    device: str | None = None,
+) -> MemoryEstimate:
+    """Estimate the memory of a training step.
 
     Weights and optimiser state are counted; what the forward pass keeps for the backward pass is measured on the CPU
-    with 2 and with 3 images, and goes up by the same amount with every further one. Raises ConfigError as `train` does.
+    with 2 and with 3 images, and goes up by the same amount with every further one.
+
+    Args:
+        num_classes: of the data.
+        method, backbone, image_size, options, backbone_args, batch_size, optimizer, precision: of the run, as in
+            `glsim.training.config:Train`.
+        device: on which it is to run; None: the best there is.
+
+    Raises:
+        ConfigError: as `glsim.training.train:train` does.
     """
-    device = pick_device(s.device)
-    plan = Train(data=s.data, out=s.out, method=s.method, batch_size=s.batch_size, optimizer=s.optimizer)
+    place = pick_device(device)
+    plan = Train(data="-", out="-", method=method, batch_size=batch_size, optimizer=optimizer)
 
-    def build(image_size: Any) -> Model:
-        args = s.backbone_args or None
-        return create_model(s.method, s.backbone, num_classes, image_size, False, args, **s.options).train()
+    def build() -> Model:
+        args = dict(backbone_args or {}) or None
+        return create_model(method, backbone, num_classes, image_size, False, args, **options or {}).train()
 
-    model = build(s.image_size)
-    optimizer = make_optimizer(plan, model)
-    fixed, each = measure_activations(model, s.precision, backward=True)
-    optimizer.step()
+    model = build()
+    state = make_optimizer(plan, model)
+    fixed, each = measure_activations(model, precision, backward=True)
+    state.step()
     weights = _bytes([*model.parameters(), *model.buffers()])
-    trained = [p for p in model.parameters() if p.requires_grad]
-    state = [v for values in optimizer.state.values() for v in values.values() if isinstance(v, torch.Tensor)]
-    parts = {"weights": weights, "gradients": _bytes(trained), "optimizer": _bytes(state)}
-    size, backbone = model.backbone.image_size, model.config["backbone"]
+    gradients = _bytes(p for p in model.parameters() if p.requires_grad)
+    kept = _bytes(v for values in state.state.values() for v in values.values() if isinstance(v, torch.Tensor))
+    size, name = model.backbone.image_size, model.config["backbone"]
     parameters = sum(p.numel() for p in model.parameters())
-    del model, optimizer, trained, state
-    free = free_bytes(device)
-    usable = free / SLACK - sum(parts.values()) - fixed  # what is left for activations of images
+    del model, state
+    always = weights + gradients + kept
+    free = free_bytes(place)
+    usable = free / SLACK - always - fixed  # what is left for activations of images
     largest = max(0, math.floor(usable / each))
-    total = math.ceil(SLACK * (sum(parts.values()) + fixed + each * s.batch_size))
+    total = math.ceil(SLACK * (always + fixed + each * batch_size))
     advice = []
-    if largest < s.batch_size:
+    if largest < batch_size:
         if largest:
-            accumulate = math.ceil(s.batch_size / largest)
-            batch = math.ceil(s.batch_size / accumulate)
+            accumulate = math.ceil(batch_size / largest)
+            batch = math.ceil(batch_size / accumulate)
             advice.append(f"--batch-size {batch} --accumulate {accumulate}: steps of the same size in smaller parts")
-        if s.precision == "no":
-            half_fixed, half = measure_activations(build(s.image_size), "bf16")
-            need = math.ceil(SLACK * (sum(parts.values()) + half_fixed + half * s.batch_size))
+        if precision == "no":
+            half_fixed, half = measure_activations(build(), "bf16")
+            need = math.ceil(SLACK * (always + half_fixed + half * batch_size))
             advice.append(f"--precision bf16: {as_gib(need)} instead of {as_gib(total)}")
         if usable > 0:
             # Activations go with the number of pixels; no measurement at the smaller size, which may not fit the model.
-            height, width = (int(side * math.sqrt(usable / each / s.batch_size)) // 32 * 32 for side in size)
+            height, width = (int(side * math.sqrt(usable / each / batch_size)) // 32 * 32 for side in size)
             if min(height, width) >= 32:
                 advice.append(f"--image-size {height if height == width else f'[{height},{width}]'} or smaller")
         advice.append("a smaller --backbone, or a device with more memory")
-    return {
-        "method": s.method,
-        "backbone": backbone,
-        "image_size": list(size),
-        "batch_size": s.batch_size,
-        "precision": s.precision,
-        "parameters": parameters,
-        **parts,
-        "activations": fixed + each * s.batch_size,
-        "activations_per_image": each,
-        "total": total,
-        "device": str(device),
-        "free": free,
-        "fits": largest >= s.batch_size,
-        "largest_batch_size": largest,
-        "advice": advice,
-    }
+    return MemoryEstimate(
+        method=method,
+        backbone=name,
+        image_size=list(size),
+        batch_size=batch_size,
+        precision=precision,
+        parameters=parameters,
+        weights=weights,
+        gradients=gradients,
+        optimizer=kept,
+        activations=fixed + each * batch_size,
+        activations_per_image=each,
+        total=total,
+        device=str(place),
+        free=free,
+        fits=largest >= batch_size,
+        largest_batch_size=largest,
+        advice=advice,
+    )
 
 
 def measure_activations(model: Model, precision: str, backward: bool = False) -> tuple[int, int]:

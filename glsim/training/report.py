@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import glob
-import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,58 +12,115 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from glsim.checkpoints.bundle import CONFIG, METRICS_FILE
-from glsim.config import Report, Train, read_recipe
 from glsim.evaluation.statistics import mcnemar
-from glsim.files import csv_plain, csv_text, make_folder, markdown, read_json, read_text, write_text
+from glsim.files import csv_text, make_folder, markdown, read_json, write_text
 from glsim.interpret.drawing import save_figure
-from glsim.training.reproduce import STATE, is_measured, summary
-from glsim.training.train import FREE, PREDICTIONS, RECIPE, plain
+from glsim.training.config import WITHOUT_EFFECT, Train, plain_values, read_recipe
+from glsim.training.reproduce import STATE, SeedSummary, Spread, summarise
+from glsim.training.runs import RECIPE, Measured, read_measured, read_predictions
 from glsim.types import ConfigError, DataError
 
 
 @dataclass(frozen=True)
-class Run:
-    """A finished run; `settings` are those that make it comparable: all but the seed and what changes nothing."""
+class FinishedRun:
+    """A run that is measured on test; `settings` are those that make it comparable: all but the seed and what changes
+    nothing."""
 
     folder: Path
     data: str
     seed: int
     settings: dict[str, Any]
-    test: dict[str, Any]
+    test: Measured
 
 
-def run(s: Report) -> dict[str, Any]:
-    """The verb: group runs that differ in the seed alone, summarise each group, pair them with `against`; write `out`.
+@dataclass(frozen=True, kw_only=True)
+class Row(SeedSummary):
+    """Runs that differ in the seed alone."""
 
-    Raises DataError for what is no run, twice the same, or measured on other images than its partner, and ConfigError
-    when `against` names no row or several.
+    method: str
+    backbone: str | None
+    lr: float
+    settings: dict[str, Any]  # the others that are not the same in all rows
+    seeds: list[int]
+    folders: list[str]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two runs on the same images, or all pairs of seeds together."""
+
+    seed: str  # pooled: of all of them
+    images: int
+    only_baseline: int  # images that only the baseline gets right
+    only_other: int
+    p: float  # McNemar's exact test, two-sided
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A row beside the baseline, seed by seed."""
+
+    baseline: str
+    other: str
+    rows: list[Pair]
+
+
+@dataclass(frozen=True)
+class DataTable:
+    """The runs on one data set."""
+
+    name: str
+    rows: list[Row]
+    comparisons: list[Comparison]
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What `report_runs` returns."""
+
+    data: list[DataTable]
+    left_out: list[str]  # folders without a result, and why
+
+
+def report_runs(runs: Sequence[str], *, against: str | None = None, out: str | Path | None = None) -> RunReport:
+    """Group runs that differ in the seed alone, summarise each group, and pair them.
+
+    Args:
+        runs: run folders, folders of `glsim reproduce`, or globs of them.
+        against: a method or a run folder, with whose row every other one of its data set is paired.
+        out: folder for report.md, report.csv and report.png.
+
+    Raises:
+        DataError: for what is no run, twice the same, or measured on other images than its partner.
+        ConfigError: when `against` names no row or several.
     """
-    runs, left_out = find_runs(s.runs)
-    groups = group(runs)
-    result: dict[str, Any] = {"data": [], "left_out": left_out}
-    for name in dict.fromkeys(run.data for run in runs):
+    found, left_out = find_runs(runs)
+    groups = group(found)
+    tables = []
+    for name in dict.fromkeys(run.data for run in found):
         here = [g for g in groups if g[0].data == name]
         names = differing(here)
-        rows = [as_row(g, names, s.best_on_test) for g in here]
-        result["data"].append({"name": name, "rows": rows, "comparisons": []})
-        if s.against is not None and (base := find_baseline(s.against, here)) is not None:
+        rows = [as_row(g, names) for g in here]
+        comparisons = []
+        if against is not None and (base := find_baseline(against, here)) is not None:
             labels = label(rows)
-            for other, other_label in zip(here, labels, strict=True):
-                if other is not base:
-                    pair = {"baseline": labels[here.index(base)], "other": other_label}
-                    result["data"][-1]["comparisons"].append(pair | compare(base, other))
-    if s.against is not None and all(find_baseline(s.against, [g]) is None for g in groups):
-        methods = sorted({run.settings["method"] for run in runs})
-        raise ConfigError(f"against={s.against}: no run of that method or folder; methods here: {', '.join(methods)}")
-    if s.out is not None:
-        out = make_folder(s.out)
-        write_text(out / "report.md", as_markdown(result))
-        write_text(out / "report.csv", as_csv(result))
-        draw(result, out / "report.png")
-    return result
+            baseline = labels[here.index(base)]
+            others = [(other, text) for other, text in zip(here, labels, strict=True) if other is not base]
+            comparisons = [Comparison(baseline, text, compare(base, other)) for other, text in others]
+        tables.append(DataTable(name, rows, comparisons))
+    if against is not None and all(find_baseline(against, [g]) is None for g in groups):
+        methods = sorted({run.settings["method"] for run in found})
+        raise ConfigError(f"against={against}: no run of that method or folder; methods here: {', '.join(methods)}")
+    report = RunReport(tables, left_out)
+    if out is not None:
+        folder = make_folder(out)
+        write_text(folder / "report.md", as_markdown(report))
+        write_text(folder / "report.csv", as_csv(report))
+        draw(report, folder / "report.png")
+    return report
 
 
-def find_runs(given: Sequence[str]) -> tuple[list[Run], list[str]]:
+def find_runs(given: Sequence[str]) -> tuple[list[FinishedRun], list[str]]:
     """The finished runs in `given` (run folders, folders of `glsim reproduce`, globs), and what was left out, and why.
 
     Raises DataError for a path that is not there, and when nothing is left.
@@ -93,18 +148,19 @@ def find_runs(given: Sequence[str]) -> tuple[list[Run], list[str]]:
             left_out.append(f"{folder}: not measured on test (not finished, no test split, or trained without --test)")
             continue
         data: dict[str, Any] = _read_json(folder / CONFIG).get("data", {})
-        if not is_measured(metrics["test"]) or not _is_told(data):
+        test = read_measured(metrics["test"])
+        if test is None or not _is_told(data):
             raise DataError(f"{folder} is damaged: its {METRICS_FILE} or {CONFIG} is not what training writes")
-        kept = plain(settings, *FREE, "seed") | {"split": data["split_hash"][:8]}
-        runs.append(Run(folder, settings.dataset or data["source"], settings.seed, kept, metrics["test"]))
+        kept = plain_values(settings, *WITHOUT_EFFECT, "seed") | {"split": data["split_hash"][:8]}
+        runs.append(FinishedRun(folder, settings.dataset or data["source"], settings.seed, kept, test))
     if not runs:
         raise DataError(f"no finished run; left out: {'; '.join(left_out)}")
     return runs, left_out
 
 
-def group(runs: Iterable[Run]) -> list[list[Run]]:
+def group(runs: Iterable[FinishedRun]) -> list[list[FinishedRun]]:
     """Runs that differ in the seed alone, by seed; DataError when two do not differ at all."""
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[FinishedRun]] = {}
     for run in runs:
         same = groups.setdefault(json.dumps([run.data, run.settings], sort_keys=True), [])
         if twin := next((r for r in same if r.seed == run.seed), None):
@@ -113,7 +169,7 @@ def group(runs: Iterable[Run]) -> list[list[Run]]:
     return [sorted(same, key=lambda r: r.seed) for same in groups.values()]
 
 
-def differing(groups: list[list[Run]]) -> list[str]:
+def differing(groups: list[list[FinishedRun]]) -> list[str]:
     """The settings besides method, backbone and lr that are not the same in all `groups`."""
     first, *others = [g[0].settings for g in groups]
     names = [k for k in first if any(s[k] != first[k] for s in others) and k not in ("method", "backbone", "lr")]
@@ -123,28 +179,30 @@ def differing(groups: list[list[Run]]) -> list[str]:
     return names
 
 
-def as_row(runs: list[Run], names: list[str], best_on_test: bool) -> dict[str, Any]:
-    """A group as plain values: what it is, and the summary of its test results."""
+def as_row(runs: list[FinishedRun], names: list[str]) -> Row:
+    """A group: the settings `names`, and the summary of its test results."""
     settings = runs[0].settings
-    row = {name: settings[name] for name in ("method", "backbone", "lr")}
-    row |= {"settings": {name: settings[name] for name in names}, "seeds": [run.seed for run in runs]}
-    row |= {"folders": [str(run.folder) for run in runs], **summary([run.test for run in runs])}
-    if best_on_test:
-        best = max(runs, key=lambda run: run.test["correct"])
-        row["best on test"] = {"top1": best.test["top1"], "seed": best.seed}
-    return row
+    return Row(
+        method=settings["method"],
+        backbone=settings["backbone"],
+        lr=settings["lr"],
+        settings={name: settings[name] for name in names},
+        seeds=[run.seed for run in runs],
+        folders=[str(run.folder) for run in runs],
+        **vars(summarise([run.test for run in runs])),
+    )
 
 
-def label(rows: list[dict[str, Any]]) -> list[str]:
+def label(rows: Sequence[Row]) -> list[str]:
     """A name for each row: the method, and as much more as tells it from the others."""
-    names = [row["method"] for row in rows]
-    for parts in ([row["backbone"] for row in rows], [f"lr {row['lr']}" for row in rows], [_settings(r) for r in rows]):
+    names = [row.method for row in rows]
+    for parts in ([str(row.backbone) for row in rows], [f"lr {row.lr}" for row in rows], [_settings(r) for r in rows]):
         if len(set(names)) < len(names) and len(set(parts)) > 1:
             names = [f"{name}, {part}" for name, part in zip(names, parts, strict=True)]
     return names
 
 
-def find_baseline(against: str, groups: list[list[Run]]) -> list[Run] | None:
+def find_baseline(against: str, groups: list[list[FinishedRun]]) -> list[FinishedRun] | None:
     """The group that `against` (a method, a run folder or a folder of `glsim reproduce`) names, if any.
 
     Raises ConfigError when it names several.
@@ -159,8 +217,8 @@ def find_baseline(against: str, groups: list[list[Run]]) -> list[Run] | None:
     return found[0] if found else None
 
 
-def compare(base: list[Run], other: list[Run]) -> dict[str, Any]:
-    """McNemar of two groups, seed by seed on the same images, and pooled over the seeds.
+def compare(base: list[FinishedRun], other: list[FinishedRun]) -> list[Pair]:
+    """McNemar's test of two groups, seed by seed on the same images, and pooled over the seeds.
 
     Two single runs are paired whatever their seeds. Raises ConfigError when no seed is in both groups, and DataError
     when the images or their labels differ.
@@ -173,142 +231,118 @@ def compare(base: list[Run], other: list[Run]) -> dict[str, Any]:
         raise ConfigError(f"{base[0].folder} and {other[0].folder} belong to groups without a seed in common")
     rows = []
     for a, b in pairs:
-        ours, theirs = read_predictions(a), read_predictions(b)
+        ours, theirs = (read_predictions(run.folder, run.test) for run in (a, b))
         if {k: label for k, (label, _) in ours.items()} != {k: label for k, (label, _) in theirs.items()}:
             raise DataError(f"{a.folder} and {b.folder} were measured on other images or labels; they cannot be paired")
         only_base = sum(ours[k][0] == ours[k][1] and theirs[k][0] != theirs[k][1] for k in ours)
         only_other = sum(ours[k][0] != ours[k][1] and theirs[k][0] == theirs[k][1] for k in ours)
         seed = str(a.seed) if a.seed == b.seed else f"{a.seed}, {b.seed}"
-        rows.append(_mcnemar_row(seed, len(ours), only_base, only_other))
+        rows.append(Pair(seed, len(ours), only_base, only_other, mcnemar(only_base, only_other)))
     if len(rows) > 1:
-        sums = [sum(row[k] for row in rows) for k in ("images", "only_baseline", "only_other")]
-        rows.append(_mcnemar_row("pooled", *sums))
-    return {"rows": rows}
-
-
-def _mcnemar_row(seed: str, images: int, only_base: int, only_other: int) -> dict[str, Any]:
-    p = mcnemar(only_base, only_other)
-    return {"seed": seed, "images": images, "only_baseline": only_base, "only_other": only_other, "p": p}
-
-
-def read_predictions(run: Run) -> dict[str, tuple[str, str]]:
-    """Label and prediction of every test image by its path; DataError when they do not agree with the run's metrics."""
-    file = run.folder / PREDICTIONS
-    try:
-        lines = csv.DictReader(io.StringIO(read_text(file), newline=""))
-        rows = [{name: csv_plain(cell) for name, cell in row.items()} for row in lines]
-        answers = {row["path"]: (row["label"], row["prediction"]) for row in rows}
-    except FileNotFoundError:
-        raise DataError(f"{run.folder} has no {PREDICTIONS}: it was trained by an earlier glsim; train again") from None
-    except (OSError, UnicodeDecodeError, AttributeError, KeyError, csv.Error) as error:
-        raise DataError(f"{file} cannot be read: {error!r}") from error
-    right = sum(label == prediction for label, prediction in answers.values())
-    if (right, len(answers)) != (run.test["correct"], run.test["count"]):
-        said = f"{run.test['correct']} of {run.test['count']}"
-        raise DataError(f"{file} has {right} of {len(answers)} images right, {METRICS_FILE} beside it {said}")
-    return answers
+        images, only_base, only_other = (
+            sum(counts) for counts in zip(*((r.images, r.only_baseline, r.only_other) for r in rows), strict=True)
+        )
+        rows.append(Pair("pooled", images, only_base, only_other, mcnemar(only_base, only_other)))
+    return rows
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def as_markdown(r: dict[str, Any]) -> str:
+def as_markdown(report: RunReport) -> str:
     """The report for people: one table a data set, then the pairs."""
     lines = [
         "Top-1 and per-class mean on test after the last epoch, mean +- sample standard deviation over seeds, in %."
     ]
-    for data in r["data"]:
-        counts = sorted({row["count"] for row in data["rows"]})
-        lines += ["", f"## {markdown(data['name'])} ({' or '.join(map(str, counts))} test images)", ""]
+    for data in report.data:
+        counts = sorted({row.count for row in data.rows})
+        lines += ["", f"## {markdown(data.name)} ({' or '.join(map(str, counts))} test images)", ""]
         columns = ["method", "backbone", "lr", "settings", "seeds", "top-1", "per-class mean", "right"]
-        columns += ["best on test"] * ("best on test" in data["rows"][0])
-        cells = [_cells(row) for row in data["rows"]]
+        cells = [_cells(row) for row in data.rows]
         if not any(c["settings"] for c in cells):
             columns.remove("settings")
-        lines += _table(columns, [[c[name] for name in columns] for c in cells])
-        if data["comparisons"]:
-            base = data["comparisons"][0]["baseline"]
+        lines += table(columns, [[c[name] for name in columns] for c in cells])
+        if data.comparisons:
+            base = data.comparisons[0].baseline
             lines += ["", f"### Against {markdown(base)}", ""]
             rows = [
-                [pair["other"], x["seed"], x["only_other"], x["only_baseline"], f"{x['p']:.3g}"]
-                for pair in data["comparisons"]
-                for x in pair["rows"]
+                [pair.other, x.seed, x.only_other, x.only_baseline, f"{x.p:.3g}"]
+                for pair in data.comparisons
+                for x in pair.rows
             ]
-            lines += _table(["row", "seed", "only it right", f"only {base} right", "p"], rows)
-    if any("best on test" in row for data in r["data"] for row in data["rows"]):
-        lines += ["", "best on test: the best seed, picked by the test split itself; no result to compare methods by."]
-    if any(data["comparisons"] for data in r["data"]):
+            lines += table(["row", "seed", "only it right", f"only {base} right", "p"], rows)
+    if any(data.comparisons for data in report.data):
         lines += [
             "",
             "p: McNemar's exact test, two-sided, on the same images. Pooled counts every image once a seed as",
+            "though these were independent, which they are not: its p is too small.",
         ]
-        lines += ["though these were independent, which they are not: its p is too small."]
-    if r["left_out"]:
-        lines += ["", "Left out:", "", *(f"- {markdown(what)}" for what in r["left_out"])]
+    if report.left_out:
+        lines += ["", "Left out:", "", *(f"- {markdown(what)}" for what in report.left_out)]
     return "\n".join(lines) + "\n"
 
 
-def as_csv(r: dict[str, Any]) -> str:
+def as_csv(report: RunReport) -> str:
     """The tables as `csv_text` writes them, one line a group; shares from 0 to 1."""
-    best = ["best on test"] * any("best on test" in row for data in r["data"] for row in data["rows"])
     measured = ("top1_mean", "top1_std", "per_class_mean_mean", "per_class_mean_std", "correct", "count")
-    rows: list[list[object]] = [["data", "method", "backbone", "lr", "settings", "seeds", *measured, *best]]
-    for data in r["data"]:
-        for row in data["rows"]:
-            numbers = [row[name][part] for name in ("top1", "per_class_mean") for part in ("mean", "std")]
-            what = [data["name"], row["method"], row["backbone"], row["lr"], _settings(row), _words(row["seeds"])]
-            more = [row["best on test"]["top1"]] if best else []
-            rows.append([*what, *numbers, _words(row["correct"]), row["count"], *more])
+    rows: list[list[object]] = [["data", "method", "backbone", "lr", "settings", "seeds", *measured]]
+    for data in report.data:
+        for row in data.rows:
+            what = [data.name, row.method, row.backbone, row.lr, _settings(row), _words(row.seeds)]
+            rows.append([*what, *row.top1, *row.per_class_mean, _words(row.correct), row.count])
     return csv_text(rows)
 
 
-def draw(r: dict[str, Any], path: Path) -> None:
+def draw(report: RunReport, path: Path) -> None:
     """Top-1 of every row as PNG, a panel a data set: mean with standard deviation, and the seeds as small dots."""
-    heights = [len(data["rows"]) + 1.6 for data in r["data"]]
+    heights = [len(data.rows) + 1.6 for data in report.data]
     figure = Figure(figsize=(8, 0.42 * sum(heights) + 0.3), layout="constrained")
     panels = figure.subplots(len(heights), squeeze=False, height_ratios=heights)
-    for data, axes in zip(r["data"], panels[:, 0], strict=True):
-        rows = data["rows"]
-        for y, row in enumerate(rows):
-            mean, std = 100 * row["top1"]["mean"], 100 * (row["top1"]["std"] or 0)
+    for data, axes in zip(report.data, panels[:, 0], strict=True):
+        for y, row in enumerate(data.rows):
+            mean, std = 100 * row.top1.mean, 100 * (row.top1.std or 0)
             axes.errorbar(mean, y, xerr=std or None, fmt="o", color="C0", capsize=4, markersize=6)
-            seeds = [100 * correct / row["count"] for correct in row["correct"]]
+            seeds = [100 * correct / row.count for correct in row.correct]
             axes.plot(seeds, [y + 0.22] * len(seeds), ".", color="0.55", markersize=5)
-            axes.annotate(_percent(row["top1"]), (mean, y), (0, 8), textcoords="offset points", ha="center", fontsize=8)
-        axes.set_yticks(range(len(rows)), label(rows), parse_math=False)
-        axes.set_ylim(len(rows) - 0.4, -0.7)
+            axes.annotate(_percent(row.top1), (mean, y), (0, 8), textcoords="offset points", ha="center", fontsize=8)
+        axes.set_yticks(range(len(data.rows)), label(data.rows), parse_math=False)
+        axes.set_ylim(len(data.rows) - 0.4, -0.7)
         axes.margins(x=0.15)
-        axes.set_title(data["name"], loc="left", fontsize=10, fontweight="bold", parse_math=False)
+        axes.set_title(data.name, loc="left", fontsize=10, fontweight="bold", parse_math=False)
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("top-1 on test, %: mean and standard deviation over seeds; small dots: the seeds", fontsize=9)
     save_figure(figure, path)
 
 
-def _cells(row: dict[str, Any]) -> dict[str, str]:
-    cells = {name: str(row[name]) for name in ("method", "backbone", "lr")}
-    cells |= {"settings": _settings(row), "seeds": ", ".join(map(str, row["seeds"]))}
-    cells |= {"top-1": _percent(row["top1"]), "per-class mean": _percent(row["per_class_mean"])}
-    cells["right"] = f"{', '.join(map(str, row['correct']))} of {row['count']}"
-    if best := row.get("best on test"):
-        cells["best on test"] = f"{100 * best['top1']:.2f} (seed {best['seed']})"
-    return cells
+def _cells(row: Row) -> dict[str, str]:
+    return {
+        "method": row.method,
+        "backbone": str(row.backbone),
+        "lr": str(row.lr),
+        "settings": _settings(row),
+        "seeds": ", ".join(map(str, row.seeds)),
+        "top-1": _percent(row.top1),
+        "per-class mean": _percent(row.per_class_mean),
+        "right": f"{', '.join(map(str, row.correct))} of {row.count}",
+    }
 
 
-def _percent(value: dict[str, Any]) -> str:
-    spread = f" +- {100 * value['std']:.2f}" if value["std"] is not None else ""
-    return f"{100 * value['mean']:.2f}{spread}"
+def _percent(value: Spread) -> str:
+    spread = f" +- {100 * value.std:.2f}" if value.std is not None else ""
+    return f"{100 * value.mean:.2f}{spread}"
 
 
-def _settings(row: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in row["settings"].items())
+def _settings(row: Row) -> str:
+    return ", ".join(f"{name}={value}" for name, value in row.settings.items())
 
 
 def _words(values: Iterable[Any]) -> str:
     return " ".join(map(str, values))
 
 
-def _table(columns: list[str], rows: list[list[Any]]) -> list[str]:
+def table(columns: list[str], rows: list[list[Any]]) -> list[str]:
+    """The lines of a Markdown table."""
     head, *lines = [f"| {' | '.join(map(markdown, line))} |" for line in [columns, *rows]]
     return [head, f"|{' --- |' * len(columns)}", *lines]
 

@@ -62,7 +62,7 @@ class Interrupted(GlsimError):
 
 
 @contextmanager
-def held(out: Path, accelerator: Accelerator) -> Iterator[None]:
+def lock_folder(out: Path, accelerator: Accelerator) -> Iterator[None]:
     """Inside, the folder `out` belongs to this run alone; it is made where it is not there.
 
     The first process of the run holds the kernel's lock on `out`/.lock, which ends with that process, however it ends.

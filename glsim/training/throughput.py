@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from glsim.config import change_recipe
 from glsim.data.images import MAX_MEGAPIXELS, pixel_limit
 from glsim.data.loaders import TrainBatches, read, train_loader
 from glsim.data.transforms import batch_mixing
@@ -21,7 +20,9 @@ from glsim.files import document, make_folder, write_json
 from glsim.models import create_model
 from glsim.models.losses import objective
 from glsim.training.adapt import adapt
-from glsim.training.train import explaining, make_optimizer, make_preprocessing, read_splits, train_images
+from glsim.training.components import make_optimizer, make_preprocessing, read_splits, train_images
+from glsim.training.config import change_recipe
+from glsim.training.train import explain_failures
 
 KINDS = ("loading", "model", "together")
 
@@ -134,7 +135,7 @@ def _measure(
     rates = {}
     for kind in tqdm(KINDS, disable=not progress):
         source, use = works[kind]
-        with explaining(batches, t.workers):
+        with explain_failures(batches, t.workers):
             rates[kind] = images_per_second(source(), use, seconds)
     return Throughput(
         method=t.method,

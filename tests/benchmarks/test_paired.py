@@ -9,6 +9,7 @@ import yaml
 from conftest import TINY
 
 from glsim.data import synthetic
+from glsim.training import train
 
 
 @pytest.fixture
@@ -133,8 +134,8 @@ def test_other_methods_start_without_the_head(paired, words, tmp_path):
         *paired.MECHANISMS,
     } - {"plain_new_head"}
     for name in ("published", "plain_new_head", "ffvt"):
-        model = paired.train.create_model(**built(paired, words, name))
-        paired.train.init_from(model, paired.start_of(start, name))
+        model = train.create_model(**built(paired, words, name))
+        train.init_from(model, paired.start_of(start, name))
         state = model.state_dict()
         assert all(not v.any() for k, v in state.items() if k.startswith("head."))
         assert all(torch.equal(v, trained[k]) for k, v in state.items() if k.startswith("backbone."))

@@ -2,12 +2,13 @@
 
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from conftest import ROOT, TINY
 
-from glsim.training import train
+from glsim.training import tally, train
 from glsim.training.resume import Interrupted
 
 optuna = pytest.importorskip("optuna", reason="Optuna is not installed: pip install -e '.[sweep]'")
@@ -34,13 +35,13 @@ class FakeTraining:
 
     def __init__(self, monkeypatch, stop_at=None, error=None):
         self.seen, self.stop_at, self.error = [], stop_at, error
-        monkeypatch.setattr(train, "run", self.run)
+        monkeypatch.setattr(train, "train", self.run)
 
     def run(self, s):
         self.seen.append(s)
         if len(self.seen) == self.stop_at:
             raise self.error
-        return {"val": {"top1": s.lr * 10}}
+        return SimpleNamespace(val=SimpleNamespace(top1=s.lr * 10))
 
 
 class Killed(BaseException):
@@ -71,7 +72,7 @@ def test_an_interrupted_trial_is_taken_up_again_with_its_settings(sweep, words, 
 
 
 def test_a_diverged_trial_is_no_result_and_what_cannot_be_searched_is_refused(sweep, words, monkeypatch, capsys):
-    fake = FakeTraining(monkeypatch, stop_at=1, error=train.Diverged("the loss is not a number"))
+    fake = FakeTraining(monkeypatch, stop_at=1, error=tally.Diverged("the loss is not a number"))
     assert sweep.main([*words, "--trials", "3"]) == 0 and len(fake.seen) == 3
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 2 + 2 and "the loss is not a number" in err

@@ -20,8 +20,9 @@ from glsim import ConfigError, DataError, GlsimError, cli
 from glsim.checkpoints import hub
 from glsim.checkpoints.bundle import FILES
 from glsim.checkpoints.push import run as push
-from glsim.config import Push, Train
-from glsim.training import train
+from glsim.config import Push
+from glsim.training import runs, train
+from glsim.training.config import Train
 
 
 class Folder:
@@ -210,7 +211,7 @@ def test_what_a_run_says_of_its_origin(birds, tmp_path, run_folder):
 
     first = glsim.save(glsim.load(run_folder), tmp_path / "first", licence={"model": "mit"})
     settings = TINY | {"epochs": 1, "data": str(birds), "init_from": str(first), "data_licence": "CC0"}
-    train.run(Train(out=str(tmp_path / "second"), **settings), progress=False)
+    train.train(Train(out=str(tmp_path / "second"), **settings), progress=False)
     config = json.loads((tmp_path / "second" / "config.json").read_text())
     assert config["licence"] == {"data": "CC0", "backbone": "mit"} and config["training"]["start"] == "first"
 
@@ -233,7 +234,7 @@ def test_what_a_run_says_of_its_origin(birds, tmp_path, run_folder):
 def test_licences_follow_from_the_settings(settings, wanted):
     """Of a pre-trained network timm says it, of a named data set the catalogue."""
     s = Train(data="d", out="o", **settings)
-    found = train.provenance(s, small_model(), 16)
+    found = runs.provenance(s, small_model(), 16)
     assert (found["training"]["start"], found["licence"]["data"], found["licence"]["backbone"]) == wanted
     assert found["training"]["batch_size"] == 16
 

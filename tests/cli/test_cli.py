@@ -10,15 +10,20 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import typing
 import warnings
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, parsed
 
 from glsim import cli, config
+from glsim.cli import train as train_verb
+from glsim.training.config import Train, change_recipe
 from glsim.types import ConfigError, DataError, DataWarning
+
+LOAD_VERB = cli.load_verb
 
 
 def run(*words):
@@ -37,7 +42,7 @@ def call(capsys, *words):
         (["--help"], 0, "usage: glsim VERB"),
         (["--version"], 0, "0.1.0"),
         ([], 2, "usage: glsim VERB"),
-        (["trane"], 2, "unknown verb 'trane'; choose from: quickstart, train"),
+        (["trane"], 2, "unknown verb 'trane'; choose from: bench, "),
         (["train", "--help"], 0, "--label-smoothing"),
         (["train", "--data", "d", "--out", "o", "--epoch", "3"], 2, "did you mean --epochs?"),
         (["train", "--data", "d", "--out", "o", "--lr", "fast"], 2, "lr"),
@@ -97,19 +102,17 @@ def test_recipes_are_read_and_overridden(tmp_path):
     recipe = "data: d\nout: o\ntest: true\nlr: 1e-3\noptions: {top_o: 3}\nbackbone_args: {depth: 2}\n"
     (tmp_path / "r.yaml").write_text(recipe)
     words = ["--recipe", str(tmp_path / "r.yaml"), "--epochs", "7", "--options.metric", "gls_l1", "--no-pretrained"]
-    s = cli.parse("train", cli.VERBS["train"], words)
-    assert s.test and not cli.parse("train", cli.VERBS["train"], [*words, "--no-test"]).test
+    s = parsed("train", words)
+    assert s.test and not parsed("train", [*words, "--no-test"]).test
     assert (s.lr, s.epochs, s.data, s.pretrained) == (1e-3, 7, "d", False)
     assert s.options == {"top_o": 3, "metric": "gls_l1"} and s.backbone_args == {"depth": 2}
-    assert cli.parse(
-        "train", cli.VERBS["train"], ["--data", "d", "--out", "o", "--image-size", "[96,128]"]
-    ).image_size == [
+    assert parsed("train", ["--data", "d", "--out", "o", "--image-size", "[96,128]"]).image_size == [
         96,
         128,
     ]
     (tmp_path / "r.yaml").write_text("learning_rate: 1\n")
     with pytest.raises(cli.ConfigError, match="learning_rate"):
-        cli.parse("train", cli.VERBS["train"], ["--data", "d", "--out", "o", *words[:2]])
+        parsed("train", ["--data", "d", "--out", "o", *words[:2]])
 
 
 def test_every_verb_prints_one_json_document(capsys, run_folder, birds, tmp_path):
@@ -212,19 +215,20 @@ def test_quickstart_end_to_end(capsys, tmp_path):
     ],
 )
 def test_train_says_how_to_measure_test(splits, dataset, hint):
-    done = {
-        "epoch": 1,
-        "batch_size": 8,
-        "train_loss": 1.0,
-        "images_per_second": 1.0,
-        "skipped": [],
-        "out": "r",
-        "splits": splits,
-    }
-    s = config.Train(data="d", out="r", dataset=dataset)
-    last = cli.show_train(done, s).splitlines()[-1]
+    done = trained(splits=splits)
+    s = Train(data="d", out="r", dataset=dataset)
+    last = train_verb.show(done, s).splitlines()[-1]
     assert last == hint if hint else last.startswith("bundle: r")
-    assert "next:" not in cli.show_train({**done, "test": {"top1": 0.5, "correct": 1, "count": 2}}, s)
+    measured = types.SimpleNamespace(top1=0.5, correct=1, count=2)
+    assert "next:" not in train_verb.show(dataclasses.replace(done, test=measured), s)
+
+
+def trained(**changes):
+    """What a run of one epoch returns."""
+    from glsim.training.train import TrainedRun
+
+    epoch = dict(epoch=1, step=3, lr=0.1, train_loss=1.0, train_top1=0.5, images_per_second=1.0, seconds=1.0)
+    return TrainedRun(**{**epoch, "out": "r", "batch_size": 8, "splits": ["train"], "skipped": [], **changes})
 
 
 # --- whatever goes wrong: a sentence, a status, and with --json one document ------------------------------------------
@@ -238,16 +242,16 @@ def settings(chosen):
     """The settings of all verbs that `chosen` takes by their field and type: verb, name and role."""
     return [
         pytest.param(name, f.name, f.metadata.get("path"), id=f"{name} {f.name}")
-        for name, verb in cli.VERBS.items()
-        for f in dataclasses.fields(verb.settings)
-        if chosen(f, typing.get_type_hints(verb.settings)[f.name])
+        for name in cli.verb_names()
+        for f in dataclasses.fields(cli.load_verb(name).options)
+        if chosen(f, typing.get_type_hints(cli.load_verb(name).options)[f.name])
     ]
 
 
 def words_of(name, folder, **values):
     """Words with which a verb passes its checks: what it reads is not there, what it writes is below `folder`."""
     words, needed = name.split(), []
-    for f in dataclasses.fields(cli.VERBS[name].settings):
+    for f in dataclasses.fields(LOAD_VERB(name).options):
         role = f.metadata.get("path")
         value = {"reads": folder / "none", "file": folder / "out.onnx", "folder": folder / "out"}.get(role)
         mandatory = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
@@ -276,11 +280,7 @@ def document(capsys, words):
 def put_in_place_of_verbs(monkeypatch, does):
     """`does` runs in the place of every verb."""
 
-    class Module:
-        def __getattr__(self, name):
-            return lambda settings, **_: does()
-
-    monkeypatch.setattr(cli, "import_module", lambda name: Module())
+    monkeypatch.setattr(cli, "load_verb", lambda name: LOAD_VERB(name)._replace(run=lambda options, progress: does()))
 
 
 def raiser(error):
@@ -358,10 +358,10 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", cli.VERBS)
+@pytest.mark.parametrize("name", cli.verb_names())
 def test_every_verb_tells_every_fault(capsys, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    settings = cli.parse(name, cli.VERBS[name], words_of(name, tmp_path)[len(name.split()) :])
+    settings = parsed(name, words_of(name, tmp_path)[len(name.split()) :])
     monkeypatch.setattr(cli, "parse", lambda *_: settings)  # the same every time, and slow
     for fault, (does, code, said) in FAULTS.items():
         put_in_place_of_verbs(monkeypatch, does)
@@ -370,7 +370,7 @@ def test_every_verb_tells_every_fault(capsys, tmp_path, monkeypatch, name):
         assert err.startswith(f"glsim {name}: "), fault
 
 
-@pytest.mark.parametrize("name", cli.VERBS)
+@pytest.mark.parametrize("name", cli.verb_names())
 def test_every_verb_prints_its_document_and_nothing_else(capsys, tmp_path, monkeypatch, name):
     def noisy():
         sys.stdout.write("downloading..\n")
@@ -385,7 +385,7 @@ def test_every_verb_prints_its_document_and_nothing_else(capsys, tmp_path, monke
     assert err == f"downloading..\nglsim {name}: note: 3 files were left out\\x1b[2J\n"
 
 
-@pytest.mark.parametrize("name", cli.VERBS)
+@pytest.mark.parametrize("name", cli.verb_names())
 def test_every_verb_tells_wrong_words(capsys, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     put_in_place_of_verbs(monkeypatch, raiser(AssertionError("the verb was run")))
@@ -478,7 +478,7 @@ def test_the_page_of_errors_quotes_what_is_said():
         line.split(" | ") for line in (ROOT / "docs" / "errors.md").read_text().splitlines() if line.count(" | ") == 2
     ]
     quoted = [found for row in rows for found in re.findall("`([^`]+)`", row[1])]
-    source = "".join((ROOT / "glsim" / f"{name}.py").read_text() for name in ("cli", "files", "config"))
+    source = "".join(path.read_text() for path in sorted((ROOT / "glsim").rglob("*.py")))
     said = source + "No space left on device"  # the system
     assert len(quoted) > 10 and not [text for text in quoted if text not in said]
 
@@ -490,20 +490,24 @@ def test_the_page_of_errors_quotes_what_is_said():
 @pytest.mark.parametrize("as_json", [True, False])
 def test_what_the_encoding_cannot_say_is_escaped(monkeypatch, encoding, as_json):
     label = "\u83d6\u84b2 \u00e9 \x96\U0001f426 \udcff"
-    answers = [{"path": "x.jpg", "answers": [{"label": label, "probability": 1.0}], "box": None, "second_pass": None}]
-    result = {"predictions": answers, "skipped": [f"{label}: bad"], "second_pass_share": None}
-    put_in_place_of_verbs(monkeypatch, lambda: result)
+
+    def does():
+        warnings.warn(label, DataWarning, stacklevel=1)
+        return trained(out=label)
+
+    put_in_place_of_verbs(monkeypatch, does)
     streams = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in ("stdout", "stderr")}
     for name, stream in streams.items():
         monkeypatch.setattr(sys, name, stream)
-    assert cli.main(["predict", "run", "x.jpg", *["--json"] * as_json]) == 0
+    assert cli.main(["train", "--data", "d", "--out", "o", *["--json"] * as_json]) == 0
     out, err = (stream.buffer.getvalue().decode(encoding) for stream in streams.values())
     if as_json:
-        assert json.loads(out)["predictions"] == answers
+        told = json.loads(out)
+        assert told["out"] == label and told["notes"] == [label]
     else:
         flower = label[:2] if encoding == "utf-8" else r"\u83d6\u84b2"
         assert flower in out and flower in err and r"\udcff" in out and r"\x96" in out
-        assert len(out.splitlines()) == 1
+        assert len(out.splitlines()) == 2
 
 
 def test_a_reader_that_leaves_is_no_error():
@@ -521,16 +525,17 @@ def test_a_reader_that_leaves_is_no_error():
 def test_libraries_that_print_do_not_reach_the_document():
     """Past Python too: a C library, a child process, who kept the stream."""
     code = """
-import os, subprocess, sys, types
+import os, subprocess, sys
 from glsim import cli
 kept = sys.stdout
-def run(settings, **_):
+def run(options, progress):
     print("noise")
     kept.write("noise\\n")
     os.write(1, b"noise\\n")
     subprocess.run(["echo", "noise"], check=True)
     return {"a": "\u00e9"}
-cli.import_module = lambda name: types.SimpleNamespace(run=run)
+verb = cli.load_verb("flops")
+cli.load_verb = lambda name: verb._replace(run=run)
 sys.exit(cli.main(["flops", "--json"]))
 """
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
@@ -557,7 +562,7 @@ def test_text_is_never_yaml(tmp_path, name, option, role):
     for word in WORDS:
         try:
             option_word = f"--{option.replace('_', '-')}={word}"
-            s = cli.parse(name, cli.VERBS[name], [*words, *NEEDS.get(option, []), option_word])
+            s = parsed(name, [*words, *NEEDS.get(option, []), option_word])
         except ConfigError as error:  # a check of its own, of the text as it was typed
             assert "Expected a" not in str(error) and f"{option}=" in str(error)
             continue
@@ -567,10 +572,9 @@ def test_text_is_never_yaml(tmp_path, name, option, role):
 
 
 def test_lists_of_texts_are_never_yaml():
-    words = ["r", *WORDS, "--out", "123", "--classes", "null", "1e3"]
-    s = cli.parse("explain contrast", cli.load_verb("explain contrast").options, words)
+    s = parsed("explain contrast", ["r", *WORDS, "--out", "123", "--classes", "null", "1e3"])
     assert (s.images, s.out, s.classes) == (WORDS, "123", ["null", "1e3"])
-    s = cli.parse("predict", cli.VERBS["predict"], ["r", "x", "--options.margin", "null"])
+    s = parsed("predict", ["r", "x", "--options.margin", "null"])
     assert s.options == {"margin": None}  # values of options are YAML
 
 
@@ -582,11 +586,11 @@ def test_a_recipe_says_text_between_quotes(tmp_path, line):
     (tmp_path / "r.yaml").write_text(f"{line}\n")
     words = ["--recipe", str(tmp_path / "r.yaml"), "--data=d", "--out=o"]
     with pytest.raises(ConfigError, match=f"r.yaml: {name}: .* is no text in YAML; put it between quotes"):
-        cli.parse("train", cli.VERBS["train"], words)
+        parsed("train", words)
     with pytest.raises(ConfigError, match="between quotes"):
-        config.change_recipe(tmp_path / "r.yaml", {}, data="d", out="o")
+        change_recipe(tmp_path / "r.yaml", {}, data="d", out="o")
     (tmp_path / "r.yaml").write_text(f"{name}: '{value}'\ndata_licence: null\n")
-    s = config.change_recipe(tmp_path / "r.yaml", {}, **{"data": "d", "out": "o"} | {name: value})
+    s = change_recipe(tmp_path / "r.yaml", {}, **{"data": "d", "out": "o"} | {name: value})
     assert getattr(s, name) == value and s.data_licence is None
 
 
@@ -602,7 +606,7 @@ def test_the_home_folder_in_every_path(tmp_path, monkeypatch, name, option, role
     monkeypatch.setenv("HOME", str(tmp_path))
     extra = ["--sources=~/x.onnx"] if (name, option) == ("bench", "against") else NEEDS.get(option, [])
     words = [*words_of(name, Path("/d"), **{option: "~/x.onnx"})[len(name.split()) :], *extra]
-    s = cli.parse(name, cli.VERBS[name], words)
+    s = parsed(name, words)
     home = f"{tmp_path}/x.onnx"
     assert getattr(s, option) in (home, [home])
 
@@ -610,17 +614,17 @@ def test_the_home_folder_in_every_path(tmp_path, monkeypatch, name, option, role
 def test_every_setting_that_names_a_file_is_a_path():
     named = re.compile(r"\b(folder|file|bundle|CSV|recipe|\.pth|glob)\b")
     others = {"repository", "format", "label", "data_licence", "backbone_licence"}
-    for verb in cli.VERBS.values():
-        for f in dataclasses.fields(verb.settings):
-            text = typing.get_type_hints(verb.settings)[f.name] in (str, str | None, list[str], list[str] | None)
+    for options in (cli.load_verb(name).options for name in cli.verb_names()):
+        for f in dataclasses.fields(options):
+            text = typing.get_type_hints(options)[f.name] in (str, str | None, list[str], list[str] | None)
             if text and named.search(f.metadata["help"]) and f.name not in others:
-                assert f.metadata["path"], (verb.settings, f.name)
+                assert f.metadata["path"], (options, f.name)
 
 
 def test_home_folder_in_recipes_and_uris_stay(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "r.yaml").write_text("data: wds:~/shards\nout: ~/runs/x\n")
-    s = cli.parse("train", cli.VERBS["train"], ["--recipe=~/r.yaml"])
+    s = parsed("train", ["--recipe=~/r.yaml"])
     assert (s.data, s.out) == (f"wds:{tmp_path}/shards", f"{tmp_path}/runs/x")
     s = config.Predict(
         source="hf-hub:a/b", images=["s3://b/~x", "~nobody-of-this-name/x", "a~"], engine="ray", out="s3://~/x"
@@ -631,7 +635,6 @@ def test_home_folder_in_recipes_and_uris_stay(tmp_path, monkeypatch):
 
 
 def test_names_for_people_are_escaped(capsys, monkeypatch):
-    result = {"index": "i\x1b", "images": 1, "classes": 1, "embedding": "fused", "skipped": ["a\nb\x07: bad"]}
-    put_in_place_of_verbs(monkeypatch, lambda: result)
-    _, out, _ = call(capsys, "index", "build", "r", "--data", "d", "--out", "o")
-    assert out == "i\\x1b: 1 images of 1 classes, fused embedding\nskipped 1 unreadable images:\n  a\\nb\\x07: bad\n"
+    put_in_place_of_verbs(monkeypatch, lambda: trained(out="i\x1b", skipped=["a\nb\x07: bad"]))
+    _, out, _ = call(capsys, "train", "--data", "d", "--out", "o")
+    assert "\nskipped 1 unreadable images:\n  a\\nb\\x07: bad\nbundle: i\\x1b (" in out

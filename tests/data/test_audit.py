@@ -19,11 +19,13 @@ from PIL import Image
 from torch import nn
 
 from glsim import cli
-from glsim.config import Doctor, Train
+from glsim.cli import doctor
 from glsim.data import audit, audit_page, duplicates
 from glsim.data.images import BadImage
+from glsim.files import document
 from glsim.models import create_model
 from glsim.training import memory
+from glsim.training.config import Train
 from glsim.types import ConfigError, DataError, GlsimError, Output
 
 PLAN = dict(backbone="vit_tiny_patch16_224", image_size=64, backbone_args=SMALL, options={"top_o": 4}, device="cpu")
@@ -52,8 +54,8 @@ def data(tmp_path):
 
 
 def look(data, **settings):
-    out = str(data.parent / "page.html")
-    return audit.run(Doctor(data=str(data), out=out, **{"workers": 0, **PLAN, **settings}), progress=False)
+    options = {"data": str(data), "out": str(data.parent / "page.html"), "workers": 0, **PLAN, **settings}
+    return document(doctor.run(doctor.Options(**options), progress=False))
 
 
 def text_of(page):
@@ -368,9 +370,9 @@ def test_wrong_settings_and_missing_data(capsys, data, tmp_path):
         assert got == code and said in err and not out, (words, err)
     assert not (tmp_path / "page.html").exists()
     with pytest.raises(DataError):
-        audit.run(Doctor(data=str(tmp_path / "none")))
+        audit.list_images(tmp_path / "none")
     with pytest.raises(ConfigError):
-        Doctor(data="d", method="none")
+        doctor.Options(data="d", method="none")
 
 
 class Page(HTMLParser):
@@ -451,7 +453,7 @@ def test_activations_against_a_closed_form():
 
 
 def estimate(**settings):
-    return memory.estimate_memory(Doctor(data="d", out="o", **{**PLAN, **settings}), 7)
+    return memory.estimate_memory(7, **{**PLAN, **settings})
 
 
 @pytest.mark.parametrize(("optimizer", "states"), [("sgd", 1), ("adamw", 2)])
@@ -460,9 +462,9 @@ def test_weights_and_state_are_counted(optimizer, states):
     model = create_model("glsim", "vit_tiny_patch16_224", 7, 64, backbone_args=SMALL, top_o=4)
     count = sum(p.numel() for p in model.parameters())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    assert m["parameters"] == count and m["weights"] == 4 * count + buffers
-    assert m["gradients"] == 4 * count
-    assert 0 <= m["optimizer"] - 4 * count * states <= 8 * len(list(model.parameters()))  # AdamW counts its steps
+    assert m.parameters == count and m.weights == 4 * count + buffers
+    assert m.gradients == 4 * count
+    assert 0 <= m.optimizer - 4 * count * states <= 8 * len(list(model.parameters()))  # AdamW counts its steps
 
 
 def test_every_further_image_costs_the_same():
@@ -470,31 +472,31 @@ def test_every_further_image_costs_the_same():
     fixed, each = memory.measure_activations(model, "no")
     assert memory.saved_bytes(model, 11, "no") == pytest.approx(fixed + 11 * each, rel=1e-3)
     m = estimate(batch_size=11)
-    assert m["activations"] == pytest.approx(fixed + 11 * each, rel=1e-3)
-    assert estimate(method="plain", options={})["activations_per_image"] < 0.7 * each  # one pass instead of two
+    assert m.activations == pytest.approx(fixed + 11 * each, rel=1e-3)
+    assert estimate(method="plain", options={}).activations_per_image < 0.7 * each  # one pass instead of two
 
 
 def test_what_fits(monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 10**9)
     m = estimate()
-    assert m["fits"] and m["advice"] == [] and m["free"] == 10**9 and m["device"] == "cpu"
-    largest = m["largest_batch_size"]
-    assert estimate(batch_size=largest)["fits"] and estimate(batch_size=largest)["total"] <= 10**9
+    assert m.fits and m.advice == [] and m.free == 10**9 and m.device == "cpu"
+    largest = m.largest_batch_size
+    assert estimate(batch_size=largest).fits and estimate(batch_size=largest).total <= 10**9
     too_much = estimate(batch_size=largest + 1)
-    assert not too_much["fits"] and too_much["total"] > 10**9
+    assert not too_much.fits and too_much.total > 10**9
 
 
 def test_what_to_change(monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 10**8)
-    planned = 2 * estimate()["largest_batch_size"]
+    planned = 2 * estimate().largest_batch_size
     m = estimate(batch_size=planned)
-    assert not m["fits"]
-    smaller, half, pixels, last = m["advice"]
+    assert not m.fits
+    smaller, half, pixels, last = m.advice
     batch, accumulate = map(int, re.match(r"--batch-size (\d+) --accumulate (\d+):", smaller).groups())
-    assert batch * accumulate >= planned and estimate(batch_size=batch)["fits"]
+    assert batch * accumulate >= planned and estimate(batch_size=batch).fits
     now, then = re.match(r"--precision bf16: (.*) instead of (.*)", half).groups()
-    assert now == memory.as_gib(estimate(batch_size=planned, precision="bf16")["total"])
-    assert then == memory.as_gib(m["total"])
+    assert now == memory.as_gib(estimate(batch_size=planned, precision="bf16").total)
+    assert then == memory.as_gib(m.total)
     assert pixels == "--image-size 32 or smaller"
     assert last == "a smaller --backbone, or a device with more memory"
 
@@ -502,11 +504,11 @@ def test_what_to_change(monkeypatch):
 def test_when_not_even_the_weights_fit(monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 10**5)
     m = estimate(precision="bf16")
-    assert m["largest_batch_size"] == 0 and m["advice"] == ["a smaller --backbone, or a device with more memory"]
+    assert m.largest_batch_size == 0 and m.advice == ["a smaller --backbone, or a device with more memory"]
 
 
 def test_defaults_are_those_of_train():
-    ours, theirs = ({f.name: f for f in dataclasses.fields(c)} for c in (Doctor, Train))
+    ours, theirs = ({f.name: f for f in dataclasses.fields(c)} for c in (doctor.Options, Train))
     for name in set(ours) & set(theirs) - {"data", "out", "workers"}:
         assert (ours[name].default, ours[name].type) == (theirs[name].default, theirs[name].type), name
 

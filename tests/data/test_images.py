@@ -27,6 +27,7 @@ from conftest import scene, touch, write
 from PIL import Image, ImageOps
 
 from glsim import Predictor, cli
+from glsim.cli import legacy
 from glsim.data import images
 from glsim.data.duplicates import look_at_all
 from glsim.data.images import BadImage, Room, find_bad, open_image, pixel_limit, read_image, sharing
@@ -475,7 +476,7 @@ def test_processes_that_load_images_keep_to_the_limit(tmp_path, method):
 
 
 def test_every_verb_that_decodes_keeps_to_its_limit():
-    for name, verb in cli.VERBS.items():
+    for name, verb in legacy.VERBS.items():
         if "max_megapixels" in {field.name for field in dataclasses.fields(verb.settings)} and name != "serve":
             module, _, function = verb.run.partition(":")
             assert hasattr(getattr(import_module(module), function), "__wrapped__"), name  # by `limited`

@@ -463,7 +463,7 @@ def test_train_and_eval_by_name(tmp_path, small, birds):
         out=str(tmp_path / "run"),
         **TINY | {"epochs": 1, "batch_size": 1, "test": True},
     )
-    assert train.run(s, progress=False)["test"]["count"] == 2
+    assert train.train(s, progress=False).test.count == 2
     text = (tmp_path / "run" / "train.yaml").read_text()
     assert "dataset: cars" in text and "resize_ratio: 1.142857" in text and "top_o: 4" in text
     assert json.loads((tmp_path / "run" / "config.json").read_text())["options"]["top_o"] == 4

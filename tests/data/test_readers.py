@@ -14,7 +14,6 @@ from conftest import ROOT, scene, touch, write
 from PIL import Image
 
 from glsim import cli
-from glsim.config import Train
 from glsim.data.images import BadImage, find_bad
 from glsim.data.readers import (
     SPLITS,
@@ -27,7 +26,8 @@ from glsim.data.readers import (
     split_hash,
 )
 from glsim.files import make_folder, make_parent
-from glsim.training import train
+from glsim.training import components
+from glsim.training.config import Train
 from glsim.types import ConfigError, DataError, DataWarning
 
 FLOWERS = ROOT.parent / "shared" / "data" / "flowers12"
@@ -227,9 +227,9 @@ def test_what_the_verbs_write_into_a_data_folder_is_no_class(run_folder, birds, 
 def test_train_needs_the_splits_that_it_is_asked_for(tmp_path):
     data = str(touch(tmp_path, "train/a/1.jpg", "train/b/1.jpg"))
     with pytest.raises(DataError, match=r"has no split 'test'; it has: train"):
-        train.read_splits(Train(data=data, out="-", test=True))
+        components.read_splits(Train(data=data, out="-", test=True))
     with pytest.raises(DataError, match=r"has no split 'val'; .* of classes that have two or more"):
-        train.read_splits(Train(data=data, out="-", val_fraction=0.2))
+        components.read_splits(Train(data=data, out="-", val_fraction=0.2))
 
 
 def test_class_outside_train_is_named(tmp_path):

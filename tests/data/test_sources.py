@@ -13,13 +13,13 @@ from conftest import TINY, scene, touch
 from safetensors.torch import load_file
 
 from glsim import ConfigError, DataError
-from glsim.config import Doctor, Train
 from glsim.data import audit, sources
 from glsim.data.images import BadImage, find_bad, open_image
 from glsim.data.readers import ImageDataset, find_images, hold_out, is_split, read_data, split_hash
 from glsim.data.sources import parse, write_out
 from glsim.evaluation import evaluate
 from glsim.training import train
+from glsim.training.config import Train
 from glsim.types import DataWarning
 
 
@@ -211,7 +211,7 @@ def bird_shards(birds, tmp_path_factory):
 
 
 def test_shards_train_the_model_that_their_folder_trains(birds, bird_shards, run_folder, tmp_path):
-    train.run(Train(data=bird_shards, out=str(tmp_path / "run"), **TINY), progress=False)
+    train.train(Train(data=bird_shards, out=str(tmp_path / "run"), **TINY), progress=False)
     ours, theirs = (load_file(run / "model.safetensors") for run in (tmp_path / "run", run_folder))
     assert ours.keys() == theirs.keys() and all((ours[k] == theirs[k]).all() for k in ours)
     by_folder = evaluate.evaluate_bundle(run_folder, birds, workers=0)
@@ -220,11 +220,9 @@ def test_shards_train_the_model_that_their_folder_trains(birds, bird_shards, run
         assert by_shards[key] == by_folder[key]
     rows = (tmp_path / "e" / "predictions.csv").read_text().splitlines()
     assert rows[1].startswith(f"{bird_shards[4:]}/test-000.tar/000000.jpg,")
-    found = audit.run(
-        Doctor(data=bird_shards, out=str(tmp_path / "d.html"), workers=0, backbone="vit_tiny_patch16_224")
-    )
-    assert found["counts"] == {"train": 18, "test": 9} and found["sizes"]["formats"] == {"JPEG": 27}
-    assert not [f for f in found["findings"] if f["check"] == "unreadable"]
+    found = audit.audit_images(audit.list_images(bird_shards), image_size=(224, 224), workers=0)
+    assert found.counts == {"train": 18, "test": 9} and found.sizes.formats == {"JPEG": 27}
+    assert not [f for f in found.findings if f.check == "unreadable"]
 
 
 # --- how a source is written ------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def early_run(birds, tmp_path_factory):
     """A run whose first pass can answer; its zero head was given values, so that answers differ."""
     out = tmp_path_factory.mktemp("early") / "run"
     tiny = TINY | {"options": {"top_o": 4, "early_loss": 1.0}}
-    train.run(Train(data=str(birds), out=str(out), **tiny), progress=False)
+    train.train(Train(data=str(birds), out=str(out), **tiny), progress=False)
     model = glsim.load(out)
     torch.manual_seed(0)
     torch.nn.init.normal_(model.head.linear.weight, std=0.5)

@@ -18,10 +18,10 @@ from conftest import TINY
 from safetensors.torch import load_file
 
 from glsim import cli
-from glsim.config import Train
 from glsim.data import synthetic
 from glsim.evaluation import evaluate
 from glsim.training import train
+from glsim.training.config import Train
 
 # 32 images a step however they are shared; SGD, for Adam turns rounding into steps.
 SAME = {**TINY, "test": True, "optimizer": "sgd", "lr": 0.05, "epochs": 3, "ema": 0.5}
@@ -72,7 +72,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("one") / "run"
-    train.run(Train(data=str(data), out=str(out), **{**SAME, "batch_size": 32}), progress=False)
+    train.train(Train(data=str(data), out=str(out), **{**SAME, "batch_size": 32}), progress=False)
     return out
 
 

@@ -17,10 +17,10 @@ from conftest import TINY
 from safetensors.torch import load_file
 
 from glsim import ConfigError, DataError, cli
-from glsim.config import Reproduce, Train
 from glsim.environment import make_accelerator
 from glsim.training import reproduce, train
-from glsim.training.resume import HOLDER, LOCK, held
+from glsim.training.config import Train, to_recipe
+from glsim.training.resume import HOLDER, LOCK, lock_folder
 
 
 def settings(birds, out, **changes):
@@ -35,7 +35,7 @@ def test_a_living_run_keeps_others_out_and_a_killed_one_does_not(birds, tmp_path
     """The workers that load images are forks of the run, and outlive its SIGKILL for seconds: they hold nothing."""
     out, changes = tmp_path / "r", {"workers": 2, "cache": "ram", "save_steps": 1, "epochs": 500}
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(train.to_recipe(settings(birds, out, **changes)))
+    recipe.write_text(to_recipe(settings(birds, out, **changes)))
     words = ["train", "--recipe", str(recipe)]
     with (tmp_path / "errors.txt").open("w") as log:  # not a pipe, which the workers would hold open
         child = subprocess.Popen([sys.executable, "-m", "glsim.cli", *words], stdout=log, stderr=log)
@@ -54,7 +54,7 @@ def test_a_living_run_keeps_others_out_and_a_killed_one_does_not(birds, tmp_path
         assert len(family) == 2
         child.kill()
         child.wait()
-        with held(out, make_accelerator("cpu")):
+        with lock_folder(out, make_accelerator("cpu")):
             assert all(worker.is_running() for worker in family)
     finally:
         child.kill()
@@ -63,21 +63,21 @@ def test_a_living_run_keeps_others_out_and_a_killed_one_does_not(birds, tmp_path
     state = out / "checkpoint" / "state.json"
     state.write_text(state.read_text().replace('"epochs": 500', f'"epochs": {epochs}'))
     assert (
-        train.run(settings(birds, out, **{**changes, "epochs": epochs}, resume=True), progress=False)["epoch"] == epochs
+        train.train(settings(birds, out, **{**changes, "epochs": epochs}, resume=True), progress=False).epoch == epochs
     )
     assert not (out / LOCK).exists() and not (out / HOLDER).exists()
 
 
 def test_a_run_that_has_saved_nothing_yet_keeps_others_out_too(birds, tmp_path):
-    with held(tmp_path / "r", make_accelerator("cpu")):
+    with lock_folder(tmp_path / "r", make_accelerator("cpu")):
         for _ in range(2):  # who was refused has let nothing go
             with pytest.raises(ConfigError, match=in_use_by(os.getpid())):
-                train.run(settings(birds, tmp_path / "r"), progress=False)
+                train.train(settings(birds, tmp_path / "r"), progress=False)
         (tmp_path / "r" / HOLDER).unlink()
         with pytest.raises(ConfigError, match="r is in use by another process; wait for it, end it, or name another"):
-            train.run(settings(birds, tmp_path / "r"), progress=False)
+            train.train(settings(birds, tmp_path / "r"), progress=False)
     assert not (tmp_path / "r").exists()
-    assert train.run(settings(birds, tmp_path / "r", epochs=1), progress=False)["epoch"] == 1
+    assert train.train(settings(birds, tmp_path / "r", epochs=1), progress=False).epoch == 1
 
 
 def test_a_run_that_ends_between_two_looks_is_not_overwritten(birds, tmp_path, monkeypatch):
@@ -86,42 +86,42 @@ def test_a_run_that_ends_between_two_looks_is_not_overwritten(birds, tmp_path, m
 
     def meanwhile(*arguments, **named):
         monkeypatch.setattr(train, "make_accelerator", plain)
-        train.run(settings(birds, out, epochs=1), progress=False)
+        train.train(settings(birds, out, epochs=1), progress=False)
         return plain(*arguments, **named)
 
     monkeypatch.setattr(train, "make_accelerator", meanwhile)
     with pytest.raises(ConfigError, match="already holds a run"):
-        train.run(settings(birds, out, epochs=1, seed=2), progress=False)
+        train.train(settings(birds, out, epochs=1, seed=2), progress=False)
     assert yaml.safe_load((out / "train.yaml").read_text())["seed"] == 1
 
 
 def test_a_run_that_cannot_begin_leaves_no_folder(birds, tmp_path):
     with pytest.raises(DataError):
-        train.run(settings(tmp_path / "none", tmp_path / "a" / "r"), progress=False)
+        train.train(settings(tmp_path / "none", tmp_path / "a" / "r"), progress=False)
     assert not (tmp_path / "a" / "r").exists()
     (tmp_path / "mine").mkdir()
     with pytest.raises(DataError):
-        train.run(settings(tmp_path / "none", tmp_path / "mine"), progress=False)
+        train.train(settings(tmp_path / "none", tmp_path / "mine"), progress=False)
     assert list((tmp_path / "mine").iterdir()) == []
 
 
 def test_reproduce_holds_its_folder_and_that_of_each_run(birds, tmp_path, monkeypatch):
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(yaml.safe_dump(TINY))
-    s = Reproduce(recipe=str(recipe), data=str(birds), out=str(tmp_path / "r"), seeds=[1], train={"epochs": 1})
+    s = dict(recipe=recipe, data=str(birds), out=tmp_path / "r", seeds=[1], train={"epochs": 1})
     seen, plain = [], train.evaluate
 
     def during(*arguments):
         with pytest.raises(ConfigError, match=f"r {in_use_by(os.getpid())}"):
-            reproduce.run(s, progress=False)
+            reproduce.reproduce_recipe(**s, progress=False)
         alone = settings(birds, tmp_path / "r" / "seed_1", epochs=1, resume=True)
         with pytest.raises(ConfigError, match=f"seed_1 {in_use_by(os.getpid())}"):
-            train.run(alone, progress=False)
+            train.train(alone, progress=False)
         seen.append(1)
         return plain(*arguments)
 
     monkeypatch.setattr(train, "evaluate", during)
-    assert reproduce.run(s, progress=False)["test"]["runs"] == 1 and seen
+    assert reproduce.reproduce_recipe(**s, progress=False).test.runs == 1 and seen
     assert not list((tmp_path / "r").rglob(LOCK)) and not list((tmp_path / "r").rglob(HOLDER))
 
 
@@ -133,12 +133,12 @@ def test_where_the_file_system_has_no_locks_a_file_has_to_do(birds, tmp_path, mo
     monkeypatch.setattr(fcntl, "flock", missing)
     with (
         pytest.warns(UserWarning, match=r"flock not supported on this filesystem, .*r/\.soft\.lock has to do"),
-        held(tmp_path / "r", make_accelerator("cpu")),
+        lock_folder(tmp_path / "r", make_accelerator("cpu")),
         pytest.raises(ConfigError, match=rf"{in_use_by(os.getpid())}.*; if it is dead, remove .*/r/\.soft\.lock$"),
     ):
-        train.run(settings(birds, tmp_path / "r"), progress=False)
+        train.train(settings(birds, tmp_path / "r"), progress=False)
     assert not (tmp_path / "r").exists()
     with pytest.warns(UserWarning, match="flock not supported"):
-        result = train.run(settings(birds, tmp_path / "r", epochs=1), progress=False)
-    assert result["epoch"] == 1 and not list((tmp_path / "r").glob("*.lock"))
+        result = train.train(settings(birds, tmp_path / "r", epochs=1), progress=False)
+    assert result.epoch == 1 and not list((tmp_path / "r").glob("*.lock"))
     assert load_file(tmp_path / "r" / "model.safetensors")

@@ -8,13 +8,13 @@ import sys
 import zipfile
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, parsed
 
 import glsim
 from glsim import cli
 from glsim.cli import quickstart
-from glsim.config import Train, read_recipe
-from glsim.training import train
+from glsim.training.components import make_optimizer
+from glsim.training.config import Train, read_recipe
 from glsim.training.recipes import PARTS, describe, find_recipe, recipes
 from glsim.types import ConfigError
 
@@ -22,19 +22,19 @@ from glsim.types import ConfigError
 @pytest.mark.parametrize(("name", "path"), recipes().items(), ids=recipes())
 def test_recipe_states_its_claim_and_builds(name, path):
     stated = describe(path)
-    assert all(stated[part] for part in PARTS) and len(stated["title"]) > 20
-    assert "%" in stated["claim"] and any(c.isdigit() for c in stated["claim"]), f"{path.name} claims no number"
-    assert f"--recipe {name} " in stated["command"] or f"recipes/{name}.yaml " in stated["command"]
-    assert (stated["name"], stated["data"]) == (name, name.split("_")[0])
-    s = cli.parse("train", cli.VERBS["train"], ["--recipe", str(path), "--data", "d", "--out", "o"])
+    assert all(getattr(stated, part) for part in PARTS) and len(stated.title) > 20
+    assert "%" in stated.claim and any(c.isdigit() for c in stated.claim), f"{path.name} claims no number"
+    assert f"--recipe {name} " in stated.command or f"recipes/{name}.yaml " in stated.command
+    assert (stated.name, stated.data) == (name, name.split("_")[0])
+    s = parsed("train", ["--recipe", path, "--data", "d", "--out", "o"])
     # The least depth is enough to check names and sizes, options and image size are the recipe's own.
     least = {"layers": (1, 1, 1, 1)} if str(s.backbone).startswith("resnet") else {"depth": 2}
     args = {**s.backbone_args, **least}
     model = glsim.create_model(s.method, s.backbone, 12, s.image_size, False, args, **s.options)
-    assert model.config["method"] == s.method == stated["method"]
+    assert model.config["method"] == s.method == stated.method
     for name, value in s.options.items():
         assert model.config["options"][name] == value
-    train.make_optimizer(s, model)
+    make_optimizer(s, model)
 
 
 def test_there_are_the_recipes_we_promise():

@@ -12,8 +12,8 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from glsim import ConfigError, DataError, cli
-from glsim.config import Report, Train, to_recipe
 from glsim.training import report
+from glsim.training.config import Train, to_recipe
 
 
 def make_run(folder, right, *, data="birds", images=10, split="ab" * 32, seed=1, labels="ab", **changes):
@@ -40,27 +40,27 @@ def runs(tmp_path):
 
 
 def test_mean_std_and_counts_of_runs_that_differ_in_the_seed(runs):
-    (data,) = report.run(Report(runs=runs))["data"]
-    plain, glsim = data["rows"]
-    assert (data["name"], plain["method"], glsim["method"]) == ("birds", "plain", "glsim")
-    assert glsim["seeds"] == [1, 10] and glsim["correct"] == [8, 7] and glsim["count"] == 10
-    assert glsim["top1"] == {"mean": pytest.approx(0.75), "std": pytest.approx(statistics.stdev([0.8, 0.7]))}
-    assert plain["top1"] == {"mean": 0.5, "std": 0.0}
-    assert "best on test" not in glsim and not data["comparisons"]
+    (data,) = report.report_runs(runs).data
+    plain, glsim = data.rows
+    assert (data.name, plain.method, glsim.method) == ("birds", "plain", "glsim")
+    assert glsim.seeds == [1, 10] and glsim.correct == [8, 7] and glsim.count == 10
+    assert glsim.top1 == (pytest.approx(0.75), pytest.approx(statistics.stdev([0.8, 0.7])))
+    assert plain.top1 == (0.5, 0.0)
+    assert not data.comparisons
 
 
 def test_one_run_has_no_std(tmp_path):
-    r = report.run(Report(runs=[make_run(tmp_path / "a", range(3))]))
-    assert r["data"][0]["rows"][0]["top1"] == {"mean": 0.3, "std": None}
+    r = report.report_runs([make_run(tmp_path / "a", range(3))])
+    assert r.data[0].rows[0].top1 == (0.3, None)
     assert "| 30.00 | 30.00 | 3 of 10 |" in report.as_markdown(r)
 
 
 def test_other_settings_are_other_rows_and_the_table_says_which(tmp_path):
     made = [make_run(tmp_path / "a", range(3)), make_run(tmp_path / "b", range(4), epochs=9, workers=3)]
     made.append(make_run(tmp_path / "c", range(5), lr=0.5))
-    (data,) = report.run(Report(runs=made))["data"]
-    assert [row["settings"] for row in data["rows"]] == [{"epochs": 2}, {"epochs": 9}, {"epochs": 2}]
-    assert report.label(data["rows"]) == [
+    (data,) = report.report_runs(made).data
+    assert [row.settings for row in data.rows] == [{"epochs": 2}, {"epochs": 9}, {"epochs": 2}]
+    assert report.label(data.rows) == [
         "glsim, lr 0.001, epochs=2",
         "glsim, lr 0.001, epochs=9",
         "glsim, lr 0.5, epochs=2",
@@ -70,46 +70,46 @@ def test_other_settings_are_other_rows_and_the_table_says_which(tmp_path):
 def test_every_data_set_has_its_table_and_other_splits_are_other_rows(tmp_path):
     made = [make_run(tmp_path / "a", range(3)), make_run(tmp_path / "b", range(4), data="flowers")]
     made.append(make_run(tmp_path / "c", range(4), split="cd" * 32, seed=10))
-    r = report.run(Report(runs=made))
-    assert [data["name"] for data in r["data"]] == ["birds", "flowers"]
-    assert [row["settings"] for row in r["data"][0]["rows"]] == [{"split": "abababab"}, {"split": "cdcdcdcd"}]
+    r = report.report_runs(made)
+    assert [data.name for data in r.data] == ["birds", "flowers"]
+    assert [row.settings for row in r.data[0].rows] == [{"split": "abababab"}, {"split": "cdcdcdcd"}]
 
 
 def test_pairs_are_counted_image_by_image_seed_by_seed(runs):
-    (data,) = report.run(Report(runs=runs, against="plain"))["data"]
-    (pair,) = data["comparisons"]
-    assert (pair["baseline"], pair["other"]) == ("plain", "glsim")
+    (data,) = report.report_runs(runs, against="plain").data
+    (pair,) = data.comparisons
+    assert (pair.baseline, pair.other) == ("plain", "glsim")
     # plain: images 0 to 4; glsim: 2 to 9, then 2 to 8.
-    assert [(x["seed"], x["only_baseline"], x["only_other"]) for x in pair["rows"]] == [
+    assert [(x.seed, x.only_baseline, x.only_other) for x in pair.rows] == [
         ("1", 2, 5),
         ("10", 2, 4),
         ("pooled", 4, 9),
     ]
-    assert pair["rows"][2]["p"] == pytest.approx(binomtest(4, 13).pvalue) and pair["rows"][2]["images"] == 20
+    assert pair.rows[2].p == pytest.approx(binomtest(4, 13).pvalue) and pair.rows[2].images == 20
 
 
 def test_the_baseline_may_be_a_folder_and_single_runs_pair_whatever_their_seeds(tmp_path):
     a, b = make_run(tmp_path / "a", range(3), seed=1), make_run(tmp_path / "b", range(1, 9), seed=2, lr=0.5)
-    (pair,) = report.run(Report(runs=[a, b], against=b))["data"][0]["comparisons"]
-    assert (pair["rows"][0]["seed"], pair["rows"][0]["only_baseline"], pair["rows"][0]["only_other"]) == ("2, 1", 6, 1)
-    assert pair["other"] == "glsim, lr 0.001"
+    (pair,) = report.report_runs([a, b], against=b).data[0].comparisons
+    assert (pair.rows[0].seed, pair.rows[0].only_baseline, pair.rows[0].only_other) == ("2, 1", 6, 1)
+    assert pair.other == "glsim, lr 0.001"
     with pytest.raises(ConfigError, match="against=glsim stands in 2 rows; name one of these folders: .*a, .*b"):
-        report.run(Report(runs=[a, b], against="glsim"))
+        report.report_runs([a, b], against="glsim")
     with pytest.raises(ConfigError, match="against=cal: no run of that method or folder; methods here: glsim"):
-        report.run(Report(runs=[a, b], against="cal"))
+        report.report_runs([a, b], against="cal")
 
 
 def test_what_cannot_be_paired_is_refused_by_name(tmp_path):
     a = make_run(tmp_path / "a", range(3), method="plain", options={})
     b = make_run(tmp_path / "b", range(3), images=9)
     with pytest.raises(DataError, match="a and .*b were measured on other images or labels; they cannot be paired"):
-        report.run(Report(runs=[a, b], against="plain"))
+        report.report_runs([a, b], against="plain")
     c = make_run(tmp_path / "c", range(3), labels="ba")
     with pytest.raises(DataError, match="a and .*c were measured on other images or labels"):
-        report.run(Report(runs=[a, c], against="plain"))
+        report.report_runs([a, c], against="plain")
     d, e = (make_run(tmp_path / f"d{seed}", range(3), seed=seed) for seed in (2, 3))
     with pytest.raises(ConfigError, match="a and .*d2 belong to groups without a seed in common"):
-        report.run(Report(runs=[a, d, e], against="plain"))
+        report.report_runs([a, d, e], against="plain")
 
 
 def test_predictions_must_be_there_and_agree_with_the_metrics(tmp_path):
@@ -117,25 +117,14 @@ def test_predictions_must_be_there_and_agree_with_the_metrics(tmp_path):
     file = tmp_path / "b" / "predictions_test.csv"
     file.write_text(file.read_text().replace("?", "b", 1))
     with pytest.raises(DataError, match=r"predictions_test.csv has 4 of 10 images right, metrics.json .* 3 of 10"):
-        report.run(Report(runs=[a, b], against="plain"))
+        report.report_runs([a, b], against="plain")
     file.write_text("path,label\n")
     with pytest.raises(DataError, match="has 0 of 0 images right"):
-        report.run(Report(runs=[a, b], against="plain"))
+        report.report_runs([a, b], against="plain")
     file.unlink()
     with pytest.raises(DataError, match="b has no predictions_test.csv: it was trained by an earlier glsim"):
-        report.run(Report(runs=[a, b], against="plain"))
-    assert report.run(Report(runs=[a, b]))["data"]  # only pairs need them
-
-
-def test_best_on_test_stands_only_under_that_name_and_only_where_asked(runs):
-    r = report.run(Report(runs=runs, best_on_test=True))
-    assert r["data"][0]["rows"][1]["best on test"] == {"top1": 0.8, "seed": 1}
-    head = next(line for line in report.as_markdown(r).splitlines() if line.startswith("| method"))
-    assert head.endswith("| right | best on test |")
-    assert "| 80.00 (seed 1) |" in report.as_markdown(r)
-    assert report.as_csv(r).splitlines()[0].endswith(",best on test")
-    for text in (report.as_markdown(report.run(Report(runs=runs))), report.as_csv(report.run(Report(runs=runs)))):
-        assert "best" not in text
+        report.report_runs([a, b], against="plain")
+    assert report.report_runs([a, b]).data  # only pairs need them
 
 
 def test_folders_of_reproduce_and_globs_are_opened(tmp_path):
@@ -149,8 +138,8 @@ def test_folders_of_reproduce_and_globs_are_opened(tmp_path):
         [str(tmp_path / "r" / "seed_*")],
         [str(tmp_path / "r"), str(tmp_path / "r" / "seed_1")],
     ):
-        ((row,),) = (data["rows"] for data in report.run(Report(runs=given))["data"])
-        assert row["correct"] == [5, 14]
+        ((row,),) = (data.rows for data in report.report_runs(given).data)
+        assert row.correct == [5, 14]
 
 
 def test_unfinished_runs_are_left_out_and_listed(tmp_path):
@@ -158,21 +147,21 @@ def test_unfinished_runs_are_left_out_and_listed(tmp_path):
     b = make_run(tmp_path / "b", range(4), seed=10)
     (tmp_path / "b" / "metrics.json").write_text(json.dumps({"epoch": 1}))
     (tmp_path / "notes").mkdir()
-    r = report.run(Report(runs=[a, b, str(tmp_path / "notes")]))
-    assert r["data"][0]["rows"][0]["seeds"] == [1] and len(r["left_out"]) == 2
+    r = report.report_runs([a, b, str(tmp_path / "notes")])
+    assert r.data[0].rows[0].seeds == [1] and len(r.left_out) == 2
     text = report.as_markdown(r)
     assert "b: not measured on test (not finished" in text and "notes: no run" in text
     with pytest.raises(DataError, match=r"no finished run; left out: .*b: not measured on test"):
-        report.run(Report(runs=[b]))
+        report.report_runs([b])
     with pytest.raises(DataError, match="nowhere: there is no such folder"):
-        report.run(Report(runs=[str(tmp_path / "nowhere")]))
+        report.report_runs([str(tmp_path / "nowhere")])
 
 
 def test_twice_the_same_run_is_no_second_seed(tmp_path):
     a, b = (make_run(tmp_path / name, range(4)) for name in "ab")
-    assert report.run(Report(runs=[a, a]))["data"][0]["rows"][0]["seeds"] == [1]
+    assert report.report_runs([a, a]).data[0].rows[0].seeds == [1]
     with pytest.raises(DataError, match="a and .*b have the same seed and settings; give one of them"):
-        report.run(Report(runs=[a, b]))
+        report.report_runs([a, b])
 
 
 @pytest.mark.parametrize(
@@ -187,17 +176,17 @@ def test_a_file_that_holds_something_else_is_named(tmp_path, name, content):
     make_run(tmp_path / "a", range(4))
     (tmp_path / "a" / name).write_text(content)
     with pytest.raises(DataError, match=f"a.* is damaged.*|{name}"):
-        report.run(Report(runs=[str(tmp_path / "a")]))
+        report.report_runs([str(tmp_path / "a")])
 
 
 def test_damaged_files_are_named(tmp_path):
     a = make_run(tmp_path / "a", range(4))
     (tmp_path / "a" / "metrics.json").write_text("{")
     with pytest.raises(DataError, match="metrics.json is damaged"):
-        report.run(Report(runs=[a]))
+        report.report_runs([a])
     (tmp_path / "a" / "train.yaml").write_text(yaml.safe_dump({"lrate": 1}))
     with pytest.raises(ConfigError, match="train.yaml: unknown lrate"):
-        report.run(Report(runs=[a]))
+        report.report_runs([a])
 
 
 def test_written_files_hold_what_is_printed(runs, tmp_path, capsys):

@@ -9,15 +9,19 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import TINY
+from conftest import TINY, parsed
 from safetensors.torch import load_file
 
 from glsim import ConfigError, DataError, GlsimError, cli
-from glsim.config import Report, Reproduce, change_recipe, to_recipe
-from glsim.training import report, reproduce, resume, train
+from glsim.cli import reproduce as verb
+from glsim.files import document
+from glsim.training import report, reproduce, resume, tally, train
+from glsim.training.config import change_recipe, to_recipe
+from glsim.training.runs import Measured
 
 VAL = {0.1: 2, 0.03: 4, 0.01: 4, 0.001: 1}  # right answers on val by lr: a tie at the top
 TEST = {1: 5, 10: 8, 100: 6}
@@ -39,7 +43,7 @@ class FakeTraining:
 
     def __init__(self, monkeypatch, kill_at=None, diverge=()):
         self.kill_at, self.diverge, self.points, self.seen = kill_at, diverge, 0, []
-        monkeypatch.setattr(train, "run", self.run)
+        monkeypatch.setattr(train, "train", self.run)
         monkeypatch.setattr(reproduce, "write_json", self.write)
 
     def point(self):
@@ -61,26 +65,24 @@ class FakeTraining:
         (folder / "train.yaml").write_text(to_recipe(s))
         self.point()
         if s.lr in self.diverge:
-            raise train.Diverged(f"the loss is not a number at lr {s.lr}")
+            raise tally.Diverged(f"the loss is not a number at lr {s.lr}")
         right, split = (TEST[s.seed], "test") if s.test else (VAL[s.lr], "val")
-        numbers = {
-            "count": 10,
-            "correct": right,
-            "top1": right / 10,
-            "per_class_mean": right / 20,
-            "seconds": time.time(),
-        }
-        return {"out": s.out, split: numbers}
+        measured = Measured(count=10, correct=right, top1=right / 10, per_class_mean=right / 20)
+        return SimpleNamespace(**{"out": s.out, "seconds": time.time(), split: measured})
 
 
 def ask(recipe, birds, out, **changes):
     values = {"lrs": [0.1, 0.03, 0.01, 0.001], "seeds": [1, 10, 100], **changes}
-    return Reproduce(recipe=str(recipe), data=str(birds), out=str(out), **values)
+    return verb.Options(recipe=str(recipe), data=str(birds), out=str(out), **values)
+
+
+def reproduced(options):
+    return verb.run(options, progress=False)
 
 
 def test_the_lr_is_chosen_on_val_and_every_seed_measured_on_test(recipe, birds, tmp_path, monkeypatch):
     fake = FakeTraining(monkeypatch)
-    result = reproduce.run(ask(recipe, birds, tmp_path / "r"), progress=False)
+    result = reproduced(ask(recipe, birds, tmp_path / "r"))
     choosing, measuring = fake.seen[:4], fake.seen[4:]
     assert [s.lr for s in choosing] == [0.1, 0.03, 0.01, 0.001]
     assert all((s.test, s.val_fraction, s.seed) == (False, 0.2, 1) for s in choosing)
@@ -91,12 +93,12 @@ def test_the_lr_is_chosen_on_val_and_every_seed_measured_on_test(recipe, birds, 
         *("lr_0.1", "lr_0.03", "lr_0.01", "lr_0.001"),
         *("seed_1", "seed_10", "seed_100"),
     ]
-    assert result["lr"] == 0.01  # of the two best the smaller
-    assert result["test"]["correct"] == [5, 8, 6] and result["test"]["count"] == 10
-    assert result["test"]["top1"]["mean"] == pytest.approx(19 / 30)
-    assert result["test"]["top1"]["std"] == pytest.approx(statistics.stdev([0.5, 0.8, 0.6]))
+    assert result.lr == 0.01  # of the two best the smaller
+    assert result.test.correct == [5, 8, 6] and result.test.count == 10
+    assert result.test.top1.mean == pytest.approx(19 / 30)
+    assert result.test.top1.std == pytest.approx(statistics.stdev([0.5, 0.8, 0.6]))
     assert json.loads((tmp_path / "r" / "reproduce.json").read_text()) == {
-        k: v for k, v in result.items() if k != "out"
+        k: v for k, v in document(result).items() if k != "out"
     }
     assert all(s.epochs == TINY["epochs"] and s.options == TINY["options"] for s in fake.seen)
 
@@ -104,16 +106,16 @@ def test_the_lr_is_chosen_on_val_and_every_seed_measured_on_test(recipe, birds, 
 def test_killed_at_any_moment_it_ends_as_undisturbed(recipe, birds, tmp_path, monkeypatch):
     changes = {"lrs": [0.1, 0.03], "seeds": [1, 10]}
     fake = FakeTraining(monkeypatch)
-    reproduce.run(ask(recipe, birds, tmp_path / "whole", **changes), progress=False)
+    reproduced(ask(recipe, birds, tmp_path / "whole", **changes))
     whole = (tmp_path / "whole" / "reproduce.json").read_text()
     assert fake.points > 20
     for moment in range(1, fake.points + 1):
         s = ask(recipe, birds, tmp_path / str(moment), **changes)
         broken = FakeTraining(monkeypatch, kill_at=moment)
         with pytest.raises(Killed):
-            reproduce.run(s, progress=False)
+            reproduced(s)
         again = FakeTraining(monkeypatch)
-        reproduce.run(s, progress=False)
+        reproduced(s)
         assert (tmp_path / str(moment) / "reproduce.json").read_text() == whole, moment
         assert len(broken.seen) + len(again.seen) <= 5  # four runs, one of them begun twice
 
@@ -121,35 +123,35 @@ def test_killed_at_any_moment_it_ends_as_undisturbed(recipe, birds, tmp_path, mo
 def test_what_is_done_is_not_done_again(recipe, birds, tmp_path, monkeypatch):
     FakeTraining(monkeypatch)
     s = ask(recipe, birds, tmp_path / "r")
-    first = reproduce.run(s, progress=False)
+    first = reproduced(s)
     fake = FakeTraining(monkeypatch)
-    assert reproduce.run(s, progress=False) == first and not fake.seen
+    assert reproduced(s) == first and not fake.seen
 
 
 def test_one_lr_needs_no_choice_and_no_lr_is_the_recipes(recipe, birds, tmp_path, monkeypatch):
     for lrs, lr in (([], 0.02), ([0.1], 0.1)):
         fake = FakeTraining(monkeypatch)
-        result = reproduce.run(ask(recipe, birds, tmp_path / str(lr), lrs=lrs), progress=False)
+        result = reproduced(ask(recipe, birds, tmp_path / str(lr), lrs=lrs))
         assert [(s.seed, s.lr, s.test) for s in fake.seen] == [(seed, lr, True) for seed in (1, 10, 100)]
-        assert result["lr"] == lr
+        assert result.lr == lr
 
 
 def test_one_seed_has_no_std(recipe, birds, tmp_path, monkeypatch):
     FakeTraining(monkeypatch)
-    result = reproduce.run(ask(recipe, birds, tmp_path / "r", lrs=[], seeds=[10]), progress=False)
-    assert result["test"]["top1"] == {"mean": 0.8, "std": None}
+    result = reproduced(ask(recipe, birds, tmp_path / "r", lrs=[], seeds=[10]))
+    assert result.test.top1 == (0.8, None)
 
 
 def test_an_lr_that_diverges_is_not_chosen(recipe, birds, tmp_path, monkeypatch, capsys):
     FakeTraining(monkeypatch, diverge=[0.01, 0.03])
-    result = reproduce.run(ask(recipe, birds, tmp_path / "r"), progress=False)
-    assert result["lr"] == 0.1 and result["runs"]["lr_0.01"]["state"] == "diverged"
-    assert "lr 0.01: the loss is not a number" in cli.show_reproduce(result, None)
+    result = reproduced(ask(recipe, birds, tmp_path / "r"))
+    assert result.lr == 0.1 and result.runs["lr_0.01"].state == "diverged"
+    assert "lr 0.01: the loss is not a number" in verb.show(result, None)
     FakeTraining(monkeypatch, diverge=VAL)
     s = ask(recipe, birds, tmp_path / "s")
     for _ in range(2):  # asked again, it says the same
         with pytest.raises(GlsimError, match=r"every lr diverged: the loss is not a number at lr 0\.1; "):
-            reproduce.run(s, progress=False)
+            reproduced(s)
 
 
 def test_a_validation_split_of_the_data_chooses_instead(recipe, tmp_path, monkeypatch):
@@ -158,7 +160,7 @@ def test_a_validation_split_of_the_data_chooses_instead(recipe, tmp_path, monkey
             (tmp_path / "data" / split / name).mkdir(parents=True)
             (tmp_path / "data" / split / name / f"{split}.jpg").touch()
     fake = FakeTraining(monkeypatch)
-    reproduce.run(ask(recipe, tmp_path / "data", tmp_path / "r"), progress=False)
+    reproduced(ask(recipe, tmp_path / "data", tmp_path / "r"))
     assert all(s.val_fraction == 0.0 for s in fake.seen) and not any(s.test for s in fake.seen[:4])
 
 
@@ -167,14 +169,14 @@ def test_data_without_a_test_split_is_refused(recipe, tmp_path):
         (tmp_path / "data" / "train" / name).mkdir(parents=True)
         (tmp_path / "data" / "train" / name / "1.jpg").touch()
     with pytest.raises(DataError, match="has no split 'test'; it has: train"):
-        reproduce.run(ask(recipe, tmp_path / "data", tmp_path / "r"), progress=False)
+        reproduced(ask(recipe, tmp_path / "data", tmp_path / "r"))
     assert not (tmp_path / "r").exists()
 
 
 def test_other_settings_or_images_are_refused_by_name(recipe, birds, tmp_path, monkeypatch):
     FakeTraining(monkeypatch)
     s = ask(recipe, birds, tmp_path / "r")
-    reproduce.run(s, progress=False)
+    reproduced(s)
     for changes, said in (
         ({"lrs": [0.1]}, r"lrs=\[0.1\] \(was \[0.1, 0.03, 0.01, 0.001\]\)"),
         ({"seeds": [1, 10]}, r"seeds=\[1, 10\] \(was \[1, 10, 100\]\)"),
@@ -182,7 +184,7 @@ def test_other_settings_or_images_are_refused_by_name(recipe, birds, tmp_path, m
         ({"train": {"epochs": 9, "momentum": 0.5}}, r"epochs=9 \(was 2\), momentum=0.5 \(was 0.9\)"),
     ):
         with pytest.raises(ConfigError, match=f"r was started with other settings: .*{said}.*; name another --out"):
-            reproduce.run(replace(s, **changes), progress=False)
+            reproduced(replace(s, **changes))
     other = tmp_path / "other"
     for split in ("train", "test"):
         for name in "ab":
@@ -190,8 +192,8 @@ def test_other_settings_or_images_are_refused_by_name(recipe, birds, tmp_path, m
             for number in "12":
                 (other / split / name / f"{number}.jpg").touch()
     with pytest.raises(ConfigError, match="split_hash="):
-        reproduce.run(replace(s, data=str(other)), progress=False)
-    reproduce.run(replace(s, train={"workers": 3}), progress=False)  # changes nothing in the runs
+        reproduced(replace(s, data=str(other)))
+    reproduced(replace(s, train={"workers": 3}))  # changes nothing in the runs
     whole = json.loads((tmp_path / "r" / "reproduce.json").read_text())
     seed = whole["runs"]["seed_1"]
     for damaged in (
@@ -204,26 +206,26 @@ def test_other_settings_or_images_are_refused_by_name(recipe, birds, tmp_path, m
     ):
         (tmp_path / "r" / "reproduce.json").write_text(json.dumps(damaged))
         with pytest.raises(DataError, match="reproduce.json is damaged"):
-            reproduce.run(s, progress=False)
+            reproduced(s)
     (tmp_path / "r" / "reproduce.json").write_text("{")
     with pytest.raises(DataError, match="reproduce.json is damaged"):
-        reproduce.run(s, progress=False)
+        reproduced(s)
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="out=.*file is a file; name a folder"):
-        reproduce.run(replace(s, out=str(tmp_path / "file")), progress=False)
+        reproduced(replace(s, out=str(tmp_path / "file")))
 
 
 def test_a_plan_of_an_earlier_version_has_the_defaults_of_later_settings(recipe, birds, tmp_path, monkeypatch):
     FakeTraining(monkeypatch)
     s = ask(recipe, birds, tmp_path / "r")
-    whole = reproduce.run(s, progress=False)
+    whole = reproduced(s)
     file = tmp_path / "r" / "reproduce.json"
     state = json.loads(file.read_text())
     del state["plan"]["train"]["focal"]
     file.write_text(json.dumps(state))
-    assert reproduce.run(s, progress=False)["test"] == whole["test"]
+    assert reproduced(s).test == whole.test
     with pytest.raises(ConfigError, match=r"focal=2.0 \(was 0.0\)"):
-        reproduce.run(replace(s, train={"focal": 2.0}), progress=False)
+        reproduced(replace(s, train={"focal": 2.0}))
 
 
 def test_settings_are_checked_by_name_and_type(recipe, birds, tmp_path):
@@ -233,7 +235,7 @@ def test_settings_are_checked_by_name_and_type(recipe, birds, tmp_path):
         ({"epochs": 0}, "epochs=0: at least 1"),
     ):
         with pytest.raises(ConfigError, match=said):
-            reproduce.run(ask(recipe, birds, tmp_path / "r", train=train_settings), progress=False)
+            reproduced(ask(recipe, birds, tmp_path / "r", train=train_settings))
     for changes, said in (
         ({"train": {"lr": 1}}, "--train.lr: use --lrs"),
         ({"train": {"test": False}}, "--train.test: the protocol sets that itself"),
@@ -251,7 +253,7 @@ def test_the_command_line_changes_settings_of_the_recipe(recipe, birds, tmp_path
     words = [str(recipe), "--data", str(birds), "--out", "o", "--lrs", "0.1", "1e-3", "--seeds", "3", "4"]
     words += ["--train.epochs", "9", "--train.precision", "no", "--train.options.classifier", "avg_cls"]
     words += ["--train.backbone_args.depth", "1", "--train.mean", "[1,2,3]"]
-    s = cli.parse("reproduce", cli.VERBS["reproduce"], words)
+    s = parsed("reproduce", words)
     assert (s.lrs, s.seeds) == ([0.1, 1e-3], [3, 4])
     settings = change_recipe(s.recipe, s.train, data=s.data, out=s.out)
     assert (settings.epochs, settings.precision, settings.mean) == (9, "no", [1, 2, 3])
@@ -266,9 +268,9 @@ def test_an_interruption_says_that_the_same_command_goes_on(recipe, birds, tmp_p
         raise error
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(train, "run", stopped)
+    monkeypatch.setattr(train, "train", stopped)
     with pytest.raises(resume.Interrupted, match="interrupted in .*lr_0.1; the same command goes on") as stop:
-        reproduce.run(ask(recipe, birds, tmp_path / "r"), progress=False)
+        reproduced(ask(recipe, birds, tmp_path / "r"))
     assert stop.value.exit_code == 130 and signal.getsignal(signal.SIGTERM) is before
 
 
@@ -282,10 +284,10 @@ def test_a_signal_after_the_last_step_of_a_run_stops_before_the_next(recipe, bir
     monkeypatch.setattr(train, "evaluate", signalled)
     s = ask(recipe, birds, tmp_path / "r", lrs=[], seeds=[1, 10], train={"epochs": 1})
     with pytest.raises(resume.Interrupted, match="interrupted in .*seed_1"):
-        reproduce.run(s, progress=False)
+        reproduced(s)
     assert not (tmp_path / "r" / "seed_10").exists()
     monkeypatch.undo()
-    assert reproduce.run(s, progress=False)["test"]["runs"] == 2
+    assert reproduced(s).test.runs == 2
 
 
 def test_a_real_one_interrupted_and_continued_then_reported(recipe, birds, tmp_path, capsys):
@@ -340,5 +342,5 @@ def test_a_real_one_interrupted_and_continued_then_reported(recipe, birds, tmp_p
         starts[0]["versions"]
     )
     assert starts[0]["date"] and starts[0]["device"] and starts[0]["processes"] == 1 and starts[0]["precision"] == "no"
-    (data,) = report.run(Report(runs=[str(tmp_path / "r")]))["data"]
-    assert data["rows"][0]["correct"] == whole["test"]["correct"] and data["rows"][0]["top1"] == whole["test"]["top1"]
+    (data,) = report.report_runs([str(tmp_path / "r")]).data
+    assert data.rows[0].correct == whole["test"]["correct"] and data.rows[0].top1._asdict() == whole["test"]["top1"]

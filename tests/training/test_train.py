@@ -33,7 +33,6 @@ from torchvision.transforms import v2
 import glsim
 from glsim import ConfigError, DataError, cli
 from glsim.checkpoints.bundle import FORMAT, init_from
-from glsim.config import Train, read_recipe
 from glsim.data import loaders as batches_module
 from glsim.data.loaders import TrainBatches, make_loader, read, train_loader
 from glsim.data.readers import ImageDataset, read_data
@@ -41,8 +40,9 @@ from glsim.data.transforms import Preprocessing, train_transform
 from glsim.environment import make_accelerator
 from glsim.evaluation import evaluate
 from glsim.models.losses import TERMS, objective
-from glsim.training import resume, train
+from glsim.training import components, resume, train
 from glsim.training.adapt import adapt, merged
+from glsim.training.config import WITHOUT_EFFECT, Train, read_recipe, to_recipe
 from glsim.training.memory import saved_bytes
 
 
@@ -54,7 +54,7 @@ def settings(birds, out, **changes):
 def averaged_run(birds, tmp_path_factory):
     """A finished run with averaged weights: every part that a checkpoint can have is there."""
     out = tmp_path_factory.mktemp("averaged") / "r"
-    train.run(settings(birds, out, ema=0.5), progress=False)
+    train.train(settings(birds, out, ema=0.5), progress=False)
     return out
 
 
@@ -104,7 +104,7 @@ def test_metrics_by_hand():
 def test_same_seed_same_weights_other_seed_others(birds, tmp_path):
     weights = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        train.run(settings(birds, tmp_path / name, epochs=1, seed=seed), progress=False)
+        train.train(settings(birds, tmp_path / name, epochs=1, seed=seed), progress=False)
         weights.append(load_file(tmp_path / name / "model.safetensors"))
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
     assert not all(torch.equal(weights[0][k], weights[2][k]) for k in weights[0])
@@ -121,8 +121,8 @@ def test_training_learns_what_is_easy(tmp_path):
                 path = tmp_path / "data" / split / "rgb"[label] / f"{i}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(path)
-    result = train.run(settings(tmp_path / "data", tmp_path / "r", epochs=8, augment="weak"), progress=False)
-    assert result.test["top1"] == 1.0
+    result = train.train(settings(tmp_path / "data", tmp_path / "r", epochs=8, augment="weak"), progress=False)
+    assert result.test.top1 == 1.0
     log = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
     assert log[-1]["train_loss"] < 0.7 * log[0]["train_loss"]
 
@@ -137,12 +137,12 @@ def test_sigkill_in_mid_epoch_then_resume_ends_as_undisturbed(birds, tmp_path, w
     epochs = {"epochs": 4, "workers": workers, "ema": ema, "options": {"top_o": 4, "dropout": 0.1}, **more}
     epochs["save_steps"] = save_steps
     whole, broken = settings(birds, tmp_path / "whole", **epochs), settings(birds, tmp_path / "broken", **epochs)
-    train.run(whole, progress=False)
+    train.train(whole, progress=False)
     # The child kills itself, without any warning, in the middle of the third epoch.
     code = f"""
 import os, signal, torch
-from glsim import train
-from glsim.config import Train
+from glsim.training import train
+from glsim.training.config import Train
 steps, plain = [], train.objective
 def objective(*a, **k):
     steps.append(1)
@@ -150,7 +150,7 @@ def objective(*a, **k):
         os.kill(os.getpid(), signal.SIGKILL)
     return plain(*a, **k)
 train.objective = objective
-train.run(Train(**{asdict(broken)!r}), progress=False)
+train.train(Train(**{asdict(broken)!r}), progress=False)
 """
     errors = tmp_path / "errors.txt"  # not a pipe: the loader's processes hold it open for seconds after their parent
     with errors.open("w") as file:
@@ -159,7 +159,7 @@ train.run(Train(**{asdict(broken)!r}), progress=False)
     assert len((tmp_path / "broken" / "log.jsonl").read_text().splitlines()) == 2
     state = json.loads((tmp_path / "broken" / "checkpoint" / "state.json").read_text())
     assert state["step"] == (8 if save_steps else 6)
-    result = train.run(settings(birds, tmp_path / "broken", resume=True, **epochs), progress=False)
+    result = train.train(settings(birds, tmp_path / "broken", resume=True, **epochs), progress=False)
     assert result.epoch == 4
     a, b = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "broken"))
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -173,7 +173,7 @@ def test_accumulated_batches_make_the_same_step(birds, tmp_path):
     """2 batches of 3 are one of 6: the same images, augmented alike, and gradients that add up."""
     runs = {"whole": {"batch_size": 6}, "parts": {"batch_size": 3, "accumulate": 2}}
     for name, changes in runs.items():
-        train.run(settings(birds, tmp_path / name, **changes), progress=False)
+        train.train(settings(birds, tmp_path / name, **changes), progress=False)
     logs = [[json.loads(r) for r in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in runs]
     for a, b in zip(*logs, strict=True):
         assert a["step"] == b["step"] and a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)
@@ -181,7 +181,7 @@ def test_accumulated_batches_make_the_same_step(birds, tmp_path):
     for k in a:
         torch.testing.assert_close(a[k], b[k], atol=2e-4, rtol=1e-3)  # Adam turns rounding into steps
     with pytest.raises(ConfigError, match="18 images cannot be shared by 19 batches a step"):
-        train.run(settings(birds, tmp_path / "r", accumulate=19), progress=False)
+        train.train(settings(birds, tmp_path / "r", accumulate=19), progress=False)
 
 
 def test_an_image_is_augmented_alike_by_any_worker(birds):
@@ -230,10 +230,10 @@ def test_repeated_images_meet_in_their_step_each_time_augmented_anew():
 @pytest.mark.parametrize(("crop", "workers"), [("random", 0), ("resized", 2)])
 def test_a_cache_changes_nothing_and_reads_every_file_once(birds, tmp_path, monkeypatch, crop, workers):
     start = {"epochs": 2, "crop": crop, "workers": workers}
-    train.run(settings(birds, tmp_path / "a", **start), progress=False)
+    train.train(settings(birds, tmp_path / "a", **start), progress=False)
     reads, plain = [], batches_module.read_image
     monkeypatch.setattr(batches_module, "read_image", lambda path, use: reads.append(path) or plain(path, use))
-    train.run(settings(birds, tmp_path / "b", cache="ram", **start), progress=False)
+    train.train(settings(birds, tmp_path / "b", cache="ram", **start), progress=False)
     a, b = (load_file(tmp_path / n / "model.safetensors") for n in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert len(reads) == 18 + 18  # all of them, and before that (so few) all as the sample that memory is judged by
@@ -243,16 +243,16 @@ def test_a_cache_that_would_not_fit_is_refused_with_numbers(birds, tmp_path, mon
     free = SimpleNamespace(available=18 * 85 * 85 * 3)  # of 18 images of 64 pixels at ratio 1.34: just all of it
     monkeypatch.setattr(batches_module.psutil, "virtual_memory", lambda: free)
     with pytest.raises(ConfigError, match=r"cache=ram: 18 images need about 0.0 GiB and 0.0 GiB are free; try a small"):
-        train.run(settings(birds, tmp_path / "r", cache="ram"), progress=False)
+        train.train(settings(birds, tmp_path / "r", cache="ram"), progress=False)
     free.available *= 2
-    train.run(settings(birds, tmp_path / "r", cache="ram", epochs=1), progress=False)
+    train.train(settings(birds, tmp_path / "r", cache="ram", epochs=1), progress=False)
 
 
 def test_layers_learn_the_slower_the_lower_and_heads_at_the_full_rate(birds, tmp_path):
     s = settings(birds, tmp_path, layer_decay=0.5, weight_decay=0.1, lr=1.0)
     model = glsim.create_model("glsim", TINY["backbone"], 3, 64, backbone_args=TINY["backbone_args"])
-    optimizer = train.make_optimizer(s, model)
-    train.make_schedule(s, optimizer, 100).step_update(2)  # the peak, right after the warm-up
+    optimizer = components.make_optimizer(s, model)
+    components.make_schedule(s, optimizer, 100).step_update(2)  # the peak, right after the warm-up
     names = {id(p): n for n, p in model.named_parameters()}
     rates = {names[id(p)]: g["lr"] for g in optimizer.param_groups for p in g["params"]}
     assert set(rates) == set(names.values())
@@ -268,7 +268,7 @@ def test_layers_learn_the_slower_the_lower_and_heads_at_the_full_rate(birds, tmp
     }
     assert top > 0.9 and {n: rates[n] / top for n in expected} == pytest.approx(expected)
     assert all(rate == top for n, rate in rates.items() if not n.startswith("backbone."))
-    train.run(settings(birds, tmp_path / "r", layer_decay=0.5, epochs=1, warmup_steps=0), progress=False)
+    train.train(settings(birds, tmp_path / "r", layer_decay=0.5, epochs=1, warmup_steps=0), progress=False)
     row = json.loads((tmp_path / "r" / "log.jsonl").read_text())
     assert row["lr"] > 2e-4  # what is logged is the full rate
 
@@ -281,7 +281,7 @@ def test_a_frozen_backbone_stays_bit_for_bit_and_heads_learn(birds, tmp_path, ba
     s = settings(birds, tmp_path / "r", backbone=backbone, backbone_args=args, freeze="backbone", weight_decay=0.1)
     train.set_seed(s.seed)
     before = glsim.create_model("glsim", backbone, 3, 64, False, dict(args), top_o=4).state_dict()
-    train.run(s, progress=False)
+    train.train(s, progress=False)
     after = load_file(tmp_path / "r" / "model.safetensors")
     same = {k for k in after if torch.equal(before[k], after[k])}
     assert {k for k in after if k.startswith("backbone.")} <= same
@@ -293,7 +293,7 @@ def test_adapters_train_little_and_leave_a_bundle_like_any_other(birds, tmp_path
     train.set_seed(s.seed)
     before = glsim.create_model("glsim", TINY["backbone"], 3, 64, backbone_args=TINY["backbone_args"], top_o=4)
     weights = {k: v.clone() for k, v in before.state_dict().items()}
-    trained = train.run(s, progress=False)["test"]
+    trained = train.train(s, progress=False).test
     after = load_file(tmp_path / "r" / "model.safetensors")
     assert set(after) == set(weights)
     changed = {k for k in after if k.startswith("backbone.") and not torch.equal(weights[k], after[k])}
@@ -301,9 +301,9 @@ def test_adapters_train_little_and_leave_a_bundle_like_any_other(birds, tmp_path
     for k in changed:
         assert torch.linalg.matrix_rank(after[k] - weights[k], rtol=1e-3) == 2
     again = evaluate.evaluate_bundle(tmp_path / "r", birds, workers=0)
-    assert again.per_class == trained["per_class"]
+    assert again.per_class == trained.per_class
     with pytest.raises(ConfigError, match="lora: 'resnet18' has no attention with one matrix for q, k and v"):
-        train.run(settings(birds, tmp_path / "x", backbone="resnet18", backbone_args={}, lora=2), progress=False)
+        train.train(settings(birds, tmp_path / "x", backbone="resnet18", backbone_args={}, lora=2), progress=False)
 
 
 @pytest.mark.parametrize("backbone", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "beit_base_patch16_224"])
@@ -365,7 +365,7 @@ def test_what_cannot_be_adapted_says_so(birds, tmp_path):
     ):
         s = settings(birds, tmp_path / "r", **{"options": {}, **changes})
         with pytest.raises(ConfigError, match=message):
-            train.run(s, progress=False)
+            train.train(s, progress=False)
     with pytest.raises(ConfigError, match="supcon needs one class an image; leave mixup and cutmix at 0"):
         settings(birds, tmp_path / "r", supcon=1.0, mixup=0.2)
 
@@ -378,7 +378,7 @@ def test_the_extra_terms_act_and_leave_no_trace_in_the_bundle(birds, tmp_path):
         "supcon": {"supcon": 1.0},
         "mixup": {"mixup": 1.0},
     }.items():
-        train.run(settings(birds, tmp_path / name, augment="none", **changes), progress=False)
+        train.train(settings(birds, tmp_path / name, augment="none", **changes), progress=False)
         rows = (tmp_path / name / "log.jsonl").read_text().splitlines()
         logs[name] = [json.loads(row)["train_loss"] for row in rows]
         glsim.load(tmp_path / name)
@@ -406,7 +406,7 @@ def test_the_contrast_is_of_the_first_pass():
 def test_a_compiled_model_trains_alike_and_its_bundle_loads(birds, tmp_path, method):
     options = {"options": {"top_o": 4} if method == "glsim" else {}, "method": method, "augment": "weak"}
     for name, changes in {"plain": {}, "compiled": {"compile": True}}.items():
-        train.run(settings(birds, tmp_path / name, **options, **changes), progress=False)
+        train.train(settings(birds, tmp_path / name, **options, **changes), progress=False)
     a, b = (load_file(tmp_path / n / "model.safetensors") for n in ("plain", "compiled"))
     assert set(a) == set(b)
     logs = [
@@ -431,10 +431,10 @@ def test_the_resize_rule_goes_with_the_bundle(tmp_path):
     for rule, size in (("square", {"box": (0, 0, 192, 64)}), ("short", {"box": (64, 0, 128, 64)})):
         out = tmp_path / rule
         changes = {"resize": rule, "resize_ratio": 1.0, "crop": "centre", "augment": "none", "epochs": 6}
-        trained = train.run(settings(tmp_path / "data", out, **changes), progress=False)["test"]
+        trained = train.train(settings(tmp_path / "data", out, **changes), progress=False).test
         assert glsim.load(out).config["preprocessing"]["resize_rule"] == rule
         again = evaluate.evaluate_bundle(out, tmp_path / "data", workers=0)
-        assert again.per_class == trained["per_class"]
+        assert again.per_class == trained.per_class
         right[rule] = again.top1
         (answer,) = glsim.Predictor(out)(str(tmp_path / "data" / "test" / "a" / "0.png"))
         left, top, right_edge, bottom = size["box"]
@@ -443,27 +443,27 @@ def test_the_resize_rule_goes_with_the_bundle(tmp_path):
 
 
 def test_a_checkpoint_of_another_number_of_processes_is_refused(birds, tmp_path):
-    train.run(settings(birds, tmp_path / "r", epochs=1), progress=False)
+    train.train(settings(birds, tmp_path / "r", epochs=1), progress=False)
     state = tmp_path / "r" / "checkpoint" / "state.json"
     progress = json.loads(state.read_text())
     assert progress.pop("processes") == 1
     state.write_text(json.dumps({**progress, "processes": 2}))
     with pytest.raises(ConfigError, match="was trained by 2 processes, now there are 1, whose batches would be others"):
-        train.run(settings(birds, tmp_path / "r", epochs=1, resume=True), progress=False)
+        train.train(settings(birds, tmp_path / "r", epochs=1, resume=True), progress=False)
 
 
 def test_a_checkpoint_of_another_format_is_refused(birds, tmp_path):
-    train.run(settings(birds, tmp_path / "r", epochs=1), progress=False)
+    train.train(settings(birds, tmp_path / "r", epochs=1), progress=False)
     state = tmp_path / "r" / "checkpoint" / "state.json"
     state.write_text(json.dumps({**json.loads(state.read_text()), "format": 2}))
     message = r"written by another version of glsim \(format 2, here 3\): finish the run with that one, or start a new"
     with pytest.raises(ConfigError, match=message):
-        train.run(settings(birds, tmp_path / "r", epochs=1, resume=True), progress=False)
+        train.train(settings(birds, tmp_path / "r", epochs=1, resume=True), progress=False)
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_whole(birds, tmp_path, monkeypatch):
     out = tmp_path / "r"
-    whole = train.run(settings(birds, tmp_path / "whole"), progress=False)
+    whole = train.train(settings(birds, tmp_path / "whole"), progress=False)
     real = resume._write
 
     def full(folder, name, tensors):
@@ -473,10 +473,10 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_whole(birds, tm
 
     monkeypatch.setattr(resume, "_write", full)
     with pytest.raises(glsim.GlsimError, match=r"r cannot be written: .*No space left on device.*--resume"):
-        train.run(settings(birds, out), progress=False)
+        train.train(settings(birds, out), progress=False)
     monkeypatch.undo()
     assert (out / "checkpoint" / "state.json").exists() and not (out / "checkpoint.new").exists()
-    assert train.run(settings(birds, out, resume=True), progress=False)["train_loss"] == whole["train_loss"]
+    assert train.train(settings(birds, out, resume=True), progress=False).train_loss == whole.train_loss
 
 
 @contextlib.contextmanager
@@ -502,19 +502,19 @@ def disk_full_from(monkeypatch, step, room=30_000):
 def test_a_full_disk_leaves_the_last_checkpoint_and_the_bundle_whole(birds, tmp_path, monkeypatch, save_steps, good):
     """Whatever is written first: a checkpoint in mid-epoch, or the bundle at the end of one."""
     out, changes = tmp_path / "r", {"epochs": 3, "save_steps": save_steps}
-    whole = train.run(settings(birds, tmp_path / "whole", **changes), progress=False)
+    whole = train.train(settings(birds, tmp_path / "whole", **changes), progress=False)
     with (
         disk_full_from(monkeypatch, 5),
         pytest.raises(
             glsim.GlsimError, match=r"r cannot be written: .*; the last checkpoint is whole, --resume goes on"
         ),
     ):
-        train.run(settings(birds, out, **changes), progress=False)
+        train.train(settings(birds, out, **changes), progress=False)
     assert json.loads((out / "checkpoint" / "state.json").read_text())["step"] == good
     assert not (out / "checkpoint.new").exists()
     glsim.load(out)  # the bundle of the epoch before
-    again = train.run(settings(birds, out, resume=True, **changes), progress=False)
-    assert again.train_loss == whole["train_loss"]
+    again = train.train(settings(birds, out, resume=True, **changes), progress=False)
+    assert again.train_loss == whole.train_loss
     a, b = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "r"))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -552,10 +552,10 @@ def test_an_unwritable_folder_is_an_error_that_leaves_the_last_checkpoint_whole(
             with pytest.raises(
                 glsim.GlsimError, match="cannot be written: .*[Pp]ermission denied.*checkpoint is whole"
             ):
-                train.run(settings(data, out, save_steps=1), progress=False)
+                train.train(settings(data, out, save_steps=1), progress=False)
         monkeypatch.undo()
         assert json.loads((out / "checkpoint" / "state.json").read_text())["step"] == 4
-        assert train.run(settings(data, out, save_steps=1, resume=True), progress=False)["epoch"] == 2
+        assert train.train(settings(data, out, save_steps=1, resume=True), progress=False).epoch == 2
 
 
 def test_a_place_where_nothing_can_be_made_is_an_error_before_training(birds, capsys):
@@ -567,10 +567,10 @@ def test_a_place_where_nothing_can_be_made_is_an_error_before_training(birds, ca
 
 def test_a_crash_between_the_two_renames_loses_nothing(birds, tmp_path):
     out = tmp_path / "r"
-    train.run(settings(birds, out, epochs=2), progress=False)
+    train.train(settings(birds, out, epochs=2), progress=False)
     (out / "checkpoint").rename(out / "checkpoint.old")
     (out / "checkpoint.new").mkdir()
-    result = train.run(settings(birds, out, epochs=2, resume=True), progress=False)
+    result = train.train(settings(birds, out, epochs=2, resume=True), progress=False)
     assert result.epoch == 2
 
 
@@ -588,7 +588,7 @@ def test_at_every_moment_a_whole_checkpoint_exists(birds, tmp_path, monkeypatch)
 
     monkeypatch.setattr(Path, "rename", looking(Path.rename))
     monkeypatch.setattr(shutil, "rmtree", looking(shutil.rmtree))
-    train.run(settings(birds, out, epochs=2), progress=False)
+    train.train(settings(birds, out, epochs=2), progress=False)
     first = whole.index(True)
     assert all(whole[first:]) and len(whole) >= first + 4  # the second one comes by two renames
 
@@ -602,9 +602,13 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(birds, tmp_path, mon
         plain(number)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    train.run(settings(birds, out, epochs=1), progress=False)
+    train.train(settings(birds, out, epochs=1), progress=False)
     files = [path for path in (out / "checkpoint").rglob("*") if path.is_file()]
-    assert {path.name for path in files} == {"state.json", *(f"{n}.safetensors" for n in PARTS if n != "averaged")}
+    assert {path.name for path in files} == {
+        ".glsim",
+        "state.json",
+        *(f"{n}.safetensors" for n in PARTS if n != "averaged"),
+    }
     assert {path.stat().st_ino for path in files} <= synced
 
 
@@ -618,7 +622,7 @@ def plan_epochs(folder, epochs):
 def test_a_second_crash_finds_a_whole_checkpoint_too(birds, tmp_path, monkeypatch):
     """A run that goes on from checkpoint.old must not remove it before the next one has its name."""
     out = tmp_path / "r"
-    train.run(settings(birds, out, epochs=1), progress=False)
+    train.train(settings(birds, out, epochs=1), progress=False)
     (out / "checkpoint").rename(out / "checkpoint.old")
     plan_epochs(out / "checkpoint.old", 2)
     removed, plain = [], shutil.rmtree
@@ -629,7 +633,7 @@ def test_a_second_crash_finds_a_whole_checkpoint_too(birds, tmp_path, monkeypatc
         plain(path, *arguments, **named)
 
     monkeypatch.setattr(shutil, "rmtree", rmtree)
-    train.run(settings(birds, out, epochs=2, resume=True), progress=False)
+    train.train(settings(birds, out, epochs=2, resume=True), progress=False)
     assert removed and all(removed)
 
 
@@ -637,11 +641,11 @@ def test_resume_refuses_other_settings_and_runs_are_not_overwritten(run_folder, 
     with pytest.raises(
         ConfigError, match=r"already holds a run: go on with glsim train --recipe .*train.yaml --resume"
     ):
-        train.run(settings(birds, run_folder), progress=False)
+        train.train(settings(birds, run_folder), progress=False)
     with pytest.raises(ConfigError, match=r"started with other settings: lr=0.5 \(was 0.001\)"):
-        train.run(settings(birds, run_folder, lr=0.5, resume=True), progress=False)
+        train.train(settings(birds, run_folder, lr=0.5, resume=True), progress=False)
     with pytest.raises(ConfigError, match=r"nothing to resume: .*nowhere has no train.yaml"):
-        train.run(settings(birds, tmp_path / "nowhere", resume=True), progress=False)
+        train.train(settings(birds, tmp_path / "nowhere", resume=True), progress=False)
 
 
 CHANGED = {  # every setting but those of FREE, with another value
@@ -698,7 +702,7 @@ CHANGED = {  # every setting but those of FREE, with another value
 
 
 def test_no_setting_was_forgotten():
-    assert {*CHANGED, *train.FREE, "resume"} == {f.name for f in fields(Train)}
+    assert {*CHANGED, *WITHOUT_EFFECT, "resume"} == {f.name for f in fields(Train)}
 
 
 @pytest.mark.parametrize("key", CHANGED)
@@ -715,13 +719,13 @@ def test_an_edited_recipe_is_not_that_of_the_run(run_folder, birds, tmp_path, ke
     assert "r was started with other settings: " in said and f"{key}={CHANGED[key]!r} (was {before!r})" in said
     assert "--init-from" in said and (out / "model.safetensors").read_bytes() == weights
     with pytest.raises(ConfigError, match=f"started with other settings: .*{key}="):  # nor is it by the command line
-        train.run(replace(settings(birds, out), **{key: CHANGED[key], "resume": True}), progress=False)
+        train.train(replace(settings(birds, out), **{key: CHANGED[key], "resume": True}), progress=False)
 
 
 def test_settings_that_change_nothing_may_change(run_folder, birds, tmp_path):
     out = tmp_path / "r"
     shutil.copytree(run_folder, out)
-    train.run(settings(birds, out, workers=1, cache="ram", data_licence="mine", resume=True), progress=False)
+    train.train(settings(birds, out, workers=1, cache="ram", data_licence="mine", resume=True), progress=False)
     assert yaml.safe_load((out / "train.yaml").read_text())["data_licence"] == "mine"
 
 
@@ -764,14 +768,14 @@ def test_an_image_with_another_content_is_named(run_folder, birds, tmp_path, how
     count = 2 if how == "swapped" else 1
     message = f"trained on other images than the data has now: the content of {count} of 27 files.*first {path}; put"
     with pytest.raises(ConfigError, match=message):
-        train.run(settings(data, out, resume=True), progress=False)
+        train.train(settings(data, out, resume=True), progress=False)
 
 
 def test_a_copy_with_other_times_is_the_same_data(run_folder, birds, tmp_path):
     data, out = tmp_path / "copy", tmp_path / "r"
     shutil.copytree(birds, data, copy_function=shutil.copyfile)
     shutil.copytree(run_folder, out)
-    assert train.run(settings(data, out, resume=True), progress=False)["epoch"] == 2
+    assert train.train(settings(data, out, resume=True), progress=False).epoch == 2
 
 
 def test_a_list_in_another_order_is_not_the_same_data(birds, tmp_path):
@@ -781,10 +785,10 @@ def test_a_list_in_another_order_is_not_the_same_data(birds, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "list.csv").write_text("\n".join(["path,label,split", *order]) + "\n")
     start = {"epochs": 1, "test": False}
-    train.run(settings(tmp_path / "a" / "list.csv", tmp_path / "r", **start), progress=False)
+    train.train(settings(tmp_path / "a" / "list.csv", tmp_path / "r", **start), progress=False)
     (tmp_path / "a" / "list.csv").write_text((tmp_path / "b" / "list.csv").read_text())
     with pytest.raises(ConfigError, match="of 18 files, or their order in a list, has changed"):
-        train.run(settings(tmp_path / "a" / "list.csv", tmp_path / "r", resume=True, **start), progress=False)
+        train.train(settings(tmp_path / "a" / "list.csv", tmp_path / "r", resume=True, **start), progress=False)
 
 
 def test_a_file_that_cannot_be_read_is_named_before_training(birds, tmp_path):
@@ -837,7 +841,7 @@ def test_nothing_is_measured_on_an_empty_split(single, tmp_path, capsys):
 def test_a_test_split_that_is_asked_for_has_to_be_there(birds, tmp_path):
     shutil.copytree(birds / "train", tmp_path / "data" / "train")
     with pytest.raises(DataError, match="data has no split 'test'; it has: train$"):
-        train.run(settings(tmp_path / "data", tmp_path / "r"), progress=False)
+        train.train(settings(tmp_path / "data", tmp_path / "r"), progress=False)
 
 
 NORMED = {"method": "plain", "backbone": "resnet18", "backbone_args": {"layers": (1, 1, 1, 1)}, "options": {}}
@@ -850,9 +854,9 @@ def test_batch_norm_of_one_value_is_told_with_what_to_change(birds, tmp_path, ca
         ({"accumulate": 18}, r"a smaller accumulate \(18 training images are shared by 18 batches a step\)"),
     ):
         with pytest.raises(ConfigError, match=said):
-            train.run(settings(birds, tmp_path / "r", **small, **changes), progress=False)
+            train.train(settings(birds, tmp_path / "r", **small, **changes), progress=False)
     works = {**small, "batch_size": 1, "freeze": "backbone"}  # what the message says
-    assert train.run(settings(birds, tmp_path / "r", **works), progress=False)["epoch"] == 1
+    assert train.train(settings(birds, tmp_path / "r", **works), progress=False).epoch == 1
 
 
 def test_a_killed_process_that_loads_images_is_told(birds, tmp_path, monkeypatch):
@@ -864,10 +868,10 @@ def test_a_killed_process_that_loads_images_is_told(birds, tmp_path, monkeypatch
             os.kill(os.getpid(), signal.SIGKILL)
         return torch.zeros(3, 64, 64)
 
-    monkeypatch.setattr(train, "train_steps", lambda *_: (v2.Identity(), deadly))
+    monkeypatch.setattr(components, "train_steps", lambda *_: (v2.Identity(), deadly))
     message = r"one of the 2 processes that load images was killed, .*memory ran out \(DataLoader.*fewer --workers"
     with pytest.raises(glsim.GlsimError, match=message):
-        train.run(settings(birds, tmp_path / "r", workers=2), progress=False)
+        train.train(settings(birds, tmp_path / "r", workers=2), progress=False)
 
 
 def test_a_batch_that_was_cut_is_told_and_the_card_has_what_was_used(birds, tmp_path, capsys):
@@ -882,23 +886,23 @@ def test_a_batch_that_was_cut_is_told_and_the_card_has_what_was_used(birds, tmp_
 def test_resume_refuses_other_data_but_lets_it_move(birds, tmp_path):
     data = tmp_path / "birds"
     shutil.copytree(birds, data)
-    train.run(settings(data, tmp_path / "r", epochs=1), progress=False)
+    train.train(settings(data, tmp_path / "r", epochs=1), progress=False)
     moved = data.rename(tmp_path / "moved")
-    assert train.run(settings(moved, tmp_path / "r", epochs=1, resume=True), progress=False)["epoch"] == 1
+    assert train.train(settings(moved, tmp_path / "r", epochs=1, resume=True), progress=False).epoch == 1
     for split in ("train", "test"):
         (moved / split / "red_crown").rename(moved / split / "aaa")
     with pytest.raises(ConfigError, match="was trained on other images, classes or splits"):
-        train.run(settings(moved, tmp_path / "r", epochs=1, resume=True), progress=False)
+        train.train(settings(moved, tmp_path / "r", epochs=1, resume=True), progress=False)
 
 
 def test_one_class_is_refused_before_training(birds, tmp_path):
     shutil.copytree(birds / "train" / "red_crown", tmp_path / "one" / "train" / "red_crown")
     with pytest.raises(DataError, match="has one class, 'red_crown'; there is nothing to tell apart"):
-        train.run(settings(tmp_path / "one", tmp_path / "r"), progress=False)
+        train.train(settings(tmp_path / "one", tmp_path / "r"), progress=False)
 
 
 def test_a_run_in_one_precision_and_the_next_in_another(birds, tmp_path):
-    train.run(settings(birds, tmp_path / "a", epochs=1, precision="bf16"), progress=False)
+    train.train(settings(birds, tmp_path / "a", epochs=1, precision="bf16"), progress=False)
     result = evaluate.evaluate_bundle(tmp_path / "a", birds, workers=0, device="cpu")
     assert result.count == 9
 
@@ -908,24 +912,24 @@ def test_the_saved_settings_are_a_recipe(run_folder, birds):
 
 
 def test_ema_is_what_is_saved(birds, tmp_path):
-    whole = train.run(settings(birds, tmp_path / "a", epochs=2, ema=0.9), progress=False)
+    whole = train.train(settings(birds, tmp_path / "a", epochs=2, ema=0.9), progress=False)
     a = load_file(tmp_path / "a" / "model.safetensors")
     raw = load_file(tmp_path / "a" / "checkpoint" / "model.safetensors")
     assert not all(torch.equal(a[k], raw[k]) for k in a)
-    assert whole["test"]["count"] == 9
+    assert whole.test.count == 9
 
 
 def test_val_fraction_is_watched_and_held_out(birds, tmp_path):
-    result = train.run(settings(birds, tmp_path / "r", epochs=1, val_fraction=0.34), progress=False)
-    assert result.val["count"] == 6
+    result = train.train(settings(birds, tmp_path / "r", epochs=1, val_fraction=0.34), progress=False)
+    assert result.val.count == 6
     config = json.loads((tmp_path / "r" / "config.json").read_text())
     assert config["data"]["counts"] == {"train": 12, "val": 6, "test": 9}
 
 
 def test_eval_sees_the_split_that_was_held_out(birds, tmp_path):
-    trained = train.run(settings(birds, tmp_path / "r", epochs=1, val_fraction=0.34), progress=False)["val"]
+    trained = train.train(settings(birds, tmp_path / "r", epochs=1, val_fraction=0.34), progress=False).val
     again = evaluate.evaluate_bundle(tmp_path / "r", birds, split="val", workers=0)
-    assert (again.count, again.per_class) == (trained["count"], trained["per_class"])
+    assert (again.count, again.per_class) == (trained.count, trained.per_class)
     assert evaluate.evaluate_bundle(tmp_path / "r", birds, split="train", workers=0).count == 12
 
 
@@ -940,13 +944,13 @@ def test_init_from_takes_what_fits(run_folder, birds, tmp_path):
     with pytest.raises(ConfigError, match="has another backbone than 'vit_tiny_patch16_224'"):
         init_from(other, run_folder)
     start = {"init_from": str(run_folder), "lr": 0.0, "min_lr": 0.0, "warmup_lr": 0.0, "epochs": 1}
-    train.run(settings(birds, tmp_path / "r", **start), progress=False)
+    train.train(settings(birds, tmp_path / "r", **start), progress=False)
     assert torch.equal(load_file(tmp_path / "r" / "model.safetensors")[key], source[key])
 
 
 def test_decay_spares_biases_norms_tokens_and_positions(birds, tmp_path):
     model = glsim.create_model("glsim", TINY["backbone"], 3, 64, backbone_args=TINY["backbone_args"])
-    optimizer = train.make_optimizer(settings(birds, tmp_path, weight_decay=0.1), model)
+    optimizer = components.make_optimizer(settings(birds, tmp_path, weight_decay=0.1), model)
     names = {id(p): n for n, p in model.named_parameters()}
     decayed = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
     assert decayed and all(n.endswith("weight") and "norm" not in n for n in decayed)
@@ -959,9 +963,9 @@ def test_bad_images_stop_training_by_name_or_are_skipped(birds, tmp_path):
     victim = sorted((data / "train").rglob("*.jpg"))[4]
     victim.write_bytes(victim.read_bytes()[:200])
     with pytest.raises(DataError, match=victim.name):
-        train.run(settings(data, tmp_path / "a", epochs=1), progress=False)
+        train.train(settings(data, tmp_path / "a", epochs=1), progress=False)
     # nothing was finished there, so the same folder may be used again
-    result = train.run(settings(data, tmp_path / "a", epochs=1, skip_bad=True), progress=False)
+    result = train.train(settings(data, tmp_path / "a", epochs=1, skip_bad=True), progress=False)
     assert len(result.skipped) == 1 and str(victim) in result.skipped[0]
     assert str(victim) in (tmp_path / "a" / "bad_images.txt").read_text()
 
@@ -969,7 +973,7 @@ def test_bad_images_stop_training_by_name_or_are_skipped(birds, tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run(birds, tmp_path):
     message = r"the loss or its gradient is no number at step \d+; try a smaller lr than 1e\+30, .* images of that step: .*0003.jpg"
     with pytest.raises(glsim.GlsimError, match=message):
-        train.run(settings(birds, tmp_path / "r", lr=1e30, warmup_lr=1e30, clip_grad=0.0, epochs=3), progress=False)
+        train.train(settings(birds, tmp_path / "r", lr=1e30, warmup_lr=1e30, clip_grad=0.0, epochs=3), progress=False)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -991,13 +995,13 @@ def test_a_poisoned_batch_is_named_with_its_step_and_files_and_nothing_is_saved_
 
     monkeypatch.setattr(train, "objective", objective)
     with pytest.raises(glsim.GlsimError, match="no number at step 4; try a smaller lr than") as caught:
-        train.run(settings(birds, out, save_steps=1), progress=False)
+        train.train(settings(birds, out, save_steps=1), progress=False)
     monkeypatch.undo()
     paths = read_data(birds)["train"].paths
     files = [str(paths[i]) for i in TrainBatches(18, 6, 1, seed=1).step(4)]
     assert str(caught.value).endswith(f"The images of that step: {', '.join(files)}")
     assert json.loads((out / "checkpoint" / "state.json").read_text())["step"] == 4
-    assert train.run(settings(birds, out, save_steps=1, resume=True), progress=False)["epoch"] == 2
+    assert train.train(settings(birds, out, save_steps=1, resume=True), progress=False).epoch == 2
 
 
 def test_200_corrupt_files_among_1000(tmp_path):
@@ -1015,9 +1019,9 @@ def test_200_corrupt_files_among_1000(tmp_path):
     tiny = {"image_size": 32, "backbone_args": {"depth": 1, "embed_dim": 16, "num_heads": 1}, "options": {"top_o": 2}}
     start = {**tiny, "epochs": 1, "batch_size": 100}
     with pytest.raises(DataError) as caught:
-        train.run(settings(tmp_path / "data", tmp_path / "r", **start), progress=False)
+        train.train(settings(tmp_path / "data", tmp_path / "r", **start), progress=False)
     assert any(name in str(caught.value) for name in bad)
-    result = train.run(settings(tmp_path / "data", tmp_path / "r", skip_bad=True, **start), progress=False)
+    result = train.train(settings(tmp_path / "data", tmp_path / "r", skip_bad=True, **start), progress=False)
     assert sorted(line.split(":")[0] for line in result.skipped) == sorted(bad)
     assert len((tmp_path / "r" / "bad_images.txt").read_text().splitlines()) == 200
     config = json.loads((tmp_path / "r" / "config.json").read_text())
@@ -1051,11 +1055,11 @@ def test_the_training_page_lists_every_setting_with_its_default_and_help():
 
 def test_wrong_settings_say_what_would_work(birds, tmp_path):
     with pytest.raises(ConfigError, match="unknown optimizer 'adamv'; choose from: .*adamw"):
-        train.run(settings(birds, tmp_path / "r", optimizer="adamv"), progress=False)
+        train.train(settings(birds, tmp_path / "r", optimizer="adamv"), progress=False)
     with pytest.raises(ConfigError, match="unknown augmentation 'strong'; choose from: affine, .*, medium, none"):
-        train.run(settings(birds, tmp_path / "r", augment="strong"), progress=False)
+        train.train(settings(birds, tmp_path / "r", augment="strong"), progress=False)
     with pytest.raises(ConfigError, match="precision=fp16 needs an accelerator"):
-        train.run(settings(birds, tmp_path / "r", precision="fp16"), progress=False)
+        train.train(settings(birds, tmp_path / "r", precision="fp16"), progress=False)
     assert not (tmp_path / "r").exists()
     for name, value in (
         ("epochs", 0),
@@ -1084,9 +1088,9 @@ def test_wrong_settings_say_what_would_work(birds, tmp_path):
 
 def test_schedule_warms_up_and_comes_down(birds, tmp_path):
     s = settings(birds, tmp_path, optimizer="sgd", lr=0.1, warmup_steps=10, warmup_lr=1e-6, min_lr=1e-5)
-    optimizer = train.make_optimizer(s, torch.nn.Linear(2, 2))
+    optimizer = components.make_optimizer(s, torch.nn.Linear(2, 2))
     assert optimizer.defaults["nesterov"]
-    schedule = train.make_schedule(s, optimizer, 100)
+    schedule = components.make_schedule(s, optimizer, 100)
     rates = []
     for step in range(100):
         schedule.step_update(step)
@@ -1099,8 +1103,8 @@ def test_schedule_warms_up_and_comes_down(birds, tmp_path):
 def test_steps_decay_every_so_many_epochs_after_the_warm_up(birds, tmp_path, warmup, every, length):
     decay = {"schedule": "step", "decay_epochs": every, "decay_rate": 0.9, "lr": 1e-3, "warmup_lr": 1e-5}
     s = settings(birds, tmp_path, epochs=10, warmup_steps=warmup, **decay)
-    optimizer = train.make_optimizer(s, torch.nn.Linear(2, 2))
-    schedule = train.make_schedule(s, optimizer, 100)  # 10 steps an epoch
+    optimizer = components.make_optimizer(s, torch.nn.Linear(2, 2))
+    schedule = components.make_schedule(s, optimizer, 100)  # 10 steps an epoch
     for step in [*range(100), 50, 3]:  # and as a resumed run: the step alone decides
         schedule.step_update(step)
         rising = 1e-5 + (1e-3 - 1e-5) * step / max(1, warmup)
@@ -1111,11 +1115,11 @@ def test_steps_decay_every_so_many_epochs_after_the_warm_up(birds, tmp_path, war
 def test_unsplit_folder_keeps_its_split_for_eval(birds, tmp_path):
     data = tmp_path / "flat"
     shutil.copytree(birds / "train", data)
-    result = train.run(
+    result = train.train(
         settings(data, tmp_path / "r", epochs=1, test_fraction=0.34, split_seed=7, seed=3), progress=False
     )
     again = evaluate.evaluate_bundle(tmp_path / "r", data, workers=0)
-    assert (again.count, again.correct) == (6, result.test["correct"])
+    assert (again.count, again.correct) == (6, result.test.correct)
     everything = evaluate.evaluate_bundle(tmp_path / "r", data, workers=0, split="all")
     assert everything.count == 18
     assert again.split_drawn and not everything.split_drawn
@@ -1131,7 +1135,7 @@ def test_recipe_errors_name_the_file(tmp_path):
         read_recipe(tmp_path / "r.yaml")
     with pytest.raises(ConfigError, match="cannot be read"):
         read_recipe(tmp_path / "none.yaml")
-    assert yaml.safe_load(train.to_recipe(settings("d", "o")))["lr"] == 1e-3
+    assert yaml.safe_load(to_recipe(settings("d", "o")))["lr"] == 1e-3
 
 
 def test_eval_names_what_is_missing(run_folder, birds, tmp_path):
@@ -1208,11 +1212,11 @@ def test_a_tracker_gets_the_rows_of_the_log(birds, tmp_path, monkeypatch):
         settings(birds, tmp_path, tracker="visdom")
     monkeypatch.setattr(train, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match="tracker=wandb needs that package: pip install wandb"):
-        train.run(settings(birds, tmp_path / "r", tracker="wandb"), progress=False)
+        train.train(settings(birds, tmp_path / "r", tracker="wandb"), progress=False)
     monkeypatch.setattr(train, "find_spec", lambda _: True)
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Notes)
     monkeypatch.setattr(tracking, "get_available_trackers", lambda: [LoggerType.WANDB])
-    train.run(settings(birds, tmp_path / "r", tracker="wandb"), progress=False)
+    train.train(settings(birds, tmp_path / "r", tracker="wandb"), progress=False)
     log = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
     assert notes[0] == ("project", "glsim", "r") and notes[-1] == ("finished",)
     assert notes[1][1]["lr"] == 1e-3 and all(isinstance(v, int | float | str) for v in notes[1][1].values())
@@ -1222,8 +1226,8 @@ def test_a_tracker_gets_the_rows_of_the_log(birds, tmp_path, monkeypatch):
 def test_training_does_not_look_at_the_test_split(birds, tmp_path, monkeypatch):
     measured = []
     monkeypatch.setattr(train, "evaluate", lambda *args: measured.append(args))
-    result = train.run(Train(data=str(birds), out=str(tmp_path / "r"), **{**TINY, "epochs": 1}), progress=False)
-    assert not measured and "test" not in result and not (tmp_path / "r" / "predictions_test.csv").exists()
+    result = train.train(Train(data=str(birds), out=str(tmp_path / "r"), **{**TINY, "epochs": 1}), progress=False)
+    assert not measured and result.test is None and not (tmp_path / "r" / "predictions_test.csv").exists()
 
 
 def test_every_answer_on_test_is_kept(run_folder, birds):
@@ -1257,7 +1261,7 @@ def test_a_damaged_checkpoint_is_told_by_name(averaged_run, birds, tmp_path, nam
     elif damage == "fifo":
         os.mkfifo(file)
     with pytest.raises(DataError, match="r/checkpoint is damaged: .*; start a new run, with --init-from"):
-        train.run(settings(birds, out, ema=0.5, resume=True), progress=False)
+        train.train(settings(birds, out, ema=0.5, resume=True), progress=False)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "adafactor", "adafactorbv", "lamb", "madgrad", "muon"])
@@ -1267,7 +1271,7 @@ def test_the_state_of_an_optimizer_comes_back_bit_for_bit(birds, tmp_path, name)
     def build():
         torch.manual_seed(0)
         net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5))
-        return net, train.make_optimizer(settings(birds, tmp_path, optimizer=name, weight_decay=0.01), net)
+        return net, components.make_optimizer(settings(birds, tmp_path, optimizer=name, weight_decay=0.01), net)
 
     def step(net, optimizer, number):
         torch.manual_seed(number)
@@ -1292,12 +1296,12 @@ def test_the_state_of_an_optimizer_comes_back_bit_for_bit(birds, tmp_path, name)
 
 
 def test_settings_of_a_later_version_do_not_stop_an_older_run(birds, tmp_path):
-    whole = train.run(settings(birds, tmp_path / "r", epochs=1), progress=False)
+    whole = train.train(settings(birds, tmp_path / "r", epochs=1), progress=False)
     state = tmp_path / "r" / "checkpoint" / "state.json"
     progress = json.loads(state.read_text())
     assert progress["settings"].pop("focal") == 0
     state.write_text(json.dumps(progress))
-    assert train.run(settings(birds, tmp_path / "r", epochs=1, resume=True), progress=False)["step"] == whole["step"]
+    assert train.train(settings(birds, tmp_path / "r", epochs=1, resume=True), progress=False).step == whole.step
 
 
 def script(name):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from glsim.files import read_text
-from glsim.types import ConfigError
+from glsim.types import ConfigError, optional
 
 FOLDER = Path(__file__).parent
 PARTS = ("claim", "source", "command", "hardware")  # of a header: `# Claim: ..`, on as many lines as it takes
@@ -40,22 +40,44 @@ def find_recipe(name: str | Path) -> Path:
     )
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """What a recipe states: name, path, title, data, method, and `PARTS` of its header; only a command has lines."""
+@dataclass(frozen=True, kw_only=True)
+class RecipeHeader:
+    """What a recipe states of itself."""
+
+    name: str
+    path: str
+    title: str
+    data: str
+    method: str
+    claim: str | None = optional()  # measured accuracies
+    source: str | None = optional()  # of the settings
+    command: str | None = optional()  # one or several lines
+    hardware: str | None = optional()  # and time
+
+
+@dataclass(frozen=True)
+class RecipeList:
+    """The recipes of the package."""
+
+    recipes: list[RecipeHeader]
+
+
+def describe(path: Path) -> RecipeHeader:
+    """The header of a recipe, and its name, data and method."""
     text = read_text(path)
     lines = [line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#")]
     title, *rest = re.split(rf"^({'|'.join(PARTS)}): ", "\n".join(lines), flags=re.M | re.I)
     stated = {key.lower(): value.strip() for key, value in zip(rest[::2], rest[1::2], strict=True)}
-    return {
-        "name": path.stem,
-        "path": str(path),
-        "title": " ".join(title.split()),
-        "data": path.stem.partition("_")[0],
-        "method": yaml.safe_load(text)["method"],
+    return RecipeHeader(
+        name=path.stem,
+        path=str(path),
+        title=" ".join(title.split()),
+        data=path.stem.partition("_")[0],
+        method=yaml.safe_load(text)["method"],
         **{key: value if key == "command" else " ".join(value.split()) for key, value in stated.items()},
-    }
+    )
 
 
-def run(_: Any) -> dict[str, Any]:
-    """The verb `glsim recipes`: `describe` of each under `recipes`."""
-    return {"recipes": [describe(path) for path in recipes().values()]}
+def list_recipes() -> RecipeList:
+    """The recipes of the package, described."""
+    return RecipeList([describe(path) for path in recipes().values()])

@@ -1,0 +1,143 @@
+"""`glsim doctor`: what is wrong with a data set, and the memory that a planned run needs."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from glsim.cli.options import MISSING, Decoding, Device, PlannedModel, dataclass, positional, setting
+from glsim.models import METHODS
+from glsim.types import ConfigError
+
+if TYPE_CHECKING:
+    from glsim.data.audit import ClassCounts, Finding, ImageSizes
+    from glsim.data.audit_page import MemorySection
+    from glsim.training.memory import MemoryEstimate
+
+PURPOSE = "Data"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Decoding, Device, PlannedModel):
+    """Look through a data set before training: bad files, duplicates, leaks, labels, sizes, memory; writes a page."""
+
+    data: str = positional(MISSING, "folder or CSV, as for train", path="reads")
+    out: str = setting("doctor.html", "page to write; an older one is replaced", path="file")
+    near: int = setting(
+        32, "pictures are nearly the same when at most so many of the 256 bits of their hash differ", least=0
+    )
+    min_images: int = setting(5, "training images a class should have", least=1)
+    test_fraction: float = setting(
+        0.2, "share held out as test where the data has no split of its own", least=0, below=1
+    )
+    split_seed: int = setting(0, "of that share")
+    workers: int | None = setting(
+        None, "processes that read images; default: one a core; 0: none beside this one", least=0
+    )
+    method: str = setting("glsim", "the planned run, as for train; its memory is estimated", choices=METHODS)
+    batch_size: int = setting(8, "images at a time, on each device", least=1)
+    optimizer: str = setting("sgd", "sgd (Nesterov), adamw, or any other name timm knows")
+    precision: Literal["no", "fp16", "bf16"] = setting("no", "mixed precision")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """The audit (`glsim.data.audit:Audit`), the memory of the planned run, and where the page is."""
+
+    data: str
+    exit_code: int
+    counts: dict[str, int]
+    split_drawn: bool
+    classes: ClassCounts
+    sizes: ImageSizes
+    findings: list[Finding]
+    near_search_stopped: bool
+    memory: MemoryEstimate
+    out: str
+    seconds: float
+
+
+def run(options: Options, progress: bool) -> Diagnosis:
+    """Audit the data, estimate the memory of the planned run, write the page."""
+    from glsim.data.audit import audit_images, list_images
+    from glsim.data.audit_page import as_html
+    from glsim.data.images import pixel_limit
+    from glsim.files import write_text
+    from glsim.training.memory import estimate_memory
+
+    began, out = time.perf_counter(), Path(options.out)
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise ConfigError(f"out={options.out}: name a file, in a folder that is there")
+    listing = list_images(options.data, split_seed=options.split_seed, test_fraction=options.test_fraction)
+    memory = estimate_memory(  # before the images are read, for a wrong setting must not wait for them
+        len(listing.classes),
+        method=options.method,
+        backbone=options.backbone,
+        image_size=options.image_size,
+        options=options.options,
+        backbone_args=options.backbone_args,
+        batch_size=options.batch_size,
+        optimizer=options.optimizer,
+        precision=options.precision,
+        device=options.device,
+    )
+    audit = audit_images(
+        listing,
+        image_size=memory.image_size,
+        near=options.near,
+        min_images=options.min_images,
+        workers=options.workers,
+        max_megapixels=options.max_megapixels,
+        progress=progress,
+    )
+    seconds = round(time.perf_counter() - began, 1)
+    with pixel_limit(options.max_megapixels):
+        write_text(out, as_html(audit, memory.image_size, memory_section(memory)))
+    return Diagnosis(**vars(audit), memory=memory, out=str(out), seconds=seconds)
+
+
+def memory_section(m: MemoryEstimate) -> MemorySection:
+    """The estimate as the page shows it."""
+    from glsim.data.audit_page import MemorySection
+    from glsim.training.memory import SLACK, as_gib
+
+    height, width = m.image_size
+    return MemorySection(
+        about=f"{m.method} on {m.backbone}, {width} x {height} pixels, batches of {m.batch_size}, "
+        f"precision {m.precision}.",
+        rows=[
+            (f"weights ({m.parameters / 1e6:.1f} million)", as_gib(m.weights)),
+            ("gradients", as_gib(m.gradients)),
+            ("optimiser", as_gib(m.optimizer)),
+            (f"activations of {m.batch_size} image{'' if m.batch_size == 1 else 's'}", as_gib(m.activations)),
+            (f"together, and {SLACK - 1:.0%} for what comes and goes", as_gib(m.total)),
+            (f"free on {m.device}", as_gib(m.free)),
+        ],
+        verdict=f"It fits; so would batches of {m.largest_batch_size:,}." if m.fits else "It will not fit. What helps:",
+        advice=m.advice,
+    )
+
+
+def show(r: Diagnosis, options: Options) -> str:
+    """What was found, every problem by name; the memory of the planned run; where the page is."""
+    from glsim.training.memory import as_gib
+
+    images = ", ".join(f"{count} {split}" for split, count in r.counts.items())
+    lines = [f"{r.data}: {images} images of {r.classes.count} classes, {r.seconds} s"]
+    for f in r.findings:
+        lines.append(f"{f.severity}: {f.title}: {f.count}. {f.advice}")
+        most = 5 if f.severity == "warning" else f.count
+        for item in f.items[:most]:
+            paths = " = ".join(image.path for image in item.images)
+            lines.append("  " + ": ".join(part for part in (paths, item.note) if part))
+        if f.count > most:
+            lines.append(f"  .. and {f.count - most} more (--json lists all)")
+    m = r.memory
+    verdict = f"batches up to {m.largest_batch_size} fit" if m.fits else "it will not fit; what helps:"
+    lines.append(f"memory of a step: about {as_gib(m.total)}, free on {m.device}: {as_gib(m.free)}; {verdict}")
+    lines += [f"  {advice}" for advice in m.advice]
+    if not r.findings:
+        lines.append("nothing found")
+    lines.append(f"page: {r.out}")
+    return "\n".join(lines)
