@@ -20,7 +20,7 @@ from glsim.data.images import MAX_MEGAPIXELS
 from glsim.files import expand, one_line, read_text
 from glsim.models import METHODS
 from glsim.training.recipes import find_recipe
-from glsim.types import EMBEDDINGS, ConfigError, choose
+from glsim.types import ConfigError, choose
 
 Size = int | list[int] | None
 Role = Literal["reads", "file", "folder"]  # of a path: it is read, or a file or folder is written there
@@ -65,8 +65,6 @@ class Settings:
 def outputs(settings: Any) -> dict[str, tuple[str, Role]]:
     """The settings that name a path on this machine that will be written, with it, and what will be made there."""
     roles: dict[str, Any] = {f.name: f.metadata.get("path") for f in dataclasses.fields(settings)}
-    if getattr(settings, "engine", None) == "ray":
-        roles["out"] = "folder"
     paths = {name: getattr(settings, name) for name, role in roles.items() if role in ("file", "folder")}
     return {
         name: (path, roles[name])
@@ -275,171 +273,6 @@ class Calibrate(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predict(Settings):
-    """Name what is in images: top-k classes with probabilities, and the crop box."""
-
-    source: str = positional(MISSING, "bundle, hf-hub:owner/name, official .pth or exported .onnx", path="reads")
-    images: list[str] = positional(MISSING, "files, folders or globs", path="reads")
-    options: dict[str, Any] = setting({}, "options of the method to change, as --options.margin null")
-    top_k: int = setting(5, "answers per image")
-    flip: bool = setting(False, "average the logits of each image and its mirror image")
-    reject: bool = setting(False, "answer unknown below the threshold that calibrate --max-error found")
-    taxonomy: str | None = setting(
-        None,
-        "CSV label,genus,.. from fine to coarse: with --reject, answer with a coarser level where that is sure",
-        path="reads",
-    )
-    embedding: Literal["global", "crop", "fused"] | None = setting(
-        None, "write this vector too (jsonl, Parquet): of the image, of the crop, or what the head reads"
-    )
-    format: Literal["text", "jsonl", "csv"] | None = setting(None, "default: by the ending of --out, else text")
-    out: str | None = setting(
-        None,
-        "write there instead of printing; --engine ray: folder or s3://.. for Parquet files",
-        path="file",
-    )
-    engine: Literal["local", "ray"] = setting(
-        "local", "ray: many workers, lists and object stores, Parquet out; the same command goes on where it stopped"
-    )
-    address: str | None = setting(
-        None, "engine=ray: cluster to join, as auto or ray://HOST:10001; default: this machine"
-    )
-    part_size: int = setting(1000, "engine=ray: images in each Parquet file")
-    batch_size: int = setting(32, "images at a time")
-    workers: int = setting(2, "processes that load images; engine=ray: workers, each with the model and one core")
-    skip_bad: bool = setting(False, "leave unreadable images out and list them")
-    max_megapixels: float = megapixels()
-    device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
-
-    def __post_init__(self) -> None:
-        _limit(self.max_megapixels)
-        choose(self.engine, {"local": None, "ray": None}, "engine")
-        _at_least(self, 1, "batch_size", "top_k", "part_size")
-        _at_least(self, int(self.engine == "ray"), "workers")
-        if self.taxonomy is not None and not self.reject:
-            raise ConfigError(f"taxonomy={self.taxonomy}: it is for what is unsure; add --reject")
-        if self.engine == "ray":
-            if self.skip_bad:
-                raise ConfigError(
-                    "skip_bad: --engine ray always goes on, and says in a row what is wrong; leave it out"
-                )
-            if self.reject:
-                raise ConfigError("reject: not with --engine ray; its files hold the confidence of each answer")
-            if self.out is None:
-                raise ConfigError("out: --engine ray writes Parquet files; name a folder with --out")
-            if self.format is not None:
-                raise ConfigError(f"format={self.format}: --engine ray writes Parquet; leave it out")
-        elif remote := [one for one in self.images if "://" in one or _is_list(one)]:
-            raise ConfigError(f"images={remote[0]}: lists and object stores need --engine ray, and --out FOLDER")
-        elif self.address is not None:
-            raise ConfigError(f"address={self.address}: only with --engine ray")
-        elif self.part_size != Predict.part_size:
-            raise ConfigError(f"part_size={self.part_size}: only with --engine ray")
-        if self.format is None:
-            ending = Path(self.out).suffix.lstrip(".").lower() if self.out else ""
-            object.__setattr__(self, "format", ending if ending in ("jsonl", "csv") else "text")
-        if self.embedding is not None:
-            choose(self.embedding, EMBEDDINGS, "embedding")
-            if self.engine == "local" and self.out is not None and self.format != "jsonl":
-                raise ConfigError(f"embedding={self.embedding}: format {self.format} has no place for it; take jsonl")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Encode(Settings):
-    """What every verb of an index takes besides its own."""
-
-    batch_size: int = setting(32, "images at a time")
-    workers: int = setting(2, "processes that load images")
-    skip_bad: bool = setting(False, "leave unreadable images out and list them")
-    max_megapixels: float = megapixels()
-    device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
-
-    def __post_init__(self) -> None:
-        _limit(self.max_megapixels)
-        _at_least(self, 1, "batch_size")
-        _at_least(self, 0, "workers")
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexBuild(_Encode):
-    """Keep the images of a data set as vectors, so that more classes can be added without training."""
-
-    source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth", path="reads")
-    data: str = required("folder, CSV, hf:NAME or wds:FOLDER, as for train", path="reads")
-    out: str = required("folder to make, say RUN/index", path="folder")
-    dataset: str | None = setting(None, "name of a data set prepared in DATA")
-    split: Literal["train", "val", "test"] = setting("train", "which images")
-    embedding: Literal["global", "crop", "fused"] | None = setting(
-        None, "vector of the image, of the crop, or what the head reads; default: what the head reads"
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dataset is not None:
-            choose(self.dataset, SETS, "data set")
-        if self.embedding is not None:
-            choose(self.embedding, EMBEDDINGS, "embedding")
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexAdd(_Encode):
-    """Add images to an index, of a new class or a known one; the class is recognised at once."""
-
-    index: str = positional(MISSING, "folder of glsim index build", path="folder")
-    images: list[str] = positional(MISSING, "files, folders or globs", path="reads")
-    label: str | None = setting(None, "class of all these images; default: of each, the name of its folder")
-    source: str | None = setting(None, "the model, where it is no longer where it was", path="reads")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.label is not None and not self.label.strip():
-            raise ConfigError("label='': give the class a name")
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexQuery(_Encode):
-    """Name what is in images by an index: classes by similarity, nearest images and their vote."""
-
-    index: str = positional(MISSING, "folder of glsim index build", path="reads")
-    images: list[str] = positional(MISSING, "files, folders or globs", path="reads")
-    top_k: int = setting(5, "classes per image")
-    neighbours: int = setting(5, "nearest images that vote, and are shown")
-    below: float = setting(-1.0, "similarity of the best class below which an image is unknown")
-    source: str | None = setting(None, "the model, where it is no longer where it was", path="reads")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _at_least(self, 1, "top_k", "neighbours")
-        if not -1 <= self.below <= 1:
-            raise ConfigError(f"below={self.below}: a cosine, from -1 to 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexEval(_Encode):
-    """Measure an index beside the softmax head: recall, accuracy as classes are added, what is unknown."""
-
-    index: str = positional(MISSING, "folder of glsim index build", path="reads")
-    data: str = required(
-        "folder, CSV, hf:NAME or wds:FOLDER, as for train; classes not in the index count as unknown", path="reads"
-    )
-    dataset: str | None = setting(None, "name of a data set prepared in DATA")
-    split: Literal["train", "val", "test"] = setting("test", "which images")
-    neighbours: int = setting(5, "nearest images that vote")
-    shots: list[int] = setting([1, 5, 20], "images of each added class, where the index has classes the head has not")
-    steps: int = setting(4, "steps in which those classes are added")
-    seed: int = setting(0, "of which images are taken")
-    source: str | None = setting(None, "the model, where it is no longer where it was", path="reads")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _at_least(self, 1, "neighbours", "steps")
-        if not self.shots or min(self.shots) < 1:
-            raise ConfigError(f"shots={self.shots}: one or more, at least 1")
-        if self.dataset is not None:
-            choose(self.dataset, SETS, "data set")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Explain(Settings):
     """Draw why: heat-map, box and crop as PNG, by one score or several; a sheet of all images beside."""
 
@@ -507,34 +340,6 @@ class Localize(Settings):
         if self.limit is not None:
             _at_least(self, 1, "limit")
         _seeds(self.seed)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Serve(Settings):
-    """A web page and a JSON API on this machine: drop an image, see the answer and why. Needs glsim[demo]."""
-
-    source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth", path="reads")
-    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0: every network this machine is in")
-    port: int = setting(7860, "port to listen on (0: any that is free)")
-    allowed_hosts: list[str] | None = setting(None, "names it may be called by, besides addresses and localhost")
-    batch_size: int = setting(16, "images answered together at most")
-    max_wait_ms: float = setting(10.0, "milliseconds an image waits at most for others to be answered with")
-    queue: int = setting(64, "images taken in at most; what comes then is refused (503) until some are answered")
-    workers: int = setting(2, "threads that decode images")
-    max_mb: float = setting(20.0, "megabytes of a request")
-    max_megapixels: float = setting(50.0, "megapixels of an image")
-    examples: str | None = setting(
-        None, "folder or glob of images to try on the page; default: drawn birds", path="reads"
-    )
-    device: str | None = setting(None, "cpu, cuda, ..; default: the best there is")
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "batch_size", "queue", "workers")
-        _at_least(self, 0, "max_wait_ms", "port")
-        _at_least(self, 0.001, "max_mb")
-        _limit(self.max_megapixels)
-        if self.port > 65535:
-            raise ConfigError(f"port={self.port}: 0 to 65535")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -831,10 +636,6 @@ def to_recipe(settings: Train) -> str:
     values = dataclasses.asdict(settings)
     del values["resume"]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-def _is_list(path: str) -> bool:
-    return path.lower().endswith((".csv", ".parquet")) and not Path(path).is_dir()
 
 
 def _at_least(settings: Any, least: float, *names: str) -> None:

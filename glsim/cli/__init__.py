@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from glsim import __version__, config
+from glsim.cli.aliases import translate
 from glsim.cli.errors import explain_error
 from glsim.cli.legacy import VERBS as LEGACY
 from glsim.cli.output import libraries_apart, put
@@ -28,7 +29,7 @@ from glsim.files import check_writable, document, one_line, printable, shown, to
 from glsim.types import ConfigError, DataWarning, GlsimError, bounded
 
 FLAGS = ("--json", "--traceback")  # of every verb
-PARTS = ("errors", "legacy", "options", "output", "parser")  # files of this folder that are no verbs
+PARTS = ("aliases", "errors", "legacy", "options", "output", "parser")  # files of this folder that are no verbs
 PURPOSES = ("Start", "Data", "Train", "Measure", "Answer", "Explain", "Share")  # headings of the help
 
 
@@ -117,7 +118,11 @@ class Call:
             return 0 if words else 2, usage()
         if words[0] == "--version":
             return 0, __version__
+        words, note = translate(words)
         name, rest = split_verb(words)
+        if note is not None:
+            self.name = f"glsim {name}"
+            self.tell(f"note: {note}")
         if name.split()[1:] in (["-h"], ["--help"]):
             return 0, usage(name.split()[0])
         if name not in verb_names():

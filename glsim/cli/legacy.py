@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from glsim import config
 from glsim.cli.eval import show_answered
-from glsim.cli.output import put
-from glsim.files import printable
 
 
 class Verb(NamedTuple):
@@ -93,90 +90,6 @@ def show_calibrate(r: dict[str, Any], _: Any) -> str:
             f"that rests on {r['count']} images: up to {r['error_at_most']:.1%} of such answers may be wrong (95 %)"
         )
     return "\n".join([*lines, f"written: {r['bundle']}"])
-
-
-def show_predict(r: dict[str, Any], s: config.Predict) -> str:
-    """The answers in the format asked for; of a bulk job, how many there are."""
-    if r.get("engine") == "ray":
-        before = f", {r['parts_before']} of {r['parts']} parts were there" * bool(r["parts_before"])
-        steady = f" ({r['steady_images_per_second']} once started)" if r["steady_images_per_second"] else ""
-        for name, why in r["parts_again"].items():
-            put(printable(f"{name} was made again: {why}"), sys.stderr)
-        counts = f"{r['answered']} answered, {r['errors']} could not be read"
-        speed = f"{r['seconds']} s, {r['images_per_second']} images/s{steady}{before}"
-        return printable(f"{r['out']}: {r['images']} images in {r['parts']} parts; {counts}; {speed}")
-    from glsim.inference.predictor import FORMATS, Prediction, Verdict
-
-    answers = [
-        Prediction(
-            a["path"],
-            tuple(x["label"] for x in a["answers"]),
-            tuple(x["probability"] for x in a["answers"]),
-            tuple(a["box"]) if a["box"] else None,
-            a["second_pass"],
-            a.get("embedding"),
-            Verdict(**a["verdict"]) if "verdict" in a else None,
-        )
-        for a in r["predictions"]
-    ]
-    share = r["second_pass_share"]
-    told = [] if share is None else [f"second pass for {share:.1%} of the images"]
-    for line in show_skipped(r) + told:
-        put(printable(line), sys.stderr)
-    return printable(f"written: {s.out}") if s.out else FORMATS[str(s.format)](answers).rstrip("\n")
-
-
-def show_index(r: dict[str, Any], _: Any) -> str:
-    """What the index holds now, and what was added."""
-    lines = [f"{r['index']}: {r['images']} images of {r['classes']} classes, {r['embedding']} embedding"]
-    if "added" in r:
-        before = f" ({r['there_before']} were there already)" * bool(r["there_before"])
-        lines.append(f"added {r['added']} images{before}")
-        new = set(r["new_classes"])
-        lines += [f"  {name}{' (new)' * (name in new)}: {n} images" for name, n in r["images_of"].items()]
-    return "\n".join(lines + show_skipped(r))
-
-
-def show_query(r: dict[str, Any], _: Any) -> str:
-    """An image's answer, the classes by similarity, and what the neighbours and the head say."""
-    lines = []
-    for a in r["answers"]:
-        classes = ", ".join(f"{c['label']} {c['similarity']:.3f}" for c in a["classes"])
-        lines.append(f"{a['path']}: {a['label'] or 'unknown'} ({classes})")
-        lines.append(
-            f"  neighbours: {a['vote']['label']} {a['vote']['share']:.0%}"
-            f"   head: {a['head']['label']} {a['head']['probability']:.1%}"
-        )
-        lines += [f"    {n['similarity']:.3f}  {n['label']}  {n['path']}" for n in a["neighbours"]]
-    return "\n".join(lines + show_skipped(r))
-
-
-def show_index_eval(r: dict[str, Any], _: Any) -> str:
-    """Recall, accuracies beside the head, the unknown, and a line for every step."""
-    ways = ("prototypes", "neighbours", "head")
-    lines = [
-        f"{r['split']}: {r['count']} images of the {r['classes']} classes of the index, {r['embedding']} embedding",
-        "recall: " + "   ".join(f"@{k} {x:.2%}" for k, x in r["recall"].items()),
-        "top-1:  " + "   ".join(f"{way} {r[way]['top1']:.2%}" for way in ways),
-    ]
-    if u := r["unknown"]:
-        lines += [
-            f"unknown: {u['count']} images; AUROC " + "   ".join(f"{way} {x:.3f}" for way, x in u["auroc"].items()),
-            f"  --below {u['threshold']:.3f} keeps 95 % of the known images and {u['passed']:.1%} of the unknown",
-        ]
-    if r["added"]:
-        lines.append("classes added, images of each: top-1 of all classes (old, added)")
-    for row in r["added"]:
-        parts = [
-            f"{way} {row[way]['top1']:.1%} ({_percent(row[way], 'old')}, {_percent(row[way], 'added')})" for way in ways
-        ]
-        lines.append(f"  {row['added']:4d} x {row['shots']:2d}: " + "   ".join(parts))
-    return "\n".join(lines + show_skipped(r))
-
-
-def _percent(row: dict[str, Any], which: str) -> str:
-    value = row[f"top1_{which}"]
-    return "-" if value is None else f"{value:.1%}"
 
 
 def show_explain(r: dict[str, Any], _: Any) -> str:
@@ -299,13 +212,6 @@ def show_quickstart(r: dict[str, Any], _: Any) -> str:
     return "\n".join(lines)
 
 
-def show_serve(r: dict[str, Any], _: Any) -> str:
-    """What was done until it was stopped."""
-    mean = f", {r['answered'] / r['batches']:.1f} at a time" if r["batches"] else ""
-    other = "".join(f", {r[name]} {name}" for name in ("refused", "failed") if r[name])
-    return f"stopped: {r['answered']} images answered{mean}{other}"
-
-
 def show_bench(r: dict[str, Any], s: config.Bench) -> str:
     """A line a row, ratios beside; with --loader the three rates."""
     from glsim.evaluation import speed
@@ -328,14 +234,8 @@ VERBS = {
     "recipes": Verb(config.Recipes, "glsim.training.recipes:run", show_recipes),
     "report": Verb(config.Report, "glsim.training.report:run", show_report),
     "calibrate": Verb(config.Calibrate, "glsim.evaluation.calibration:run", show_calibrate, progress=True),
-    "predict": Verb(config.Predict, "glsim.inference.predictor:run", show_predict, progress=True, shows_raw=True),
-    "index build": Verb(config.IndexBuild, "glsim.inference.index:build", show_index, progress=True),
-    "index add": Verb(config.IndexAdd, "glsim.inference.index:add", show_index, progress=True),
-    "index query": Verb(config.IndexQuery, "glsim.inference.index:query", show_query, progress=True),
-    "index eval": Verb(config.IndexEval, "glsim.inference.index:evaluate", show_index_eval, progress=True),
     "explain": Verb(config.Explain, "glsim.interpret.heatmaps:run", show_explain),
     "localize": Verb(config.Localize, "glsim.evaluation.localization:run", show_localize, progress=True),
-    "serve": Verb(config.Serve, "glsim.inference.server:run", show_serve),
     "bench": Verb(config.Bench, "glsim.evaluation.speed:run", show_bench, progress=True),
     "flops": Verb(config.Flops, "glsim.evaluation.flops:run", show_flops),
     "convert": Verb(config.Convert, "glsim.checkpoints.convert:run", show_convert),
