@@ -18,12 +18,13 @@ from test_models import BACKBONES, MAPS, takes
 import glsim
 from glsim import ConfigError, DataError, GlsimError, cli
 from glsim.checkpoints import export, onnx_runtime
-from glsim.config import Bench, Export, Predict
+from glsim.config import Bench, Export
 from glsim.data.images import BadImage
 from glsim.evaluation import speed
 from glsim.evaluation.confidence import NO_ANSWER
 from glsim.evaluation.evaluate import evaluate_bundle
-from glsim.inference.predictor import run as predict
+from glsim.files import document
+from glsim.inference.predictor import predict_images
 from glsim.models.heads import lead
 
 LABELS = list("abcde")
@@ -469,10 +470,10 @@ def test_an_answer_that_is_no_number_is_an_error_of_its_image(metadata, tmp_path
     assert [isinstance(answer, BadImage) for answer in said] == [False, True, False]
     assert str(said[1]) == f"{paths[1]}: {NO_ANSWER}"
     with pytest.raises(BadImage, match=r"1.png: the model's answer is no number"):
-        predict(Predict(source=str(path), images=paths, workers=0), progress=False)
-    result = predict(Predict(source=str(path), images=paths, workers=0, skip_bad=True), progress=False)
-    assert [a["path"] for a in result["predictions"]] == [paths[0], paths[2]] and len(result["skipped"]) == 1
-    json.dumps(result, allow_nan=False)
+        predict_images(path, paths, workers=0)
+    result = predict_images(path, paths, workers=0, skip_bad=True)
+    assert [a.path for a in result.predictions] == [paths[0], paths[2]] and len(result.skipped) == 1
+    json.dumps(document(result), allow_nan=False)
     for split, names in (("train", "abcde"), ("test", "abcde")):
         for i, name in enumerate(names):
             (tmp_path / "data" / split / name).mkdir(parents=True)

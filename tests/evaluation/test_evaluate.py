@@ -13,14 +13,13 @@ from PIL import ImageOps
 import glsim
 from glsim import cli
 from glsim.checkpoints.bundle import preprocessing_of
-from glsim.config import Predict
 from glsim.data.images import open_image
 from glsim.data.loaders import make_loader
 from glsim.data.readers import read_data
 from glsim.data.transforms import eval_transform
 from glsim.evaluation import evaluate
 from glsim.files import MARKER
-from glsim.inference.predictor import run as predict
+from glsim.inference.predictor import predict_images
 
 
 def answers(folder, *columns):
@@ -107,11 +106,10 @@ def test_flip_of_the_verbs(run_folder, birds, tmp_path):
         evaluate.run(s)
         assert json.loads((tmp_path / str(flip) / "evaluation.json").read_text())["flip"] is flip
     paths = [str(path) for path in read_data(birds)["test"].paths]
-    said = predict(Predict(source=str(run_folder), images=paths, workers=0, flip=True), progress=False)["predictions"]
+    said = predict_images(run_folder, paths, workers=0, flip=True).predictions
     plain, flipped = (answers(tmp_path / flip, "prediction", "confidence") for flip in ("False", "True"))
-    best = [a["answers"][0] for a in said]
-    assert [a["label"] for a in best] == [prediction for prediction, _ in flipped]
-    assert [a["probability"] for a in best] == pytest.approx([float(p) for _, p in flipped], abs=1e-5)
+    assert [a.labels[0] for a in said] == [prediction for prediction, _ in flipped]
+    assert [a.probabilities[0] for a in said] == pytest.approx([float(p) for _, p in flipped], abs=1e-5)
     assert [p for _, p in plain] != [p for _, p in flipped]
 
 
