@@ -444,8 +444,8 @@ def commands(data: Path, bundle: Path, masks: Path, out: Path) -> dict[str, tupl
         build = [*glsim, "index", "build", source, "--data", images, skip, "--out", str(out / "index")]
         found["index build"] = (build, (0,))
     if find_spec("ray"):
-        found["predict --engine ray"] = (
-            [*glsim, "predict", source, images, "--engine", "ray", "--out", str(out / "parts"), "--part-size", "100"],
+        found["predict bulk"] = (
+            [*glsim, "predict", "bulk", source, images, "--out", str(out / "parts"), "--part-size", "100"],
             (0,),
         )
     if find_spec("starlette") and find_spec("uvicorn"):

@@ -119,10 +119,9 @@ class Call:
         if words[0] == "--version":
             return 0, __version__
         words, note = translate(words)
-        name, rest = split_verb(words)
-        if note is not None:
-            self.name = f"glsim {name}"
+        if note:
             self.tell(f"note: {note}")
+        name, rest = split_verb(words)
         if name.split()[1:] in (["-h"], ["--help"]):
             return 0, usage(name.split()[0])
         if name not in verb_names():
