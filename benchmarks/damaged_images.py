@@ -444,8 +444,8 @@ def commands(data: Path, bundle: Path, masks: Path, out: Path) -> dict[str, tupl
         build = [*glsim, "index", "build", source, "--data", images, skip, "--out", str(out / "index")]
         found["index build"] = (build, (0,))
     if find_spec("ray"):
-        found["predict --engine ray"] = (
-            [*glsim, "predict", source, images, "--engine", "ray", "--out", str(out / "parts"), "--part-size", "100"],
+        found["predict bulk"] = (
+            [*glsim, "predict", "bulk", source, images, "--out", str(out / "parts"), "--part-size", "100"],
             (0,),
         )
     if find_spec("starlette") and find_spec("uvicorn"):
@@ -492,7 +492,6 @@ def slowest(source: str, folder: str) -> dict[str, Any]:
 
 def serve(source: str, folder: str) -> dict[str, Any]:
     """Send all files to a server, four at a time; an answer is 200 or says what is wrong with the image."""
-    from glsim.config import Serve
     from glsim.inference.server import running
 
     def send(path: Path) -> int:
@@ -505,7 +504,7 @@ def serve(source: str, folder: str) -> dict[str, Any]:
             return error.code
 
     paths = [path for path in files_below(folder) if path.is_file() and path.stat().st_size]
-    with running(Serve(source=source, port=0, max_megapixels=110.0)) as url, ThreadPoolExecutor(4) as pool:
+    with running(source, port=0, max_megapixels=110.0) as url, ThreadPoolExecutor(4) as pool:
         statuses = Counter(pool.map(send, paths))
     assert set(statuses) <= {200, 400, 413, 415}, statuses
     return {"files": len(paths), "bad": len(paths) - statuses[200], "statuses": dict(statuses)}

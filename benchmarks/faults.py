@@ -377,7 +377,7 @@ def b10(c: Case) -> None:
         "Path;Label\n" + "".join(f"data/train/{n}/{i:03d}.jpg;{n}\n" for n in ("daisy", "iris") for i in range(6))
     )
     c.check(c.train("semicolon.csv", "r").code == 0, "train from a list with ; and Path")
-    said = c.fine("predict", "r", "semicolon.csv", "--engine", "ray", "--out", "bulk", "--workers", 1)
+    said = c.fine("predict", "bulk", "r", "semicolon.csv", "--out", "bulk", "--workers", 1)
     c.check(said.code == 0 and said.document["images"] == 12, f"ray from the same list: {said.text[:200]}")
     (c.here / "taxonomy.csv").write_text("Label;Family\ndaisy;asters\niris;irids\n")
     c.fine("eval", "r", "--data", "semicolon.csv", "--split", "all", "--taxonomy", "taxonomy.csv", "--workers", 0)
@@ -392,9 +392,9 @@ def b11(c: Case) -> None:
     shutil.move(c.here / "run", c.here / "moved")
     c.refused("train", "--recipe", "moved/train.yaml", "--resume", says="--out")
     image = next((c.here / "data/test/iris").iterdir())
-    c.refused("predict", "moved", "s3://bucket/x", says="--engine ray")
+    c.refused("predict", "moved", "s3://bucket/x", says="predict bulk")
     (c.here / "list.csv").write_text(f"path\n{image}\n")
-    c.refused("predict", "moved", "list.csv", says="--engine ray")
+    c.refused("predict", "moved", "list.csv", says="predict bulk")
     (c.here / "file").write_text("")
     for words in (
         ("doctor", "data", "--out", "file/x.html", "--image-size", 64),
@@ -537,7 +537,7 @@ def c4(c: Case) -> None:
     (c.here / "job").mkdir()
     for text in ("[]", "1", "{", '{"format": []}'):
         (c.here / "job/job.json").write_text(text)
-        c.refused("predict", "run", image, "--engine", "ray", "--workers", 1, "--out", "job")
+        c.refused("predict", "bulk", "run", image, "--workers", 1, "--out", "job")
 
 
 # --- D ----------------------------------------------------------------------------------------------------------------
@@ -572,7 +572,7 @@ def d2(c: Case) -> None:
     """Unreadable images are not answered."""
     c.bundle()
     (c.here / "data/test/iris/bad.jpg").write_bytes(b"no image")
-    said = c.fine("predict", "run", "data/test/iris", "--engine", "ray", "--out", "bulk", "--workers", 1)
+    said = c.fine("predict", "bulk", "run", "data/test/iris", "--out", "bulk", "--workers", 1)
     c.check(
         said.document and (said.document["answered"], said.document["errors"], said.document["images"]) == (4, 1, 5),
         f"{said.text[:200]}",
@@ -747,7 +747,7 @@ def e3(c: Case) -> None:
 def e4(c: Case) -> None:
     """Parts of a job are held to their content."""
     c.bundle()
-    words = ("predict", "run", "data/train", "--engine", "ray", "--out", "bulk", "--workers", 1, "--part-size", 6)
+    words = ("predict", "bulk", "run", "data/train", "--out", "bulk", "--workers", 1, "--part-size", 6)
     first = c.fine(*words)
     import pyarrow.parquet as pq
 
@@ -769,7 +769,7 @@ def e5(c: Case) -> None:
     """A killed job leaves nothing in the way."""
     c.bundle()
     (c.here / "bulk/.part-x").mkdir(parents=True)
-    words = ("predict", "run", "data/train", "--engine", "ray", "--out", "bulk", "--workers", 1, "--part-size", 6)
+    words = ("predict", "bulk", "run", "data/train", "--out", "bulk", "--workers", 1, "--part-size", 6)
     c.fine(*words)
     command = [sys.executable, "-m", "glsim.cli", *map(str, words[:5]), "bulk2", *map(str, words[6:])]
     for number in (signal.SIGTERM, signal.SIGKILL):
@@ -895,11 +895,12 @@ def f3(c: Case) -> None:
     bomb(folder / "long.png", 170_000_000, 1, "L")
     bomb(folder / "tall.png", 1, 2_000_000, "L")
     clean = c.run("predict", "run", c.images("q", 2), "--workers", 0).peak
-    for words in (("--skip-bad",), (), ("--engine", "ray", "--out", "bulk")):
-        said = c.run("predict", "run", folder, "--workers", 1 if "ray" in words else 0, *words)
-        c.check(said.code == (0 if words else 3), f"{words}: {said.code} {said.text[:200]}")
-        c.check(said.seconds < 100, f"{words}: {said.seconds:.0f} s")
-        c.check("ray" in words or said.peak - clean < GIB, f"{words}: {(said.peak - clean) / GIB:.2f} GiB more")
+    for verb, words in (("predict", ("--skip-bad",)), ("predict", ()), ("predict bulk", ("--out", "bulk"))):
+        bulk = verb == "predict bulk"
+        said = c.run(*verb.split(), "run", folder, "--workers", 1 if bulk else 0, *words)
+        c.check(said.code == (0 if words else 3), f"{verb} {words}: {said.code} {said.text[:200]}")
+        c.check(said.seconds < 100, f"{verb} {words}: {said.seconds:.0f} s")
+        c.check(bulk or said.peak - clean < GIB, f"{words}: {(said.peak - clean) / GIB:.2f} GiB more")
 
 
 class Server:

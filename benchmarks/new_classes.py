@@ -24,28 +24,34 @@ import os
 import random
 import shutil
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor
 
 from glsim import Predictor
 from glsim.checkpoints.bundle import labels_of, load
-from glsim.config import IndexBuild, IndexEval
 from glsim.data.readers import ImageList, hold_out, read_data
 from glsim.evaluation.calibration import fit_temperature
 from glsim.evaluation.confidence import calibration_error, graded
 from glsim.evaluation.evaluate import join
-from glsim.files import write_text
-from glsim.inference import index
+from glsim.files import document, write_text
+from glsim.inference.index import build_index, find_split, open_index
+from glsim.inference.index_evaluation import Accuracies, Queries, accuracies, match_classes, measure_index
+from glsim.inference.index_search import encode
+from glsim.inference.index_storage import Index
 from glsim.models.base import Model
 from glsim.training.config import Train, read_recipe
 from glsim.training.runs import LOG, RECIPE
 from glsim.training.train import train
 
 RESULT = "new_classes.json"
+NEIGHBOURS = 5  # that vote
+DRAWS = 5  # times the images of a new class are drawn anew, for the mean and the deviation of an accuracy
 
 
 def main() -> None:
@@ -124,22 +130,68 @@ def embeddings_of(model: Model) -> list[str]:
 
 
 def measure(a: argparse.Namespace, name: str, classes: list[str], images: ImageList) -> dict[str, Any]:
-    """Unknown and added classes by one embedding: what `glsim index eval` says before and after `glsim index add`."""
+    """Unknown and added classes by one embedding: measured before all new images are in the index, and with them."""
     folder = a.out / f"index_{name}"
-    ask = IndexEval(
-        index=str(folder), data=str(a.out / "all.csv"), shots=a.shots, steps=a.steps, seed=a.seed, workers=a.workers
-    )
     shutil.rmtree(folder, ignore_errors=True)
-    index.build(
-        IndexBuild(source=str(a.run), data=str(a.out / "known.csv"), out=str(folder), embedding=name, workers=a.workers)
-    )
-    before = index.evaluate(ask)
-    known, predictor = index.open_index(str(folder), None, 32, a.workers, None)
+    build_index(a.run, a.out / "known.csv", folder, embedding=name, workers=a.workers)
+    known, predictor = open_index(folder, None, 32, a.workers, None)
+    test = find_split(predictor.model, a.out / "all.csv", None, "test")
+    asked = encode(predictor, test.paths, name, progress=True)
     new = only(images, [c for c in images.classes if c not in classes])
-    encoded = index.encode(predictor, new.paths, name, progress=True)
+    encoded = encode(predictor, new.paths, name, progress=True)
     paths = [str(path.absolute()) for path in new.paths]
-    known.add([new.classes[label] for label in new.labels], paths, encoded.vectors).save(folder)
-    return {"before": before, "after": index.evaluate(ask)}
+    larger = known.add([new.classes[label] for label in new.labels], paths, encoded.vectors)
+    before, after = (match_classes(index, predictor, test, asked) for index in (known, larger))
+    return {
+        "before": document(measure_index(known, before, NEIGHBOURS)),
+        "after": {
+            **document(measure_index(larger, after, NEIGHBOURS)),
+            "added": add_in_steps(larger, after, a.shots, a.steps, a.seed),
+        },
+    }
+
+
+def add_in_steps(
+    index: Index, queries: Queries, shots: Sequence[int], steps: int, seed: int, k: int = NEIGHBOURS
+) -> list[dict[str, Any]]:
+    """Accuracies with the old classes alone, then with a few images (`shots`) of more and more added ones.
+
+    The images of an added class are drawn `DRAWS` times; a class with fewer gives all it has.
+    """
+    rng, added, y = np.random.default_rng(seed), queries.added, queries.truth
+    if not len(added):
+        return []
+    old = ~np.isin(index.labels, added)
+    images = {c: np.flatnonzero(index.labels == c) for c in added}
+    counts = dict.fromkeys(round(len(added) * (i + 1) / steps) for i in range(steps))
+    stages = [(0, 0)] if old.any() else []
+    stages += [(n, count) for n in shots for count in counts if count]
+    rows = []
+    for n, count in stages:
+        asked = np.isin(y, index.labels[old]) | np.isin(y, added[:count])
+        questions = queries.encoded.vectors[asked], y[asked], queries.guesses[asked]
+        draws = []
+        for _ in range(DRAWS if count else 1):
+            chosen = [rng.permutation(images[c])[:n] for c in added[:count]]
+            gallery = np.concatenate((np.flatnonzero(old), *chosen))
+            draws.append(accuracies(index.vectors[gallery], index.labels[gallery], *questions, k, added))
+        rows.append({"shots": n, "added": count, "count": int(asked.sum()), **average(draws)})
+    return rows
+
+
+def average(draws: Sequence[Accuracies]) -> dict[str, dict[str, float | None]]:
+    """Mean of every accuracy over draws, and the standard deviation of top-1."""
+
+    def mean(values: Iterable[float | None]) -> float | None:
+        there = [v for v in values if v is not None]
+        return float(np.mean(there)) if there else None
+
+    found = {}
+    for way in Accuracies._fields:
+        rows = [getattr(draw, way) for draw in draws]
+        found[way] = {key: mean(getattr(row, key) for row in rows) for key in ("top1", "top1_old", "top1_added")}
+        found[way]["std"] = float(np.std([row.top1 for row in rows]))
+    return found
 
 
 def calibrate(model: Model, data: Path, workers: int) -> dict[str, Any]:

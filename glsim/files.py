@@ -347,8 +347,11 @@ def shown(value: Any) -> Any:
 def document(value: Any) -> Any:
     """A result as what JSON has: dataclasses and named tuples become objects, paths texts.
 
-    A field that was declared with `glsim.types:optional` is left out where it, or the field it names, is None.
+    A field that was declared with `glsim.types:optional` is left out where it, or the field it names, is None. What has
+    a method `as_dict` is what that returns.
     """
+    if callable(as_dict := getattr(value, "as_dict", None)):
+        return document(as_dict())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         kept = {}
         for f in dataclasses.fields(value):

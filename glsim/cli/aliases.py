@@ -22,7 +22,9 @@ ALIASES = (
     Alias("explain", "--layers", "explain layers"),
     Alias("bench", "--loader", "bench loading", renamed="--recipe"),
     Alias("predict", "--engine", "predict bulk", value="ray"),
+    Alias("predict", "--engine", "predict", value="local"),
 )
+STEPS = ("--shots", "--steps", "--seed")  # of `index eval`, each with numbers behind it
 
 
 def translate(words: Sequence[str]) -> tuple[list[str], str | None]:
@@ -41,6 +43,8 @@ def translate(words: Sequence[str]) -> tuple[list[str], str | None]:
                 said = " ".join(filter(None, (alias.verb, alias.option, alias.value)))
                 new = [*alias.now.split(), *words[1:start], *kept, *words[end:]]
                 return new, f"{said} is now: glsim {alias.now}"
+    if words[:2] == ["index", "eval"] and (kept := _without_numbers(words, STEPS)) != words:
+        return kept, f"index eval takes no {', '.join(STEPS)} any more; benchmarks/new_classes.py adds classes in steps"
     return words, None
 
 
@@ -54,6 +58,17 @@ def _find(alias: Alias, words: list[str]) -> tuple[int, int] | None:
             if (value if equals else "".join(words[i + 1 : i + 2])) == alias.value:
                 return i, i + (1 if equals else 2)
     return None
+
+
+def _without_numbers(words: list[str], options: Sequence[str]) -> list[str]:
+    """The words without `options` and the numbers that follow each; what stands behind `--` stays."""
+    end = words.index("--") if "--" in words else len(words)
+    kept, inside = [], False
+    for word in words[:end]:
+        inside = word.partition("=")[0] in options or (inside and word.replace(",", "").isdigit())
+        if not inside:
+            kept.append(word)
+    return kept + words[end:]
 
 
 def _is_verb(name: str) -> bool:

@@ -36,7 +36,7 @@ from glsim.files import MARKER, is_junk, read_table
 from glsim.types import ConfigError, DataError, DataWarning
 
 FOR_CLASSES = "rename the folders, or give a list with the columns path,label"
-LISTS = (".csv", ".tsv", ".parquet")  # tables of images, which `predict --engine ray` takes
+LISTS = (".csv", ".tsv", ".parquet")  # tables of images, which `predict bulk` takes
 LAYOUTS = (
     "what works: a folder train/CLASS/x.jpg with val/ or test/ beside train/; a folder CLASS/x.jpg; a CSV file with "
     "the header path,label or path,label,split; a folder that holds train.csv and test.csv; hf:NAME; wds:FOLDER"
@@ -167,7 +167,7 @@ def find_images(inputs: Sequence[str | Path] | str | Path) -> list[Path]:
     for given in given_all:
         if is_uri(given) or Path(given).suffix.lower() in LISTS:
             what = "in a store" if is_uri(given) else "a list of images"
-            raise DataError(f"{given} is {what}, which glsim predict --engine ray takes; wanted images or a folder")
+            raise DataError(f"{given} is {what}, which glsim predict bulk takes; wanted images or a folder")
         if is_file(given):
             matches = [Path(given)]
         else:

@@ -1,6 +1,6 @@
-"""The request batcher of the server: images decoded in threads, answered together by one thread.
+"""Batcher of prediction requests: images decoded in threads, answered together by one thread.
 
-The HTTP around it is `server.py`; nothing here knows of it.
+`server.py` is the HTTP around it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ PHOTO, MAP, CROP = 1280, 320, 480  # pixels at most of the longer side of what i
 LOWEST, COLORMAP = 0.4, "turbo"  # opacity of the heat-map where it is 0, as a share of that where it is 1
 
 
-class Wish(NamedTuple):
-    """What is asked of an image, besides its name."""
+class PredictRequest(NamedTuple):
+    """Options of a request for the answer to an image."""
 
     top_k: int = 5
     metric: str | None = None  # None: the model's own
@@ -54,11 +54,11 @@ class Decoded(NamedTuple):
     photo: Image.Image | None  # the same image, PHOTO pixels at most, to draw on
 
 
-class Why(NamedTuple):
-    """What a picture is drawn from."""
+class Heatmap(NamedTuple):
+    """Heat-map and box of an image, from which pictures are drawn."""
 
     metric: str
-    heatmap: np.ndarray  # float32 (H, W) in [0, 1], over the network's view
+    values: np.ndarray  # float32 (H, W) in [0, 1], over the network's view
     box: tuple[int, int, int, int]  # in pixels of the upright image
     used: bool  # whether the answer came from this selection
 
@@ -67,7 +67,7 @@ class Answer(NamedTuple):
     """What the model says of one image."""
 
     prediction: Prediction
-    why: Why | None
+    heatmap: Heatmap | None  # where pictures are asked for
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Job:
     """One image that waits for its answer."""
 
     decoded: Decoded
-    wish: Wish
+    request: PredictRequest
     arrived: float = field(default_factory=time.monotonic)
     future: Future[Answer] = field(default_factory=Future)
 
@@ -113,7 +113,7 @@ class Service:
         self.preprocessing = self.predictor.preprocessing
         self.batch_size, self.max_wait, self.max_pixels = batch_size, max_wait, max_pixels
         self.transform = eval_transform(self.preprocessing)
-        # Read once: while the model answers, other threads would find there what one wish changed.
+        # Read once: while the model answers, other threads would find there what one request changed.
         self.selects = self._try_model()
         self.metric: str = (model.metric or model.config["method"]) if self.selects else "gls_cos"
         self.any_metric = model.metric is not None  # chooses by scores, whose ever
@@ -156,25 +156,25 @@ class Service:
         """Whether it matters with `metric` how many best patches are taken."""
         return self.top_o is not None or not self.decides(metric)
 
-    def check(self, wish: Wish) -> None:
-        """Raise ConfigError, saying what would work, for a wish that this model cannot grant."""
-        if not 1 <= wish.top_k <= MOST_ANSWERS:
-            raise ConfigError(f"top_k={wish.top_k}: 1 to {MOST_ANSWERS}")
-        if wish.metric not in (None, self.metric):
-            check_metric(wish.metric, self.model.backbone.has_attention)
-        if wish.top_o is not None:
-            check_top(wish.top_o, self.model.backbone.grid, "top_o")
-            if not self.takes_top_o(wish.metric):
+    def check(self, request: PredictRequest) -> None:
+        """Raise ConfigError, saying what would work, for a request that this model cannot serve."""
+        if not 1 <= request.top_k <= MOST_ANSWERS:
+            raise ConfigError(f"top_k={request.top_k}: 1 to {MOST_ANSWERS}")
+        if request.metric not in (None, self.metric):
+            check_metric(request.metric, self.model.backbone.has_attention)
+        if request.top_o is not None:
+            check_top(request.top_o, self.model.backbone.grid, "top_o")
+            if not self.takes_top_o(request.metric):
                 raise ConfigError(f"top_o: {self.model.config['method']!r} chooses its patches by another rule")
 
     # --- an image -------------------------------------------------------------------------------------------------
 
-    def decode(self, name: str, content: bytes, wish: Wish) -> Decoded:
+    def decode(self, name: str, content: bytes, request: PredictRequest) -> Decoded:
         """Make the bytes of a file ready. Raises BadImage."""
 
         def ready(image: Image.Image) -> Decoded:
             photo = None
-            if wish.explain:
+            if request.explain:
                 scale = min(1.0, PHOTO / max(image.size))
                 size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
                 photo = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
@@ -186,9 +186,9 @@ class Service:
             self._count(refused=1)
             raise
 
-    def submit(self, decoded: Decoded, wish: Wish) -> Future[Answer]:
-        """Put an image among those that wait. The answer raises ConfigError where the model cannot grant the wish."""
-        job = Job(decoded, wish)
+    def submit(self, decoded: Decoded, request: PredictRequest) -> Future[Answer]:
+        """Put an image among those that wait. The answer raises ConfigError for what the model cannot be asked."""
+        job = Job(decoded, request)
         self._waiting.put(job)
         return job.future
 
@@ -201,22 +201,23 @@ class Service:
             raise
 
     def _draw(self, decoded: Decoded, answer: Answer) -> dict[str, Any]:
-        why, photo = answer.why, decoded.photo
-        assert why is not None and photo is not None
+        heatmap, photo = answer.heatmap, decoded.photo
+        assert heatmap is not None and photo is not None
         scale = MAP / max(photo.size)
         size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
-        heat, seen = (to_photograph(m, size, self.preprocessing) for m in (why.heatmap, np.ones_like(why.heatmap)))
+        whole = np.ones_like(heatmap.values)
+        heat, seen = (to_photograph(m, size, self.preprocessing) for m in (heatmap.values, whole))
         colours = matplotlib.colormaps[COLORMAP](heat)
         colours[..., 3] = (LOWEST + (1 - LOWEST) * heat) * seen  # no colour where the network was not shown anything
         to_photo = (photo.width / decoded.size[0], photo.height / decoded.size[1])
-        left, top, right, bottom = (round(side * to_photo[i % 2]) for i, side in enumerate(why.box))
+        left, top, right, bottom = (round(side * to_photo[i % 2]) for i, side in enumerate(heatmap.box))
         crop = photo.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
         crop.thumbnail((CROP, CROP), Image.Resampling.LANCZOS)
         return {
-            "metric": why.metric,
-            "title": title_of(why.metric),
-            "box": list(why.box),
-            "used": why.used,
+            "metric": heatmap.metric,
+            "title": title_of(heatmap.metric),
+            "box": list(heatmap.box),
+            "used": heatmap.used,
             "size": list(decoded.size),
             "photo": as_url(photo, "JPEG"),
             "heatmap": as_url(Image.fromarray((colours * 255).round().astype(np.uint8)), "PNG"),
@@ -230,7 +231,7 @@ class Service:
             groups: dict[Any, list[Job]] = {}
             for job in batch:
                 if job.future.set_running_or_notify_cancel():
-                    groups.setdefault(job.wish._replace(top_k=0), []).append(job)
+                    groups.setdefault(job.request._replace(top_k=0), []).append(job)
             for jobs in groups.values():
                 self._answer(jobs)
 
@@ -252,9 +253,9 @@ class Service:
         return batch
 
     def _answer(self, jobs: list[Job]) -> None:
-        """Answer images that share a wish, but for `top_k`. Where that fails, each alone: one spoils no other."""
+        """Answer images that share a request, but for `top_k`. Where that fails, each alone: one spoils no other."""
         try:
-            answers = self._ask([job.decoded for job in jobs], jobs[0].wish)
+            answers = self._ask([job.decoded for job in jobs], jobs[0].request)
         except Exception as error:  # the thread has to outlive whatever one batch does to it
             if len(jobs) > 1 and not isinstance(error, ConfigError):
                 for job in jobs:
@@ -273,30 +274,30 @@ class Service:
                 job.future.set_exception(DataError("its answer is not finite"))
                 continue
             self._count(answered=1)
-            p, k = answer.prediction, job.wish.top_k
+            p, k = answer.prediction, job.request.top_k
             p = p._replace(labels=p.labels[:k], probabilities=p.probabilities[:k])
             job.future.set_result(answer._replace(prediction=p))
 
     @torch.inference_mode()
-    def _ask(self, decoded: list[Decoded], wish: Wish) -> list[Answer | BadImage]:
+    def _ask(self, decoded: list[Decoded], request: PredictRequest) -> list[Answer | BadImage]:
         images = torch.stack([d.image for d in decoded]).to(self.predictor.device)
         sizes = [d.size for d in decoded]
-        own = {"metric": wish.metric} if self.any_metric else {}
-        with changed(self.model, **own, top_o=wish.top_o):
-            if not wish.explain:
+        own = {"metric": request.metric} if self.any_metric else {}
+        with changed(self.model, **own, top_o=request.top_o):
+            if not request.explain:
                 predictions = self.predictor.predictions(self.model(images), sizes)
                 return [p if isinstance(p, BadImage) else Answer(p, None) for p in predictions]
-            output, ((metric, selection, _),) = selections_of(self.model, images, [wish.metric])
+            output, ((metric, selection, _),) = selections_of(self.model, images, [request.metric])
         heatmaps = to_heatmap(selection.scores, selection.grid, (images.shape[-2], images.shape[-1])).cpu().numpy()
         predictions = self.predictor.predictions(output, sizes)
-        decides, boxes = self.decides(wish.metric), selection.boxes.tolist()
+        decides, boxes = self.decides(request.metric), selection.boxes.tolist()
 
-        def why(p: Prediction, heatmap: np.ndarray, box: list[int], size: tuple[int, int]) -> Why:
+        def heatmap(p: Prediction, values: np.ndarray, box: list[int], size: tuple[int, int]) -> Heatmap:
             looked = decides and p.second_pass is not False
-            return Why(metric, heatmap, to_original(box, size, self.preprocessing), looked)
+            return Heatmap(metric, values, to_original(box, size, self.preprocessing), looked)
 
         return [
-            p if isinstance(p, BadImage) else Answer(p, why(p, *seen))
+            p if isinstance(p, BadImage) else Answer(p, heatmap(p, *seen))
             for p, *seen in zip(predictions, heatmaps, boxes, sizes, strict=True)
         ]
 

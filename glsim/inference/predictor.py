@@ -1,12 +1,12 @@
-"""The predictor: answers for images, with confidences, in the formats of `glsim predict`."""
+"""The predictor: classes of images with their probabilities, the crop box, and an embedding where it is asked for."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from importlib import import_module
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,15 +17,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from glsim.checkpoints.bundle import labels_of, load, preprocessing_of, temperature_of, threshold_of
-from glsim.config import Predict
+from glsim.environment import pick_device
 from glsim.data.hierarchy import decide, flat, read_taxonomy
-from glsim.data.images import BadImage, limited, sharing
+from glsim.data.images import MAX_MEGAPIXELS, BadImage, pixel_limit, sharing
 from glsim.data.readers import ImageDataset, find_images
 from glsim.data.transforms import Preprocessing, eval_transform
-from glsim.environment import pick_device
-from glsim.files import csv_text, expand, make_parent, printable, to_json, write_text
-from glsim.models.base import EarlyExitModel, Model
-from glsim.models.heads import NO_ANSWER, are_answers, top2_margin
+from glsim.evaluation.confidence import NO_ANSWER, are_answers
+from glsim.files import expand, make_parent, write_text
+from glsim.inference.formats import FORMATS, format_of
+from glsim.models.base import Model, EarlyExitModel
+from glsim.models.heads import lead
 from glsim.types import ConfigError, Output, choose
 
 
@@ -55,6 +56,16 @@ class Prediction(NamedTuple):
         told: dict[str, Any] = {"path": self.path, "answers": answers, "box": box, "second_pass": self.second_pass}
         told |= {"verdict": self.verdict._asdict()} if self.verdict is not None else {}
         return told | ({"embedding": list(self.embedding)} if self.embedding is not None else {})
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What `predict_images` returns."""
+
+    source: str
+    predictions: list[Prediction]
+    skipped: list[str]  # files that cannot be read, and why
+    second_pass_share: float | None  # of the images that had one; None where the method does not choose
 
 
 class Predictor:
@@ -88,7 +99,7 @@ class Predictor:
             raise ConfigError(f"top_k={top_k}, batch_size={batch_size}: both have to be at least 1")
         model = source if isinstance(source, Model) else load(source)
         self.device = pick_device(device)
-        self.model = giving(model.to(self.device).eval(), embedding)
+        self.model = without_early_exit(model.to(self.device).eval(), embedding)
         self.labels, self.preprocessing = labels_of(model), preprocessing_of(model)
         self.temperature = temperature_of(model)
         self.top_k, self.batch_size, self.workers = min(top_k, len(self.labels)), batch_size, workers
@@ -202,6 +213,65 @@ class Predictor:
         ]
 
 
+def predict_images(
+    source: str | Path,
+    images: Sequence[str],
+    *,
+    options: Mapping[str, Any] | None = None,
+    top_k: int = 5,
+    flip: bool = False,
+    reject: bool = False,
+    taxonomy: str | Path | None = None,
+    embedding: str | None = None,
+    format: str | None = None,  # noqa: A002
+    out: str | Path | None = None,
+    batch_size: int = 32,
+    workers: int = 2,
+    skip_bad: bool = False,
+    max_megapixels: float = MAX_MEGAPIXELS,
+    device: str | None = None,
+    progress: bool = False,
+) -> Predictions:
+    """Answer files, folders and globs with a model, and write the answers to a file where one is named.
+
+    Args:
+        source: what `glsim.load` takes.
+        images: files, folders or globs; `glsim.inference.ray_bulk:predict_bulk` takes lists and object stores too.
+        options: options of the method to change.
+        format: of `out`, a name of `glsim.inference.formats:FORMATS`; by default by the ending of `out`.
+        out: file for the answers.
+        skip_bad: leave unreadable images out; they are listed in `skipped`.
+        max_megapixels: larger images are bad files.
+        progress: draw a progress bar.
+
+    The others are those of `Predictor`.
+
+    Raises:
+        ConfigError: for an option that does not fit, or a bundle without the threshold that `reject` needs.
+        DataError: for images or a model that are not there, and BadImage for one that cannot be read.
+    """
+    to_text = choose(format or format_of(out), FORMATS, "format")
+    if out is not None:
+        make_parent(out)  # first: what cannot be made must not come late
+    predictions: list[Prediction] = []
+    skipped: list[str] = []
+    with pixel_limit(max_megapixels):
+        paths = find_images(images)
+        model = load(source, **options or {})
+        predictor = Predictor(model, top_k, batch_size, workers, device, flip, embedding, reject, taxonomy)
+        for answer in tqdm(predictor.stream(paths), total=len(paths), unit="image", disable=not progress):
+            if not isinstance(answer, BadImage):
+                predictions.append(answer)
+            elif skip_bad:
+                skipped.append(str(answer))
+            else:
+                raise answer
+    if out is not None:
+        write_text(out, to_text(predictions))
+    again = [a.second_pass for a in predictions if a.second_pass is not None]
+    return Predictions(str(source), predictions, skipped, sum(again) / len(again) if again else None)
+
+
 @torch.inference_mode()
 def answers(model: nn.Module, batches: Iterable[Tensor], flip: bool = False) -> Iterator[Output]:
     """What `model` says of each of `batches` (B, 3, H, W), in order.
@@ -263,7 +333,7 @@ def embedding_of(output: Output, name: str) -> Tensor:
     return choose(name, found, "embedding of this model").float()
 
 
-def giving(model: Model, embedding: str | None) -> Model:
+def without_early_exit(model: Model, embedding: str | None) -> Model:
     """`model`, or where it may spare the second pass that an embedding needs, one of the same weights that does not."""
     if embedding in (None, "global") or not isinstance(model, EarlyExitModel) or model.margin is None:
         return model
@@ -279,84 +349,6 @@ def to_original(box: Sequence[int], size: tuple[int, int], p: Preprocessing) -> 
     margin = ((width - p.image_size[1]) / 2, (height - p.image_size[0]) / 2)
     left, top, right, bottom = (round((v + margin[i % 2]) * scale[i % 2]) for i, v in enumerate(box))
     return left, top, right, bottom
-
-
-@limited
-def run(s: Predict, progress: bool = True) -> dict[str, Any]:
-    """The verb, by the engine asked for."""
-    module, _, function = ENGINES[s.engine].partition(":")
-    return getattr(import_module(module), function)(s, progress)
-
-
-ENGINES = {
-    "local": "glsim.inference.predictor:run_here",
-    "ray": "glsim.inference.ray_bulk:run",
-}  # imported when asked for
-
-
-def run_here(s: Predict, progress: bool = True) -> dict[str, Any]:
-    """Predictions and skipped files, as plain values; BadImage is raised unless `s.skip_bad`."""
-    if s.out is not None:
-        make_parent(s.out)  # first: what cannot be made must not come late
-    paths = find_images(s.images)
-    model = load(s.source, **s.options)
-    predictor = Predictor(model, s.top_k, s.batch_size, s.workers, s.device, s.flip, s.embedding, s.reject, s.taxonomy)
-    predictions, skipped = [], []
-    for answer in tqdm(predictor.stream(paths), total=len(paths), unit="image", disable=not progress):
-        if not isinstance(answer, BadImage):
-            predictions.append(answer)
-        elif s.skip_bad:
-            skipped.append(str(answer))
-        else:
-            raise answer
-    if s.out is not None:
-        write_text(s.out, FORMATS[str(s.format)](predictions))
-    again = [a.second_pass for a in predictions if a.second_pass is not None]
-    return {
-        "source": str(s.source),
-        "predictions": [a.as_dict() for a in predictions],
-        "skipped": skipped,
-        "second_pass_share": sum(again) / len(again) if again else None,
-    }
-
-
-def as_text(predictions: Sequence[Prediction]) -> str:
-    """A line an image: path, then classes with probabilities, then the box; a verdict before them, if there is one."""
-    lines = []
-    for a in predictions:
-        answers = ", ".join(f"{printable(name)} {p:.1%}" for name, p in zip(a.labels, a.probabilities, strict=True))
-        if a.verdict is not None:
-            sure = f"{a.verdict.level} {a.verdict.label} {a.verdict.probability:.1%}"
-            answers = f"{printable(sure if a.verdict.level else a.verdict.label)} ({answers})"
-        lines.append(f"{printable(a.path)}: {answers}" + (f"  crop {','.join(map(str, a.box))}" if a.box else ""))
-    return "".join(line + "\n" for line in lines)
-
-
-def as_jsonl(predictions: Sequence[Prediction]) -> str:
-    """One JSON object a line."""
-    return "".join(to_json(a.as_dict()) + "\n" for a in predictions)
-
-
-def as_csv(predictions: Sequence[Prediction]) -> str:
-    """One row an image and rank, as `csv_text` writes it: path, rank, label, probability, left, top, right, bottom.
-
-    Where the method chooses, also second_pass (true or false); where there are verdicts, also verdict, level and
-    verdict_probability.
-    """
-    more = ["second_pass"] * any(a.second_pass is not None for a in predictions)
-    more += ["verdict", "level", "verdict_probability"] * any(a.verdict is not None for a in predictions)
-    rows: list[list[object]] = [["path", "rank", "label", "probability", "left", "top", "right", "bottom", *more]]
-    for a in predictions:
-        said = [str(a.second_pass).lower()] if a.second_pass is not None else []
-        said += (
-            [a.verdict.label, a.verdict.level or "", f"{a.verdict.probability:.6f}"] if a.verdict is not None else []
-        )
-        for rank, (name, p) in enumerate(zip(a.labels, a.probabilities, strict=True), start=1):
-            rows.append([a.path, rank, name, f"{p:.6f}", *(a.box or ("",) * 4), *said])
-    return csv_text(rows)
-
-
-FORMATS: dict[str, Callable[[Sequence[Prediction]], str]] = {"text": as_text, "jsonl": as_jsonl, "csv": as_csv}
 
 
 class _WithSize:

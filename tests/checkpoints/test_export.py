@@ -28,6 +28,9 @@ from glsim.evaluation.workloads import Job, Setup
 from glsim.files import document
 from glsim.inference.predictor import run as predict
 from glsim.models.heads import NO_ANSWER, top2_margin
+from glsim.files import document
+from glsim.inference.predictor import predict_images
+from glsim.models.heads import lead
 
 LABELS = list("abcde")
 CLASS_TOKEN, REGISTERS, NEITHER = (
@@ -473,10 +476,10 @@ def test_an_answer_that_is_no_number_is_an_error_of_its_image(metadata, tmp_path
     assert [isinstance(answer, BadImage) for answer in said] == [False, True, False]
     assert str(said[1]) == f"{paths[1]}: {NO_ANSWER}"
     with pytest.raises(BadImage, match=r"1.png: the model's answer is no number"):
-        predict(Predict(source=str(path), images=paths, workers=0), progress=False)
-    result = predict(Predict(source=str(path), images=paths, workers=0, skip_bad=True), progress=False)
-    assert [a["path"] for a in result["predictions"]] == [paths[0], paths[2]] and len(result["skipped"]) == 1
-    json.dumps(result, allow_nan=False)
+        predict_images(path, paths, workers=0)
+    result = predict_images(path, paths, workers=0, skip_bad=True)
+    assert [a.path for a in result.predictions] == [paths[0], paths[2]] and len(result.skipped) == 1
+    json.dumps(document(result), allow_nan=False)
     for split, names in (("train", "abcde"), ("test", "abcde")):
         for i, name in enumerate(names):
             (tmp_path / "data" / split / name).mkdir(parents=True)

@@ -624,10 +624,10 @@ def test_find_images(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("given", ["s3://bucket/x.jpg", "list.csv", "List.PARQUET", "list.tsv"])
-def test_lists_and_stores_are_for_another_engine(tmp_path, monkeypatch, given):
+def test_lists_and_stores_are_for_another_verb(tmp_path, monkeypatch, given):
     write(tmp_path / "list.csv", "path", "b.jpg")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=r"which glsim predict --engine ray takes; wanted images or a folder"):
+    with pytest.raises(DataError, match=r"which glsim predict bulk takes; wanted images or a folder"):
         find_images(given)
 
 

@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import glsim
 from glsim import ConfigError, DataError, cli
 from glsim.checkpoints.bundle import amend, read_config
-from glsim.config import Predict, Train
+from glsim.config import Calibrate, Train
 from glsim.data.images import BadImage
 from glsim.data.readers import read_data
 from glsim.evaluation import calibration, evaluate
@@ -20,6 +20,8 @@ from glsim.evaluation.confidence import calibration_error, graded, largest_rate
 from glsim.files import document
 from glsim.inference.predictor import answers, run
 from glsim.models.heads import top2_margin
+from glsim.inference.predictor import answers, predict_images
+from glsim.models.heads import lead
 from glsim.models.losses import objective
 from glsim.training import train
 
@@ -302,8 +304,8 @@ def test_calibrate_writes_what_eval_and_predict_use(early, birds, capsys):
     assert "second pass for 100.0% of the images" in capsys.readouterr().out
     assert "Calibrated on 9 images" in (early / "README.md").read_text()
     path = next((birds / "test").glob("*/*"))
-    said = run(Predict(source=str(early), images=[str(path)], workers=0))
-    assert said["second_pass_share"] == 0.0 and said["predictions"][0]["second_pass"] is False
+    said = predict_images(early, [str(path)], workers=0)
+    assert said.second_pass_share == 0.0 and said.predictions[0].second_pass is False
     assert cli.main(["predict", str(early), str(path), "--workers", "0", "--format", "csv", "--top-k", "1"]) == 0
     printed = capsys.readouterr()
     assert "second pass for 0.0% of the images\n" in printed.err
@@ -314,7 +316,7 @@ def test_calibrate_writes_what_eval_and_predict_use(early, birds, capsys):
     with Image.open(path) as image, torch.no_grad():
         _, first, _ = model.first_pass(evaluate.eval_transform(p)(image.convert("RGB"))[None])
     wanted = (first / found["temperature"]).softmax(1).max()
-    assert said["predictions"][0]["answers"][0]["probability"] == pytest.approx(float(wanted), abs=1e-5)
+    assert said.predictions[0].probabilities[0] == pytest.approx(float(wanted), abs=1e-5)
 
 
 def test_no_loss_allowed_and_a_model_that_never_stops_early(early, run_folder, birds, tmp_path):

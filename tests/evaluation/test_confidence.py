@@ -16,11 +16,11 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 import glsim
 from glsim import cli
 from glsim.checkpoints.bundle import read_config
-from glsim.config import Predict
 from glsim.data.hierarchy import decide, flat, read_taxonomy
 from glsim.evaluation import evaluate
 from glsim.evaluation.confidence import calibration_error, find_threshold, reliability, risk_coverage
-from glsim.inference.predictor import run
+from glsim.files import document
+from glsim.inference.predictor import predict_images
 
 LABELS = ("robin", "wren", "oak", "elm")
 TAXONOMY = ("label,genus,kingdom", "elm,tree,plant", "robin,bird,animal", "oak,tree,plant", "wren,bird,animal")
@@ -192,12 +192,8 @@ def test_eval_reports_what_its_predictions_say(sure, birds, tmp_path, capsys):
     with Image.open(tmp_path / "e" / "confidence.png") as picture:
         assert picture.width > 900
 
-    said = run(
-        Predict(
-            source=str(folder), images=[str(birds / "test")], workers=0, top_k=3, reject=True, taxonomy=str(taxonomy)
-        ),
-        progress=False,
-    )["predictions"]
+    asked = dict(workers=0, top_k=3, reject=True, taxonomy=taxonomy)
+    said = document(predict_images(folder, [str(birds / "test")], **asked))["predictions"]
     kinds = {labels[0]: "one", labels[1]: "two", labels[2]: "two"}
     answered = correct = fine = 0
     for row in said:
@@ -266,7 +262,7 @@ def test_calibrate_finds_the_threshold_that_eval_and_predict_use(run_folder, bir
     [
         (["calibrate", "m", "--data", "d", "--max-error", "100"], "max_error=100.0: points of 100"),
         (["predict", "m", "a.png", "--taxonomy", "t.csv"], "add --reject"),
-        (["predict", "m", "a.png", "--reject", "--engine", "ray", "--out", "o"], "not with --engine ray"),
+        (["predict", "m", "a.png", "--reject", "--engine", "ray", "--out", "o"], "glsim predict bulk --help lists"),
         (["explain", "m", "a.png", "--out", "o", "--contrast", "a", "a"], "two different classes"),
         (["explain", "m", "a.png", "--out", "o", "--contrast", "a", "b", "--metrics", "all"], "--metrics"),
         (["explain", "m", "a.png", "--out", "o", "--layers", "--contrast", "a", "b"], "--layers"),

@@ -22,7 +22,7 @@ from glsim.environment import make_accelerator
 from glsim.evaluation import evaluate
 from glsim.evaluation.evaluate import evaluate_bundle
 from glsim.files import MARKER
-from glsim.inference.predictor import run as predict
+from glsim.inference.predictor import predict_images
 
 
 def answers(folder, *columns):
@@ -108,11 +108,10 @@ def test_flip_of_the_verbs(run_folder, birds, tmp_path):
         evaluate_bundle(run_folder, birds, workers=0, flip=flip, out=tmp_path / str(flip))
         assert json.loads((tmp_path / str(flip) / "evaluation.json").read_text())["flip"] is flip
     paths = [str(path) for path in read_data(birds)["test"].paths]
-    said = predict(Predict(source=str(run_folder), images=paths, workers=0, flip=True), progress=False)["predictions"]
+    said = predict_images(run_folder, paths, workers=0, flip=True).predictions
     plain, flipped = (answers(tmp_path / flip, "prediction", "confidence") for flip in ("False", "True"))
-    best = [a["answers"][0] for a in said]
-    assert [a["label"] for a in best] == [prediction for prediction, _ in flipped]
-    assert [a["probability"] for a in best] == pytest.approx([float(p) for _, p in flipped], abs=1e-5)
+    assert [a.labels[0] for a in said] == [prediction for prediction, _ in flipped]
+    assert [a.probabilities[0] for a in said] == pytest.approx([float(p) for _, p in flipped], abs=1e-5)
     assert [p for _, p in plain] != [p for _, p in flipped]
 
 

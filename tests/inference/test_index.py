@@ -20,11 +20,13 @@ import glsim
 from glsim import cli
 from glsim.checkpoints.bundle import digest
 from glsim.checkpoints.onnx_runtime import GraphModel, as_output
-from glsim.config import IndexAdd, IndexBuild, IndexEval, IndexQuery
 from glsim.data.images import BadImage, open_image
 from glsim.evaluation import evaluate
-from glsim.inference import index
-from glsim.inference.index import Encoded, Index, auroc, nearest, prototypes, read_index, tell_unknown, unit, vote
+from glsim.inference import index, index_search, index_storage
+from glsim.inference.index import add_to_index, build_index, query_index
+from glsim.inference.index_evaluation import ScoreAuroc, auroc, evaluate_index, tell_unknown
+from glsim.inference.index_search import Encoded, encode, nearest, prototypes, unit, vote
+from glsim.inference.index_storage import Index, read_index
 from glsim.inference.predictor import embedding_of
 from glsim.types import ConfigError, DataError, GlsimError
 
@@ -70,7 +72,7 @@ def test_neighbours_vote_by_their_similarity():
     for row in range(2):
         weight = {}
         for s, label in zip(similarities[row], labels[row], strict=True):
-            weight[label] = weight.get(label, 0) + np.exp(s / index.TEMPERATURE)
+            weight[label] = weight.get(label, 0) + np.exp(s / index_search.TEMPERATURE)
         best = max(weight, key=weight.get)
         assert winners[row] == best
         assert shares[row] == pytest.approx(weight[best] / sum(weight.values()), abs=1e-4)
@@ -93,40 +95,9 @@ def test_the_unknown_is_told_by_the_similarity_of_the_best_prototype():
     flat = np.full(22, 0.5, np.float32)
     encoded = Encoded(list(range(22)), vectors, np.zeros(22, np.int64), flat, flat, [])
     result = tell_unknown(known_index, encoded, np.arange(22) < 20)
-    assert result["auroc"] == {"prototypes": 1.0, "softmax": 0.5, "energy": 0.5}
-    assert result["count"] == 2 and result["passed"] == 0.0
+    assert result.auroc == ScoreAuroc(prototypes=1.0, softmax=0.5, energy=0.5)
+    assert result.count == 2 and result.passed == 0.0
     assert tell_unknown(known_index, encoded, np.ones(22, bool)) is None
-
-
-def test_classes_are_added_in_steps(monkeypatch):
-    """Classes on axes of their own, one of them (3) with a single good image among bad ones."""
-    axes = np.eye(6, dtype=np.float32)
-    labels = np.repeat([0, 1, 2, 3], 4)
-    vectors = axes[labels].copy()
-    vectors[13:16] = axes[0]  # three images of class 3 look like class 0
-    known_index = make(vectors, labels, "abcd")
-    queries, y = axes[[0, 1, 2, 3]], np.array([0, 1, 2, 3])
-    guesses = np.array([0, 1, 0, 0])  # the head knows a and b only
-    s = IndexEval(index="i", data="d", shots=[1, 4], steps=2, neighbours=1)
-    rows = index.add_in_steps(known_index, queries, y, guesses, np.array([2, 3]), s)
-    assert [(r["shots"], r["added"], r["count"]) for r in rows] == [
-        (0, 0, 2),
-        (1, 1, 3),
-        (1, 2, 4),
-        (4, 1, 3),
-        (4, 2, 4),
-    ]
-    assert [r["head"]["top1"] for r in rows] == pytest.approx([1, 2 / 3, 1 / 2, 2 / 3, 1 / 2])
-    assert rows[0]["prototypes"] == {"top1": 1.0, "top1_old": 1.0, "top1_added": None, "std": 0.0}
-    assert rows[1]["prototypes"]["top1_added"] == 1.0 and rows[1]["head"]["top1_added"] == 0.0
-    assert rows[4]["neighbours"]["top1_added"] == 1.0  # with all four images, class 3 has its good one
-    monkeypatch.setattr(index, "DRAWS", 400)
-    one = index.add_in_steps(known_index, queries, y, guesses, np.array([2, 3]), s)[2]["neighbours"]
-    assert one["top1_added"] == pytest.approx(
-        (1 + 1 / 4) / 2, abs=0.05
-    )  # with one drawn of four, a quarter of the time
-    assert one["std"] == pytest.approx(np.sqrt(1 / 4 * 3 / 4) / 4, abs=0.02)  # of one image in four
-    assert index.add_in_steps(known_index, queries, y, guesses, np.array([], np.int64), s) == []
 
 
 # --- on disk ----------------------------------------------------------------------------------------------------------
@@ -207,10 +178,10 @@ def test_a_model_that_a_file_names_is_not_fetched(tmp_path, monkeypatch):
     for source in ("hf-hub:owner/x", "local-dir:/x", "https://x/m.pth"):
         spoil(tmp_path, source=source)
         with pytest.raises(DataError, match=f"its model is {source}, and nothing is fetched .* --source {source}$"):
-            index.query(IndexQuery(index=str(tmp_path), images=["x.jpg"]), False)
+            query_index(tmp_path, ["x.jpg"])
     assert not asked
     with pytest.raises(ConfigError, match="was made with another model than hf-hub:owner/x"):
-        index.query(IndexQuery(index=str(tmp_path), images=["x.jpg"], source="hf-hub:owner/x"), False)
+        query_index(tmp_path, ["x.jpg"], source="hf-hub:owner/x")
     assert asked == ["hf-hub:owner/x"]
 
 
@@ -221,7 +192,7 @@ def test_an_interrupted_change_leaves_the_older_state(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(index, "write_text", full)
+    monkeypatch.setattr(index_storage, "write_text", full)
     with pytest.raises(OSError):
         old.add(["c"], ["/n"], cloud(1)).save(tmp_path)
     monkeypatch.undo()
@@ -250,14 +221,14 @@ def test_two_changes_at_once_do_not_lose_one(tmp_path):
 def test_a_change_waits_until_another_one_is_written(tmp_path, monkeypatch):
     make(cloud(3), [0, 1, 1], ["a", "b"]).save(tmp_path)
     mine, theirs = read_index(tmp_path), read_index(tmp_path)
-    begun, going, real = Event(), Event(), index.write_text
+    begun, going, real = Event(), Event(), index_storage.write_text
 
     def slow(*arguments):
         begun.set()
         assert going.wait(20)
         real(*arguments)
 
-    monkeypatch.setattr(index, "write_text", slow)
+    monkeypatch.setattr(index_storage, "write_text", slow)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(theirs.add(["c"], ["/t"], cloud(1)).save, tmp_path)
         assert begun.wait(20)
@@ -334,10 +305,8 @@ def place(run_folder, birds, tmp_path_factory):
             file = top / "views" / split / "view" / f"{i}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             scene((64, 64), seed=i + 100 * (split == "test")).save(file)
-    built = index.build(
-        IndexBuild(source=str(top / "run"), data=str(birds), out=str(top / "run/index"), workers=0), False
-    )
-    assert (built["images"], built["classes"], built["embedding"]) == (18, 3, "fused")
+    built = build_index(top / "run", birds, top / "run/index", workers=0)
+    assert (built.images, built.classes, built.embedding) == (18, 3, "fused")
     return top
 
 
@@ -348,18 +317,18 @@ def here(place, tmp_path):
 
 def test_a_class_of_five_images_is_recognised_at_once(here):
     folder, views = str(here / "run" / "index"), here / "views"
-    asked = IndexQuery(index=folder, images=[str(views / "test")], workers=0, neighbours=3, top_k=2)
-    before = index.query(asked, progress=False)["answers"]
-    assert not any("view" in [c["label"] for c in a["classes"]] for a in before)
-    added = index.add(IndexAdd(index=folder, images=[str(views / "train")], label="view", workers=0), progress=False)
-    assert (added["added"], added["new_classes"], added["images_of"]) == (5, ["view"], {"view": 5})
-    for a in index.query(asked, progress=False)["answers"]:
-        assert a["label"] == "view" == a["vote"]["label"] and a["head"]["label"] != "view"
-        assert [len(a["classes"]), len(a["neighbours"])] == [2, 3]
-        assert a["classes"][0]["similarity"] >= a["classes"][1]["similarity"]
-        assert a["neighbours"][0]["label"] == "view" and "views/train/view" in a["neighbours"][0]["path"]
-    again = index.add(IndexAdd(index=folder, images=[str(views / "train")], workers=0), progress=False)
-    assert (again["added"], again["there_before"]) == (0, 5)  # by the names of their folders, which is the same class
+    asked = dict(workers=0, neighbours=3, top_k=2)
+    before = query_index(folder, [str(views / "test")], **asked).answers
+    assert not any("view" in [c.label for c in a.classes] for a in before)
+    added = add_to_index(folder, [str(views / "train")], label="view", workers=0)
+    assert (added.added, added.new_classes, added.images_of) == (5, ["view"], {"view": 5})
+    for a in query_index(folder, [str(views / "test")], **asked).answers:
+        assert a.label == "view" == a.vote.label and a.head.label != "view"
+        assert [len(a.classes), len(a.neighbours)] == [2, 3]
+        assert a.classes[0].similarity >= a.classes[1].similarity
+        assert a.neighbours[0].label == "view" and "views/train/view" in a.neighbours[0].path
+    again = add_to_index(folder, [str(views / "train")], workers=0)
+    assert (again.added, again.there_before) == (0, 5)  # by the names of their folders, which is the same class
 
 
 def test_vectors_of_another_width_are_refused(here, birds):
@@ -368,9 +337,9 @@ def test_vectors_of_another_width_are_refused(here, birds):
     wide = replace(before, vectors=cloud(len(before.labels), before.vectors.shape[1] + 1))
     wide.save(folder)
     for ask in (
-        lambda: index.query(IndexQuery(index=str(folder), images=[image], workers=0), False),
-        lambda: index.add(IndexAdd(index=str(folder), images=[image], workers=0), False),
-        lambda: index.evaluate(IndexEval(index=str(folder), data=str(birds), workers=0), False),
+        lambda: query_index(folder, [image], workers=0),
+        lambda: add_to_index(folder, [image], workers=0),
+        lambda: evaluate_index(folder, birds, workers=0),
     ):
         with pytest.raises(
             DataError, match=r"is damaged: its vectors have 65 numbers, those of its model \(fused\) 64"
@@ -391,20 +360,20 @@ def test_an_answer_that_is_no_number_gives_no_vector(here, birds, monkeypatch):
 
     monkeypatch.setattr(predictor, "outputs", spoilt)
     with pytest.raises(BadImage, match=f"{paths[1].name}: the model's answer is no number"):
-        index.encode(predictor, paths, "fused")
-    encoded = index.encode(predictor, paths, "fused", skip_bad=True)
+        encode(predictor, paths, "fused")
+    encoded = encode(predictor, paths, "fused", skip_bad=True)
     assert encoded.places == [0, 2] and len(encoded.vectors) == len(encoded.guesses) == 2
     assert len(encoded.skipped) == 1 and np.isfinite(encoded.confidences).all()
 
 
 def test_an_image_far_from_every_class_is_unknown(here, birds):
-    ask = dict(index=str(here / "run" / "index"), workers=0)
-    one = index.query(IndexQuery(images=[str(here / "views" / "test" / "view" / "0.png")], **ask), False)["answers"][0]
-    best = one["classes"][0]["similarity"]
-    assert one["label"] == one["classes"][0]["label"]
-    images = [one["path"]]
-    assert index.query(IndexQuery(images=images, below=best + 1e-3, **ask), False)["answers"][0]["label"] is None
-    assert index.query(IndexQuery(images=images, below=best - 1e-3, **ask), False)["answers"][0]["label"] is not None
+    folder = here / "run" / "index"
+    one = query_index(folder, [str(here / "views" / "test" / "view" / "0.png")], workers=0).answers[0]
+    best = one.classes[0].similarity
+    assert one.label == one.classes[0].label
+    for below, known in ((best + 1e-3, False), (best - 1e-3, True)):
+        answer = query_index(folder, [one.path], below=below, workers=0).answers[0]
+        assert (answer.label is not None) == known
 
 
 def test_the_vectors_are_those_of_the_model(here, birds):
@@ -416,11 +385,10 @@ def test_the_vectors_are_those_of_the_model(here, birds):
 
 
 def test_eval_counts_the_head_as_glsim_eval_does(here, birds):
-    ask = dict(index=str(here / "run" / "index"), workers=0)
-    result = index.evaluate(IndexEval(data=str(birds), **ask), progress=False)
+    result = evaluate_index(here / "run" / "index", birds, workers=0)
     plain = evaluate.evaluate_bundle(here / "run", birds, workers=0)
-    assert result["count"] == 9 and result["head"]["top1"] == pytest.approx(plain.top1)
-    assert result["unknown"] is None and result["added"] == []
+    assert result.count == 9 and result.head.top1 == pytest.approx(plain.top1)
+    assert result.unknown is None and result.prototypes.top1_added is None
     stored = read_index(here / "run" / "index")
     hits = []
     predictor = glsim.Predictor(here / "run", embedding="fused")
@@ -429,54 +397,49 @@ def test_eval_counts_the_head_as_glsim_eval_does(here, birds):
         order = np.argsort(-(stored.vectors @ (v / np.linalg.norm(v))))
         names = [stored.classes[stored.labels[i]] for i in order]
         hits.append([answer.path.split("/")[-2] in names[:k] for k in (1, 5, 10)])
-    assert list(result["recall"].values()) == pytest.approx(np.mean(hits, axis=0).tolist())
+    assert list(result.recall.values()) == pytest.approx(np.mean(hits, axis=0).tolist())
 
 
-def test_eval_tells_the_unknown_and_adds_it(here, birds):
+def test_eval_tells_the_unknown_until_it_is_added(here, birds):
     both = shutil.copytree(birds, here / "both")
     shutil.copytree(here / "views", both, dirs_exist_ok=True)
-    folder = str(here / "run" / "index")
-    ask = IndexEval(index=folder, data=str(both), workers=0, shots=[1, 5], steps=3)
-    unknown = index.evaluate(ask, progress=False)["unknown"]
-    asked = IndexQuery(index=folder, images=[str(both / "test")], workers=0)
-    answers = index.query(asked, progress=False)["answers"]
+    folder = here / "run" / "index"
+    unknown = evaluate_index(folder, both, workers=0).unknown
+    answers = query_index(folder, [str(both / "test")], workers=0).answers
     for score, read in (
-        ("prototypes", lambda a: a["classes"][0]["similarity"]),
-        ("softmax", lambda a: a["head"]["probability"]),
+        (unknown.auroc.prototypes, lambda a: a.classes[0].similarity),
+        (unknown.auroc.softmax, lambda a: a.head.probability),
     ):
-        new = [read(a) for a in answers if "/view/" in a["path"]]
-        old = [read(a) for a in answers if "/view/" not in a["path"]]
-        assert unknown["count"] == len(new) == 4 and len(old) == 9
+        new = [read(a) for a in answers if "/view/" in a.path]
+        old = [read(a) for a in answers if "/view/" not in a.path]
+        assert unknown.count == len(new) == 4 and len(old) == 9
         pairs = [(a > b) + (a == b) / 2 for a, b in product(old, new)]
-        assert unknown["auroc"][score] == pytest.approx(np.mean(pairs), abs=1e-6)
-    index.add(IndexAdd(index=folder, images=[str(here / "views" / "train")], workers=0), progress=False)
-    result = index.evaluate(ask, progress=False)
-    assert result["unknown"] is None and result["count"] == 13
-    assert [(r["shots"], r["added"], r["count"]) for r in result["added"]] == [(0, 0, 9), (1, 1, 13), (5, 1, 13)]
-    assert result["added"][-1]["prototypes"]["top1_added"] == 1.0
-    assert result["head"]["top1_added"] == 0.0
+        assert score == pytest.approx(np.mean(pairs), abs=1e-6)
+    add_to_index(folder, [str(here / "views" / "train")], workers=0)
+    result = evaluate_index(folder, both, workers=0)
+    assert result.unknown is None and result.count == 13
+    assert (result.prototypes.top1_added, result.head.top1_added) == (1.0, 0.0)
     with pytest.raises(DataError, match="18 of the 18 images are in the index themselves"):
-        index.evaluate(IndexEval(index=folder, data=str(birds), split="train", workers=0), progress=False)
+        evaluate_index(folder, birds, split="train", workers=0)
 
 
 def test_run_and_index_travel_together(here, tmp_path, birds):
     moved = shutil.move(str(here / "run"), str(tmp_path / "elsewhere"))
     image = next((birds / "test").rglob("*.jpg"))
-    ask = dict(images=[str(image)], workers=0)
-    assert index.query(IndexQuery(index=f"{moved}/index", **ask), progress=False)["answers"]
+    assert query_index(f"{moved}/index", [str(image)], workers=0).answers
     alone = shutil.move(f"{moved}/index", str(tmp_path / "deep" / "er" / "index"))
     with pytest.raises(DataError, match="its model is no longer at .*--source"):
         shutil.rmtree(tmp_path / "deep" / "nothing", ignore_errors=True)
         spoil(tmp_path / "deep" / "er" / "index", source="../nothing")
-        index.query(IndexQuery(index=alone, **ask), progress=False)
-    assert index.query(IndexQuery(index=alone, source=moved, **ask), progress=False)["answers"]
+        query_index(alone, [str(image)], workers=0)
+    assert query_index(alone, [str(image)], source=moved, workers=0).answers
 
 
 def test_an_index_of_another_model_is_refused(here, birds, tmp_path):
     other = glsim.save(small_model(classes=3), tmp_path / "other", labels=["a", "b", "c"])
     image = str(next((birds / "test").rglob("*.jpg")))
     with pytest.raises(ConfigError, match="was made with another model than .*other"):
-        index.query(IndexQuery(index=str(here / "run/index"), images=[image], source=str(other), workers=0), False)
+        query_index(here / "run/index", [image], source=other, workers=0)
 
 
 def test_the_hash_follows_every_weight_and_nothing_else():
@@ -487,23 +450,22 @@ def test_the_hash_follows_every_weight_and_nothing_else():
     assert digest(model.state_dict()) != first
 
 
-def test_bad_files_and_wrong_wishes(here, birds, tmp_path):
-    folder = str(here / "run" / "index")
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "bad.jpg").write_bytes(b"")
+def test_bad_files_and_wrong_options(here, birds, tmp_path):
+    folder, new = here / "run" / "index", tmp_path / "new"
+    new.mkdir()
+    (new / "bad.jpg").write_bytes(b"")
     with pytest.raises(BadImage, match=r"bad.jpg: empty"):
-        index.add(IndexAdd(index=folder, images=[str(tmp_path / "new")], workers=0), progress=False)
+        add_to_index(folder, [str(new)], workers=0)
     with pytest.raises(DataError, match="none of the 1 images can be read; the first: .*bad.jpg"):
-        index.add(IndexAdd(index=folder, images=[str(tmp_path / "new")], workers=0, skip_bad=True), progress=False)
-    open_image(next((birds / "test").rglob("*.jpg"))).save(tmp_path / "new" / "good.png")
-    added = index.add(IndexAdd(index=folder, images=[str(tmp_path / "new")], workers=0, skip_bad=True), progress=False)
-    assert added["added"] == 1 and len(added["skipped"]) == 1 and added["new_classes"] == ["new"]
-    build = dict(source=str(here / "run"), data=str(birds), workers=0)
+        add_to_index(folder, [str(new)], workers=0, skip_bad=True)
+    open_image(next((birds / "test").rglob("*.jpg"))).save(new / "good.png")
+    added = add_to_index(folder, [str(new)], workers=0, skip_bad=True)
+    assert added.added == 1 and len(added.skipped) == 1 and added.new_classes == ["new"]
     with pytest.raises(ConfigError, match="already holds an index"):
-        index.build(IndexBuild(out=folder, **build), progress=False)
+        build_index(here / "run", birds, folder, workers=0)
     plain = glsim.save(small_model("plain", classes=3), tmp_path / "plain")
     with pytest.raises(ConfigError, match="plain has no embedding 'crop'; it has: global"):
-        index.build(IndexBuild(**build | {"source": str(plain)}, out=str(tmp_path / "i"), embedding="crop"), False)
+        build_index(plain, birds, tmp_path / "i", embedding="crop", workers=0)
     assert not (tmp_path / "i").exists()
 
 
@@ -512,16 +474,14 @@ def test_the_split_is_that_of_the_run_that_trained_the_model(birds, tmp_path):
     names = sorted(p.name for p in data.iterdir())
     seen = {"split_seed": 5, "test_fraction": 0.34, "val_fraction": 0.3}
     source = glsim.save(small_model(classes=3), tmp_path / "m", names, data=seen)
-    settings = dict(data=str(data), workers=0)
     found = {}
     for split in ("train", "val", "test"):
-        index.build(IndexBuild(source=str(source), out=str(tmp_path / split), split=split, **settings), False)
+        build_index(source, data, tmp_path / split, split=split, workers=0)
         found[split] = set(read_index(tmp_path / split).paths)
         wanted, _ = evaluate.read_split(glsim.load(source), data, split)
         assert found[split] == {str(path) for path in wanted.paths}
     assert [len(paths) for paths in found.values()] == [9, 3, 6] and len(set.union(*found.values())) == 18
-    tested = index.evaluate(IndexEval(index=str(tmp_path / "train"), split="val", **settings), False)
-    assert tested["count"] == 3
+    assert evaluate_index(tmp_path / "train", data, split="val", workers=0).count == 3
 
 
 def test_a_model_that_answers_early_is_indexed_by_both_passes(birds, tmp_path):
@@ -531,12 +491,11 @@ def test_a_model_that_answers_early_is_indexed_by_both_passes(birds, tmp_path):
     for name, margin in (("before", None), ("after", 0.0)):
         model = small_model(classes=3, early_loss=1.0, margin=margin)
         glsim.save(model, source, names)
-        index.build(IndexBuild(source=str(source), data=str(birds), out=str(tmp_path / name), workers=0), False)
+        build_index(source, birds, tmp_path / name, workers=0)
         found.append(read_index(tmp_path / name))
     assert found[0].embedding == found[1].embedding == "fused"
     assert found[1].vectors == pytest.approx(found[0].vectors, abs=1e-5)
-    asked = IndexQuery(index=str(tmp_path / "before"), images=[str(birds / "test")], workers=0)
-    assert len(index.query(asked, progress=False)["answers"]) == 9
+    assert len(query_index(tmp_path / "before", [str(birds / "test")], workers=0).answers) == 9
     image = next((birds / "test").rglob("*.jpg"))
     for name in ("crop", "fused", "global"):
         (answer,) = glsim.Predictor(model, embedding=name)(image)
@@ -566,9 +525,13 @@ def test_the_command_line(here, birds, capsys):
     assert "0.png: view (view " in capsys.readouterr().out
     assert cli.main(["index", "eval", folder, "--data", str(birds), *words]) == 0
     out = capsys.readouterr().out
-    assert "recall: @1" in out and "classes added" in out
-    assert cli.main(["index", "eval", folder, "--data", str(birds), "--json", *words]) == 0
-    assert json.loads(capsys.readouterr().out)["count"] == 9
+    assert "recall: @1" in out and "classes added" not in out
+    assert cli.main(["index", "eval", folder, "--data", str(here / "views"), *words]) == 0
+    assert "classes that the head knows, of classes added: prototypes -, 100.0%   " in capsys.readouterr().out
+    shots = ["--shots", "1", "5", "--steps=3", "--seed", "7"]  # of an older version
+    assert cli.main(["index", "eval", folder, "--data", str(birds), *shots, "--json", *words]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["count"] == 9 and "benchmarks/new_classes.py adds classes in steps" in printed.err
     assert cli.main(["index"]) == 2 and "unknown verb 'index'" in capsys.readouterr().err
     assert cli.main(["index", "--help"]) == 0 and "index build" in capsys.readouterr().out
     assert cli.main(["index", "query", folder, "x", "--below", "2"]) == 2

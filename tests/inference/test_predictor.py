@@ -11,11 +11,14 @@ from conftest import ROOT
 from PIL import Image
 
 import glsim
-from glsim.config import Predict
+from glsim import cli
+from glsim.cli import predict, predict_bulk
 from glsim.data.images import BadImage, open_image
 from glsim.data.transforms import Preprocessing, eval_transform, mask_transform, to_picture, train_transform
-from glsim.inference.predictor import FORMATS, Prediction, run, to_original
-from glsim.inference.ray_bulk import as_row, schema
+from glsim.files import document
+from glsim.inference.bulk_parts import as_row, schema
+from glsim.inference.formats import FORMATS
+from glsim.inference.predictor import Prediction, predict_images, to_original
 from glsim.types import ConfigError
 
 
@@ -80,11 +83,11 @@ def test_bad_files_are_named_or_skipped(run_folder, photos, tmp_path):
     open_image(photos / "0.png").save(tmp_path / "good.png")
     images = [str(tmp_path)]
     with pytest.raises(BadImage, match=r"bad.jpg: empty file"):
-        run(Predict(source=str(run_folder), images=images, workers=0), progress=False)
-    result = run(Predict(source=str(run_folder), images=images, workers=0, skip_bad=True), progress=False)
-    assert len(result["predictions"]) == 1 and len(result["skipped"]) == 1
-    only_bad = Predict(source=str(run_folder), images=[str(tmp_path / "bad.jpg")], workers=0, skip_bad=True)
-    assert run(only_bad, progress=False)["predictions"] == []
+        predict_images(run_folder, images, workers=0)
+    result = predict_images(run_folder, images, workers=0, skip_bad=True)
+    assert len(result.predictions) == 1 and len(result.skipped) == 1
+    only_bad = predict_images(run_folder, [str(tmp_path / "bad.jpg")], workers=0, skip_bad=True)
+    assert only_bad.predictions == []
 
 
 def test_formats_hold_the_same(run_folder, photos, tmp_path):
@@ -97,8 +100,11 @@ def test_formats_hold_the_same(run_folder, photos, tmp_path):
     plain = Prediction("x.jpg", ("a",), (1.0,), None)
     assert FORMATS["csv"]([plain]).splitlines()[1] == "x.jpg,1,a,1.000000,,,,"
     out = tmp_path / "answers.csv"
-    run(Predict(source=str(run_folder), images=[str(photos)], out=str(out), top_k=2, workers=0), False)  # by its ending
+    result = predict_images(run_folder, [str(photos)], out=out, top_k=2, workers=0)  # by its ending
     assert out.read_text() == FORMATS["csv"](answers)
+    assert document(result)["predictions"] == [json.loads(line) for line in lines]
+    with pytest.raises(ConfigError, match="unknown format 'xml'; choose from: csv, jsonl, text"):
+        predict_images("gone", ["gone"], format="xml")
 
 
 def test_a_file_whose_name_is_no_text_does_not_lose_the_others(run_folder, photos, tmp_path):
@@ -110,7 +116,7 @@ def test_a_file_whose_name_is_no_text_does_not_lose_the_others(run_folder, photo
         pytest.skip("this file system takes text only")
     for ending in ("jsonl", "csv", "txt"):
         out = tmp_path / "new" / "folder" / f"answers.{ending}"  # made before anything is computed
-        run(Predict(source=str(run_folder), images=[str(seen)], out=str(out), workers=0), False)
+        predict_images(run_folder, [str(seen)], out=out, workers=0)
         assert "a\\udcff.png" in out.read_text(encoding="utf-8")
     told = json.loads((out.parent / "answers.jsonl").read_text(encoding="utf-8"))
     assert told["path"] == str(seen / name)
@@ -123,7 +129,7 @@ def test_a_file_whose_name_is_no_text_does_not_lose_the_others(run_folder, photo
 def test_an_out_that_cannot_be_made_is_said_before_anything_is_computed(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
-        run(Predict(source="gone", images=["gone"], out=str(tmp_path / "file" / "a.csv")), False)
+        predict_images("gone", ["gone"], out=tmp_path / "file" / "a.csv")
 
 
 def test_train_transforms_make_normalised_images_of_the_right_size():
@@ -173,14 +179,14 @@ def test_home_folder_in_paths(run_folder, photos, tmp_path, monkeypatch):
     (tmp_path / "photos").symlink_to(photos)
     (answer,) = glsim.Predictor("~/run")("~/photos/0.png")
     assert answer.path == "~/photos/0.png"
-    run(Predict(source="~/run", images=["~/photos"], out="~/new/a.csv", workers=0), False)
+    assert cli.main(["predict", "~/run", "~/photos", "--out", "~/new/a.csv", "--workers", "0"]) == 0
     assert (tmp_path / "new" / "a.csv").is_file()
     glsim.save(glsim.load("~/run"), "~/again")
     assert (tmp_path / "again" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("images", [["s3://bucket/x"], ["list.csv"], ["a.jpg", "list.parquet"]])
-def test_what_only_ray_reads_names_the_engine(images):
-    with pytest.raises(ConfigError, match="need --engine ray"):
-        Predict(source="run", images=images)
-    Predict(source="run", images=images, engine="ray", out="o")
+def test_what_only_ray_reads_names_the_verb(images):
+    with pytest.raises(ConfigError, match="need glsim predict bulk"):
+        predict.Options(source="run", images=images)
+    assert predict_bulk.Options(source="run", images=images, out="o").images == images

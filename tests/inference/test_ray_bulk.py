@@ -20,9 +20,9 @@ from filelock import FileLock
 import glsim
 from glsim import cli
 from glsim.checkpoints.bundle import amend, load
-from glsim.config import Predict
-from glsim.inference import ray_bulk
-from glsim.inference.predictor import run
+from glsim.cli import predict_bulk as verb
+from glsim.inference import bulk_parts, ray_bulk
+from glsim.inference.bulk_inputs import find_paths
 from glsim.types import ConfigError, DataError
 
 pytest.importorskip("pyarrow", reason="the extra `scale` is not installed", exc_type=ImportError)
@@ -49,10 +49,8 @@ def here(monkeypatch):
     """Parts are answered in this process, by the worker that Ray would run; yields the numbers of those answered."""
     asked = []
 
-    def loop(ray, s, model, out, todo):
-        worker = ray_bulk.Worker(
-            model, out, s.embedding, top_k=s.top_k, batch_size=s.batch_size, device="cpu", flip=s.flip
-        )
+    def loop(ray, model, out, todo, workers, device, options):
+        worker = ray_bulk.Worker(model, out, device="cpu", **options)
         for item in todo:
             asked.append(item["part"])
             batch = worker({"part": np.array([item["part"]]), "paths": [item["paths"]]})
@@ -81,15 +79,13 @@ def same(row, answer):
 
 
 def job(run_folder, images, out, **more):
-    settings = {"part_size": 3, "workers": 2, "batch_size": 2, "engine": "ray"} | more
-    return run(
-        Predict(source=str(run_folder), images=[str(i) for i in images], out=str(out), **settings), progress=False
-    )
+    settings = {"part_size": 3, "workers": 2, "batch_size": 2} | more
+    return ray_bulk.predict_bulk(run_folder, [str(i) for i in images], out, **settings)
 
 
 def test_rows_are_the_answers_of_the_local_engine(run_folder, photos, tmp_path, here):
     result = job(run_folder, [photos], tmp_path / "out", embedding="fused", top_k=2)
-    assert (result["images"], result["parts"], result["answered"], result["errors"]) == (7, 3, 6, 1)
+    assert (result.images, result.parts, result.answered, result.errors) == (7, 3, 6, 1)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         ".glsim",
         "job.json",
@@ -108,7 +104,7 @@ def test_rows_are_the_answers_of_the_local_engine(run_folder, photos, tmp_path, 
         else:
             same(row, answer)
             assert row["embedding"] == pytest.approx(answer.embedding, abs=1e-4)
-    assert "embedding" not in ray_bulk.schema(False).names
+    assert "embedding" not in bulk_parts.schema(False).names
 
 
 def test_a_stopped_job_goes_on_with_what_is_missing(run_folder, photos, tmp_path, here):
@@ -121,22 +117,22 @@ def test_a_stopped_job_goes_on_with_what_is_missing(run_folder, photos, tmp_path
     (out / ".part-000002.parquet.0123").write_bytes(b"half a fil")  # a worker was killed while it wrote
     here.clear()
     result = job(run_folder, [photos], out)
-    assert here == [0, 2] and (result["parts_before"], result["answered"], result["errors"]) == (1, 6, 1)
+    assert here == [0, 2] and (result.parts_before, result.answered, result.errors) == (1, 6, 1)
     assert rows(out) == expected and (out / "part-000001.parquet").stat().st_mtime_ns == kept
     assert len(list(out.iterdir())) == 5
     here.clear()
     result = job(run_folder, [photos], out)
-    assert (result["answered"], result["errors"], result["images_per_second"]) == (6, 1, 0) and not here
-    worker = ray_bulk.Worker(load(run_folder), ray_bulk.folder_uri(str(out)), None)
+    assert (result.answered, result.errors, result.images_per_second) == (6, 1, 0) and not here
+    worker = ray_bulk.Worker(load(run_folder), bulk_parts.folder_uri(str(out)), None)
     assert worker.answer(1, ["never looked at"] * 3) == (3, 1)  # Ray asks again for a part that was just finished
 
 
 def test_answered_and_errors_are_all_images_in_text_too(run_folder, photos, tmp_path, here):
     out = tmp_path / "out"
-    text = cli.show_predict(job(run_folder, [photos], out), None)
+    text = verb.show(job(run_folder, [photos], out), None)
     assert "7 images in 3 parts; 6 answered, 1 could not be read; " in text
     (out / "part-000001.parquet").unlink()  # the one with the bad image
-    text = cli.show_predict(job(run_folder, [photos], out), None)
+    text = verb.show(job(run_folder, [photos], out), None)
     assert "6 answered, 1 could not be read; " in text and text.endswith("2 of 3 parts were there")
 
 
@@ -156,7 +152,7 @@ def swapped(file):
 def short(file):
     shutil.copy(file.with_name("part-000002.parquet"), file)
     table = parquet.read_table(file)
-    told = {ray_bulk.OWNER: table.schema.metadata[ray_bulk.OWNER].replace(b'"part": 2', b'"part": 1')}
+    told = {bulk_parts.OWNER: table.schema.metadata[bulk_parts.OWNER].replace(b'"part": 2', b'"part": 1')}
     parquet.write_table(table.replace_schema_metadata(told), file)
 
 
@@ -183,11 +179,11 @@ def test_a_part_is_not_trusted_by_its_name(run_folder, photos, tmp_path, here, c
     spoil(file)
     here.clear()
     result = job(run_folder, [photos], out)
-    assert here == [1] and rows(out) == expected and (result["parts_before"], result["answered"]) == (2, 6)
-    assert list(result["parts_again"]) == [file.name] * bool(said)
+    assert here == [1] and rows(out) == expected and (result.parts_before, result.answered) == (2, 6)
+    assert list(result.parts_again) == [file.name] * bool(said)
     if said:
-        assert re.search(said, result["parts_again"][file.name]), result["parts_again"]
-        cli.show_predict(result, None)
+        assert re.search(said, result.parts_again[file.name]), result.parts_again
+        verb.show(result, None)
         assert capsys.readouterr().err.startswith("part-000001.parquet was made again: ")
     assert [f.read_text() for f in out.glob(".aside*/kept")] == ["not ours"] * (spoil is folder)
 
@@ -197,9 +193,7 @@ def test_parts_of_another_job_are_made_again(run_folder, photos, tmp_path, here)
         job(run_folder, [photos], tmp_path / name, top_k=top_k)
     shutil.copy(tmp_path / "a" / "part-000000.parquet", tmp_path / "b")
     here.clear()
-    assert job(run_folder, [photos], tmp_path / "b", top_k=3)["parts_again"] == {
-        "part-000000.parquet": "not of this job"
-    }
+    assert job(run_folder, [photos], tmp_path / "b", top_k=3).parts_again == {"part-000000.parquet": "not of this job"}
     assert here == [0] and {len(row["labels"]) for row in rows(tmp_path / "b") if not row["error"]} == {3}
 
 
@@ -208,7 +202,7 @@ def test_parts_of_another_job_are_made_again(run_folder, photos, tmp_path, here)
 def test_nothing_that_lies_about_is_in_the_way(run_folder, photos, tmp_path, here, name, make):
     (tmp_path / "out").mkdir()
     make(tmp_path / "out" / name)
-    assert job(run_folder, [photos / "sub"], tmp_path / "out")["answered"] == 2
+    assert job(run_folder, [photos / "sub"], tmp_path / "out").answered == 2
     assert (tmp_path / "out" / name).is_symlink() or (tmp_path / "out" / name).exists()
 
 
@@ -256,7 +250,7 @@ def test_an_image_without_an_answer_spoils_no_other(run_folder, photos, tmp_path
         return real(self, paths)
 
     monkeypatch.setattr(glsim.Predictor, "stream", refuses)
-    assert job(run_folder, [photos], tmp_path / "out", part_size=7)["errors"] == 2
+    assert job(run_folder, [photos], tmp_path / "out", part_size=7).errors == 2
     errors = {Path(row["path"]).name: row["error"] for row in rows(tmp_path / "out") if row["error"]}
     assert set(errors) == {"d.jpg", "x.png"} and errors["x.png"] == "an answer that is not finite"
 
@@ -294,8 +288,8 @@ def test_a_job_has_its_folder_alone(run_folder, photos, tmp_path, here):
 
 def test_in_a_store_only_old_leftovers_are_removed(monkeypatch):
     """A store that is in memory; it has no locks either."""
-    system, _ = ray_bulk.locate("mock:///")
-    ray_bulk.claim("mock:///out", {"format": 1})
+    system, _ = bulk_parts.locate("mock:///")
+    bulk_parts.claim_folder("mock:///out", {"format": 1})
     for name in (".part-000000.parquet.0123", "part-000001.parquet"):
         with system.open_output_stream(f"out/{name}") as stream:
             stream.write(b"half a fil")
@@ -303,11 +297,11 @@ def test_in_a_store_only_old_leftovers_are_removed(monkeypatch):
     def names():
         return sorted(info.base_name for info in system.get_file_info(FileSelector("out")))
 
-    with ray_bulk.held("mock:///out", {"format": 1}), ray_bulk.held("mock:///out", {"format": 1}):
+    with bulk_parts.lock_folder("mock:///out", {"format": 1}), bulk_parts.lock_folder("mock:///out", {"format": 1}):
         assert names() == [".part-000000.parquet.0123", "job.json", "part-000001.parquet"]
     now = time.time()
-    monkeypatch.setattr(ray_bulk.time, "time", lambda: now + ray_bulk.STALE + 60)
-    ray_bulk.claim("mock:///out", {"format": 1})
+    monkeypatch.setattr(bulk_parts.time, "time", lambda: now + bulk_parts.STALE + 60)
+    bulk_parts.claim_folder("mock:///out", {"format": 1})
     assert names() == ["job.json", "part-000001.parquet"]
 
 
@@ -333,25 +327,25 @@ def test_a_part_is_written_whole_or_not_at_all(run_folder, photos, tmp_path, her
 
 def test_lists_and_stores_name_the_same_images(photos, tmp_path):
     expected = sorted(str(p) for p in photos.rglob("*.*"))
-    assert ray_bulk.find_paths([str(photos)]) == expected
-    uris = ray_bulk.find_paths([f"file://{photos}/"])
+    assert find_paths([str(photos)]) == expected
+    uris = find_paths([f"file://{photos}/"])
     assert sorted(uri.removeprefix("file://") for uri in uris) == expected
-    assert ray_bulk.find_paths([f"file://{photos}/sub/é f.png"]) == [f"file://{photos}/sub/é f.png"]
+    assert find_paths([f"file://{photos}/sub/é f.png"]) == [f"file://{photos}/sub/é f.png"]
     relative = [os.path.relpath(p, tmp_path) for p in expected]
     with (tmp_path / "list.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["id", "path"], *enumerate(relative)])
     parquet.write_table(pa.table({"path": [*relative, uris[0]]}), tmp_path / "list.parquet")
-    assert ray_bulk.find_paths([str(tmp_path / "list.csv")]) == expected
-    assert ray_bulk.find_paths([str(tmp_path / "list.parquet")]) == [*expected, uris[0]]
-    assert ray_bulk.find_paths([f"file://{tmp_path}/list.csv"]) == [f"file://{tmp_path}/{p}" for p in relative]
-    assert ray_bulk.find_paths([str(tmp_path / "list.csv"), str(photos)]) == expected  # each once
+    assert find_paths([str(tmp_path / "list.csv")]) == expected
+    assert find_paths([str(tmp_path / "list.parquet")]) == [*expected, uris[0]]
+    assert find_paths([f"file://{tmp_path}/list.csv"]) == [f"file://{tmp_path}/{p}" for p in relative]
+    assert find_paths([str(tmp_path / "list.csv"), str(photos)]) == expected  # each once
     for delimiter in ";\t":
         lines = [f"Path{delimiter}label", *(f"{path}{delimiter}x" for path in relative)]
         (tmp_path / "other.csv").write_text("\n".join(lines), encoding="utf-8-sig")
-        assert ray_bulk.find_paths([str(tmp_path / "other.csv")]) == expected
+        assert find_paths([str(tmp_path / "other.csv")]) == expected
     (photos / "@eaDir").mkdir()
     shutil.copy(photos / "a.png", photos / "@eaDir")
-    assert ray_bulk.find_paths([f"file://{photos}/"]) == uris and ray_bulk.find_paths([str(photos)]) == expected
+    assert find_paths([f"file://{photos}/"]) == uris and find_paths([str(photos)]) == expected
 
 
 def test_images_come_out_of_stores_by_their_uri(run_folder, photos):
@@ -377,15 +371,15 @@ def test_images_come_out_of_stores_by_their_uri(run_folder, photos):
 def test_lists_that_are_none(tmp_path, name, text, said):
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=said):
-        ray_bulk.find_paths([str(tmp_path / name)])
+        find_paths([str(tmp_path / name)])
 
 
 def test_places_that_are_not_there(tmp_path):
     for given in (str(tmp_path / "none.csv"), f"file://{tmp_path}/none", str(tmp_path / "none")):
         with pytest.raises(DataError, match="none"):
-            ray_bulk.find_paths([given])
+            find_paths([given])
     with pytest.raises(ConfigError, match="nonsense://.*s3://"):
-        ray_bulk.find_paths(["nonsense://x/y"])
+        find_paths(["nonsense://x/y"])
 
 
 @pytest.mark.parametrize(("gpus", "workers"), [(1, 1), (1, 3), (8, 8), (8, 20), (4, 2), (2, 7), (3, 12)])
@@ -398,25 +392,39 @@ def test_every_worker_finds_room_on_a_gpu(gpus, workers):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--engine", "ray"], "name a folder with --out"),
-        (["--engine", "ray", "--out", "o", "--format", "csv"], "--engine ray writes Parquet"),
-        (["--engine", "ray", "--out", "o", "--workers", "0"], "workers=0: at least 1"),
-        (["--engine", "spark"], "engine"),
-        (["--engine", "ray", "--out", "o", "--skip-bad"], "skip_bad: --engine ray always goes on"),
-        (["--address", "auto"], "only with --engine ray"),
-        (["--part-size", "10"], "part_size=10: only with --engine ray"),
-        (["--embedding", "fused", "--out", "x.csv"], "take jsonl"),
+        (["bulk", "run", "x.jpg"], "out"),
+        (["bulk", "run", "x.jpg", "--out", "o", "--format", "csv"], "unrecognized arguments: --format"),
+        (["bulk", "run", "x.jpg", "--out", "o", "--workers", "0"], "workers=0: at least 1"),
+        (["bulk", "run", "x.jpg", "--out", "o", "--part-size", "0"], "part_size=0: at least 1"),
+        (["bulk", "run", "x.jpg", "--out", "o", "--skip-bad"], "unrecognized arguments: --skip-bad"),
+        (["run", "x.jpg", "--engine", "spark"], "engine"),
+        (["run", "x.jpg", "--engine", "ray"], "note: predict --engine ray is now: glsim predict bulk"),
+        (["run", "x.jpg", "--address", "auto"], "unrecognized arguments: --address"),
+        (["run", "x.jpg", "--part-size", "10"], "unrecognized arguments: --part-size"),
+        (["run", "x.jpg", "--embedding", "fused", "--out", "x.csv"], "take jsonl"),
     ],
 )
-def test_wrong_wishes(capsys, words, said):
-    assert cli.main(["predict", "run", "x.jpg", *words]) == 2
+def test_wrong_options(capsys, words, said):
+    assert cli.main(["predict", *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_old_spelling_is_the_same_job(run_folder, photos, tmp_path, here, capsys):
+    words = [str(run_folder), str(photos), "--workers", "2", "--part-size", "3", "--json"]
+    documents = []
+    for name, more in (("old", ["predict", "--engine", "ray"]), ("new", ["predict", "bulk"])):
+        assert cli.main([*more, *words, "--out", str(tmp_path / name)]) == 0
+        printed = capsys.readouterr()
+        assert ("note: predict --engine ray is now: glsim predict bulk" in printed.err) == (name == "old")
+        documents.append(json.loads(printed.out))
+    assert list(documents[0]) == list(documents[1]) and rows(tmp_path / "old") == rows(tmp_path / "new")
+    assert (documents[0]["engine"], documents[0]["images"], documents[0]["parts"]) == ("ray", 7, 3)
 
 
 def test_without_ray_it_says_what_to_install(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
-    assert cli.main(["predict", "run", "x.jpg", "--engine", "ray", "--out", str(tmp_path / "o")]) == 2
+    assert cli.main(["predict", "bulk", "run", "x.jpg", "--out", str(tmp_path / "o")]) == 2
     assert "pip install 'glsim[scale]'" in capsys.readouterr().err
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
 
@@ -451,10 +459,9 @@ def many(tmp_path):
 def start(run_folder, many, out):
     words = [
         "predict",
+        "bulk",
         run_folder,
         many,
-        "--engine",
-        "ray",
         "--workers",
         "2",
         "--part-size",
@@ -505,22 +512,23 @@ def test_a_killed_worker_loses_nothing(run_folder, many, tmp_path):
     text, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     result = json.loads(text)
-    assert (result["images"], result["answered"], result["errors"], result["parts"]) == (160, 158, 2, 32)
+    assert (result.images, result.answered, result.errors, result.parts) == (160, 158, 2, 32)
     assert not first.is_running() or first.status() == psutil.STATUS_ZOMBIE
     check_against_the_local_engine(run_folder, many, out)
 
 
 DEADLY = """
 import os, signal, sys
-from glsim import bulk, cli
+from glsim import cli
+from glsim.inference import ray_bulk
 
-class Deadly(bulk.Worker):
+class Deadly(ray_bulk.Worker):
     def answer(self, part, paths):
         if part == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().answer(part, paths)
 
-bulk.Worker = Deadly
+ray_bulk.Worker = Deadly
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -529,7 +537,7 @@ sys.exit(cli.main(sys.argv[1:]))
 def test_a_part_that_kills_every_worker_ends_the_job_and_spoils_no_other(run_folder, photos, tmp_path):
     pytest.importorskip("ray", reason="the extra `scale` is not installed", exc_type=ImportError)
     out = tmp_path / "out"
-    words = ["predict", run_folder, photos, "--engine", "ray", "--workers", "2", "--part-size", "3", "--out", out]
+    words = ["predict", "bulk", run_folder, photos, "--workers", "2", "--part-size", "3", "--out", out]
     ended = subprocess.run(
         [sys.executable, "-c", DEADLY, *map(str, words)], capture_output=True, text=True, timeout=500
     )

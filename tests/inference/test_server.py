@@ -31,7 +31,7 @@ from test_docs import SERVED, blocks, run_block
 import glsim
 from glsim import cli
 from glsim.checkpoints.onnx_runtime import GraphModel
-from glsim.config import Serve
+from glsim.cli import serve as verb
 from glsim.data.images import open_image
 from glsim.inference.predictor import Predictor
 from glsim.models.scores import METRICS, needs_attention
@@ -39,7 +39,8 @@ from glsim.models.scores import METRICS, needs_attention
 serve = pytest.importorskip(
     "glsim.inference.server", reason="the extra demo is not installed", exc_type=glsim.ConfigError
 )
-from glsim.inference.batcher import LOWEST, Service, Wish, changed  # noqa: E402
+from glsim.inference import server_limits  # noqa: E402
+from glsim.inference.batcher import LOWEST, PredictRequest, Service, changed  # noqa: E402
 
 JPEG = {"Content-Type": "image/jpeg"}
 _file = io.BytesIO()
@@ -104,8 +105,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def site(run_folder):
-    settings = Serve(source=str(run_folder), port=0, max_mb=2, max_megapixels=1, queue=8)
-    with serve.running(settings) as url:
+    with serve.running(run_folder, port=0, max_mb=2, max_megapixels=1, queue=8) as url:
         yield url
 
 
@@ -114,13 +114,13 @@ def held(run_folder, monkeypatch):
     """A server whose model waits for an event; also the sizes of the batches it was given."""
     going, sizes, real = threading.Event(), [], Service._ask
 
-    def slow(self, decoded, wish):
+    def slow(self, decoded, request):
         sizes.append(len(decoded))
         assert going.wait(30)
-        return real(self, decoded, wish)
+        return real(self, decoded, request)
 
     monkeypatch.setattr(Service, "_ask", slow)
-    with serve.running(Serve(source=str(run_folder), port=0, queue=6, batch_size=4, max_wait_ms=0)) as url:
+    with serve.running(run_folder, port=0, queue=6, batch_size=4, max_wait_ms=0) as url:
         yield url, going, sizes
         going.set()
 
@@ -209,7 +209,7 @@ def test_pictures_show_the_map_the_box_and_the_crop(site, run_folder, photos):
 def test_methods_that_choose_otherwise_say_so_or_only_draw(tmp_path, method, own, decides, takes_top_o, photos):
     glsim.save(small_model(method, "resnet18" if method == "cal" else "vit_tiny_patch16_224"), tmp_path / "b")
     (expected,) = glsim.Predictor(tmp_path / "b")(photos[0])
-    with serve.running(Serve(source=str(tmp_path / "b"), port=0)) as url:
+    with serve.running(tmp_path / "b", port=0) as url:
         model = ask(url, "/model")[1]
         metrics = [model["metrics"][0], next(m for m in model["metrics"] if m["name"] == "gls_l2")]
         assert metrics[0]["name"] == own and model["crops"] == (method != "plain")
@@ -238,12 +238,12 @@ def test_every_method_serves_every_metric_it_lists_and_is_left_as_it_was(method)
     try:
         assert set(METRICS) <= set(service.metrics())
         for metric in service.metrics():
-            wish = Wish(metric=metric, top_o=3 if service.takes_top_o(metric) else None, explain=True)
-            service.check(wish)
-            decoded = service.decode("x", content.getvalue(), wish)
-            answer = service.submit(decoded, wish).result(30)
+            request = PredictRequest(metric=metric, top_o=3 if service.takes_top_o(metric) else None, explain=True)
+            service.check(request)
+            decoded = service.decode("x", content.getvalue(), request)
+            answer = service.submit(decoded, request).result(30)
             assert sum(answer.prediction.probabilities) == pytest.approx(1, abs=1e-4)
-            assert answer.why.metric == metric and np.isfinite(answer.why.heatmap).all()
+            assert answer.heatmap.metric == metric and np.isfinite(answer.heatmap.values).all()
             assert picture(service.draw(decoded, answer)["crop"]).size
     finally:
         service.close()
@@ -255,9 +255,9 @@ def test_the_box_of_an_answer_after_one_pass_is_only_drawn(margin):
     """No two classes are closer than 0 in probability, and none farther apart than 2."""
     service = Service(small_model(early_loss=1.0, margin=margin), "cpu", max_wait=0)
     try:
-        wish = Wish(explain=True)
-        answer = service.submit(service.decode("x", GOOD, wish), wish).result(30)
-        assert answer.prediction.second_pass is answer.why.used is bool(margin)
+        request = PredictRequest(explain=True)
+        answer = service.submit(service.decode("x", GOOD, request), request).result(30)
+        assert answer.prediction.second_pass is answer.heatmap.used is bool(margin)
     finally:
         service.close()
 
@@ -287,7 +287,7 @@ def test_networks_without_attention_list_only_what_they_can_serve():
     try:
         assert set(service.metrics()) == {m for m in METRICS if not needs_attention(m)}
         with pytest.raises(glsim.ConfigError, match="reads attention maps"):
-            service.check(Wish(metric="rollout"))
+            service.check(PredictRequest(metric="rollout"))
     finally:
         service.close()
 
@@ -315,7 +315,7 @@ BAD = {  # body, headers, status, what is said
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_requests_say_why(site, case):
+def test_bad_requests_get_their_reason(site, case):
     body, headers, status, said = BAD[case]
     got, answer, _ = ask(site, "/predict", body, headers)
     assert got == status and said in answer["error"], answer
@@ -409,12 +409,12 @@ def said_at_the_end(connection):
 @pytest.mark.parametrize("sent", [b"", b"P", HEAD, BODY, BODY + b"ab"], ids=["nothing", "P", "head", "empty", "body"])
 def test_who_sends_slowly_closes_the_server_for_nobody(run_folder, sent):
     """More of them than there are places, and than there may be connections."""
-    with serve.running(Serve(source=str(run_folder), port=0, queue=4)) as url, dawdling(url, 300, sent):
+    with serve.running(run_folder, port=0, queue=4) as url, dawdling(url, 300, sent):
         start = time.monotonic()
         for _ in range(3):
             assert ask(url, "/predict", *form([("a.jpg", GOOD)] * 4))[0] == 200
         assert ask(url, "/health")[1]["room"] == 4
-        assert time.monotonic() - start < serve.HEAD_SECONDS / 2
+        assert time.monotonic() - start < server_limits.HEAD_SECONDS / 2
 
 
 @pytest.mark.parametrize(
@@ -432,8 +432,8 @@ def test_who_sends_slowly_closes_the_server_for_nobody(run_folder, sent):
 def test_what_does_not_come_in_whole_ends(run_folder, monkeypatch, sent, drop, said):
     """However busily it trickles."""
     for name in ("HEAD_SECONDS", "READ_SECONDS", "LINGER_SECONDS"):
-        monkeypatch.setattr(serve, name, 0.5)
-    with serve.running(Serve(source=str(run_folder), port=0, queue=2)) as url, dawdling(url, 3, sent) as opened:
+        monkeypatch.setattr(server_limits, name, 0.5)
+    with serve.running(run_folder, port=0, queue=2) as url, dawdling(url, 3, sent) as opened:
         start = time.monotonic()
         with suppress(OSError):
             while time.monotonic() < start + 10:
@@ -450,18 +450,21 @@ def test_what_does_not_come_in_whole_ends(run_folder, monkeypatch, sent, drop, s
 
 
 def test_who_does_not_fetch_the_answer_is_not_waited_for(run_folder, monkeypatch):
-    monkeypatch.setattr(serve, "SEND_SECONDS", 0.5)
+    monkeypatch.setattr(server_limits, "SEND_SECONDS", 0.5)
     asked = b"GET /examples/0 HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000  # 30 MB of answers
-    with serve.running(Serve(source=str(run_folder), port=0)) as url, dawdling(url, 1, asked) as (connection,):
+    with serve.running(run_folder, port=0) as url, dawdling(url, 1, asked) as (connection,):
         time.sleep(2)
         assert said_at_the_end(connection).count(b"HTTP/1.1 200 OK") < 1000
 
 
 def test_bytes_on_their_way_are_bounded_and_the_oldest_go_first(run_folder, monkeypatch):
-    monkeypatch.setattr(serve, "REQUESTS", 2)
+    monkeypatch.setattr(server_limits, "REQUESTS", 2)
     sent = HEAD + b"Content-Length: 1000000\r\n\r\n" + bytes(900_000)
-    settings = Serve(source=str(run_folder), port=0, queue=2, max_mb=1)
-    with serve.running(settings) as url, dawdling(url, 1, sent) as first, dawdling(url, 4, sent) as later:
+    with (
+        serve.running(run_folder, port=0, queue=2, max_mb=1) as url,
+        dawdling(url, 1, sent) as first,
+        dawdling(url, 4, sent) as later,
+    ):
         assert b" 503 " in said_at_the_end(first[0]).splitlines()[0]
         assert ask(url, "/predict", GOOD, JPEG)[0] == 200
         kept = 0
@@ -477,9 +480,8 @@ def test_bytes_on_their_way_are_bounded_and_the_oldest_go_first(run_folder, monk
 
 
 def test_one_address_does_not_push_out_another(run_folder, monkeypatch):
-    monkeypatch.setattr(serve, "CONNECTIONS", 4)
-    settings = Serve(source=str(run_folder), port=0, queue=1, host="0.0.0.0")
-    with serve.running(settings) as url:
+    monkeypatch.setattr(server_limits, "CONNECTIONS", 4)
+    with serve.running(run_folder, port=0, queue=1, host="0.0.0.0") as url:
         port = urlsplit(url).port
         other = socket.create_connection(("127.0.0.1", port), 20, source_address=("127.0.0.2", 0))
         with other, dawdling(url, 20, b"P"):
@@ -558,7 +560,7 @@ def test_a_failure_of_the_server_itself_is_json_too(site, monkeypatch, caplog):
     def broken(*_):
         raise KeyError("\x1b[2J nothing of this is for the client")
 
-    monkeypatch.setattr(serve, "wish_of", broken)
+    monkeypatch.setattr(serve, "read_query", broken)
     status, said, headers = ask(site, "/predict", GOOD, JPEG)
     assert (status, said) == (500, {"error": "the server failed: KeyError"})
     assert "content-security-policy" in headers
@@ -630,20 +632,20 @@ def test_an_image_waits_no_longer_than_it_has_to(run_folder):
     """Alone it waits `max_wait` for company and no longer; a full batch does not wait at all."""
     service = Service(glsim.load(run_folder), "cpu", batch_size=2, max_wait=1.0)
     try:
-        decoded = service.decode("x", GOOD, Wish())
+        decoded = service.decode("x", GOOD, PredictRequest())
         start = time.monotonic()
-        alone = service.submit(decoded, Wish())
+        alone = service.submit(decoded, PredictRequest())
         alone.result(30)
         assert time.monotonic() - start >= 1.0
         start = time.monotonic()
-        pair = [service.submit(decoded, Wish()) for _ in range(2)]
+        pair = [service.submit(decoded, PredictRequest()) for _ in range(2)]
         assert [future.result(30) for future in pair] and time.monotonic() - start < 0.9
         assert service.counts.batches == 2
     finally:
         service.close()
 
 
-def test_wishes_of_different_kinds_in_one_batch_keep_apart(held, run_folder):
+def test_requests_of_different_kinds_in_one_batch_keep_apart(held, run_folder):
     url, going, sizes = held
     first = in_background(ask, url, "/predict", GOOD, JPEG)
     wait_for(lambda: sizes == [1])
@@ -668,13 +670,13 @@ def test_wishes_of_different_kinds_in_one_batch_keep_apart(held, run_folder):
 def test_a_model_that_fails_once_answers_the_next(run_folder, monkeypatch, caplog, error, said):
     real, failing = Service._ask, [True]
 
-    def fails_once(self, decoded, wish):
+    def fails_once(self, decoded, request):
         if failing.pop() if failing else False:
             raise error
-        return real(self, decoded, wish)
+        return real(self, decoded, request)
 
     monkeypatch.setattr(Service, "_ask", fails_once)
-    with serve.running(Serve(source=str(run_folder), port=0)) as url:
+    with serve.running(run_folder, port=0) as url:
         status, answer, _ = ask(url, "/predict", GOOD, JPEG)
         assert status == 500 and answer["error"] == f"the model failed: {said}"
         assert str(error) in caplog.text
@@ -699,7 +701,7 @@ def test_an_image_that_the_model_fails_on_spoils_no_other(run_folder, monkeypatc
         scene((side, side)).save(file, "PNG")
         dark.append(file.getvalue())
     monkeypatch.setattr(Predictor, "predictions", spoilt)
-    with serve.running(Serve(source=str(run_folder), port=0, max_wait_ms=300)) as url:
+    with serve.running(run_folder, port=0, max_wait_ms=300) as url:
         files = [("a.jpg", GOOD), ("raises\x1b.png", dark[0]), ("nan.png", dark[1]), ("b.jpg", GOOD), ("no", b"no")]
         status, said, _ = ask(url, "/predict", *form(files))
         rows = said["predictions"]
@@ -713,7 +715,7 @@ def test_an_image_that_the_model_fails_on_spoils_no_other(run_folder, monkeypatc
 
 def test_pictures_that_cannot_be_drawn_are_a_failure(run_folder, monkeypatch):
     monkeypatch.setattr("glsim.inference.batcher.as_url", lambda *_: 1 / 0)
-    with serve.running(Serve(source=str(run_folder), port=0)) as url:
+    with serve.running(run_folder, port=0) as url:
         status, said, _ = ask(url, "/predict?explain=1", *form([("a.jpg", GOOD)]))
         assert status == 500 and said["path"] == "a.jpg" and "ZeroDivisionError" in said["error"]
         health = ask(url, "/health")[1]
@@ -749,7 +751,7 @@ def test_only_pages_of_this_server_may_ask(site, headers, status):
 
 
 def test_a_name_can_be_allowed(run_folder):
-    with serve.running(Serve(source=str(run_folder), port=0, allowed_hosts=["Birds.example"])) as url:
+    with serve.running(run_folder, port=0, allowed_hosts=["Birds.example"]) as url:
         assert ask(url, "/health", headers={"Host": "birds.example:443"})[0] == 200
         assert ask(url, "/health", headers={"Host": "fish.example"})[0] == 403
 
@@ -798,7 +800,7 @@ def test_examples_are_drawn_birds_or_those_given(site, run_folder, photos, tmp_p
     assert open_image("x", ask(site, "/examples/4")[1]).size == (448, 448)
     for i in range(20):
         scene((300, 200), i).save(tmp_path / f"{i:02d}.png")
-    with serve.running(Serve(source=str(run_folder), port=0, examples=str(tmp_path))) as url:
+    with serve.running(run_folder, port=0, examples=str(tmp_path)) as url:
         model = ask(url, "/model")[1]
         assert model["examples"] == [f"{i:02d}.png" for i in (0, 2, 5, 7, 10, 12, 15, 17)] and not model["drawn"]
         assert ask(url, "/examples/1")[1] == (tmp_path / "02.png").read_bytes()
@@ -806,7 +808,7 @@ def test_examples_are_drawn_birds_or_those_given(site, run_folder, photos, tmp_p
     (tmp_path / "02.png").write_bytes(b"rubbish")
     with (
         pytest.raises(glsim.DataError, match=r"02\.png: not an image"),
-        serve.running(Serve(source=str(run_folder), port=0, examples=str(tmp_path))),
+        serve.running(run_folder, port=0, examples=str(tmp_path)),
     ):
         pass
 
@@ -839,7 +841,7 @@ def test_the_server_tells_what_it_serves_and_not_where_it_lies(site, run_folder)
     ],
 )
 def test_what_others_can_reach(host, public):
-    assert serve.is_public(host) is public
+    assert verb.is_public(host) is public
 
 
 def start(*words):
@@ -905,8 +907,8 @@ def test_without_the_extra_it_says_what_to_install(run_folder, capsys, monkeypat
 
 
 def test_text_for_people():
-    counts = {"answered": 30, "batches": 12, "refused": 2, "failed": 0}
-    assert cli.show_serve(counts, None) == "stopped: 30 images answered, 2.5 at a time, 2 refused"
+    result = serve.Served("m", "http://x", answered=30, refused=2, failed=0, batches=12)
+    assert verb.show(result, verb.Options(source="m")) == "stopped: 30 images answered, 2.5 at a time, 2 refused"
 
 
 # --- docs/serve.md ----------------------------------------------------------------------------------------------------
@@ -929,7 +931,7 @@ def test_the_commands_of_the_docs_do_what_they_say(tmp_path, monkeypatch, run_fo
         if line.startswith("curl")
     ]
     assert len(commands) >= 4
-    with serve.running(Serve(source=str(run_folder), port=0)) as url:
+    with serve.running(run_folder, port=0) as url:
         answers = [
             json.loads(
                 subprocess.run(
@@ -958,7 +960,7 @@ def test_the_python_of_the_docs_runs(tmp_path, monkeypatch, run_folder):
     scene((96, 64)).save("photo.jpg")
     clients = [b for b in blocks(ROOT / "docs" / "serve.md") if b.language == "python" and SERVED in b.text]
     assert clients
-    with serve.running(Serve(source=str(run_folder), port=0)) as url:
+    with serve.running(run_folder, port=0) as url:
         for block in clients:
             said = run_block(block._replace(text=block.text.replace(SERVED, url)), {})
             (expected,) = glsim.Predictor(run_folder)("photo.jpg")

@@ -10,7 +10,6 @@ from test_server import GOOD
 
 import glsim
 import glsim.data.images
-from glsim.config import Serve
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the extra browser is not installed")
 serve = pytest.importorskip(
@@ -37,7 +36,7 @@ def photo(tmp_path_factory, birds):
 
 @pytest.fixture(scope="module")
 def site(run_folder):
-    with serve.running(Serve(source=str(run_folder), port=0, max_mb=2)) as url:
+    with serve.running(run_folder, port=0, max_mb=2) as url:
         yield url
 
 
@@ -215,13 +214,13 @@ def test_a_keyboard_reaches_everything(page, photo):
 def test_a_server_that_is_gone_is_said_and_can_be_asked_again(chromium, run_folder, photo):
     context = chromium.new_context(viewport=WIDE)
     page = context.new_page()
-    with serve.running(Serve(source=str(run_folder), port=0)) as url:
+    with serve.running(run_folder, port=0) as url:
         page.goto(url)
         upload(page, photo)
         answered(page)
     page.locator(".panel").get_by_label("Mechanism").select_option("psm")
     expect(page.get_by_role("alert")).to_contain_text("The server does not answer")
-    with serve.running(Serve(source=str(run_folder), port=int(url.rpartition(":")[2]))):
+    with serve.running(run_folder, port=int(url.rpartition(":")[2])):
         page.get_by_role("button", name="Try again").click()
         assert read(answered(page)) == expected(run_folder, photo, metric="psm")[0]
         expect(page.locator("#problem")).to_be_hidden()

@@ -1,0 +1,53 @@
+"""`glsim index build`: the images of a data set as an index."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from glsim.cli.options import (
+    MISSING,
+    Loading,
+    SkipBad,
+    dataclass,
+    positional,
+    required,
+    setting,
+    show_skipped,
+)
+from glsim.data.catalog import SETS
+
+if TYPE_CHECKING:
+    from glsim.inference.index import IndexSize
+
+PURPOSE = "Answer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(SkipBad, Loading):
+    """Keep the images of a data set as vectors, so that more classes can be added without training."""
+
+    source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth", path="reads")
+    data: str = required("folder, CSV, hf:NAME or wds:FOLDER, as for train", path="reads")
+    out: str = required("folder to make, say RUN/index", path="folder")
+    dataset: str | None = setting(None, "name of a data set prepared in DATA", choices=SETS)
+    split: Literal["train", "val", "test"] = setting("train", "which images")
+    embedding: Literal["global", "crop", "fused"] | None = setting(
+        None, "vector of the image, of the crop, or what the head reads; default: what the head reads"
+    )
+
+
+def run(options: Options, progress: bool) -> IndexSize:
+    """Build it."""
+    from glsim.inference.index import build_index
+
+    return build_index(**vars(options), progress=progress)
+
+
+def show(r: IndexSize, options: Options) -> str:
+    """What the index holds now."""
+    return "\n".join([show_size(r), *show_skipped(r.skipped)])
+
+
+def show_size(r: IndexSize) -> str:
+    """Images, classes and embedding of an index."""
+    return f"{r.index}: {r.images} images of {r.classes} classes, {r.embedding} embedding"

@@ -1,0 +1,70 @@
+"""`glsim predict`: the classes of images, by a model."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Literal
+
+from glsim.cli.options import Images, Loading, SkipBad, Source, dataclass, setting, show_skipped
+from glsim.cli.output import put
+from glsim.data.readers import LISTS
+from glsim.data.uri import is_uri
+from glsim.files import printable
+from glsim.inference.formats import FORMATS, format_of
+from glsim.types import ConfigError
+
+if TYPE_CHECKING:
+    from glsim.inference.predictor import Predictions
+
+PURPOSE = "Answer"
+RAW = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(SkipBad, Loading, Images, Source):
+    """Name what is in images: top-k classes with probabilities, and the crop box."""
+
+    top_k: int = setting(5, "answers per image", least=1)
+    flip: bool = setting(False, "average the logits of each image and its mirror image")
+    reject: bool = setting(False, "answer unknown below the threshold that calibrate --max-error found")
+    taxonomy: str | None = setting(
+        None,
+        "CSV label,genus,.. from fine to coarse: with --reject, answer with a coarser level where that is sure",
+        path="reads",
+    )
+    embedding: Literal["global", "crop", "fused"] | None = setting(
+        None, "write this vector too (jsonl): of the image, of the crop, or what the head reads"
+    )
+    format: Literal["text", "jsonl", "csv"] | None = setting(None, "default: by the ending of --out, else text")
+    out: str | None = setting(None, "write there instead of printing", path="file")
+
+    def check(self) -> None:
+        """The format follows from the file; an embedding needs a format that has a place for it."""
+        super().check()
+        if self.taxonomy is not None and not self.reject:
+            raise ConfigError(f"taxonomy={self.taxonomy}: it is for what is unsure; add --reject")
+        if remote := [one for one in self.images if is_uri(one) or one.lower().endswith(LISTS)]:
+            raise ConfigError(f"images={remote[0]}: lists and object stores need glsim predict bulk, and --out FOLDER")
+        if self.format is None:
+            self.fill(format=format_of(self.out))
+        if self.embedding is not None and self.out is not None and self.format != "jsonl":
+            raise ConfigError(f"embedding={self.embedding}: format {self.format} has no place for it; take jsonl")
+
+
+def run(options: Options, progress: bool) -> Predictions:
+    """Answer them."""
+    from glsim.inference.predictor import predict_images
+
+    return predict_images(**vars(options), progress=progress)
+
+
+def show(r: Predictions, options: Options) -> str:
+    """The answers in the format asked for; what was left out goes to stderr."""
+    told = show_skipped(r.skipped)
+    if r.second_pass_share is not None:
+        told.append(f"second pass for {r.second_pass_share:.1%} of the images")
+    for line in told:
+        put(printable(line), sys.stderr)
+    if options.out is not None:
+        return printable(f"written: {options.out}")
+    return FORMATS[str(options.format)](r.predictions).rstrip("\n")

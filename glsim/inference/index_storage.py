@@ -1,0 +1,158 @@
+"""Storage of an index: a folder with vectors of images, their classes and their paths.
+
+`index.json` (classes, images, the hash of the model's weights) names the `vectors-*.safetensors` that belongs to it and
+is replaced last, so that an interrupted change leaves the older state. Vectors have unit length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from filelock import FileLock
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+
+from glsim.checkpoints.config import COUNT, LABELS, TEXT, Kind, check_kinds, whole
+from glsim.data.sources import clean_label
+from glsim.files import make_folder, one_line, read_bytes, read_json, to_json, write_bytes, write_text
+from glsim.types import EMBEDDINGS, DataError, GlsimError
+
+FORMAT = 1
+TABLE, VECTORS, LOCK = "index.json", "vectors", ".lock"
+
+
+def _is_image(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and TEXT.holds(value[0]) and COUNT.holds(value[1])
+
+
+KEYS = {  # of `index.json`
+    "format": whole(1),
+    "embedding": Kind(f"one of {', '.join(EMBEDDINGS)}", lambda v: isinstance(v, str) and v in EMBEDDINGS),
+    "weights": TEXT,
+    "source": TEXT,
+    "vectors": TEXT,
+    "classes": LABELS,
+    "images": Kind(
+        "a list of [path, number of the class]", lambda v: isinstance(v, list) and bool(v) and all(map(_is_image, v))
+    ),
+}
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Index:
+    """Vectors of images whose classes are known."""
+
+    embedding: str  # which of the model's vectors
+    weights: str  # hash of the model's weights
+    source: str  # the model; a folder relative to the index, or what `load` takes
+    classes: tuple[str, ...]
+    labels: Ints  # (n,) indices into `classes`
+    paths: tuple[str, ...]  # n, absolute
+    vectors: Floats  # (n, D), unit length
+    stored: str | None = None  # the vectors file it was read from
+
+    def add(self, names: Sequence[str], paths: Sequence[str], vectors: Floats) -> Index:
+        """With more images: class name, path and vector of each. An image that is there already stays as it is. Names
+        are compared as `clean_label` makes them, and new ones stored so.
+
+        Raises DataError for one that is there with another class.
+        """
+        spelt = {clean_label(name): name for name in self.classes}
+        names = [spelt.get(clean_label(name), clean_label(name)) for name in names]
+        known = dict(zip(self.paths, self.labels, strict=True))
+        new: dict[str, int] = {}  # path -> place among those given
+        for place, (name, path) in enumerate(zip(names, paths, strict=True)):
+            old = self.classes[known[path]] if path in known else names[new[path]] if path in new else None
+            if old not in (None, name):
+                raise DataError(f"{path} is in the index as {old!r} already; it cannot be {name!r} too")
+            if old is None:
+                new[path] = place
+        places = list(new.values())
+        classes = tuple(dict.fromkeys((*self.classes, *(names[i] for i in places))))
+        number = {name: i for i, name in enumerate(classes)}
+        return replace(
+            self,
+            classes=classes,
+            labels=np.concatenate((self.labels, np.array([number[names[i]] for i in places], np.int64))),
+            paths=(*self.paths, *new),
+            vectors=np.concatenate((self.vectors, vectors[places])),
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write it whole or not at all. Raises GlsimError when somebody else changed the folder since it was read."""
+        folder = make_folder(folder)
+        data = safetensors.numpy.save({"vectors": np.ascontiguousarray(self.vectors)})
+        name = f"{VECTORS}-{hashlib.sha256(data).hexdigest()}.safetensors"
+        table = {
+            "format": FORMAT,
+            "embedding": self.embedding,
+            "weights": self.weights,
+            "source": self.source,
+            "vectors": name,
+            "classes": list(self.classes),
+            "images": [[path, int(label)] for path, label in zip(self.paths, self.labels, strict=True)],
+        }
+        file = folder / TABLE
+        with FileLock(folder / LOCK):
+            if (read_json(file).get("vectors") if file.exists() else None) != self.stored:
+                raise GlsimError(f"{folder} was changed by somebody else meanwhile; nothing was written, try again")
+            write_bytes(folder / name, data)
+            write_text(file, to_json(table) + "\n")
+            for old in folder.glob(f"{VECTORS}-*.safetensors"):
+                if old.name != name:
+                    old.unlink()
+
+
+def read_index(folder: str | Path) -> Index:
+    """The index in `folder`. Raises DataError for one that is missing, damaged or of a later format."""
+    folder = Path(folder)
+    try:
+        table = read_json(folder / TABLE)
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{folder} is no index: it has no {TABLE}; make one with glsim index build") from None
+    missing = [key for key in KEYS if key not in table]
+    if missing:
+        raise DataError(f"{folder / TABLE} is damaged: it lacks {', '.join(missing)}")
+    check_kinds(table, KEYS, folder / TABLE)
+    if table["format"] > FORMAT:
+        raise DataError(f"{folder} has format {table['format']}, this glsim reads up to {FORMAT}; upgrade glsim")
+    name, classes, images = table["vectors"], table["classes"], table["images"]
+    paths, labels = ({image[i] for image in images} for i in (0, 1))
+    if len(paths) < len(images) or max(labels) >= len(classes):
+        raise DataError(
+            f"{folder / TABLE} is damaged: {len(images)} images of {len(paths)} paths, {len(classes)} classes, the "
+            f"last of an image {max(labels)}"
+        )
+    if Path(name).name != name:
+        raise DataError(f"{folder / TABLE} was refused: its vectors lie outside, in {name!r}")
+    try:
+        data = read_bytes(folder / name)
+        if name != f"{VECTORS}-{hashlib.sha256(data).hexdigest()}.safetensors":
+            raise DataError(f"{folder / name} is damaged: its hash is not that of its name")
+        vectors = safetensors.numpy.load(data)["vectors"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise DataError(f"{folder / name} is damaged or missing: {one_line(error)}") from error
+    if vectors.ndim != 2 or vectors.dtype != np.float32 or len(vectors) != len(images):
+        raise DataError(f"{folder / name} is damaged: {vectors.dtype} {vectors.shape} for {len(images)} images")
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)  # no square of a float32 is too large for it
+    if not (np.isfinite(lengths).all() and lengths.max() < 1.01):  # zeros stay zeros
+        raise DataError(f"{folder / name} was refused: not every vector has unit length; build the index again")
+    return Index(
+        embedding=table["embedding"],
+        weights=table["weights"],
+        source=table["source"],
+        classes=tuple(classes),
+        labels=np.array([label for _, label in images], np.int64),
+        paths=tuple(path for path, _ in images),
+        vectors=vectors,
+        stored=name,
+    )
