@@ -35,12 +35,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glsim import save
-from glsim.checkpoints.bundle import CONFIG, init_from, pick_device
+from glsim.checkpoints.bundle import CONFIG
+from glsim.checkpoints.init_from import init_from
 from glsim.config import Train, to_recipe
 from glsim.data.images import open_image
 from glsim.data.loaders import TrainBatches, mix
 from glsim.data.readers import ImageList, read_data
 from glsim.data.transforms import Preprocessing, Resize, batch_mixing
+from glsim.environment import pick_device
 from glsim.files import write_text
 from glsim.inference.predictor import answers
 from glsim.models import create_model

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from glsim import load
-from glsim.checkpoints.bundle import pick_device
 from glsim.config import Train, read_recipe
+from glsim.environment import pick_device
 from glsim.files import write_text
 from glsim.models.backbone import Model
 from glsim.models.losses import objective

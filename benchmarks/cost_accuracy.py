@@ -28,11 +28,11 @@ import torch
 from matplotlib.figure import Figure
 
 from glsim import load
-from glsim.checkpoints.bundle import METRICS_FILE, amend, pick_device, preprocessing_of
+from glsim.checkpoints.bundle import METRICS_FILE, amend, preprocessing_of
 from glsim.config import Calibrate, Train, read_recipe
 from glsim.data.readers import ImageDataset, read_data
 from glsim.data.transforms import eval_transform
-from glsim.environment import environment
+from glsim.environment import environment, pick_device
 from glsim.evaluation import calibration
 from glsim.evaluation.plots import save_figure
 from glsim.files import write_text

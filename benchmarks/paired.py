@@ -43,8 +43,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from glsim import load, save
-from glsim.checkpoints.bundle import CONFIG, pick_device
+from glsim.checkpoints.bundle import CONFIG
 from glsim.config import Train, read_recipe
+from glsim.environment import pick_device
 from glsim.evaluation import evaluate, flops
 from glsim.evaluation.localization import find_masks, measure
 from glsim.evaluation.localization_metrics import as_numbers, signed

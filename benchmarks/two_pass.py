@@ -26,8 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glsim import create_model
-from glsim.checkpoints.bundle import pick_device
-from glsim.environment import environment
+from glsim.environment import environment, pick_device
 from glsim.evaluation.speed import in_turn, wait
 from glsim.models.boxes import crop_and_resize, select
 from glsim.models.scores import needs_attention, score

@@ -1,4 +1,4 @@
-"""Versions, commit, devices: what a number was measured with."""
+"""Devices, versions and commit: what a number is measured with."""
 
 from __future__ import annotations
 
@@ -16,6 +16,20 @@ from typing import Any
 import torch
 
 from glsim import __version__
+from glsim.types import ConfigError
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device `name` ("cpu", "cuda:1"), by default the best there is; ConfigError when it is not there."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    best = accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name) if name is not None else best
+    except RuntimeError as error:
+        raise ConfigError(f"device={name}: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", best.type):
+        raise ConfigError(f"device={name} is not here; the best there is: {best.type}")
+    return device
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from glsim.checkpoints.bundle import CARD, CONFIG, METRICS_FILE, UNKNOWN, WEIGHTS, card, load_bundle, read_config
+from glsim.checkpoints.bundle import CARD, CONFIG, METRICS_FILE, WEIGHTS, load_bundle, read_config
+from glsim.checkpoints.card import UNKNOWN, model_card
 from glsim.checkpoints.config import read_metrics
 from glsim.checkpoints.hub import push
 from glsim.config import Push
@@ -38,7 +39,7 @@ def run(s: Push) -> dict[str, Any]:
     files: dict[str, str | Path] = {
         WEIGHTS: folder / WEIGHTS,
         CONFIG: to_json(config, indent=2) + "\n",
-        CARD: card(config, metrics),
+        CARD: model_card(config, metrics),
     }
     if metrics is not None:
         files[METRICS_FILE] = file

@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from glsim.checkpoints.bundle import amend, load, pick_device, preprocessing_of
+from glsim.checkpoints.bundle import amend, load, preprocessing_of
 from glsim.config import Calibrate
 from glsim.data.catalog import prepared
 from glsim.data.images import limited
 from glsim.data.loaders import make_loader
 from glsim.data.readers import split_hash
 from glsim.data.transforms import eval_transform
+from glsim.environment import pick_device
 from glsim.evaluation.confidence import NO_ANSWER, are_answers, calibration_error, find_threshold, graded, largest_rate
 from glsim.evaluation.evaluate import read_split
 from glsim.models.backbone import Model, StagedModel

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from glsim.checkpoints.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of, threshold_of
+from glsim.checkpoints.bundle import labels_of, load, preprocessing_of, temperature_of, threshold_of
 from glsim.data.catalog import prepared
 from glsim.data.hierarchy import Taxonomy, decide, flat, read_taxonomy
 from glsim.data.images import MAX_MEGAPIXELS, BadImage, find_bad, pixel_limit
@@ -25,6 +25,7 @@ from glsim.data.loaders import make_loader, read
 from glsim.data.readers import ImageList, hold_out_val, is_split, read_data, split_hash
 from glsim.data.sources import located
 from glsim.data.transforms import eval_transform
+from glsim.environment import pick_device
 from glsim.evaluation.confidence import NO_ANSWER, are_answers, calibration_error, reliability, risk_coverage
 from glsim.evaluation.error_page import find_mistakes, write_page
 from glsim.evaluation.plots import draw_confidence, draw_confusion

@@ -14,12 +14,13 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from glsim.checkpoints.bundle import load, pick_device, preprocessing_of, temperature_of
+from glsim.checkpoints.bundle import load, preprocessing_of, temperature_of
 from glsim.config import Localize
 from glsim.data.catalog import xml_boxes
 from glsim.data.images import BadImage, limited, read_image, read_stored
 from glsim.data.readers import find_images
 from glsim.data.transforms import Preprocessing, eval_transform, mask_transform
+from glsim.environment import pick_device
 from glsim.evaluation.faithfulness import NOISE, SHARES, faithfulness, under
 from glsim.evaluation.localization_metrics import BOX_MEASURES, as_numbers, measure_boxes, measure_scores, signed
 from glsim.files import make_parent, write_json

@@ -29,14 +29,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from glsim.checkpoints.bundle import METRICS_FILE, load, pick_device, preprocessing_of
+from glsim.checkpoints.bundle import METRICS_FILE, load, preprocessing_of
 from glsim.checkpoints.config import read_metrics
 from glsim.checkpoints.onnx_runtime import GraphModel
 from glsim.config import Bench
 from glsim.data.images import limited, sharing
 from glsim.data.readers import ImageDataset, find_images, read_data
 from glsim.data.transforms import Preprocessing, eval_transform
-from glsim.environment import environment
+from glsim.environment import environment, pick_device
 from glsim.evaluation.plots import save_figure
 from glsim.files import make_folder, one_line, printable, write_json
 from glsim.inference.predictor import answers

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from glsim.checkpoints.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of, threshold_of
+from glsim.checkpoints.bundle import labels_of, load, preprocessing_of, temperature_of, threshold_of
 from glsim.config import Predict
 from glsim.data.hierarchy import decide, flat, read_taxonomy
 from glsim.data.images import BadImage, limited, sharing
 from glsim.data.readers import ImageDataset, find_images
 from glsim.data.transforms import Preprocessing, eval_transform
+from glsim.environment import pick_device
 from glsim.evaluation.confidence import NO_ANSWER, are_answers
 from glsim.files import csv_text, expand, make_parent, printable, to_json, write_text
 from glsim.models.backbone import Model, StagedModel

@@ -31,7 +31,8 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from tqdm import tqdm
 
-from glsim.checkpoints.bundle import MODEL_KEYS, digest, labels_of, load, preprocessing_of, temperature_of
+from glsim.checkpoints.bundle import digest, labels_of, load, preprocessing_of, temperature_of
+from glsim.checkpoints.config import MODEL_KEYS
 from glsim.config import Predict
 from glsim.data.images import EXTENSIONS, BadImage
 from glsim.data.readers import LISTS, as_listed, find_images, is_image, read_columns

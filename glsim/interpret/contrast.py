@@ -14,12 +14,13 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 from torch import Tensor
 
-from glsim.checkpoints.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of
+from glsim.checkpoints.bundle import labels_of, load, preprocessing_of, temperature_of
 from glsim.config import Explain
 from glsim.data.images import BadImage, read_any
 from glsim.data.readers import find_images
 from glsim.data.sources import clean_label
 from glsim.data.transforms import eval_transform
+from glsim.environment import pick_device
 from glsim.evaluation.confidence import NO_ANSWER
 from glsim.interpret.heatmaps import GREY, SIDE, Page, Photograph, cell, photographs, targets_of, to_photograph, view_of
 from glsim.models.backbone import Model

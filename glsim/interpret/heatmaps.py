@@ -20,11 +20,12 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
-from glsim.checkpoints.bundle import labels_of, load, pick_device, preprocessing_of, temperature_of
+from glsim.checkpoints.bundle import labels_of, load, preprocessing_of, temperature_of
 from glsim.config import Explain
 from glsim.data.images import BadImage, limited, read_any, read_image
 from glsim.data.readers import find_images
 from glsim.data.transforms import Preprocessing, eval_transform, to_picture
+from glsim.environment import pick_device
 from glsim.evaluation.plots import save_figure
 from glsim.files import make_folder
 from glsim.interpret import representations

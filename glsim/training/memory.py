@@ -9,8 +9,8 @@ from typing import Any
 import psutil
 import torch
 
-from glsim.checkpoints.bundle import pick_device
 from glsim.config import Doctor, Train
+from glsim.environment import pick_device
 from glsim.models import create_model
 from glsim.models.backbone import Model
 from glsim.models.losses import objective

@@ -25,16 +25,9 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from glsim.checkpoints.bundle import (
-    CONFIG,
-    METRICS_FILE,
-    UNKNOWN,
-    WHERE_FROM,
-    default_preprocessing,
-    init_from,
-    read_config,
-    save,
-)
+from glsim.checkpoints.bundle import CONFIG, METRICS_FILE, WHERE_FROM, default_preprocessing, read_config, save
+from glsim.checkpoints.card import UNKNOWN
+from glsim.checkpoints.init_from import init_from
 from glsim.config import Train, read_recipe, to_recipe
 from glsim.data.catalog import SETS, prepared
 from glsim.data.images import BadImage, find_bad, limited

@@ -23,7 +23,6 @@ from glsim import ConfigError, DataError, GlsimError
 from glsim.checkpoints.bundle import (
     amend,
     digest,
-    init_from,
     labels_of,
     preprocessing_of,
     read_config,
@@ -32,6 +31,7 @@ from glsim.checkpoints.bundle import (
 )
 from glsim.checkpoints.config import MODEL_KEYS
 from glsim.checkpoints.convert import run as convert
+from glsim.checkpoints.init_from import init_from
 from glsim.checkpoints.official import convert_official
 from glsim.config import Convert
 from glsim.data.transforms import Preprocessing

@@ -32,7 +32,8 @@ from torchvision.transforms import v2
 
 import glsim
 from glsim import ConfigError, DataError, cli
-from glsim.checkpoints.bundle import FORMAT, init_from
+from glsim.checkpoints.config import FORMAT
+from glsim.checkpoints.init_from import init_from
 from glsim.config import Train, read_recipe
 from glsim.data import loaders as batches_module
 from glsim.data.loaders import TrainBatches, make_loader, read, train_loader
