@@ -643,58 +643,6 @@ class Flops(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Convert(Settings):
-    """Turn a checkpoint of the GLSim, TransFG or FFVT authors into a bundle, reporting every key used or ignored."""
-
-    checkpoint: str = positional(MISSING, "official .pth file", path="reads")
-    bundle: str = positional(MISSING, "folder to make", path="folder")
-    method: Literal["glsim", "transfg", "ffvt"] = setting("glsim", "whose checkpoint it is")
-    options: dict[str, Any] = setting({}, "what the file does not hold, as --options.num_heads 12 --options.stride 12")
-    labels: str | None = setting(None, "text file with one class name a line, in the order of the logits", path="reads")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Export(Settings):
-    """Write a model as one graph that runs without glsim (ONNX, torch.export), and hold it to the model's answers."""
-
-    source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth", path="reads")
-    out: str = required("file to write: model.onnx, or model.pt2 for torch.export", path="file")
-    format: Literal["onnx", "torch"] | None = setting(None, "default: by the ending of --out")
-    precision: Literal["float32", "int8"] = setting(
-        "float32", "int8: ONNX with weights of 8 bits, smaller and faster on CPUs; its answers are no longer the same"
-    )
-
-    def __post_init__(self) -> None:
-        named = {".onnx": "onnx", ".pt2": "torch"}.get(Path(self.out).suffix)
-        if named is None or self.format not in (None, named):
-            raise ConfigError(f"out={self.out}: name a file that ends in .onnx (format onnx) or .pt2 (format torch)")
-        object.__setattr__(self, "format", named)
-        choose(self.precision, {"float32": None, "int8": None}, "precision")
-        if self.precision == "int8" and self.format != "onnx":
-            raise ConfigError(f"precision=int8 is for ONNX; name an --out that ends in .onnx, not {self.out}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Push(Settings):
-    """Send a bundle to the Hugging Face Hub, with its licence; load it there as hf-hub:owner/name."""
-
-    run: str = positional(MISSING, "bundle folder", path="reads")
-    repository: str = positional(MISSING, "owner/name; made where it is not there yet")
-    licence: str | None = setting(None, "of the weights, by the Hub's name for it: apache-2.0, cc-by-nc-4.0, ..")
-    data_licence: str | None = setting(None, "of the images; default: what the bundle says")
-    backbone_licence: str | None = setting(None, "of the weights it started from; default: what the bundle says")
-    private: bool = setting(False, "make the repository private")
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repository):
-            raise ConfigError(f"repository={self.repository!r}: owner/name is needed")
-        for name in ("licence", "data_licence", "backbone_licence"):
-            value = getattr(self, name)
-            if value is not None and (not value.strip() or (name == "licence" and value == "unknown")):
-                raise ConfigError(f"{name}={value!r}: name the licence, for example apache-2.0")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Doctor(Settings):
     """Look through a data set before training: bad files, duplicates, leaks, labels, sizes, memory; writes a page."""
 
@@ -725,27 +673,6 @@ class Doctor(Settings):
         _below_one(self, "test_fraction")
         if self.workers is not None:
             _at_least(self, 0, "workers")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Datasets(Settings):
-    """List the data sets glsim knows by name, or prepare one in a folder for --dataset NAME."""
-
-    action: Literal["list", "prepare"] = positional("list", "list, or prepare NAME")
-    name: str | None = positional(None, "synthetic, or a name of the list")
-    root: str | None = setting(None, "folder to make, or to fill", path="folder")
-    source: list[str] | None = setting(
-        None, "the publisher's archives, or the folder they were unpacked in", path="reads"
-    )
-    partial: bool = setting(False, "leave out listed images that are not there, and accept other counts")
-    classes: int = setting(8, "synthetic: how many species")
-    train: int = setting(60, "synthetic: training images a class")
-    val: int = setting(0, "synthetic: validation images a class")
-    test: int = setting(20, "synthetic: test images a class")
-    size: int = setting(224, "synthetic: pixels a side")
-    part_scale: float = setting(1.0, "synthetic: size of the parts that tell species apart")
-    clutter: float = setting(1.0, "synthetic: how busy the background is")
-    seed: int = setting(0, "synthetic: another seed draws other images")
 
 
 @dataclass(frozen=True, kw_only=True)

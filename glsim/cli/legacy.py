@@ -202,34 +202,6 @@ def show_localize(r: dict[str, Any], s: config.Localize) -> str:
     return "\n".join([as_text(r), *show_skipped(r, "images"), *[f"written: {s.out}"] * bool(s.out)])
 
 
-def show_convert(r: dict[str, Any], _: Any) -> str:
-    """What became of every key."""
-    lines = [f"{len(r['used'])} keys used, {len(r['ignored'])} ignored, {len(r['missing'])} missing"]
-    lines += [f"  used     {published} -> {ours}" for published, ours in r["used"].items()]
-    lines += [f"  ignored  {key}: {why}" for key, why in r["ignored"].items()]
-    lines += [f"  missing  {key}" for key in r["missing"]]
-    return "\n".join([*lines, f"options: {r['options']}", f"bundle: {r['bundle']}"])
-
-
-def show_export(r: dict[str, Any], _: Any) -> str:
-    """How near the export is to the model at every batch size, and where it is."""
-    lines = []
-    for c in r["checks"]:
-        n, boxes = c["batch"], c["same_boxes"]
-        lines.append(
-            f"batch {n}: logits differ by at most {c['difference']:.1e}, same answer {c['same_answers']} of {n}"
-            + (f", same box {boxes} of {n}" if boxes is not None else "")
-        )
-    if r["exit_code"]:
-        return "\n".join([*lines, f"more than {r['tolerance']}: nothing was written to {r['out']}"])
-    return "\n".join([*lines, f"written: {', '.join(r['files'])} ({r['bytes'] / 2**20:.1f} MiB, {r['precision']})"])
-
-
-def show_push(r: dict[str, Any], _: Any) -> str:
-    """Where it went, and how to load it."""
-    return f"pushed: {r['commit']} (licence {r['licence']['model']})\nload it: hf-hub:{r['repository']}"
-
-
 def show_doctor(r: dict[str, Any], _: Any) -> str:
     """What was found, every problem by name; the memory of the planned run; where the page is."""
     from glsim.training.memory import as_gib
@@ -251,26 +223,6 @@ def show_doctor(r: dict[str, Any], _: Any) -> str:
     )
     lines += [f"  {advice}" for advice in m["advice"]]
     return "\n".join([*lines, *["nothing found"] * (not r["findings"]), f"page: {r['out']}"])
-
-
-def show_datasets(r: dict[str, Any], _: Any) -> str:
-    """The names, or what was made."""
-    if "root" in r:
-        counts = ", ".join(f"{n} {split}" for split, n in r["counts"].items())
-        lines = [f"{r['name']}: {r['classes']} classes, {counts} images in {r['root']}"]
-        if "csv" in r:
-            lines += [f"list: {r['csv']}, split {r['split_hash']}", f"licence: {r['licence']}"]
-            lines.append(f"next: glsim train --dataset {r['name']} --data {r['root']} --out RUN")
-        return "\n".join(lines)
-    lines = []
-    for d in r["datasets"]:
-        lines.append(f"{d['name']:10} {d['about']}")
-        if "counts" in d:
-            counts = ", ".join(f"{n} {split}" for split, n in d["counts"].items()) or "counts not stated"
-            lines[-1] += f": {d['classes']} classes, {counts}"
-            how = "downloaded by prepare" if d["download"] else "download it yourself, then prepare --source"
-            lines += [f"{'':10} {d['protocol']}", f"{'':10} licence: {d['licence']}; {d['homepage']} ({how})"]
-    return "\n".join(lines)
 
 
 def show_recipes(r: dict[str, Any], _: Any) -> str:
@@ -338,9 +290,5 @@ VERBS = {
     "serve": Verb(config.Serve, "glsim.inference.server:run", show_serve),
     "bench": Verb(config.Bench, "glsim.evaluation.speed:run", show_bench, progress=True),
     "flops": Verb(config.Flops, "glsim.evaluation.flops:run", show_flops),
-    "convert": Verb(config.Convert, "glsim.checkpoints.convert:run", show_convert),
-    "export": Verb(config.Export, "glsim.checkpoints.export:run", show_export),
-    "push": Verb(config.Push, "glsim.checkpoints.push:run", show_push),
     "doctor": Verb(config.Doctor, "glsim.data.audit:run", show_doctor, progress=True),
-    "datasets": Verb(config.Datasets, "glsim.data.prepare:run", show_datasets),
 }

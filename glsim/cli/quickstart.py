@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from glsim.checkpoints.bundle import load, preprocessing_of
-from glsim.config import Datasets, Explain, Quickstart, Train
-from glsim.data import prepare
+from glsim.config import Explain, Quickstart, Train
+from glsim.data.prepare import prepare_dataset
 from glsim.data.readers import ImageDataset, read_data
 from glsim.data.transforms import eval_transform, mask_transform
 from glsim.evaluation.evaluate import evaluate_bundle
@@ -58,7 +58,7 @@ def run(s: Quickstart, progress: bool = True) -> dict[str, Any]:
         raise ConfigError(f"{out} is not an empty folder; remove it or name another --out")
     make_folder(out)
     data, report = out / "birds", out / "report"
-    prepare.run(Datasets(action="prepare", name="synthetic", root=str(data), train=s.train, test=s.test, **BIRDS))
+    prepare_dataset("synthetic", data, train=s.train, test=s.test, **BIRDS)
     accuracy, seconds = {}, {}
     for method in ("plain", "glsim"):
         folder, began = out / method, time.perf_counter()
