@@ -414,7 +414,7 @@ def test_without_scipy(tmp_path, small, monkeypatch):
 def test_unknown_names(tmp_path):
     for settings in (Train, Options):
         words = {"data": "d", "dataset": "owls"} | ({"out": "o"} if settings is Train else {"source": "s"})
-        with pytest.raises(ConfigError, match=r"unknown data set 'owls'; choose from: aircraft, cars"):
+        with pytest.raises(ConfigError, match=r"unknown data ?set 'owls'; choose from: aircraft, cars"):
             settings(**words)
 
 
