@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from glsim.data.catalog import SETS
-from glsim.data.images import MAX_MEGAPIXELS
+from glsim.data.limits import MAX_MEGAPIXELS
 from glsim.files import expand, one_line, read_text
 from glsim.models import METHODS
 from glsim.training.recipes import find_recipe
@@ -76,7 +76,7 @@ def outputs(settings: Any) -> dict[str, tuple[str, Role]]:
 
 
 def megapixels() -> Any:
-    """The field `max_megapixels` of every verb that decodes images (`glsim.data.images:limited`)."""
+    """The field `max_megapixels` of every verb that decodes images (`glsim.data.limits:limited`)."""
     return setting(MAX_MEGAPIXELS, "megapixels of an image; a larger one is a bad file, and none of it is decoded")
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from glsim.checkpoints.bundle import load, preprocessing_of
 from glsim.config import Explain, Quickstart, Train
+from glsim.data.loaders import ImageDataset
 from glsim.data.prepare import prepare_dataset
-from glsim.data.readers import ImageDataset, read_data
+from glsim.data.readers import read_data
 from glsim.data.transforms import eval_transform, mask_transform
 from glsim.evaluation.evaluate import evaluate_bundle
 from glsim.files import make_folder, read_json, write_json, write_text

@@ -16,8 +16,10 @@ from tqdm import tqdm
 from glsim.config import Doctor
 from glsim.data.audit_page import as_html
 from glsim.data.duplicates import PAIRS, Entry, Photo, find_copies, find_near, item, look_at_all
-from glsim.data.images import EXTENSIONS, HEIF, BadImage, limited
-from glsim.data.readers import ImageList, LeftOut, is_split, read_data
+from glsim.data.image_files import LeftOut
+from glsim.data.images import EXTENSIONS, HEIF, BadImage
+from glsim.data.limits import limited
+from glsim.data.readers import ImageList, is_split, read_data
 from glsim.files import is_junk, write_text
 from glsim.training.memory import estimate_memory
 from glsim.types import ConfigError

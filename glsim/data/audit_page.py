@@ -14,7 +14,8 @@ from typing import Any
 from PIL import Image
 
 from glsim.data.duplicates import PAIRS
-from glsim.data.images import BadImage, cores, read_image
+from glsim.data.images import BadImage, read_image
+from glsim.data.limits import cores
 from glsim.files import printable
 from glsim.training.memory import SLACK, as_gib
 

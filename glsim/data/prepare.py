@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from glsim.data import synthetic
-from glsim.data.catalog import SETS, NamedSet, Row, find
+from glsim.data.catalog import SETS, NamedSet
+from glsim.data.publishers import Row, find
 from glsim.data.readers import ImageList, read_data, split_hash
 from glsim.files import check_regular, document, write_json
 from glsim.types import ConfigError, DataError, choose, optional

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from glsim.checkpoints.bundle import amend, load, preprocessing_of
 from glsim.config import Calibrate
 from glsim.data.catalog import prepared
-from glsim.data.images import limited
+from glsim.data.limits import limited
 from glsim.data.loaders import make_loader
 from glsim.data.readers import split_hash
 from glsim.data.transforms import eval_transform

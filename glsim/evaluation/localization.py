@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from glsim.checkpoints.bundle import load, preprocessing_of, temperature_of
 from glsim.config import Localize
-from glsim.data.catalog import xml_boxes
-from glsim.data.images import BadImage, limited, read_image, read_stored
-from glsim.data.readers import find_images
+from glsim.data.image_files import find_images
+from glsim.data.images import BadImage, read_image, read_stored
+from glsim.data.limits import limited
+from glsim.data.publishers import xml_boxes
 from glsim.data.transforms import Preprocessing, eval_transform, mask_transform
 from glsim.environment import pick_device
 from glsim.evaluation.faithfulness import NOISE, SHARES, faithfulness, under

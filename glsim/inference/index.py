@@ -28,9 +28,11 @@ from glsim.checkpoints.bundle import digest, load
 from glsim.checkpoints.config import COUNT, LABELS, TEXT, Kind, check_kinds, whole
 from glsim.config import IndexAdd, IndexBuild, IndexEval, IndexQuery
 from glsim.data.catalog import prepared
-from glsim.data.images import BadImage, limited
-from glsim.data.readers import ImageList, find_images
-from glsim.data.sources import clean_label
+from glsim.data.image_files import find_images
+from glsim.data.images import BadImage
+from glsim.data.limits import limited
+from glsim.data.names import clean_label
+from glsim.data.readers import ImageList
 from glsim.evaluation.confidence import NO_ANSWER, are_answers
 from glsim.evaluation.evaluate import read_splits, take_split
 from glsim.files import (

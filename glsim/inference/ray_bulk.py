@@ -34,8 +34,9 @@ from tqdm import tqdm
 from glsim.checkpoints.bundle import digest, labels_of, load, preprocessing_of, temperature_of
 from glsim.checkpoints.config import MODEL_KEYS
 from glsim.config import Predict
+from glsim.data.image_files import LISTS, find_images, is_image
 from glsim.data.images import EXTENSIONS, BadImage
-from glsim.data.readers import LISTS, as_listed, find_images, is_image, read_columns
+from glsim.data.lists import as_listed, read_columns
 from glsim.data.uri import is_uri, locate, open_uri
 from glsim.files import make_folder, one_line, open_regular, parse_json, printable, read_bytes, shorten, write_bytes
 from glsim.inference.predictor import Prediction, Predictor

@@ -35,8 +35,8 @@ from glsim.checkpoints.bundle import load
 from glsim.checkpoints.onnx_runtime import GraphModel
 from glsim.config import Serve
 from glsim.data import synthetic
+from glsim.data.image_files import find_images
 from glsim.data.images import BadImage, open_image
-from glsim.data.readers import find_images
 from glsim.files import one_line, printable, read_bytes, shorten, to_json
 from glsim.inference.batcher import Service, Wish
 from glsim.interpret.heatmaps import title_of

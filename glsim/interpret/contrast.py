@@ -16,9 +16,9 @@ from torch import Tensor
 
 from glsim.checkpoints.bundle import labels_of, load, preprocessing_of, temperature_of
 from glsim.config import Explain
+from glsim.data.image_files import find_images
 from glsim.data.images import BadImage, read_any
-from glsim.data.readers import find_images
-from glsim.data.sources import clean_label
+from glsim.data.names import clean_label
 from glsim.data.transforms import eval_transform
 from glsim.environment import pick_device
 from glsim.evaluation.confidence import NO_ANSWER

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from glsim.checkpoints.bundle import labels_of, load, preprocessing_of, temperature_of
 from glsim.config import Explain
-from glsim.data.images import BadImage, limited, read_any, read_image
-from glsim.data.readers import find_images
+from glsim.data.image_files import find_images
+from glsim.data.images import BadImage, read_any, read_image
+from glsim.data.limits import limited
 from glsim.data.transforms import Preprocessing, eval_transform, to_picture
 from glsim.environment import pick_device
 from glsim.evaluation.plots import save_figure

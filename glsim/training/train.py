@@ -30,9 +30,10 @@ from glsim.checkpoints.card import UNKNOWN
 from glsim.checkpoints.init_from import init_from
 from glsim.config import Train, read_recipe, to_recipe
 from glsim.data.catalog import SETS, prepared
-from glsim.data.images import BadImage, find_bad, limited
-from glsim.data.loaders import CachedImages, TrainBatches, make_loader, mix, read, train_loader
-from glsim.data.readers import ImageDataset, ImageList, hold_out_val, read_data, split_hash
+from glsim.data.images import BadImage, find_bad
+from glsim.data.limits import limited
+from glsim.data.loaders import CachedImages, ImageDataset, TrainBatches, make_loader, mix, read, train_loader
+from glsim.data.readers import ImageList, hold_out_val, read_data, split_hash
 from glsim.data.transforms import Preprocessing, batch_mixing, eval_transform, train_steps
 from glsim.environment import environment
 from glsim.evaluation.evaluate import drop_bad, evaluate, make_accelerator, predictions_table, take_split

@@ -27,10 +27,11 @@ from conftest import scene, touch, write
 from PIL import Image, ImageOps
 
 from glsim import Predictor, cli
-from glsim.data import images
+from glsim.data import limits, rgb
 from glsim.data.duplicates import look_at_all
-from glsim.data.images import BadImage, Room, find_bad, open_image, pixel_limit, read_image, sharing
-from glsim.data.readers import ImageDataset
+from glsim.data.images import BadImage, find_bad, open_image, read_image
+from glsim.data.limits import Room, pixel_limit, sharing
+from glsim.data.loaders import ImageDataset
 from glsim.types import ConfigError, DataError
 
 # --- opening whole images ---------------------------------------------------------------------------------------------
@@ -247,7 +248,7 @@ def test_pictures_of_many_bands_are_those_of_one(tmp_path, monkeypatch):
     for name, stored in kinds.items():
         stored.save(tmp_path / name, **({"transparency": 3} if name == "key.png" else {}))
     whole = {name: open_image(tmp_path / name).tobytes() for name in kinds}
-    monkeypatch.setattr(images, "BAND", 100)
+    monkeypatch.setattr(rgb, "BAND", 100)
     assert {name: open_image(tmp_path / name).tobytes() for name in kinds} == whole
 
 
@@ -535,7 +536,7 @@ def test_threads_that_check_files_wait_for_room(tmp_path, monkeypatch):
                 held.append(self.taken.value)
                 yield
 
-    monkeypatch.setattr(images, "_room", Watched(2 * 48 * 32 * 8))
+    monkeypatch.setattr(limits, "_room", Watched(2 * 48 * 32 * 8))
     for i in range(12):
         scene().save(tmp_path / f"{i}.png")
     assert find_bad(sorted(tmp_path.glob("*.png")), 8) == []
@@ -555,7 +556,8 @@ def test_large_transparent_pictures_are_decoded_one_by_one(tmp_path):
     for i in range(4):
         (tmp_path / f"{i}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
     code = (
-        "import re, sys; from pathlib import Path; from glsim import images; images._room = images.Room(512 * 2**20)\n"
+        "import re, sys; from pathlib import Path; from glsim.data import images, limits; "
+        "limits._room = limits.Room(512 * 2**20)\n"
         "peak = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', Path('/proc/self/status').read_text()).group(1))\n"
         "before = peak(); bad = images.find_bad(sys.argv[1:], 4); print(len(bad), peak() - before)"
     )

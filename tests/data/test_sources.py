@@ -14,10 +14,13 @@ from safetensors.torch import load_file
 
 from glsim import ConfigError, DataError
 from glsim.config import Doctor, Train
-from glsim.data import audit, sources
+from glsim.data import audit, hugging_face
+from glsim.data.hugging_face import write_out
+from glsim.data.image_files import find_images
 from glsim.data.images import BadImage, find_bad, open_image
-from glsim.data.readers import ImageDataset, find_images, hold_out, is_split, read_data, split_hash
-from glsim.data.sources import parse, write_out
+from glsim.data.loaders import ImageDataset
+from glsim.data.readers import hold_out, is_split, read_data, split_hash
+from glsim.data.sources import parse
 from glsim.evaluation import evaluate
 from glsim.training import train
 from glsim.types import DataWarning
@@ -313,14 +316,14 @@ def test_it_is_written_once_for_each_version(hf, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "d")
     save(hf, tmp_path / "d", train=table(hf, [2, 1, 2, 0]), test=table(hf, [1]))
     write_out.cache_clear()
-    content = sources._content
+    content = hugging_face._content
 
     def breaks(name, split, i, stored):
         if i == 2:
             raise KeyboardInterrupt
         return content(name, split, i, stored)
 
-    monkeypatch.setattr(sources, "_content", breaks)
+    monkeypatch.setattr(hugging_face, "_content", breaks)
     with pytest.raises(KeyboardInterrupt):
         read_data(name)
     assert [path for path in folder.parent.iterdir() if path.is_dir()] == [folder]

@@ -36,8 +36,8 @@ from glsim.checkpoints.config import FORMAT
 from glsim.checkpoints.init_from import init_from
 from glsim.config import Train, read_recipe
 from glsim.data import loaders as batches_module
-from glsim.data.loaders import TrainBatches, make_loader, read, train_loader
-from glsim.data.readers import ImageDataset, read_data
+from glsim.data.loaders import ImageDataset, TrainBatches, make_loader, read, train_loader
+from glsim.data.readers import read_data
 from glsim.data.transforms import Preprocessing, train_transform
 from glsim.evaluation import evaluate
 from glsim.models.losses import TERMS, objective
