@@ -75,4 +75,4 @@ def commit(root: Path) -> str | None:
         changed = subprocess.run(changes, capture_output=True, text=True, check=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError):  # no git, no commit yet, or somebody else's files
         return None
-    return head.stdout.strip() + "+changes" * bool(changed)
+    return head.stdout.strip() + ("+changes" if changed else "")

@@ -159,7 +159,7 @@ def check_inside(folder: Path) -> None:
     The Hub's own cache is let through, whose snapshots hold links to its `blobs`.
     """
     root = Path(os.path.realpath(folder))
-    places = [root] + [root.parent.parent / "blobs"] * (root.parent.name == "snapshots")
+    places = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     for path in (folder / name for name in FILES):
         real = Path(os.path.realpath(path))
         if not any(real.is_relative_to(place) for place in places):

@@ -176,4 +176,5 @@ def find_copies(
 
 def _kinds(entries: Iterable[Entry]) -> list[str]:
     leak, clash = len({e.split for e in entries}) > 1, len({e.label for e in entries}) > 1
-    return ["leak"] * leak + ["clash"] * clash or ["duplicate"]
+    kinds = [kind for kind, there in (("leak", leak), ("clash", clash)) if there]
+    return kinds or ["duplicate"]

@@ -98,7 +98,7 @@ class TrainBatches(Sampler):
         for step in range(self.start, self.steps):
             images = self._images(order, step)
             places = [(time, i) for time in range(self.repeats) for i in images]
-            keyed = [(mix(self.seed, epoch, i, *[time] * (time > 0)), i) for time, i in places]
+            keyed = [(mix(self.seed, epoch, i, *([time] if time else [])), i) for time, i in places]
             for first in range(0, self.size, self.batch_size):
                 yield keyed[first : first + self.batch_size]
 
