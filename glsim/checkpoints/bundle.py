@@ -58,12 +58,21 @@ def default_preprocessing(backbone: str, image_size: Sequence[int]) -> Preproces
 
 
 def save(model: Model, folder: str | Path, labels: list[str] | None = None, **info: Any) -> Path:
-    """Write `model` (made by `create_model` or `load`) as a bundle and return the folder.
+    """Write a model as a bundle.
 
-    `labels` are the class names in the order of the logits. `info`: `preprocessing` (a `Preprocessing`), `metrics` (a
-    dict, written to `metrics.json`), `licence` (of `data`, `backbone`, `model`: names by which they are known),
-    anything else that JSON can hold goes into `config.json`. Raises ConfigError, with nothing written, for a config
-    that `load` would refuse.
+    Args:
+        model: made by `create_model` or `load`.
+        folder: to make, or to write into.
+        labels: class names in the order of the logits; default: those the model has.
+        info: `preprocessing` (a `Preprocessing`), `metrics` (a dict, written to `metrics.json`), `licence` (of `data`,
+            `backbone`, `model`: names by which they are known); anything else that JSON can hold goes into
+            `config.json`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: for a config that `load` would refuse; nothing is written then.
     """
     folder = Path(expand(str(folder)))
     config = dict(model.config)
@@ -118,16 +127,22 @@ def digest(weights: Mapping[str, Tensor]) -> str:
 
 
 def load(source: str | Path, **overrides: Any) -> Model:
-    """Load a model in eval mode.
+    """Load a model.
 
-    `source` is a bundle folder, `hf-hub:owner/name` (or `owner/name@revision`), `local-dir:path`, an official `.pth`
-    or an exported `.onnx`, which answers and does nothing else.
-    `overrides` change the model: `image_size` (positions are resampled) or options of the method (`top_o=16`). For a
-    `.pth`, `method` names the publisher's model ("glsim", "transfg", "ffvt"), and `model.conversion` tells which keys
-    were used; TransFG's and FFVT's files do not hold `num_heads`, `image_size`, `patch_size`, `stride` and `top_k`,
-    which default to those of the published ViT-B/16.
+    Args:
+        source: a bundle folder, `hf-hub:owner/name` (or `owner/name@revision`), `local-dir:path`, an official `.pth`,
+            or an exported `.onnx`, which answers and does nothing else.
+        overrides: `image_size` (positions are resampled) or options of the method (`top_o=16`). For a `.pth`, `method`
+            names the publisher's model ("glsim", "transfg", "ffvt"); TransFG's and FFVT's files do not hold
+            `num_heads`, `image_size`, `patch_size`, `stride` and `top_k`, which default to those of the published
+            ViT-B/16.
 
-    Raises ConfigError for a wrong option and DataError for files that are missing, damaged or not what they should be.
+    Returns:
+        The model in eval mode; of a `.pth`, its `conversion` tells which keys were used.
+
+    Raises:
+        ConfigError: for a wrong option.
+        DataError: for files that are missing, damaged or not what they should be.
     """
     if isinstance(source, str) and source.startswith("hf-hub:"):
         return load_bundle(fetch(source.removeprefix("hf-hub:"), FILES), **overrides)

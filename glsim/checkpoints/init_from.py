@@ -17,11 +17,19 @@ from glsim.types import ConfigError, DataError, GlsimError
 
 
 def init_from(model: Model, source: str | Path) -> list[str]:
-    """Give `model` the weights of another one wherever name and shape agree; returns the names it kept as they were.
+    """Give a model the weights of another one wherever name and shape agree.
 
-    `source` is anything `load` takes, or a `.npz` file of the ViT authors (ImageNet-21k: where the field starts from),
-    which timm reads. Positions are resampled to the grid of `model`. Raises ConfigError when not even the backbones
-    agree, and DataError for a file that cannot be read.
+    Args:
+        model: changed in place; positions are resampled to its grid.
+        source: anything `load` takes, or a `.npz` file of the ViT authors (ImageNet-21k: where the field starts from),
+            which timm reads.
+
+    Returns:
+        The names of the weights that stay as they were.
+
+    Raises:
+        ConfigError: when not even the backbones agree.
+        DataError: for a file that cannot be read.
     """
     if Path(source).suffix == ".npz":
         return _init_from_npz(model, Path(source))

@@ -60,9 +60,17 @@ def count_endings(names: Iterable[str]) -> str:
 
 
 def find_images(inputs: Sequence[str | Path] | str | Path) -> list[Path]:
-    """Find the images to predict: each input is a file, a folder (read recursively) or a glob ("**" too). Sorted within
-    each input; a file given twice comes once. Warns of what is left out (DataWarning). Raises DataError naming the
-    first input that yields nothing, and for a list of images or a URI."""
+    """Find the images to predict.
+
+    Args:
+        inputs: each a file, a folder (read recursively) or a glob ("**" too).
+
+    Returns:
+        Their paths, sorted within each input; a file given twice comes once. What is left out is told by a DataWarning.
+
+    Raises:
+        DataError: naming the first input that yields nothing, and for a list of images or a URI.
+    """
     found: dict[Path, Path] = {}
     left = LeftOut()
     given_all = [inputs] if isinstance(inputs, str | Path) else inputs

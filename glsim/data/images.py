@@ -52,13 +52,20 @@ _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b
 
 
 def open_image(path: str | Path, content: bytes | None = None, max_pixels: int | None = None) -> Image.Image:
-    """Return the image as a viewer shows it, colour profiles apart: RGB, 8 bit, upright (EXIF), on white where it is
-    transparent, numbers scaled (`as_shown`), the first frame of an animation. `SHARD.tar/NAME` is a file in a tar.
-    With `content`, the bytes of a file, nothing is read from disk and `path` is only its name.
+    """Read an image as a viewer shows it, colour profiles apart.
 
-    Raises BadImage for everything else: missing, no regular file, empty, truncated, damaged, not an image, a side of
-    more than LONGEST_SIDE, or more than `max_pixels` (default: `pixel_limit`; of WebP, AVIF and HEIC half as many),
-    which is known before any pixel is decoded.
+    Args:
+        path: of the file; `SHARD.tar/NAME` is a file in a tar.
+        content: the bytes of a file: nothing is read from disk then, and `path` is only its name.
+        max_pixels: default: `pixel_limit`; of WebP, AVIF and HEIC half as many.
+
+    Returns:
+        RGB, 8 bit, upright (EXIF), on white where it is transparent, numbers scaled (`as_shown`), the first frame of an
+        animation.
+
+    Raises:
+        BadImage: for everything else: missing, no regular file, empty, truncated, damaged, not an image, a side of more
+            than LONGEST_SIDE, or more than `max_pixels`, which is known before any pixel is decoded.
     """
     return read_image(path, _itself, content, max_pixels)
 

@@ -42,21 +42,30 @@ def read_data(
     test_fraction: float = 0.2,
     left: LeftOut | None = None,
 ) -> dict[str, ImageList]:
-    """Read the images and labels of a data set; returns the splits that exist, in the order of `SPLITS`.
+    """Read the images and labels of a data set.
 
-    `source` is, the first that fits: a folder with train.csv (or train_val.csv), val.csv, test.csv; a folder
-    train|val|test/CLASS/...; a folder CLASS/...; a CSV file with the header `path,label[,split]` (paths relative to its
-    folder) or `dir,class_id` (names in classid_classname.csv beside it); `hf:..` and `wds:..` name a data set of
-    Hugging Face and a folder of WebDataset shards (`glsim.data.sources`). Where nothing says the split, `test_fraction`
-    of each class goes to "test", drawn by a hash of `seed` and path: the same on every machine. train_val.csv,
-    where it exists, is the train split, as the field's protocol has it; val.csv, which is a part of it, is left out.
+    train_val.csv, where it exists, is the train split, as the field's protocol has it; val.csv, which is a part of it,
+    is left out. Labels are compared and returned as `clean_label` makes them. What is left out is told by a
+    DataWarning.
 
-    All splits share one class order: `classes` where given (the list stored with a model), else that of the train
-    split, by class_id or by name. Labels are compared and returned as `clean_label` makes them; those of `classes` are
-    returned as given. Warns of what is left out (DataWarning), or puts it into `left`.
+    Args:
+        source: the first that fits: a folder with train.csv (or train_val.csv), val.csv, test.csv; a folder
+            train|val|test/CLASS/...; a folder CLASS/...; a CSV file with the header `path,label[,split]` (paths
+            relative to its folder) or `dir,class_id` (names in classid_classname.csv beside it). `hf:..` and `wds:..`
+            name a data set of Hugging Face and a folder of WebDataset shards (`glsim.data.sources`).
+        classes: the class order of all splits (the list stored with a model), returned as given; default: that of the
+            train split, by class_id or by name.
+        seed: of the drawing.
+        test_fraction: share of each class that goes to "test" where nothing says the split, drawn by a hash of `seed`
+            and path: the same on every machine.
+        left: takes what is left out, in place of the warning.
 
-    Raises DataError for anything missing or contradictory, naming file, line and class, and for folders that may be
-    read as classes and as splits.
+    Returns:
+        The splits that exist, in the order of `SPLITS`.
+
+    Raises:
+        DataError: for anything missing or contradictory, naming file, line and class, and for folders that may be
+            read as classes and as splits.
     """
     told = LeftOut() if left is None else left
     rows = _rows(source, told, classes)
