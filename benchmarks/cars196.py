@@ -35,7 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glsim import save
-from glsim.checkpoints.bundle import CONFIG, init_from
+from glsim.checkpoints.bundle import CONFIG
+from glsim.checkpoints.init_from import init_from
 from glsim.data.images import open_image
 from glsim.data.loaders import TrainBatches, mix
 from glsim.data.readers import ImageList, read_data

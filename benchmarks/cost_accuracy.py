@@ -29,7 +29,8 @@ from matplotlib.figure import Figure
 
 from glsim import load
 from glsim.checkpoints.bundle import METRICS_FILE, amend, preprocessing_of
-from glsim.data.readers import ImageDataset, read_data
+from glsim.data.loaders import ImageDataset
+from glsim.data.readers import read_data
 from glsim.data.transforms import eval_transform
 from glsim.environment import environment, pick_device
 from glsim.evaluation.calibration import calibrate_bundle

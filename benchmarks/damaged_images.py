@@ -455,7 +455,7 @@ def commands(data: Path, bundle: Path, masks: Path, out: Path) -> dict[str, tupl
 
 def files_below(folder: str) -> list[Path]:
     """What the verbs find there."""
-    from glsim.data.readers import find_images
+    from glsim.data.image_files import find_images
 
     return find_images(folder)
 

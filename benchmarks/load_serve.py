@@ -35,7 +35,7 @@ from typing import Any
 import psutil
 
 import glsim
-from glsim.data.readers import find_images
+from glsim.data.image_files import find_images
 
 NOT_HELD = 4
 RUBBISH, GROWTH = 0.1, 0.1  # share of the requests; share that the memory may grow by

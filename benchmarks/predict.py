@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
+from glsim.data.image_files import find_images
 from glsim.data.images import BadImage
-from glsim.data.readers import find_images
 from glsim.evaluation.peak_memory import resident
 from glsim.evaluation.workloads import wait
 from glsim.inference.predictor import Predictor

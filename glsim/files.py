@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import codecs
 import csv
 import dataclasses
@@ -17,9 +18,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from glsim.types import ConfigError, DataError, GlsimError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 JSON_DEPTH = 64  # lists and objects inside each other; Python's own limit ends in a RecursionError far from the file
 ERROR_LENGTH = 500  # characters that a library's error may add to a message
@@ -366,6 +370,13 @@ def document(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return [document(inside) for inside in value] if isinstance(value, list | tuple) else value
+
+
+def data_url(picture: Image.Image, kind: str = "JPEG", quality: int = 75) -> str:
+    """A picture inside of a page, as a data URL; `kind` is Pillow's name of the format."""
+    file = io.BytesIO()
+    picture.save(file, kind, quality=quality)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def csv_text(rows: Iterable[Iterable[object]]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from conftest import ROOT
 
 PACKAGE = ROOT / "glsim"
-GROUND = {"types", "files", "environment", "config"}  # files of the package itself; `__version__` too
+GROUND = {"types", "files", "settings", "environment"}  # files of the package itself; `__version__` too
 ORDER = ["ground", "models", "data", "checkpoints", "interpret", "inference", "evaluation", "training", "cli"]
 MODULE = re.compile(r"glsim((?:\.[a-z_0-9]+)+)(?::\w+)?")  # `glsim.models.glsim`, also with `:function` behind it
 
@@ -67,5 +67,5 @@ def test_methods_do_not_import_each_other():
 
 
 def test_importing_glsim_and_its_settings_is_cheap():
-    code = "import glsim, glsim.cli, glsim.config, glsim.data.readers, glsim.data.duplicates, sys; print('torch' in sys.modules)"
+    code = "import glsim, glsim.cli, glsim.training.config, glsim.data.readers, glsim.data.duplicates, sys; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from huggingface_hub import EvalResult, ModelCardData
 from safetensors import SafetensorError, safe_open
 from timm.models import get_pretrained_cfg
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from glsim.checkpoints.card import UNKNOWN, model_card
 from glsim.checkpoints.config import (
     FORMAT,
-    MEASURED,
     MODEL_KEYS,
     TooLarge,
     check_config,
@@ -33,21 +30,15 @@ from glsim.checkpoints.config import (
     some,
 )
 from glsim.checkpoints.hub import fetch
-from glsim.checkpoints.official import OFFICIAL, convert_official
+from glsim.checkpoints.official import convert_official
 from glsim.checkpoints.onnx_runtime import open_graph
 from glsim.data.transforms import Preprocessing
 from glsim.files import (
-    code_span,
     expand,
     make_folder,
-    markdown,
     one_line,
-    open_regular,
-    printable,
     read_json,
     replacing,
-    shown,
-    to_json,
     write_json,
     write_text,
 )
@@ -58,7 +49,6 @@ from glsim.types import ConfigError, DataError, GlsimError
 
 FILES = WEIGHTS, CONFIG, METRICS_FILE, CARD = "model.safetensors", "config.json", "metrics.json", "README.md"
 WHERE_FROM = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}  # for timm
-UNKNOWN = "unknown"  # a licence that nobody told
 
 
 def default_preprocessing(backbone: str, image_size: Sequence[int]) -> Preprocessing:
@@ -69,12 +59,21 @@ def default_preprocessing(backbone: str, image_size: Sequence[int]) -> Preproces
 
 
 def save(model: Model, folder: str | Path, labels: list[str] | None = None, **info: Any) -> Path:
-    """Write `model` (made by `create_model` or `load`) as a bundle and return the folder.
+    """Write a model as a bundle.
 
-    `labels` are the class names in the order of the logits. `info`: `preprocessing` (a `Preprocessing`), `metrics` (a
-    dict, written to `metrics.json`), `licence` (of `data`, `backbone`, `model`: names by which they are known),
-    anything else that JSON can hold goes into `config.json`. Raises ConfigError, with nothing written, for a config
-    that `load` would refuse.
+    Args:
+        model: made by `create_model` or `load`.
+        folder: to make, or to write into.
+        labels: class names in the order of the logits; default: those the model has.
+        info: `preprocessing` (a `Preprocessing`), `metrics` (a dict, written to `metrics.json`), `licence` (of `data`,
+            `backbone`, `model`: names by which they are known); anything else that JSON can hold goes into
+            `config.json`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: for a config that `load` would refuse; nothing is written then.
     """
     folder = Path(expand(str(folder)))
     config = dict(model.config)
@@ -110,7 +109,7 @@ def save(model: Model, folder: str | Path, labels: list[str] | None = None, **in
         safetensors.torch.save_file(weights, temporary, metadata={"format": "pt", "sha256": digest(weights)})
     if metrics is not None:
         write_json(folder / METRICS_FILE, metrics)
-    write_text(folder / CARD, card(config, metrics))
+    write_text(folder / CARD, model_card(config, metrics))
     write_json(folder / CONFIG, config)
     return folder
 
@@ -129,16 +128,22 @@ def digest(weights: Mapping[str, Tensor]) -> str:
 
 
 def load(source: str | Path, **overrides: Any) -> Model:
-    """Load a model in eval mode.
+    """Load a model.
 
-    `source` is a bundle folder, `hf-hub:owner/name` (or `owner/name@revision`), `local-dir:path`, an official `.pth`
-    or an exported `.onnx`, which answers and does nothing else.
-    `overrides` change the model: `image_size` (positions are resampled) or options of the method (`top_o=16`). For a
-    `.pth`, `method` names the publisher's model ("glsim", "transfg", "ffvt"), and `model.conversion` tells which keys
-    were used; TransFG's and FFVT's files do not hold `num_heads`, `image_size`, `patch_size`, `stride` and `top_k`,
-    which default to those of the published ViT-B/16.
+    Args:
+        source: a bundle folder, `hf-hub:owner/name` (or `owner/name@revision`), `local-dir:path`, an official `.pth`,
+            or an exported `.onnx`, which answers and does nothing else.
+        overrides: `image_size` (positions are resampled) or options of the method (`top_o=16`). For a `.pth`, `method`
+            names the publisher's model ("glsim", "transfg", "ffvt"); TransFG's and FFVT's files do not hold
+            `num_heads`, `image_size`, `patch_size`, `stride` and `top_k`, which default to those of the published
+            ViT-B/16.
 
-    Raises ConfigError for a wrong option and DataError for files that are missing, damaged or not what they should be.
+    Returns:
+        The model in eval mode; of a `.pth`, its `conversion` tells which keys were used.
+
+    Raises:
+        ConfigError: for a wrong option.
+        DataError: for files that are missing, damaged or not what they should be.
     """
     if isinstance(source, str) and source.startswith("hf-hub:"):
         return load_bundle(fetch(source.removeprefix("hf-hub:"), FILES), **overrides)
@@ -170,7 +175,7 @@ def check_inside(folder: Path) -> None:
     The Hub's own cache is let through, whose snapshots hold links to its `blobs`.
     """
     root = Path(os.path.realpath(folder))
-    places = [root] + [root.parent.parent / "blobs"] * (root.parent.name == "snapshots")
+    places = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     for path in (folder / name for name in FILES):
         real = Path(os.path.realpath(path))
         if not any(real.is_relative_to(place) for place in places):
@@ -236,52 +241,6 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-def init_from(model: Model, source: str | Path) -> list[str]:
-    """Give `model` the weights of another one wherever name and shape agree; returns the names it kept as they were.
-
-    `source` is anything `load` takes, or a `.npz` file of the ViT authors (ImageNet-21k: where the field starts from),
-    which timm reads. Positions are resampled to the grid of `model`. Raises ConfigError when not even the backbones
-    agree, and DataError for a file that cannot be read.
-    """
-    if Path(source).suffix == ".npz":
-        return _init_from_npz(model, Path(source))
-    method = model.config["method"]
-    published = {"method": method} if str(source).endswith((".pth", ".pt", ".bin")) and method in OFFICIAL else {}
-    other = resample_positions(load(source, **published).state_dict(), model.backbone.net)
-    own = model.state_dict()
-    taken = {k: v for k, v in other.items() if k in own and own[k].shape == v.shape}
-    kept = sorted(set(own) - set(taken))
-    lacking = [k for k in kept if k.startswith("backbone.")]
-    if lacking:
-        raise ConfigError(f"{source} has another backbone than {model.config['backbone']!r}: nothing for {lacking[0]}")
-    model.load_state_dict(taken, strict=False)
-    model.initialised(kept)
-    return kept
-
-
-def _init_from_npz(model: Model, path: Path) -> list[str]:
-    net = model.backbone.net
-    if not isinstance(net, VisionTransformer):
-        raise ConfigError(f"{path}: .npz files hold the weights of a ViT, {model.config['backbone']!r} is none")
-    before = {k: v.clone() for k, v in net.state_dict().items()}
-    try:
-        open_regular(path).close()  # numpy would wait for a FIFO
-        net.load_pretrained(str(path))
-        check_finite(net.state_dict(), path)
-    except GlsimError:
-        net.load_state_dict(before)
-        raise
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        net.load_state_dict(before)
-        raise DataError(f"{path} cannot be read: {one_line(error)}") from error
-    except (RuntimeError, AssertionError, IndexError, TypeError) as error:
-        net.load_state_dict(before)
-        raise ConfigError(f"{path} does not fit {model.config['backbone']!r}: {one_line(error)}") from error
-    kept = sorted(k for k in model.state_dict() if not k.startswith("backbone."))
-    model.initialised(kept)
-    return kept
-
-
 def preprocessing_of(model: Model) -> Preprocessing:
     """The preprocessing stored with `model`, or its backbone's default."""
     stored = model.config.get("preprocessing")
@@ -319,70 +278,5 @@ def amend(folder: str | Path, options: dict[str, Any], **info: Any) -> None:
     folder = Path(folder)
     config = read_config(folder)
     config |= {"options": config["options"] | options, **info}
-    write_text(folder / CARD, card(check_config(config, folder / CONFIG), read_metrics(folder / METRICS_FILE)))
+    write_text(folder / CARD, model_card(check_config(config, folder / CONFIG), read_metrics(folder / METRICS_FILE)))
     write_json(folder / CONFIG, config)
-
-
-def card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
-    """The model card: what it is, what it learned from, how well it did, how to use it, under whose licences."""
-    config, metrics = shown(dict(config)), shown(metrics)  # a card is for people
-    labels, licence, training = (config.get(k) or {} for k in ("label_names", "licence", "training"))
-    data, p = config.get("data") or {}, Preprocessing.from_dict(config["preprocessing"])
-    measured = {k: v for k, v in (metrics or {}).items() if isinstance(v, dict) and set(MEASURED) <= set(v)}
-    title = f"{config['method']} on {config['backbone']}"
-    results = [
-        EvalResult("image-classification", data["source"], data["source"], "accuracy", v["top1"], dataset_split=k)
-        for k, v in measured.items()
-        if "source" in data
-    ]
-    start = training.get("start", "")
-    head = ModelCardData(
-        license=licence.get("model"),
-        library_name="glsim",
-        pipeline_tag="image-classification",
-        tags=["glsim", "fine-grained", "image-classification"],
-        base_model=start if start.startswith("timm/") else None,
-        model_name=title if results else None,
-        eval_results=results or None,
-    )
-    named = ", ".join(map(markdown, list(labels)[:20])) + (f", .. ({len(labels)} in all)" if len(labels) > 20 else "")
-    size, resize = (" x ".join(map(str, side)) for side in (p.image_size, p.resize))
-    lines = [
-        f"# {markdown(title)}",
-        "",
-        f"Tells {config['num_classes']} classes apart in images of {size} pixels" + (f": {named}." if named else "."),
-        "It knows no others: an image of anything else is given one of these names too.",
-        "",
-        f"- Method: {code_span(config['method'])}, options {code_span(to_json(config['options']))}",
-        f"- Backbone: {code_span(config['backbone'])} (timm), arguments {code_span(to_json(config['backbone_args']))}",
-        f"- Images: resized to {resize} ({p.resize_rule}), the centre {size}; mean {list(p.mean)}, std {list(p.std)}",
-    ]
-    if {"source", "counts", "split_hash"} <= set(data):
-        counts = ", ".join(f"{count} {markdown(split)}" for split, count in data["counts"].items())
-        source, drawn = code_span(data["source"]), code_span(data["split_hash"][:16])
-        lines.append(f"- Data: {source}, {counts} images, split hash {drawn}")
-    if {"start", "epochs", "optimizer", "lr", "batch_size", "seed"} <= set(training):
-        lines.append(
-            f"- Training: from {markdown(start)}; {training['epochs']} epochs of {markdown(training['optimizer'])}, "
-            f"learning rate {training['lr']}, {training['batch_size']} images a step, seed {training['seed']}"
-        )
-    calibration = config.get("calibration") or {}
-    if {"count", "data"} <= set(calibration):
-        lines.append(f"- Calibrated on {calibration['count']} images of {code_span(calibration['data'])}")
-        if calibration.get("threshold") is not None and "coverage" in calibration:
-            lines[-1] += f"; `--reject` answers {calibration['coverage']:.0%} of them, the confident ones"
-        if calibration.get("threshold") is not None and {"answered", "answered_correct"} <= set(calibration):
-            wrong = calibration["answered"] - calibration["answered_correct"]
-            lines[-1] += f" ({calibration['answered']} answers, {wrong} of them wrong)"
-    for split, result in measured.items():
-        lines.append(
-            f"- {markdown(split)}: top-1 {result['top1']:.2%} ({result['correct']} of {result['count']}), top-5 "
-            f"{result['top5']:.2%}, mean over classes {result['per_class_mean']:.2%}"
-        )
-    parts = {"model": "these weights", "backbone": "the weights it started from", "data": "the images"}
-    lines.append(
-        "- Licence: " + "; ".join(f"of {what}: {markdown(licence.get(k, UNKNOWN))}" for k, what in parts.items())
-    )
-    lines += ["", "```python", "import glsim", 'for answer in glsim.Predictor("PATH_TO_THIS_FOLDER")(["image.jpg"]):']
-    lines += ["    print(answer.labels[0], answer.probabilities[0])", "```", ""]
-    return "\n".join(["---", head.to_yaml(), "---", *map(printable, lines)])  # a label may hold line ends

@@ -216,7 +216,7 @@ def read_metrics(path: Path) -> dict[str, Any] | None:
 def some(names: Iterable[str], between: str = ", ", most: int = 5) -> str:
     """The first few of many names, and how many there are more."""
     names = list(names)
-    more = f" and {len(names) - most:,} more" * (len(names) > most)
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return between.join(printable(shorten(name, 200)) for name in names[:most]) + more
 
 

@@ -7,6 +7,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,16 +18,17 @@ from torch import Tensor, nn
 
 from glsim.checkpoints.bundle import digest, load, preprocessing_of
 from glsim.checkpoints.onnx_runtime import BOXES, GIVEN, IMAGES, LOGITS, UNSURE, GraphModel, as_output, open_graph
-from glsim.config import Export
 from glsim.files import make_parent
 from glsim.models.attention import explicit_attention
 from glsim.models.base import EarlyExitModel, Model
 from glsim.models.heads import top2_margin
-from glsim.types import ConfigError, GlsimError, Output
+from glsim.types import ConfigError, GlsimError, Output, choose
 
 BATCHES = (1, 3, 8)  # images at a time with which an exported file is held to the model
 TOLERANCE = 1e-4  # largest difference of a logit
-LARGEST = 1_800_000_000  # bytes of weights in one ONNX file, whose format ends at 2 GiB; more go to a file beside it
+LARGEST_FILE = (
+    1_800_000_000  # bytes of weights in one ONNX file, whose format ends at 2 GiB; more go to a file beside it
+)
 
 
 class Graph(NamedTuple):
@@ -76,7 +78,7 @@ def spelled_out(model: Model) -> AbstractContextManager[Any]:
 
 
 @torch.no_grad()
-def cut(model: Model) -> list[Graph]:
+def make_graphs(model: Model) -> list[Graph]:
     """The graphs of a model, as `GraphModel` runs them one after the other.
 
     One, with both passes and the crop; of a `EarlyExitModel` with a margin one for each pass.
@@ -90,43 +92,83 @@ def cut(model: Model) -> list[Graph]:
     return [Graph(Answer(model), images, (LOGITS, BOXES)[: len(Answer(model)(**images))])]
 
 
-def run(s: Export) -> dict[str, Any]:
-    """The verb: write `s.out`; {"out", "files", "bytes", "format", "precision", "tolerance", "checks", "exit_code"}.
+@dataclass(frozen=True)
+class BatchCheck:
+    """How the exported file answers a batch of random images, compared with the model."""
 
-    A check holds `batch`, `difference` (of the logits, largest), `same_answers` and `same_boxes` (of so many images;
-    None without boxes). Exit code 4, and nothing written, where a logit differs by more than the tolerance. Raises
-    ConfigError without the extra `export`, and GlsimError when a model has no such graph, saying why.
+    batch: int  # images
+    difference: float  # of the logits, largest
+    same_answers: int  # of so many images
+    same_boxes: int | None  # of so many images; None without boxes
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """What `export_model` returns."""
+
+    out: str
+    files: list[str]  # written: `out` last, before it those it refers to; none where a check did not hold
+    bytes: int  # of all files
+    format: str
+    precision: str
+    tolerance: float | None  # of the logits; None: the answers are not held to anything
+    checks: list[BatchCheck]
+    exit_code: int  # 4 where a logit differs by more than the tolerance
+
+
+def export_model(
+    source: str | Path,
+    out: str | Path,
+    *,
+    format: str | None = None,  # noqa: A002
+    precision: str = "float32",
+) -> ExportedModel:
+    """Write a model as one file that runs without glsim, and hold it to the model's answers.
+
+    Args:
+        source: what `glsim.load` takes, but no exported file.
+        out: file to write; nothing is written where a logit differs by more than TOLERANCE.
+        format: onnx or torch; default: by the ending of `out`, .onnx or .pt2.
+        precision: float32, or int8 for ONNX, whose answers are not held to the model's.
+
+    Raises:
+        ConfigError: without the extra `export`, for another ending, and for int8 of a format that has none.
+        DataError: for a source that is missing or damaged.
+        GlsimError: when a model has no such graph, saying why.
     """
-    model = load(s.source)
+    out = Path(out)
+    kind = format or choose(out.suffix, {".onnx": "onnx", ".pt2": "torch"}, "ending of an exported file")
+    if precision == "int8" and kind != "onnx":
+        raise ConfigError(f"precision=int8 is for ONNX; name an --out that ends in .onnx, not {out}")
+    model = load(source)
     if isinstance(model, GraphModel):
-        raise ConfigError(f"{s.source} is exported already; export the bundle it was made from")
-    out = Path(s.out)
+        raise ConfigError(f"{source} is exported already; export the bundle it was made from")
     make_parent(out)
-    tolerance = {"float32": TOLERANCE, "int8": None}[s.precision]
+    tolerance = {"float32": TOLERANCE, "int8": None}[precision]
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         file = Path(folder) / out.name
-        exported = FORMATS[str(s.format)](model, file, s.precision)
+        exported = FORMATS[kind](model, file, precision)
         checks = [compare(model, exported, count) for count in BATCHES]
-        failed = any(not c["difference"] <= (TOLERANCE if tolerance else float("inf")) for c in checks)
+        failed = any(not c.difference <= (TOLERANCE if tolerance else float("inf")) for c in checks)
         files = sorted(Path(folder).iterdir(), key=lambda path: path == file)  # what it refers to goes first
         size = sum(path.stat().st_size for path in files)
         if not failed:
             for path in files:
                 path.replace(out.with_name(path.name))
-    return {
-        "out": str(out),
-        "files": [] if failed else [str(out.with_name(path.name)) for path in files],
-        "bytes": size,
-        "format": s.format,
-        "precision": s.precision,
-        "tolerance": tolerance,
-        "checks": checks,
-        "exit_code": 4 if failed else 0,
-    }
+    return ExportedModel(
+        out=str(out),
+        files=[] if failed else [str(out.with_name(path.name)) for path in files],
+        bytes=size,
+        format=kind,
+        precision=precision,
+        tolerance=tolerance,
+        checks=checks,
+        exit_code=4 if failed else 0,
+    )
 
 
 @torch.inference_mode()
-def compare(model: Model, exported: Callable[[Tensor], Output], count: int) -> dict[str, Any]:
+def compare(model: Model, exported: Callable[[Tensor], Output], count: int) -> BatchCheck:
     """What `model` and its export say of the same `count` random images."""
     draw = torch.Generator().manual_seed(count)
     images = torch.randn(count, 3, *model.config["image_size"], generator=draw)
@@ -134,12 +176,12 @@ def compare(model: Model, exported: Callable[[Tensor], Output], count: int) -> d
     boxes = None
     if mine.selection is not None and theirs.selection is not None:
         boxes = int((mine.selection.boxes == theirs.selection.boxes).all(dim=1).sum())
-    return {
-        "batch": count,
-        "difference": float((mine.logits - theirs.logits).abs().max()),
-        "same_answers": int((mine.logits.argmax(dim=1) == theirs.logits.argmax(dim=1)).sum()),
-        "same_boxes": boxes,
-    }
+    return BatchCheck(
+        batch=count,
+        difference=float((mine.logits - theirs.logits).abs().max()),
+        same_answers=int((mine.logits.argmax(dim=1) == theirs.logits.argmax(dim=1)).sum()),
+        same_boxes=boxes,
+    )
 
 
 def write_onnx(model: Model, path: Path, precision: str) -> Callable[[Tensor], Output]:
@@ -148,13 +190,13 @@ def write_onnx(model: Model, path: Path, precision: str) -> Callable[[Tensor], O
     if lacking:
         raise ConfigError(f"ONNX needs {', '.join(lacking)}: pip install 'glsim[export]'")
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    if precision == "int8" and size > LARGEST:
+    if precision == "int8" and size > LARGEST_FILE:
         raise ConfigError(f"precision=int8: {size:,} bytes of weights, more than one ONNX file holds; use float32")
-    graphs = cut(model)
+    graphs = make_graphs(model)
     paths = [path, *(path.with_name(f"{path.stem}.{i}{path.suffix}") for i in range(2, len(graphs) + 1))]
     for graph, file in zip(graphs, paths, strict=True):
         program: Any = torch_onnx(graph)
-        program.save(file, external_data=size > LARGEST)
+        program.save(file, external_data=size > LARGEST_FILE)
         if precision == "int8":
             quantise(file)
     config = {**model.config, "preprocessing": preprocessing_of(model).as_dict()}
@@ -230,7 +272,7 @@ def describe(path: Path, config: dict[str, Any]) -> None:
 
 def write_torch(model: Model, path: Path, precision: str) -> Callable[[Tensor], Output]:
     """Write `path` as a program of torch.export, `config.json` inside; returns it as it was read back."""
-    graphs = cut(model)
+    graphs = make_graphs(model)
     if len(graphs) > 1:
         raise ConfigError("a model that may answer after its first pass is two graphs; export it as ONNX")
     (graph,) = graphs

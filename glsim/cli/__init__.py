@@ -19,17 +19,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from glsim import __version__, config
+from glsim import __version__
 from glsim.cli.aliases import translate
 from glsim.cli.errors import explain_error
-from glsim.cli.legacy import VERBS as LEGACY
 from glsim.cli.output import libraries_apart, put
 from glsim.cli.parser import parse
 from glsim.files import check_writable, document, one_line, printable, shown, to_json
+from glsim.settings import outputs
 from glsim.types import ConfigError, DataWarning, GlsimError, bounded
 
 FLAGS = ("--json", "--traceback")  # of every verb
-PARTS = ("aliases", "errors", "legacy", "options", "output", "parser")  # files of this folder that are no verbs
+PARTS = ("aliases", "errors", "options", "output", "parser")  # files of this folder that are no verbs
 PURPOSES = ("Start", "Data", "Train", "Measure", "Answer", "Explain", "Share")  # headings of the help
 
 
@@ -47,20 +47,11 @@ class Verb(NamedTuple):
 def verb_names() -> list[str]:
     """The verbs, in the order of the alphabet."""
     names = {path.stem for path in Path(__file__).parent.glob("[a-z]*.py")} - set(PARTS)
-    return sorted({name.replace("_", " ") for name in names} | set(LEGACY))
+    return sorted(name.replace("_", " ") for name in names)
 
 
 def load_verb(name: str) -> Verb:
     """A verb by its name."""
-    if name in LEGACY:
-        old = LEGACY[name]
-
-        def run(settings: Any, progress: bool) -> Any:
-            module, _, function = old.run.partition(":")
-            more = {"progress": progress} if old.progress else {}
-            return getattr(import_module(module), function)(settings, **more)
-
-        return Verb("Start", old.settings, run, old.show, None, old.shows_raw)
     module = import_module(f"glsim.cli.{name.replace(' ', '_')}")
     more = {field: getattr(module, field.upper()) for field in ("recipe", "raw") if hasattr(module, field.upper())}
     return Verb(module.PURPOSE, module.Options, module.run, module.show, **more)
@@ -131,7 +122,7 @@ class Call:
                 self.settings = parse(name, verb.options, rest, verb.recipe)
             except SystemExit as stop:  # it printed its help, or a recipe
                 return int(stop.code or 0), printed.getvalue().rstrip("\n")
-        for option, (path, role) in config.outputs(self.settings).items():
+        for option, (path, role) in outputs(self.settings).items():
             try:
                 check_writable(path, role == "folder")
             except GlsimError as error:

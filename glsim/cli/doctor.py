@@ -62,7 +62,7 @@ def run(options: Options, progress: bool) -> Diagnosis:
     """Audit the data, estimate the memory of the planned run, write the page."""
     from glsim.data.audit import audit_images, list_images
     from glsim.data.audit_page import as_html
-    from glsim.data.images import pixel_limit
+    from glsim.data.limits import pixel_limit
     from glsim.files import write_text
     from glsim.training.memory import estimate_memory
 

@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass
 from typing import Any, Literal
 
 from glsim.data.catalog import SETS
-from glsim.data.images import MAX_MEGAPIXELS
+from glsim.data.limits import MAX_MEGAPIXELS
 from glsim.models import METHODS
 from glsim.settings import Settings, Size, positional, required, setting
 from glsim.types import ConfigError

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from glsim.cli.options import Images, Loading, SkipBad, Source, dataclass, setting, show_skipped
 from glsim.cli.output import put
-from glsim.data.readers import LISTS
+from glsim.data.image_files import LISTS
 from glsim.data.uri import is_uri
 from glsim.files import printable
 from glsim.inference.formats import FORMATS, format_of

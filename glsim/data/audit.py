@@ -14,8 +14,10 @@ import numpy as np
 from tqdm import tqdm
 
 from glsim.data.duplicates import PAIRS, Entry, Item, Photo, find_duplicates, find_near, item, look_at_all
-from glsim.data.images import EXTENSIONS, HEIF, MAX_MEGAPIXELS, BadImage, pixel_limit
-from glsim.data.readers import ImageList, LeftOut, is_split, read_data
+from glsim.data.image_files import LeftOut
+from glsim.data.images import EXTENSIONS, HEIF, BadImage
+from glsim.data.limits import MAX_MEGAPIXELS, pixel_limit
+from glsim.data.readers import ImageList, is_split, read_data
 from glsim.files import is_junk
 from glsim.types import optional
 

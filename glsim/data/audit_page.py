@@ -13,7 +13,8 @@ from PIL import Image
 
 from glsim.data.audit import CHECKS, PROBLEM, Audit, Finding
 from glsim.data.duplicates import PAIRS, Item
-from glsim.data.images import BadImage, cores, read_image
+from glsim.data.images import BadImage, read_image
+from glsim.data.limits import cores
 from glsim.data.pages import render
 
 SHOWN, NAMED = 24, 1000  # findings of a check that the page shows with pictures, and by name

@@ -19,7 +19,9 @@ import imagehash
 import numpy as np
 from PIL import Image
 
-from glsim.data.images import BadImage, bands, cores, read_image, sharing
+from glsim.data.images import BadImage, read_image
+from glsim.data.limits import cores, sharing
+from glsim.data.rgb import bands
 from glsim.types import GlsimError
 
 HASH_SIDE = 16  # a hash has 16 x 16 bits; with the usual 8 x 8, views of different cars are as near as duplicates

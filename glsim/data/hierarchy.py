@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from glsim.data.sources import clean_label
+from glsim.data.names import clean_label
 from glsim.files import read_table
 from glsim.types import DataError
 
@@ -69,12 +69,11 @@ def read_taxonomy(file: str | Path, labels: Sequence[str]) -> Taxonomy:
             raise DataError(f"{where}: label {label!r} stands in line {seen[label]} already; keep one of them")
         if label not in known:
             close = get_close_matches(label, labels, n=3)
-            raise DataError(
-                f"{where}: the model has no label {label!r}" + f"; close to it: {', '.join(close)}" * bool(close)
-            )
+            hint = f"; close to it: {', '.join(close)}" if close else ""
+            raise DataError(f"{where}: the model has no label {label!r}{hint}")
         seen[label] = line
     if missing := [name for name in labels if clean_label(name) not in seen]:
-        shown = ", ".join(map(repr, missing[:5])) + ", .." * (len(missing) > 5)
+        shown = ", ".join(map(repr, missing[:5])) + (", .." if len(missing) > 5 else "")
         raise DataError(
             f"{file}: {len(missing)} of the model's {len(labels)} labels are missing: {shown}; add a line each"
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -23,12 +23,47 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from glsim.data.images import prepare, read_image, sharing
-from glsim.data.readers import ImageDataset, ImageList
+from glsim.data.images import BadImage, read_image, use_image
+from glsim.data.limits import sharing
+from glsim.data.readers import ImageList
 from glsim.types import ConfigError
 
 POSIX = hasattr(signal, "pthread_sigmask")  # not on Windows
 STOPPING = {signal.SIGINT, signal.SIGTERM}
+
+
+class ImageDataset:
+    """Map-style data set: item i is (transform(image i), its label).
+
+    `images` may also be paths and PIL images without labels; then every label is -1. What cannot be read, or cannot be
+    transformed, raises BadImage; with `keep_bad` the BadImage is the item, for the collate function to deal with.
+    `max_pixels` is the limit of an image (None: `glsim.data.limits:pixel_limit`).
+    """
+
+    def __init__(
+        self,
+        images: ImageList | Sequence[str | Path | Image.Image],
+        transform: Callable[[Image.Image], Any],
+        keep_bad: bool = False,
+        max_pixels: int | None = None,
+    ) -> None:
+        self.images = images.paths if isinstance(images, ImageList) else tuple(images)
+        self.labels = images.labels if isinstance(images, ImageList) else (-1,) * len(self.images)
+        self.transform, self.keep_bad, self.max_pixels = transform, keep_bad, max_pixels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int] | BadImage:
+        given = self.images[index]
+        try:
+            if isinstance(given, Image.Image):
+                return use_image(given, self.transform, f"image {index}"), self.labels[index]
+            return read_image(given, self.transform, max_pixels=self.max_pixels), self.labels[index]
+        except BadImage as error:
+            if self.keep_bad:
+                return error.with_traceback(None)
+            raise
 
 
 class TrainBatches(Sampler):
@@ -63,7 +98,7 @@ class TrainBatches(Sampler):
         for step in range(self.start, self.steps):
             images = self._images(order, step)
             places = [(time, i) for time in range(self.repeats) for i in images]
-            keyed = [(mix(self.seed, epoch, i, *[time] * (time > 0)), i) for time, i in places]
+            keyed = [(mix(self.seed, epoch, i, *([time] if time else [])), i) for time, i in places]
             for first in range(0, self.size, self.batch_size):
                 yield keyed[first : first + self.batch_size]
 
@@ -127,7 +162,7 @@ class CachedImages(ImageDataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image = Image.fromarray(self.pixels[index])
-        return prepare(image, self.transform, str(self.images[index])), self.labels[index]
+        return use_image(image, self.transform, str(self.images[index])), self.labels[index]
 
 
 def train_loader(dataset: ImageDataset, batches: TrainBatches, workers: int) -> DataLoader:

@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from glsim.data.catalog import xml_boxes
+from glsim.data.image_files import find_images
 from glsim.data.images import BadImage, read_image, read_stored
-from glsim.data.readers import find_images
+from glsim.data.publishers import xml_boxes
 from glsim.data.transforms import Preprocessing, mask_transform
 from glsim.types import DataError, DataWarning
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import json
 import os
 import shutil
 import sys
@@ -13,52 +12,124 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glsim.config import Datasets
 from glsim.data import synthetic
-from glsim.data.catalog import SETS, NamedSet, Row, find
+from glsim.data.catalog import SETS, NamedSet
+from glsim.data.publishers import Row, find
 from glsim.data.readers import ImageList, read_data, split_hash
-from glsim.files import check_regular
-from glsim.types import ConfigError, DataError, choose
+from glsim.files import check_regular, document, write_json
+from glsim.types import ConfigError, DataError, choose, optional
 
 SYNTHETIC = "birds drawn from a seed, told apart by one small part each, with masks of part and body; no download"
 LOOSE = (".mat", ".json", ".txt", ".csv")  # files that publishers give away beside their archives
 
 
-def run(s: Datasets) -> dict[str, Any]:
-    """The verb: the list of names, or `s.root` filled with the data set `s.name`.
+@dataclass(frozen=True)
+class Defaults:
+    """Settings of `train` that a named data set changes."""
 
-    Raises ConfigError for a name or number that does not fit, DataError for files that are not there or not right.
+    options: dict[str, dict[str, Any]]  # by method
+    resize_ratio: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSetInfo:
+    """A data set by name. What is stated by its publisher is None for the synthetic one."""
+
+    name: str
+    about: str | None = optional()
+    classes: int | None = optional()
+    counts: dict[str, int] | None = optional()  # images by split; {} where nobody states them
+    licence: str | None = optional()
+    homepage: str | None = optional()
+    protocol: str | None = optional()
+    extras: str | None = optional()  # what rides along: boxes, masks
+    download: bool | None = optional()  # whether `prepare_dataset` can download it
+    defaults: Defaults | None = optional()
+
+
+@dataclass(frozen=True)
+class DataSetList:
+    """What `list_datasets` returns."""
+
+    datasets: list[DataSetInfo]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedDataSet(DataSetInfo):
+    """What `prepare_dataset` returns: classes and images as they are there now."""
+
+    root: str
+    classes: int
+    counts: dict[str, int]
+    csv: str | None = optional()  # the list; None for the synthetic data set, which is a folder of class folders
+    split_hash: str | None = optional()
+    partial: bool | None = optional()
+    source: list[str] | None = optional()  # where its files came from
+
+
+def list_datasets() -> DataSetList:
+    """The data sets that `prepare_dataset` takes."""
+    return DataSetList([DataSetInfo(name="synthetic", about=SYNTHETIC), *(_about(name) for name in SETS)])
+
+
+def prepare_dataset(
+    name: str,
+    root: str | Path,
+    *,
+    source: Sequence[str | Path] | None = None,
+    partial: bool = False,
+    classes: int = 8,
+    train: int = 60,
+    val: int = 0,
+    test: int = 20,
+    size: int = 224,
+    part_scale: float = 1.0,
+    clutter: float = 1.0,
+    seed: int = 0,
+) -> PreparedDataSet:
+    """Draw the synthetic data set into `root`, or write the list of a published one, `root`/NAME.csv.
+
+    The list has the columns path, label, split; box and mask where there are any. What is returned stands beside it in
+    NAME.json. The publisher's files are, the first that fits: the folder `source` names; its archives, unpacked into
+    `root`; what lies in `root` already; what torchvision downloads into it.
+
+    Args:
+        name: "synthetic", or one of `glsim.data.catalog:SETS`.
+        root: folder to make, or to fill.
+        source: the publisher's archives, or the folder they were unpacked in.
+        partial: leave out images that are listed but not there, and accept other counts.
+        classes: species of the synthetic data set, as what follows.
+        train: images of a class; `val` and `test` likewise.
+        size: pixels a side.
+        part_scale: size of the parts that tell species apart.
+        clutter: how busy the background is.
+        seed: of the drawing.
+
+    Raises:
+        ConfigError: for a name or number that does not fit.
+        DataError: when files are missing, damaged, or counts are not the publisher's; no list is written then.
     """
-    if s.action == "list":
-        about = [{"name": "synthetic", "about": SYNTHETIC}]
-        return {"datasets": about + [_about(name, known) for name, known in SETS.items()]}
-    if s.name is None or s.root is None:
-        raise ConfigError("prepare needs a name and a folder, as: glsim datasets prepare synthetic --root FOLDER")
-    choose(s.name, {"synthetic": None, **SETS}, "data set")
-    if s.name != "synthetic":
-        return prepare(s.name, Path(s.root), [Path(source) for source in s.source or ()], s.partial)
-    counts = {"train": s.train, "val": s.val, "test": s.test}
+    choose(name, {"synthetic": None, **SETS}, "data set")
+    if name != "synthetic":
+        return prepare_published(name, Path(root), [Path(path) for path in source or ()], partial)
+    counts = {"train": train, "val": val, "test": test}
     try:
-        synthetic.write(
-            s.root, s.classes, **counts, size=s.size, seed=s.seed, part_scale=s.part_scale, clutter=s.clutter
-        )
+        synthetic.write(root, classes, **counts, size=size, seed=seed, part_scale=part_scale, clutter=clutter)
     except (ValueError, FileExistsError) as error:
         raise ConfigError(str(error)) from error
-    made = {split: n * s.classes for split, n in counts.items() if n}
-    return {"name": s.name, "root": s.root, "classes": s.classes, "counts": made}
+    made = {split: n * classes for split, n in counts.items() if n}
+    return PreparedDataSet(name=name, root=str(root), classes=classes, counts=made)
 
 
-def prepare(name: str, root: Path, sources: list[Path], partial: bool = False) -> dict[str, Any]:
-    """Write `root`/NAME.csv (path, label, split; box and mask where there are any) and NAME.json; returns the latter.
-
-    The publisher's files are, the first that fits: the folder `sources` names; its archives, unpacked into `root`; what
-    lies in `root` already; what torchvision downloads into it. `partial` leaves out images that are listed but not
-    there, and accepts other counts. Raises DataError, and writes nothing, when files are missing or counts are not
-    the publisher's.
-    """
+def prepare_published(name: str, root: Path, sources: list[Path], partial: bool = False) -> PreparedDataSet:
+    """`prepare_dataset` of a data set of the catalog."""
     known = SETS[name]
     root.mkdir(parents=True, exist_ok=True)
     folder = _gather(name, root, sources)
@@ -72,39 +143,37 @@ def prepare(name: str, root: Path, sources: list[Path], partial: bool = False) -
     try:
         fresh.write_text(_table(rows, root), encoding="utf-8")
         _check(name, fresh, rows, exact=not partial)
-        result = {
-            **_about(name, known),
-            "root": str(root),
-            "csv": str(file),
-            "counts": _counts(rows),
-            "classes": len({row.label for row in rows}),
-            "split_hash": _hash(rows),
-            "partial": partial,
-            "source": [str(source) for source in sources] or [known.homepage],
-        }
+        about = vars(_about(name)) | {"counts": _counts(rows), "classes": len({row.label for row in rows})}
+        result = PreparedDataSet(
+            **about,
+            root=str(root),
+            csv=str(file),
+            split_hash=_hash(rows),
+            partial=partial,
+            source=[str(source) for source in sources] or [known.homepage],
+        )
         fresh.replace(file)
     finally:
         fresh.unlink(missing_ok=True)
-    fresh.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    fresh.replace(file.with_suffix(".json"))
+    write_json(file.with_suffix(".json"), document(result))
     return result
 
 
-def _about(name: str, known: NamedSet) -> dict[str, Any]:
+def _about(name: str) -> DataSetInfo:
+    known = SETS[name]
     options = {method: known.options(method) for method in ("glsim", "ffvt")}
-    defaults = {"options": options, "resize_ratio": known.resize_ratio, "mean": known.mean, "std": known.std}
-    return {
-        "name": name,
-        "about": known.title,
-        "classes": known.classes,
-        "counts": known.counts,
-        "licence": known.licence,
-        "homepage": known.homepage,
-        "protocol": known.protocol,
-        "extras": known.extras,
-        "download": bool(known.download),
-        "defaults": defaults,
-    }
+    return DataSetInfo(
+        name=name,
+        about=known.title,
+        classes=known.classes,
+        counts=known.counts,
+        licence=known.licence,
+        homepage=known.homepage,
+        protocol=known.protocol,
+        extras=known.extras,
+        download=bool(known.download),
+        defaults=Defaults(options, known.resize_ratio, known.mean, known.std),
+    )
 
 
 def _gather(name: str, root: Path, sources: list[Path]) -> Path:
@@ -182,11 +251,14 @@ def _table(rows: list[Row], root: Path) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     header = ["path", "label", "split"]
-    writer.writerow(header + ["left", "top", "right", "bottom"] * boxes + ["mask"] * masks)
+    header += ["left", "top", "right", "bottom"] if boxes else []
+    writer.writerow([*header, "mask"] if masks else header)
     for row in rows:
         cells: list[Any] = [_relative(row.path, root), row.label, row.split]
-        cells += list(row.box or [""] * 4) * boxes
-        cells += [_relative(row.mask, root) if row.mask else ""] * masks
+        if boxes:
+            cells += row.box or [""] * 4
+        if masks:
+            cells.append(_relative(row.mask, root) if row.mask else "")
         writer.writerow(cells)
     return text.getvalue()
 

@@ -1,13 +1,17 @@
-"""Files by URI (s3://bucket/x.jpg, gs://.., file:///..) through the file systems of pyarrow."""
+"""Files by path, inside tar archives (SHARD.tar/NAME), and by URI (s3://.., gs://..) through pyarrow."""
 
 from __future__ import annotations
 
+import errno
 import io
+import os
+import tarfile
 from functools import cache
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import quote
 
-from glsim.files import one_line, read_bytes
+from glsim.files import one_line, open_regular, read_bytes
 from glsim.types import ConfigError
 
 
@@ -47,3 +51,57 @@ def open_uri(uri: str) -> BinaryIO:
         return io.BytesIO(read_bytes(path))
     with system.open_input_stream(path) as stream:
         return io.BytesIO(stream.read())
+
+
+def open_file(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading; `SHARD.tar/NAME` is the file NAME inside an archive, s3://BUCKET/NAME one in a
+    store.
+
+    Raises OSError and TarError, and ConfigError as `locate` does.
+    """
+    if is_uri(path):
+        return open_uri(str(path))
+    path = Path(path)
+    try:
+        return open_regular(path)
+    except (NotADirectoryError, FileNotFoundError):
+        if (shard := _shard(path)) is None:
+            raise
+    name = path.relative_to(shard).as_posix()
+    if name not in members(shard):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    start, length = members(shard)[name]
+    with open_regular(shard) as file:
+        file.seek(start)
+        return io.BytesIO(file.read(length))
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether `open_file` finds something there."""
+    path = Path(path)
+    shard = None if path.is_file() else _shard(path)
+    return path.is_file() if shard is None else path.relative_to(shard).as_posix() in members(shard)
+
+
+def members(shard: Path) -> dict[str, tuple[int, int]]:
+    """Where each file in a tar archive lies: name -> (first byte, number of bytes), in the order of the archive.
+
+    The headers are read once, and again when the archive was written anew. Raises tarfile.TarError for an archive that
+    is compressed, damaged or cut off.
+    """
+    stat = shard.stat()
+    return _members(shard, stat.st_mtime_ns, stat.st_size)
+
+
+@cache
+def _members(shard: Path, *_: int) -> dict[str, tuple[int, int]]:
+    with open_regular(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        found = {PurePosixPath(m.name).as_posix(): (m.offset_data, m.size) for m in tar if m.isreg()}
+        file.seek(tar.offset)
+        if file.read(512) != bytes(512):  # tarfile takes anything but a header for the end
+            raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
+    return found
+
+
+def _shard(path: Path) -> Path | None:
+    return next((top for top in path.parents if top.suffix.lower() == ".tar" and top.is_file()), None)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from glsim.checkpoints.bundle import amend, load, preprocessing_of
 from glsim.data.catalog import prepared
-from glsim.data.images import MAX_MEGAPIXELS, pixel_limit
+from glsim.data.limits import MAX_MEGAPIXELS, pixel_limit
 from glsim.data.loaders import make_loader
 from glsim.data.readers import split_hash
 from glsim.data.transforms import eval_transform

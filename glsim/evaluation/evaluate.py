@@ -18,7 +18,8 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from glsim.checkpoints.bundle import labels_of, load, preprocessing_of, temperature_of, threshold_of
 from glsim.data.catalog import prepared
 from glsim.data.hierarchy import Taxonomy, decide, flat, read_taxonomy
-from glsim.data.images import MAX_MEGAPIXELS, find_bad, pixel_limit
+from glsim.data.images import find_bad
+from glsim.data.limits import MAX_MEGAPIXELS, pixel_limit
 from glsim.data.loaders import make_loader, read
 from glsim.data.readers import ImageList, is_split, split_hash
 from glsim.data.sources import located

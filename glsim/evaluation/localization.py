@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glsim.checkpoints.bundle import load, preprocessing_of, temperature_of
-from glsim.data.images import MAX_MEGAPIXELS, pixel_limit
+from glsim.data.limits import MAX_MEGAPIXELS, pixel_limit
 from glsim.data.masks import Masked, check_masks, find_masks, read_masked, to_view
 from glsim.data.transforms import Preprocessing, eval_transform
 from glsim.environment import pick_device

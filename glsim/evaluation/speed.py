@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from glsim.checkpoints.onnx_runtime import GraphModel
-from glsim.data.images import MAX_MEGAPIXELS, pixel_limit
+from glsim.data.limits import MAX_MEGAPIXELS, pixel_limit
 from glsim.data.readers import read_data
 from glsim.environment import environment, pick_device
 from glsim.evaluation.peak_memory import peaks_elsewhere

@@ -17,8 +17,10 @@ from torch.utils.data import DataLoader
 from glsim.checkpoints.bundle import METRICS_FILE, load, preprocessing_of
 from glsim.checkpoints.config import read_metrics
 from glsim.checkpoints.onnx_runtime import GraphModel
-from glsim.data.images import sharing
-from glsim.data.readers import ImageDataset, find_images, read_data
+from glsim.data.image_files import find_images
+from glsim.data.limits import sharing
+from glsim.data.loaders import ImageDataset
+from glsim.data.readers import read_data
 from glsim.data.transforms import Preprocessing, eval_transform
 from glsim.environment import pick_device
 from glsim.inference.predictor import answers

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from glsim.data.image_files import LISTS, find_images, is_image
 from glsim.data.images import EXTENSIONS
-from glsim.data.readers import LISTS, as_listed, find_images, is_image, read_columns
+from glsim.data.lists import as_listed, read_columns
 from glsim.data.uri import is_uri, locate, open_uri
 from glsim.files import one_line, open_regular
 from glsim.types import DataError

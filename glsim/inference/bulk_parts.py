@@ -19,7 +19,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from glsim.checkpoints.bundle import MODEL_KEYS, digest, labels_of, preprocessing_of, temperature_of
+from glsim.checkpoints.bundle import digest, labels_of, preprocessing_of, temperature_of
+from glsim.checkpoints.config import MODEL_KEYS
 from glsim.data.images import BadImage
 from glsim.data.uri import is_uri, locate, open_uri
 from glsim.files import make_folder, one_line, open_regular, parse_json, printable, read_bytes, shorten, write_bytes

@@ -16,9 +16,10 @@ import torch
 
 from glsim.checkpoints.bundle import digest, load
 from glsim.data.catalog import prepared
-from glsim.data.images import MAX_MEGAPIXELS, pixel_limit
-from glsim.data.readers import ImageList, find_images
-from glsim.data.sources import clean_label
+from glsim.data.image_files import find_images
+from glsim.data.limits import MAX_MEGAPIXELS, pixel_limit
+from glsim.data.names import clean_label
+from glsim.data.readers import ImageList
 from glsim.evaluation.evaluate import read_splits, take_split
 from glsim.files import printable, shorten
 from glsim.inference.index_search import encode, nearest, need_faiss, prototypes, vote
@@ -317,4 +318,4 @@ def start_index(model: Model, source: str | Path, folder: str | Path, embedding:
 
 def find_split(model: Model, data: str | Path, dataset: str | None, split: str) -> ImageList:
     """The images of `split`, of any classes; DataError when there is no such split, or none in it."""
-    return take_split(read_splits(model, prepared(data, dataset)), split, data)
+    return take_split(read_splits(prepared(data, dataset), model.config.get("data")), split, data)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torchmetrics.functional.classification import binary_auroc
 
-from glsim.data.images import MAX_MEGAPIXELS, pixel_limit
+from glsim.data.limits import MAX_MEGAPIXELS, pixel_limit
 from glsim.data.readers import ImageList
 from glsim.inference.index import find_split, open_index
 from glsim.inference.index_search import Encoded, encode, nearest, prototypes, vote

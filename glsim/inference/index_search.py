@@ -14,9 +14,9 @@ import numpy as np
 from tqdm import tqdm
 
 from glsim.data.images import BadImage
-from glsim.evaluation.confidence import NO_ANSWER, are_answers
 from glsim.inference.index_storage import Floats, Ints
 from glsim.inference.predictor import Predictor, embedding_of
+from glsim.models.heads import NO_ANSWER, are_answers
 from glsim.types import ConfigError, DataError
 
 TEMPERATURE = 0.07  # of the neighbours' votes (Wu et al., arXiv 1805.01978, section 3.4)

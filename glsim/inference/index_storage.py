@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from glsim.checkpoints.config import COUNT, LABELS, TEXT, Kind, check_kinds, whole
-from glsim.data.sources import clean_label
+from glsim.data.names import clean_label
 from glsim.files import make_folder, one_line, read_bytes, read_json, to_json, write_bytes, write_text
 from glsim.types import EMBEDDINGS, DataError, GlsimError
 

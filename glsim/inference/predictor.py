@@ -17,16 +17,17 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from glsim.checkpoints.bundle import labels_of, load, preprocessing_of, temperature_of, threshold_of
-from glsim.environment import pick_device
 from glsim.data.hierarchy import decide, flat, read_taxonomy
-from glsim.data.images import MAX_MEGAPIXELS, BadImage, pixel_limit, sharing
-from glsim.data.readers import ImageDataset, find_images
+from glsim.data.image_files import find_images
+from glsim.data.images import BadImage
+from glsim.data.limits import MAX_MEGAPIXELS, pixel_limit, sharing
+from glsim.data.loaders import ImageDataset
 from glsim.data.transforms import Preprocessing, eval_transform
-from glsim.evaluation.confidence import NO_ANSWER, are_answers
+from glsim.environment import pick_device
 from glsim.files import expand, make_parent, write_text
 from glsim.inference.formats import FORMATS, format_of
-from glsim.models.base import Model, EarlyExitModel
-from glsim.models.heads import lead
+from glsim.models.base import EarlyExitModel, Model
+from glsim.models.heads import NO_ANSWER, are_answers, top2_margin
 from glsim.types import ConfigError, Output, choose
 
 
@@ -77,7 +78,7 @@ class Predictor:
     (`glsim.types:EMBEDDINGS`) to hand out too; for any but "global", no image is spared its second pass. With `reject`
     every answer has a verdict: "unknown" below the threshold of the bundle; with the CSV file `taxonomy`
     (`glsim.data.hierarchy:read_taxonomy`) a coarser level may reach it instead. A file of more than `max_megapixels` is
-    bad (None: `glsim.data.images:pixel_limit`, by default 110).
+    bad (None: `glsim.data.limits:pixel_limit`, by default 110).
     """
 
     def __init__(

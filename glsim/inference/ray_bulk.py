@@ -27,7 +27,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from glsim.checkpoints.bundle import load
-from glsim.data.images import MAX_MEGAPIXELS, BadImage
+from glsim.data.images import BadImage
+from glsim.data.limits import MAX_MEGAPIXELS
 from glsim.files import one_line, printable, shorten
 from glsim.inference.bulk_inputs import find_paths
 from glsim.inference.bulk_parts import (

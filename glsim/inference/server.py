@@ -26,7 +26,7 @@ from glsim.data.images import BadImage
 from glsim.files import one_line, printable
 from glsim.inference.batcher import PredictRequest, Service
 from glsim.inference.server_examples import Example, find_examples
-from glsim.interpret.heatmaps import title_of
+from glsim.interpret.drawing import title_of
 from glsim.models.scores import METRICS
 from glsim.types import ConfigError, GlsimError
 

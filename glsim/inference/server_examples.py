@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from glsim.data import synthetic
+from glsim.data.image_files import find_images
 from glsim.data.images import open_image
-from glsim.data.readers import find_images
 from glsim.files import read_bytes
 
 EXAMPLES, THUMBNAIL = 8, 192  # how many, and pixels of the longer side

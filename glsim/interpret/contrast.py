@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from glsim.checkpoints.bundle import labels_of, load, preprocessing_of, temperature_of
-from glsim.data.images import MAX_MEGAPIXELS, BadImage, pixel_limit, read_any
-from glsim.data.readers import find_images
-from glsim.data.sources import clean_label
+from glsim.data.image_files import find_images
+from glsim.data.images import BadImage, read_any
+from glsim.data.limits import MAX_MEGAPIXELS, pixel_limit
+from glsim.data.names import clean_label
 from glsim.data.transforms import eval_transform
 from glsim.environment import pick_device
 from glsim.interpret.drawing import GREY, SIDE, Page, cell, view_of

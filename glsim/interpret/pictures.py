@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from glsim.checkpoints.bundle import load, preprocessing_of
-from glsim.data.images import MAX_MEGAPIXELS, BadImage, pixel_limit, read_image
-from glsim.data.readers import find_images
+from glsim.data.image_files import find_images
+from glsim.data.images import BadImage, read_image
+from glsim.data.limits import MAX_MEGAPIXELS, pixel_limit
 from glsim.data.transforms import eval_transform
 from glsim.environment import pick_device
 from glsim.files import make_folder

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from glsim.checkpoints.bundle import load, preprocessing_of
-from glsim.data.images import MAX_MEGAPIXELS, pixel_limit
-from glsim.data.readers import find_images
+from glsim.data.image_files import find_images
+from glsim.data.limits import MAX_MEGAPIXELS, pixel_limit
 from glsim.data.transforms import eval_transform
 from glsim.environment import pick_device
 from glsim.files import document, write_json

@@ -13,8 +13,8 @@ from torchvision.transforms import v2
 from glsim.checkpoints.bundle import default_preprocessing
 from glsim.data.catalog import prepared
 from glsim.data.images import BadImage, find_bad
-from glsim.data.loaders import CachedImages
-from glsim.data.readers import ImageDataset, ImageList, hold_out_val, read_data
+from glsim.data.loaders import CachedImages, ImageDataset
+from glsim.data.readers import ImageList, hold_out_val, read_data
 from glsim.data.splits import drop_bad, take_split
 from glsim.data.transforms import Preprocessing, train_steps
 from glsim.models.base import Model

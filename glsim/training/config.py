@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from glsim.data.catalog import SETS
-from glsim.data.images import MAX_MEGAPIXELS
+from glsim.data.limits import MAX_MEGAPIXELS
 from glsim.files import expand, one_line, read_text
 from glsim.models import METHODS
 from glsim.settings import Settings, Size, required, setting

@@ -31,7 +31,8 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from glsim.data.images import BadImage, open_file
+from glsim.data.images import BadImage
+from glsim.data.uri import open_file
 from glsim.files import (
     MARKER,
     make_folder,

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from glsim.checkpoints.bundle import METRICS_FILE, UNKNOWN, WHERE_FROM, read_config
+from glsim.checkpoints.bundle import METRICS_FILE, WHERE_FROM, read_config
+from glsim.checkpoints.card import UNKNOWN
 from glsim.data.catalog import SETS
 from glsim.environment import environment
 from glsim.evaluation.evaluate import Summary

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from glsim.data.images import MAX_MEGAPIXELS, pixel_limit
+from glsim.data.limits import MAX_MEGAPIXELS, pixel_limit
 from glsim.data.loaders import TrainBatches, read, train_loader
 from glsim.data.transforms import batch_mixing
 from glsim.environment import environment, make_accelerator

@@ -22,8 +22,10 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from glsim.checkpoints.bundle import CONFIG, init_from, save
-from glsim.data.images import BadImage, pixel_limit
+from glsim.checkpoints.bundle import CONFIG, save
+from glsim.checkpoints.init_from import init_from
+from glsim.data.images import BadImage
+from glsim.data.limits import pixel_limit
 from glsim.data.loaders import TrainBatches, make_loader, mix, read, train_loader
 from glsim.data.readers import ImageList, split_hash
 from glsim.data.transforms import Preprocessing, batch_mixing, eval_transform

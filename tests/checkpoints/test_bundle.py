@@ -23,7 +23,6 @@ from glsim import ConfigError, DataError, GlsimError
 from glsim.checkpoints.bundle import (
     amend,
     digest,
-    init_from,
     labels_of,
     preprocessing_of,
     read_config,
@@ -31,9 +30,9 @@ from glsim.checkpoints.bundle import (
     threshold_of,
 )
 from glsim.checkpoints.config import MODEL_KEYS
-from glsim.checkpoints.convert import run as convert
+from glsim.checkpoints.convert import convert_checkpoint
+from glsim.checkpoints.init_from import init_from
 from glsim.checkpoints.official import convert_official
-from glsim.config import Convert
 from glsim.data.transforms import Preprocessing
 
 
@@ -578,19 +577,19 @@ def test_convert_reports_every_key(tmp_path):
     (tmp_path / "names.txt").write_text("\n".join("abcdefg") + "\n")
     source = SHARED / "golden" / "glsim_cos.pth"
     arguments = {"checkpoint": str(source), "bundle": str(tmp_path / "b"), "labels": str(tmp_path / "names.txt")}
-    result = convert(Convert(**arguments))
-    assert "anchor_class_token" in result["ignored"] and result["missing"] == []
-    assert result["used"]["head.weight"] == "head.linear.weight"
+    result = convert_checkpoint(**arguments)
+    assert "anchor_class_token" in result.ignored and result.missing == []
+    assert result.used["head.weight"] == "head.linear.weight"
     model = glsim.load(tmp_path / "b")
     assert model.config["label_names"] == list("abcdefg")
     images = torch.randn(1, 3, 64, 64)
     assert_same_weights(model, glsim.load(source))
     torch.testing.assert_close(model(images).logits, glsim.load(source)(images).logits, atol=1e-5, rtol=1e-5)
     with pytest.raises(ConfigError, match="already holds a bundle"):
-        convert(Convert(**arguments))
+        convert_checkpoint(**arguments)
     (tmp_path / "names.txt").write_text("a\nb\n")
     with pytest.raises(ConfigError, match="2 labels for a model of 7 classes"):
-        convert(Convert(**{**arguments, "bundle": str(tmp_path / "c")}))
+        convert_checkpoint(**{**arguments, "bundle": str(tmp_path / "c")})
 
 
 @needs(SHARED / "golden")
@@ -684,12 +683,10 @@ def test_a_wrong_npz_changes_nothing(tmp_path):
 @pytest.mark.parametrize("method", ["transfg", "ffvt"])
 def test_competitors_checkpoints_convert(method, tmp_path):
     options = {"num_heads": 2, **({"top_k": 3} if method == "ffvt" else {"stride": 12})}
-    result = convert(
-        Convert(
-            checkpoint=str(SHARED / "golden" / f"{method}.pth"),
-            bundle=str(tmp_path / "b"),
-            method=method,
-            options=options,
-        )
+    result = convert_checkpoint(
+        checkpoint=str(SHARED / "golden" / f"{method}.pth"),
+        bundle=str(tmp_path / "b"),
+        method=method,
+        options=options,
     )
-    assert result["missing"] == [] and glsim.load(tmp_path / "b").config["method"] == method
+    assert result.missing == [] and glsim.load(tmp_path / "b").config["method"] == method

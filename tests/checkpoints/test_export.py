@@ -19,18 +19,15 @@ import glsim
 from glsim import ConfigError, DataError, GlsimError, cli
 from glsim.checkpoints import export, onnx_runtime
 from glsim.cli import bench
-from glsim.config import Export, Predict
+from glsim.cli.export import Options
 from glsim.data.images import BadImage
 from glsim.evaluation.evaluate import evaluate_bundle
 from glsim.evaluation.peak_memory import peaks_here
 from glsim.evaluation.speed import compare_speed
 from glsim.evaluation.workloads import Job, Setup
 from glsim.files import document
-from glsim.inference.predictor import run as predict
-from glsim.models.heads import NO_ANSWER, top2_margin
-from glsim.files import document
 from glsim.inference.predictor import predict_images
-from glsim.models.heads import lead
+from glsim.models.heads import NO_ANSWER, top2_margin
 
 LABELS = list("abcde")
 CLASS_TOKEN, REGISTERS, NEITHER = (
@@ -44,7 +41,7 @@ def exported(model, folder, ending=".onnx", **settings):
     """The file a model was exported to, and what the verb returned."""
     glsim.save(model, folder / "bundle", LABELS)
     out = folder / f"model{ending}"
-    return out, export.run(Export(source=str(folder / "bundle"), out=str(out), **settings))
+    return out, export.export_model(folder / "bundle", out, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +77,8 @@ def test_a_graph_answers_like_glsim_with_a_class_token(file):
 def test_a_graph_answers_like_glsim(backbone, size, tmp_path):
     model = small_model(backbone=backbone, size=size)
     out, result = exported(model, tmp_path)
-    assert result["exit_code"] == 0 and [c["batch"] for c in result["checks"]] == [1, 3, 8]
-    assert all(c["difference"] <= 1e-4 and c["same_boxes"] == c["batch"] for c in result["checks"])
+    assert result.exit_code == 0 and [c.batch for c in result.checks] == [1, 3, 8]
+    assert all(c.difference <= 1e-4 and c.same_boxes == c.batch for c in result.checks)
     agrees(model, out)
 
 
@@ -95,7 +92,7 @@ def test_every_method_and_family_exports(method, backbone, tmp_path):
     size = (BACKBONES | MAPS)[backbone]
     model = small_model(method, backbone, size, **({"top_o": 1} if backbone in MAPS and method == "glsim" else {}))
     out, result = exported(model, tmp_path)
-    assert result["exit_code"] == 0
+    assert result.exit_code == 0
     agrees(model, out)
 
 
@@ -115,8 +112,8 @@ def test_what_a_graph_says_of_itself(file):
     assert [o.name for o in runtime.get_outputs()] == ["logits", "boxes"]
     said = {k: json.loads(v) for k, v in runtime.get_modelmeta().custom_metadata_map.items()}
     bundle = json.loads((file.parent / "bundle" / "config.json").read_text())
-    assert said["label_names"] == LABELS and said["preprocessing"] == bundle.preprocessing
-    assert (said["method"], said["options"], said["graphs"]) == ("glsim", bundle.options, [])
+    assert said["label_names"] == LABELS and said["preprocessing"] == bundle["preprocessing"]
+    assert (said["method"], said["options"], said["graphs"]) == ("glsim", bundle["options"], [])
 
 
 def test_verbs_take_a_graph_for_a_bundle(run_folder, birds, tmp_path, capsys):
@@ -128,8 +125,8 @@ def test_verbs_take_a_graph_for_a_bundle(run_folder, birds, tmp_path, capsys):
 
     bundle = evaluate_bundle(run_folder, birds, workers=0)
     graph = evaluate_bundle(out, birds, workers=0)
-    assert {k: graph[k] for k in ("count", "correct", "correct_top5", "per_class")} == {
-        k: bundle[k] for k in ("count", "correct", "correct_top5", "per_class")
+    assert {k: getattr(graph, k) for k in ("count", "correct", "correct_top5", "per_class")} == {
+        k: getattr(bundle, k) for k in ("count", "correct", "correct_top5", "per_class")
     }
     paths = sorted((birds / "test").rglob("*.jpg"))
     for a, b in zip(glsim.Predictor(run_folder)(paths), glsim.Predictor(out)(paths), strict=True):
@@ -172,7 +169,7 @@ def test_a_graph_only_answers(file):
 def test_a_program_of_torch(tmp_path):
     model = small_model("plain")
     out, result = exported(model, tmp_path, ".pt2")
-    assert result["format"] == "torch" and result["exit_code"] == 0
+    assert result.format == "torch" and result.exit_code == 0
     extra = {"config.json": ""}
     program = torch.export.load(out, extra_files=extra).module()
     images = torch.randn(5, 3, 64, 64)
@@ -185,7 +182,7 @@ def test_a_program_of_torch(tmp_path):
 
 def test_eight_bits_are_smaller_and_nearly_right(file, tmp_path):
     out, result = exported(small_model(), tmp_path, precision="int8")
-    assert result["exit_code"] == 0 and result["tolerance"] is None
+    assert result.exit_code == 0 and result.tolerance is None
     weights = sum(p.numel() for p in small_model().parameters())
     assert out.stat().st_size < file.stat().st_size - 2 * weights  # of four bytes a weight, one is left
     images = torch.randn(4, 3, 64, 64)
@@ -198,9 +195,7 @@ def test_weights_too_large_for_one_file_lie_beside_it(monkeypatch, tmp_path):
     monkeypatch.setattr(export, "LARGEST", 1000)
     model = small_model("plain")
     out, result = exported(model, tmp_path)
-    assert result["files"] == [f"{out}.data", str(out)] and result["bytes"] > 4 * sum(
-        p.numel() for p in model.parameters()
-    )
+    assert result.files == [f"{out}.data", str(out)] and result.bytes > 4 * sum(p.numel() for p in model.parameters())
     assert out.stat().st_size < out.with_name("model.onnx.data").stat().st_size
     moved = shutil.copytree(tmp_path, tmp_path.with_name("moved"), ignore=shutil.ignore_patterns("bundle"))
     shutil.rmtree(tmp_path)
@@ -217,8 +212,8 @@ def test_a_model_that_answers_early_is_two_graphs(tmp_path):
     ahead = top2_margin(adaptive(0.5).first_pass(images)[1]).detach().sort().values
     model = adaptive(float(ahead[3:5].mean()))  # half of the images are sure after the first pass
     out, result = exported(model, tmp_path)
-    assert [p.rpartition("/")[2] for p in result["files"]] == ["model.2.onnx", "model.onnx"]
-    assert result["exit_code"] == 0 and all(c["same_boxes"] == c["batch"] for c in result["checks"])
+    assert [p.rpartition("/")[2] for p in result.files] == ["model.2.onnx", "model.onnx"]
+    assert result.exit_code == 0 and all(c.same_boxes == c.batch for c in result.checks)
     graph = glsim.load(out)
     for part, unsure in ((slice(None), 4), (torch.arange(7, -1, -1), 4), (slice(2, 3), None)):
         mine, theirs = model(images[part]), graph(images[part])
@@ -262,13 +257,13 @@ class Different(torch.nn.Module):
 
 @pytest.mark.parametrize("ending", [pytest.param(".onnx", marks=pytest.mark.slow), ".pt2"])
 def test_a_graph_that_answers_otherwise_is_not_written(ending, monkeypatch, tmp_path, capsys):
-    right = export.cut
+    right = export.make_graphs
 
     def wrong(model):
         (graph,) = right(model)
         return [graph._replace(module=Different(graph.module))]
 
-    monkeypatch.setattr(export, "cut", wrong)
+    monkeypatch.setattr(export, "make_graphs", wrong)
     glsim.save(small_model("plain"), tmp_path / "bundle", LABELS)
     out = tmp_path / f"model{ending}"
     out.write_text("an earlier one")
@@ -287,7 +282,7 @@ def test_what_cannot_be_exported_says_why(monkeypatch, tmp_path):
             return (torch.linalg.svdvals(images.flatten(1)[:, None]),)
 
     monkeypatch.setattr(
-        export, "cut", lambda _: [export.Graph(Sorted(), {"images": torch.rand(2, 3, 64, 64)}, ("logits",))]
+        export, "make_graphs", lambda _: [export.Graph(Sorted(), {"images": torch.rand(2, 3, 64, 64)}, ("logits",))]
     )
     with pytest.raises(GlsimError, match=r"torch cannot write this model as ONNX: No ONNX function found for .*svd"):
         exported(small_model("plain"), tmp_path)
@@ -305,7 +300,7 @@ def test_without_the_extra(monkeypatch, tmp_path, file):
 
 
 def test_settings():
-    assert Export(source="b", out="m.onnx").format == "onnx" and Export(source="b", out="m.pt2").format == "torch"
+    assert Options(source="b", out="m.onnx").format == "onnx" and Options(source="b", out="m.pt2").format == "torch"
     for wrong in (
         {"out": "m.bin"},
         {"out": "m"},
@@ -313,9 +308,9 @@ def test_settings():
         {"out": "m.pt2", "format": "onnx"},
     ):
         with pytest.raises(ConfigError, match=r"name a file that ends in .onnx \(format onnx\) or .pt2"):
-            Export(source="b", **wrong)
+            Options(source="b", **wrong)
     with pytest.raises(ConfigError, match="precision=int8 is for ONNX"):
-        Export(source="b", out="m.pt2", precision="int8")
+        Options(source="b", out="m.pt2", precision="int8")
 
 
 def foreign(path, metadata=None, location=None):

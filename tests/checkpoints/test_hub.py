@@ -19,8 +19,8 @@ import glsim
 from glsim import ConfigError, DataError, GlsimError, cli
 from glsim.checkpoints import hub
 from glsim.checkpoints.bundle import FILES
-from glsim.checkpoints.push import run as push
-from glsim.config import Push
+from glsim.checkpoints.push import push_bundle
+from glsim.cli.push import Options
 from glsim.training import runs, train
 from glsim.training.config import Train
 
@@ -116,7 +116,7 @@ def test_there_and_back(the_hub, bundle, capsys):
     assert model.config["label_names"] == list("abcde")
     glsim.load("hf-hub:owner/name@v1", top_o=2)
     assert the_hub.asked == [("owner/name", None), ("owner/name", "v1")]
-    push(Push(run=str(sent), repository="other/name", private=True))  # its licence is known by now
+    push_bundle(run=str(sent), repository="other/name", private=True)  # its licence is known by now
     assert front_matter(the_hub.snapshot("other/name"))["license"] == "cc-by-nc-4.0"
     assert the_hub.private == {"owner/name": None, "other/name": True}
 
@@ -126,29 +126,29 @@ def test_nothing_goes_without_a_licence_a_token_or_a_whole_bundle(the_hub, bundl
     with pytest.raises(
         ConfigError, match=r"give one: --licence apache-2.0 \(of the weights it started from: apache-2.0;"
     ):
-        push(Push(**settings))
+        push_bundle(**settings)
     for wrong in ("unknown", " "):
         with pytest.raises(ConfigError, match="licence='.*': name the licence"):
-            Push(**settings, licence=wrong)
+            Options(**settings, licence=wrong)
     for wrong in ("name", "a/b/c", "a b/c"):
         with pytest.raises(ConfigError, match="owner/name is needed"):
-            Push(run="b", repository=wrong, licence="mit")
+            Options(run="b", repository=wrong, licence="mit")
     with pytest.raises(DataError, match="none is no bundle folder; make one with"):
-        push(Push(run=str(tmp_path / "none"), repository="owner/name", licence="mit"))
+        push_bundle(run=str(tmp_path / "none"), repository="owner/name", licence="mit")
     monkeypatch.setattr(hub, "get_token", lambda: None)
     with pytest.raises(ConfigError, match="no token for the Hub: log in once with `hf auth login`, or set HF_TOKEN"):
-        push(Push(**settings, licence="mit"))
+        push_bundle(**settings, licence="mit")
     monkeypatch.setattr(hub, "get_token", lambda: "hf_a_token")
     weights = bytearray((bundle / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (bundle / "model.safetensors").write_bytes(weights)
     with pytest.raises(DataError, match="is damaged"):
-        push(Push(**settings, licence="mit"))
+        push_bundle(**settings, licence="mit")
     (bundle / "model.safetensors").unlink()
     (tmp_path / "secret").write_text("a private key")
     (bundle / "model.safetensors").symlink_to(tmp_path / "secret")
     with pytest.raises(DataError, match="was refused: it is a link to .*secret, outside of the bundle"):
-        push(Push(**settings, licence="mit"))
+        push_bundle(**settings, licence="mit")
     assert not the_hub.root.exists()
 
 
@@ -245,7 +245,7 @@ def test_errors_have_the_right_exit_codes(bundle, the_hub, monkeypatch):
     assert cli.main(["push", str(bundle / "none"), "owner/name", "--licence", "mit"]) == 3
     monkeypatch.setattr(the_hub, "upload_folder", lambda **_: (_ for _ in ()).throw(OSError("the Hub is full")))
     with pytest.raises(GlsimError, match="owner/name could not be pushed: the Hub is full"):
-        push(Push(run=str(bundle), repository="owner/name", licence="mit"))
+        push_bundle(run=str(bundle), repository="owner/name", licence="mit")
 
 
 def test_labels_are_no_markdown_in_the_card(tmp_path):

@@ -453,7 +453,7 @@ def test_memory_names_the_settings_to_lower(capsys, monkeypatch):
 
 
 def test_a_killed_loading_process_is_told(capsys, run_folder, birds, monkeypatch):
-    from glsim.data.readers import ImageDataset
+    from glsim.data.loaders import ImageDataset
 
     def die(self, index):
         os.kill(os.getpid(), signal.SIGKILL)

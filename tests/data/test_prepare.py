@@ -18,10 +18,11 @@ from PIL import Image
 
 from glsim import cli
 from glsim.cli.eval import Options as EvalOptions
-from glsim.config import Train
 from glsim.data import catalog, prepare
 from glsim.data.catalog import SETS
 from glsim.data.readers import read_data
+from glsim.files import document
+from glsim.training.config import Train
 from glsim.types import ConfigError, DataError
 
 VOC = "<annotation>{}</annotation>"
@@ -206,7 +207,7 @@ def test_there_is_a_replica_of_every_set():
 def test_replica_becomes_a_list(tmp_path, small, name):
     make, classes, counts = REPLICAS[name]
     make(tmp_path / "given")
-    done = prepare.prepare(name, tmp_path / "root", [tmp_path / "given"])
+    done = prepare.prepare_published(name, tmp_path / "root", [tmp_path / "given"])
     rows = table(done.csv)
     splits = read_data(done.csv)
     assert list(splits["train"].classes) == classes
@@ -216,20 +217,20 @@ def test_replica_becomes_a_list(tmp_path, small, name):
     boxes = {",".join(r[side] for side in ("left", "top", "right", "bottom")) for r in rows if r.get("left")}
     assert boxes == ({BOX[name]} if name in BOX else {"333,72,425,158"} if name == "pets" else set())
     saved = json.loads((tmp_path / "root" / f"{name}.json").read_text())
-    assert saved == json.loads(json.dumps(done)) and saved["counts"]["train"] == counts[0]
+    assert saved == json.loads(json.dumps(document(done))) and saved["counts"]["train"] == counts[0]
     assert sorted(p.name for p in (tmp_path / "root").iterdir()) == [f"{name}.csv", f"{name}.json"]
 
 
 def test_cars_in_one_folder(tmp_path, small):
     make_cars_whole(tmp_path)
-    done = prepare.prepare("cars", tmp_path, [])
+    done = prepare.prepare_published("cars", tmp_path, [])
     labels = {(row["path"], row["label"], row["split"]) for row in table(done.csv)}
     assert ("car_ims/000001.jpg", "AM General Hummer SUV 2000", "test") in labels and len(labels) == 4
 
 
 def test_each_image_keeps_its_own_label_split_and_mask(tmp_path, small):
     make_cub(tmp_path)
-    rows = table(prepare.prepare("cub", tmp_path, [])["csv"])
+    rows = table(prepare.prepare_published("cub", tmp_path, []).csv)
     assert [(r["path"][-9:], r["label"][:3], r["split"], r["mask"]) for r in rows] == [
         ("A/x_1.jpg", "001", "train", "segmentations/1.A/x_1.png"),
         ("A/x_2.jpg", "001", "test", ""),
@@ -237,18 +238,18 @@ def test_each_image_keeps_its_own_label_split_and_mask(tmp_path, small):
         ("B/y_2.jpg", "002", "test", "segmentations/2.B/y_2.png"),
     ]
     make_flowers(tmp_path)
-    rows = table(prepare.prepare("flowers", tmp_path, [])["csv"])
+    rows = table(prepare.prepare_published("flowers", tmp_path, []).csv)
     assert {(r["path"][-6:-4], r["label"], r["split"]) for r in rows} == {
         (f"0{i}", "pink primrose" if i % 2 else "blackberry lily", "train" if i < 3 else "test") for i in range(1, 7)
     }
     make_pets(tmp_path)
-    rows = table(prepare.prepare("pets", tmp_path, [])["csv"])
+    rows = table(prepare.prepare_published("pets", tmp_path, []).csv)
     assert [bool(r["left"]) for r in rows] == [True, False, False, False] and all(r["mask"] for r in rows)
 
 
 def test_classes_that_share_a_name_stay_apart(tmp_path, small):
     birds(tmp_path, ["1 Goose", "2 Goose"])
-    rows = table(prepare.prepare("nabirds", tmp_path, [])["csv"])
+    rows = table(prepare.prepare_published("nabirds", tmp_path, []).csv)
     assert {row["label"] for row in rows} == {"1 Goose", "2 Goose"}
 
 
@@ -263,10 +264,10 @@ def test_archives_and_loose_files_are_unpacked_into_the_root(tmp_path, small):
     with zipfile.ZipFile(tmp_path / "labels.zip", "w") as archive:
         archive.write(given / "imagelabels.mat", "imagelabels.mat")
     words = [tmp_path / "102flowers.tgz", tmp_path / "labels.zip", given / "setid.mat"]
-    done = prepare.prepare("flowers", tmp_path / "root", words)
+    done = prepare.prepare_published("flowers", tmp_path / "root", words)
     assert table(done.csv)[0]["path"] == "jpg/image_00001.jpg"
-    by_folder = prepare.prepare("flowers", tmp_path / "other", [given])
-    assert by_folder["split_hash"] == done.split_hash  # wherever the images lie
+    by_folder = prepare.prepare_published("flowers", tmp_path / "other", [given])
+    assert by_folder.split_hash == done.split_hash  # wherever the images lie
 
 
 def test_archives_that_are_none(tmp_path, small):
@@ -284,10 +285,10 @@ def test_archives_that_are_none(tmp_path, small):
         ("none.tgz", r"none\.tgz: does not exist; --source takes CUB-200-2011's archives"),
     ]:
         with pytest.raises(DataError, match=message):
-            prepare.prepare("cub", tmp_path / "root", [tmp_path / name])
+            prepare.prepare_published("cub", tmp_path / "root", [tmp_path / name])
     assert not (tmp_path / "outside.png").exists()
     with pytest.raises(DataError, match=r"one of 2 sources is a folder"):
-        prepare.prepare("cub", tmp_path / "root", [tmp_path, tmp_path / "whole.tgz"])
+        prepare.prepare_published("cub", tmp_path / "root", [tmp_path, tmp_path / "whole.tgz"])
 
 
 def test_torchvision_downloads_where_it_can(tmp_path, small, monkeypatch):
@@ -300,7 +301,7 @@ def test_torchvision_downloads_where_it_can(tmp_path, small, monkeypatch):
 
     monkeypatch.setattr("torchvision.datasets.OxfordIIITPet", download)
     assert cli.main(["datasets", "prepare", "pets", "--root", str(tmp_path / "root"), "--json"]) == 0
-    prepare.prepare("pets", tmp_path / "root", [])  # the files are there now
+    prepare.prepare_published("pets", tmp_path / "root", [])  # the files are there now
     assert asked == [str(tmp_path / "root")]
 
 
@@ -329,7 +330,7 @@ def test_no_network_is_one_sentence(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("name", [name for name, known in SETS.items() if not known.download])
 def test_what_cannot_be_downloaded_says_where_to_get_it(tmp_path, name):
     with pytest.raises(DataError, match=r"is not there, and no program downloads") as error:
-        prepare.prepare(name, tmp_path, [])
+        prepare.prepare_published(name, tmp_path, [])
     assert SETS[name].homepage in str(error.value) and f"prepare {name} --root {tmp_path} --source" in str(error.value)
 
 
@@ -339,31 +340,31 @@ def test_what_cannot_be_downloaded_says_where_to_get_it(tmp_path, name):
 def test_counts_are_checked(tmp_path):
     make_cub(tmp_path)
     with pytest.raises(DataError, match=r"got \{'train': 2, 'test': 2\} images, CUB-200-2011 has \{'train': 5994, "):
-        prepare.prepare("cub", tmp_path, [])
+        prepare.prepare_published("cub", tmp_path, [])
     assert not list(tmp_path.glob("*cub*"))
     make_lists(tmp_path / "moe")
     with pytest.raises(DataError, match=r"moe: got 2 classes, moeImouto faces has 173; --partial"):
-        prepare.prepare("moe", tmp_path / "moe", [])
+        prepare.prepare_published("moe", tmp_path / "moe", [])
 
 
 def test_missing_images_and_partial(tmp_path, small):
     make_cub(tmp_path)
     (tmp_path / "CUB_200_2011" / "images" / "2.B" / "y_2.jpg").unlink()
     with pytest.raises(DataError, match=r"1 of 4 images are missing.*\n.*y_2\.jpg"):
-        prepare.prepare("cub", tmp_path, [])
-    done = prepare.prepare("cub", tmp_path, [], partial=True)
+        prepare.prepare_published("cub", tmp_path, [])
+    done = prepare.prepare_published("cub", tmp_path, [], partial=True)
     assert done.partial and done.counts == {"train": 2, "test": 1} and len(table(done.csv)) == 3
     empty = tmp_path / "empty"
     birds(empty, ["1 a", "2 b"])
     for image in empty.rglob("*.jpg"):
         image.unlink()
     with pytest.raises(DataError, match=r"none of the images listed is there"):
-        prepare.prepare("cub", empty, [], partial=True)
+        prepare.prepare_published("cub", empty, [], partial=True)
 
 
 def test_split_hash(tmp_path, small, monkeypatch):
     make_nabirds(tmp_path)
-    done = prepare.prepare("nabirds", tmp_path, [])
+    done = prepare.prepare_published("nabirds", tmp_path, [])
     lines = [
         "train\t1.A/x_1.jpg\tRoss's Goose",
         "test\t1.A/x_2.jpg\tRoss's Goose",
@@ -373,10 +374,10 @@ def test_split_hash(tmp_path, small, monkeypatch):
     assert done.split_hash == hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
     known = SETS["nabirds"]
     monkeypatch.setitem(SETS, "nabirds", dataclasses.replace(known, split_hash=done.split_hash))
-    prepare.prepare("nabirds", tmp_path, [])
+    prepare.prepare_published("nabirds", tmp_path, [])
     monkeypatch.setitem(SETS, "nabirds", dataclasses.replace(known, split_hash="0" * 64))
     with pytest.raises(DataError, match=r"the split is .*, the publisher's is 0000"):
-        prepare.prepare("nabirds", tmp_path, [])
+        prepare.prepare_published("nabirds", tmp_path, [])
     assert json.loads((tmp_path / "nabirds.json").read_text())["split_hash"] == done.split_hash
 
 
@@ -400,20 +401,20 @@ def test_broken_files_are_named(tmp_path, small, name, file, content, message):
     REPLICAS[name][0](tmp_path)
     write(tmp_path / file, content)
     with pytest.raises(DataError, match=message):
-        prepare.prepare(name, tmp_path, [])
+        prepare.prepare_published(name, tmp_path, [])
 
 
 def test_without_scipy(tmp_path, small, monkeypatch):
     make_flowers(tmp_path)
     monkeypatch.setitem(sys.modules, "scipy.io", None)
     with pytest.raises(DataError, match=r"setid\.mat: reading \.mat files needs scipy: pip install scipy"):
-        prepare.prepare("flowers", tmp_path, [])
+        prepare.prepare_published("flowers", tmp_path, [])
 
 
 def test_unknown_names(tmp_path):
     for settings in (Train, EvalOptions):
         words = {"data": "d", "dataset": "owls"} | ({"out": "o"} if settings is Train else {"source": "s"})
-        with pytest.raises(ConfigError, match=r"unknown data set 'owls'; choose from: aircraft, cars"):
+        with pytest.raises(ConfigError, match=r"unknown data ?set 'owls'; choose from: aircraft, cars"):
             settings(**words)
 
 
@@ -421,7 +422,8 @@ def test_unknown_names(tmp_path):
 
 
 def settings(*words):
-    return cli.parse("train", cli.VERBS["train"], ["--data", "d", "--out", "o", *words])
+    verb = cli.load_verb("train")
+    return cli.parse("train", verb.options, ["--data", "d", "--out", "o", *words], verb.recipe)
 
 
 def test_settings_of_the_set_hold_unless_others_are_given(tmp_path):
@@ -456,7 +458,7 @@ def test_train_and_eval_by_name(tmp_path, small, birds):
     make_cars_whole(tmp_path)
     for i, image in enumerate(sorted((tmp_path / "car_ims").iterdir())):
         Image.open(sorted(birds.rglob("test/*/*.jpg"))[3 * (i // 2)]).save(image)
-    prepare.prepare("cars", tmp_path, [])
+    prepare.prepare_published("cars", tmp_path, [])
     s = Train(
         dataset="cars",
         data=str(tmp_path),

@@ -14,17 +14,10 @@ from conftest import ROOT, scene, touch, write
 from PIL import Image
 
 from glsim import cli
+from glsim.data.image_files import find_images
 from glsim.data.images import BadImage, find_bad
-from glsim.data.readers import (
-    SPLITS,
-    ImageDataset,
-    ImageList,
-    find_images,
-    hold_out,
-    hold_out_val,
-    read_data,
-    split_hash,
-)
+from glsim.data.loaders import ImageDataset
+from glsim.data.readers import SPLITS, ImageList, hold_out, hold_out_val, read_data, split_hash
 from glsim.files import make_folder, make_parent
 from glsim.training import components
 from glsim.training.config import Train

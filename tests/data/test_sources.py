@@ -13,10 +13,13 @@ from conftest import TINY, scene, touch
 from safetensors.torch import load_file
 
 from glsim import ConfigError, DataError
-from glsim.data import audit, sources
+from glsim.data import audit, hugging_face
+from glsim.data.hugging_face import write_out
+from glsim.data.image_files import find_images
 from glsim.data.images import BadImage, find_bad, open_image
-from glsim.data.readers import ImageDataset, find_images, hold_out, is_split, read_data, split_hash
-from glsim.data.sources import parse, write_out
+from glsim.data.loaders import ImageDataset
+from glsim.data.readers import hold_out, is_split, read_data, split_hash
+from glsim.data.sources import parse
 from glsim.evaluation import evaluate
 from glsim.training import train
 from glsim.training.config import Train
@@ -217,7 +220,7 @@ def test_shards_train_the_model_that_their_folder_trains(birds, bird_shards, run
     by_folder = evaluate.evaluate_bundle(run_folder, birds, workers=0)
     by_shards = evaluate.evaluate_bundle(run_folder, bird_shards, workers=2, out=tmp_path / "e")
     for key in ("count", "correct", "per_class", "split_drawn"):
-        assert by_shards[key] == by_folder[key]
+        assert getattr(by_shards, key) == getattr(by_folder, key)
     rows = (tmp_path / "e" / "predictions.csv").read_text().splitlines()
     assert rows[1].startswith(f"{bird_shards[4:]}/test-000.tar/000000.jpg,")
     found = audit.audit_images(audit.list_images(bird_shards), image_size=(224, 224), workers=0)
@@ -311,14 +314,14 @@ def test_it_is_written_once_for_each_version(hf, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "d")
     save(hf, tmp_path / "d", train=table(hf, [2, 1, 2, 0]), test=table(hf, [1]))
     write_out.cache_clear()
-    content = sources._content
+    content = hugging_face._content
 
     def breaks(name, split, i, stored):
         if i == 2:
             raise KeyboardInterrupt
         return content(name, split, i, stored)
 
-    monkeypatch.setattr(sources, "_content", breaks)
+    monkeypatch.setattr(hugging_face, "_content", breaks)
     with pytest.raises(KeyboardInterrupt):
         read_data(name)
     assert [path for path in folder.parent.iterdir() if path.is_dir()] == [folder]

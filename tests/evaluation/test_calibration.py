@@ -12,18 +12,16 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import glsim
 from glsim import ConfigError, DataError, cli
 from glsim.checkpoints.bundle import amend, read_config
-from glsim.config import Calibrate, Train
 from glsim.data.images import BadImage
 from glsim.data.readers import read_data
 from glsim.evaluation import calibration, evaluate
 from glsim.evaluation.confidence import calibration_error, graded, largest_rate
 from glsim.files import document
-from glsim.inference.predictor import answers, run
-from glsim.models.heads import top2_margin
 from glsim.inference.predictor import answers, predict_images
-from glsim.models.heads import lead
+from glsim.models.heads import top2_margin
 from glsim.models.losses import objective
 from glsim.training import train
+from glsim.training.config import Train
 
 
 @pytest.fixture(scope="module")

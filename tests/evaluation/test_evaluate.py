@@ -13,7 +13,6 @@ from PIL import ImageOps
 import glsim
 from glsim.checkpoints.bundle import preprocessing_of
 from glsim.cli.eval import Options, show
-from glsim.config import Predict
 from glsim.data.images import open_image
 from glsim.data.loaders import make_loader
 from glsim.data.readers import read_data

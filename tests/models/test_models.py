@@ -14,7 +14,7 @@ from pairwise import pairwise_cover
 
 import glsim
 from glsim import METHODS, METRICS, ConfigError
-from glsim.checkpoints.bundle import init_from
+from glsim.checkpoints.init_from import init_from
 from glsim.models import cal, find_method
 from glsim.models.attention import explicit_attention, paired_attention
 from glsim.models.backbone import build_backbone

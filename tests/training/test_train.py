@@ -32,10 +32,11 @@ from torchvision.transforms import v2
 
 import glsim
 from glsim import ConfigError, DataError, cli
-from glsim.checkpoints.bundle import FORMAT, init_from
+from glsim.checkpoints.config import FORMAT
+from glsim.checkpoints.init_from import init_from
 from glsim.data import loaders as batches_module
-from glsim.data.loaders import TrainBatches, make_loader, read, train_loader
-from glsim.data.readers import ImageDataset, read_data
+from glsim.data.loaders import ImageDataset, TrainBatches, make_loader, read, train_loader
+from glsim.data.readers import read_data
 from glsim.data.transforms import Preprocessing, train_transform
 from glsim.environment import make_accelerator
 from glsim.evaluation import evaluate

@@ -1,0 +1,82 @@
+"""`glsim datasets`: the named data sets, and one of them prepared in a folder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from glsim.cli.options import Settings, dataclass, positional, setting
+from glsim.types import ConfigError
+
+if TYPE_CHECKING:
+    from glsim.data.prepare import DataSetList, PreparedDataSet
+
+PURPOSE = "Data"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Settings):
+    """List the data sets glsim knows by name, or prepare one in a folder for --dataset NAME."""
+
+    action: Literal["list", "prepare"] = positional("list", "list, or prepare NAME")
+    name: str | None = positional(None, "synthetic, or a name of the list")
+    root: str | None = setting(None, "folder to make, or to fill", path="folder")
+    source: list[str] | None = setting(
+        None, "the publisher's archives, or the folder they were unpacked in", path="reads"
+    )
+    partial: bool = setting(False, "leave out listed images that are not there, and accept other counts")
+    classes: int = setting(8, "synthetic: how many species")
+    train: int = setting(60, "synthetic: training images a class")
+    val: int = setting(0, "synthetic: validation images a class")
+    test: int = setting(20, "synthetic: test images a class")
+    size: int = setting(224, "synthetic: pixels a side")
+    part_scale: float = setting(1.0, "synthetic: size of the parts that tell species apart")
+    clutter: float = setting(1.0, "synthetic: how busy the background is")
+    seed: int = setting(0, "synthetic: another seed draws other images")
+
+    def check(self) -> None:
+        """What is prepared has a name and a folder."""
+        super().check()
+        if self.action == "prepare" and (self.name is None or self.root is None):
+            raise ConfigError("prepare needs a name and a folder, as: glsim datasets prepare synthetic --root FOLDER")
+
+
+def run(options: Options, progress: bool) -> DataSetList | PreparedDataSet:
+    """List them, or prepare one."""
+    from glsim.data.prepare import list_datasets, prepare_dataset
+
+    if options.action == "list":
+        return list_datasets()
+    return prepare_dataset(**{name: value for name, value in vars(options).items() if name != "action"})
+
+
+def show(r: DataSetList | PreparedDataSet, options: Options) -> str:
+    """The names, or what was made."""
+    from glsim.data.prepare import DataSetList
+
+    return show_list(r) if isinstance(r, DataSetList) else show_prepared(r)
+
+
+def show_list(r: DataSetList) -> str:
+    """A data set with its counts, protocol, licence and address, one after the other."""
+    lines = []
+    for d in r.datasets:
+        lines.append(f"{d.name:10} {d.about}")
+        if d.counts is not None:
+            lines[-1] += f": {d.classes} classes, {show_counts(d.counts) or 'counts not stated'}"
+            how = "downloaded by prepare" if d.download else "download it yourself, then prepare --source"
+            lines += [f"{'':10} {d.protocol}", f"{'':10} licence: {d.licence}; {d.homepage} ({how})"]
+    return "\n".join(lines)
+
+
+def show_prepared(r: PreparedDataSet) -> str:
+    """What lies in the folder now, and what comes next."""
+    lines = [f"{r.name}: {r.classes} classes, {show_counts(r.counts)} images in {r.root}"]
+    if r.csv is not None:
+        lines += [f"list: {r.csv}, split {r.split_hash}", f"licence: {r.licence}"]
+        lines.append(f"next: glsim train --dataset {r.name} --data {r.root} --out RUN")
+    return "\n".join(lines)
+
+
+def show_counts(counts: dict[str, int]) -> str:
+    """Images by split: 600 train, 60 test."""
+    return ", ".join(f"{n} {split}" for split, n in counts.items())
