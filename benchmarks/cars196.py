@@ -236,7 +236,7 @@ def fit(model: Model, s: Train, images: Pixels, deadline: float) -> None:
     batches = TrainBatches(len(images.labels), s.batch_size, 1, s.seed)
     optimizer = make_optimizer(s, model)
     schedule = make_schedule(s, optimizer, s.epochs * batches.steps)
-    mixing = batch_mixing(s.mixup, s.cutmix, model.config["num_classes"])
+    mixing = batch_mixing(s.mixup, s.cutmix, model.config.num_classes)
     log: list[dict[str, Any]] = []
     if (out / STATE).exists():
         state = torch.load(out / STATE, map_location="cpu", weights_only=True)  # AdamW counts its steps there

@@ -99,7 +99,7 @@ def training(model: Model) -> Callable[[torch.Tensor], float]:
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4)
 
     def step(images: torch.Tensor) -> float:
-        labels = torch.arange(len(images), device=images.device) % model.config["num_classes"]
+        labels = torch.arange(len(images), device=images.device) % model.config.num_classes
         loss = objective(model(images), labels)
         loss.backward()
         optimizer.step()
@@ -124,7 +124,7 @@ def time_in_turn(models: list[Model], kind: Any, batch_size: int, rounds: int) -
     """Images a second of every model at `kind` of work, median over rounds in which all take turns."""
     device = pick_device()
     work = [kind(model) for model in models]
-    batches = [torch.randn(batch_size, 3, *model.config["image_size"], device=device) for model in models]
+    batches = [torch.randn(batch_size, 3, *model.config.image_size, device=device) for model in models]
     seconds: list[list[float]] = [[] for _ in models]
     for turn in range(rounds + 1):  # the first round warms up
         for i, images in enumerate(batches):

@@ -139,7 +139,7 @@ def ways(folder: Path, seed: int) -> list[Row]:
 @torch.inference_mode()
 def measure(rows: list[Row], a: argparse.Namespace) -> None:
     """Who is right, and the seconds of each round; the first round warms up."""
-    test = read_data(a.data, classes=rows[0].model.config["label_names"])["test"]
+    test = read_data(a.data, classes=rows[0].model.config.label_names)["test"]
     labels, pixels = torch.tensor(test.labels), dict[Any, list[torch.Tensor]]()
     for turn in range(a.rounds + 1):
         for row in rows:

@@ -126,7 +126,7 @@ def fit(a: argparse.Namespace, splits: dict[str, ImageList]) -> None:
 def embeddings_of(model: Model) -> list[str]:
     """The names of the vectors it hands out."""
     with torch.inference_mode():
-        return list(model(torch.zeros(1, 3, *model.config["image_size"])).embeddings)
+        return list(model(torch.zeros(1, 3, *model.config.image_size)).embeddings)
 
 
 def measure(a: argparse.Namespace, name: str, classes: list[str], images: ImageList) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def average(draws: Sequence[Accuracies]) -> dict[str, dict[str, float | None]]:
 
 def calibrate(model: Model, data: Path, workers: int) -> dict[str, Any]:
     """ECE on test before and after a temperature fitted on the images that training held out as val."""
-    about = model.config["data"]
+    about = model.config.data
     splits = read_data(data, classes=labels_of(model))
     if "val" not in splits:
         if not about["val_fraction"]:

@@ -249,7 +249,7 @@ def locate(out: Path, a: argparse.Namespace) -> None:
     model = load(out).to(pick_device())
     images = find_masks(Path(a.data) / "test", a.masks)
     found: dict[str, dict[str, list[float]]] = {}
-    if model.config["method"] != PLAIN and model.config["options"].get("box") != "none":
+    if model.config.method != PLAIN and model.config.options.get("box") != "none":
         targets = measure(model, images, [None], controls=True).targets
         rows = targets.get("part", next(iter(targets.values())))
         own = next(iter(rows))

@@ -172,8 +172,8 @@ FAULTS = (
     ),
     Fault(
         "model left in training mode",
-        "    model.config = {**kept, **model.config}\n    return model.eval()",
-        "    model.config = {**kept, **model.config}\n    return model.train()",
+        "    model.config = replace(model.config, **kept)\n    return model.eval()",
+        "    model.config = replace(model.config, **kept)\n    return model.train()",
         "bundle -k 'copied or same or overrides'",
     ),
     Fault(

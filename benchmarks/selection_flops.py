@@ -172,7 +172,7 @@ def transformer(size: int, backbone: str | None, num_classes: int) -> Model:
     """The plain model, without values; ConfigError for a network without attention over patches."""
     model = build("plain", backbone, size, num_classes)
     if not model.backbone.has_attention:
-        raise ConfigError(f"{model.config['backbone']!r} has no attention over patches; choose a ViT")
+        raise ConfigError(f"{model.config.backbone!r} has no attention over patches; choose a ViT")
     return model
 
 

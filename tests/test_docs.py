@@ -333,7 +333,7 @@ def test_a_metric_takes_15_lines_and_is_the_one_that_is_used(workplace):
     assert run_block(first, names)
     (new,) = set(glsim.METRICS) - known
     model, images = names["model"], names["images"]
-    assert model.metric == new and model.config["options"]["metric"] == new
+    assert model.metric == new and model.config.options["metric"] == new
 
     f = model.features(images)
     mean = f.patches.mean(dim=1)

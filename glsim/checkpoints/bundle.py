@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from glsim.files import (
 )
 from glsim.models import create_model, resample_positions
 from glsim.models.base import Model
+from glsim.models.config import ModelConfig
 from glsim.models.patch_embed import to_pair
 from glsim.types import ConfigError, DataError, GlsimError
 
@@ -76,7 +78,7 @@ def save(model: Model, folder: str | Path, labels: list[str] | None = None, **in
         ConfigError: for a config that `load` would refuse; nothing is written then.
     """
     folder = Path(expand(str(folder)))
-    config = dict(model.config)
+    config = model.config.as_dict()
     config["backbone_args"] = {k: v for k, v in config["backbone_args"].items() if k not in WHERE_FROM}
     labels = labels if labels is not None else config.get("label_names")
     if labels is not None and len(labels) != config["num_classes"]:
@@ -100,7 +102,7 @@ def save(model: Model, folder: str | Path, labels: list[str] | None = None, **in
         **info,
     }
     try:
-        check_config(config, folder / CONFIG)
+        checked = check_config(config, folder / CONFIG)
     except DataError as error:
         raise ConfigError(f"this would be a bundle that cannot be loaded: {error}") from error
     folder = make_folder(folder)
@@ -109,7 +111,7 @@ def save(model: Model, folder: str | Path, labels: list[str] | None = None, **in
         safetensors.torch.save_file(weights, temporary, metadata={"format": "pt", "sha256": digest(weights)})
     if metrics is not None:
         write_json(folder / METRICS_FILE, metrics)
-    write_text(folder / CARD, model_card(config, metrics))
+    write_text(folder / CARD, model_card(checked, metrics))
     write_json(folder / CONFIG, config)
     return folder
 
@@ -160,7 +162,7 @@ def load(source: str | Path, **overrides: Any) -> Model:
     raise DataError(f"{source} {what}; give a bundle folder, hf-hub:owner/name, local-dir:path, official .pth or .onnx")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> ModelConfig:
     """`config.json` of a bundle; DataError when it is missing, not one of ours, or a link to somewhere else."""
     check_inside(folder)
     try:
@@ -187,13 +189,13 @@ def check_inside(folder: Path) -> None:
 def load_bundle(folder: Path, **overrides: Any) -> Model:
     """Load a bundle folder in eval mode; see `load`."""
     config = read_config(folder)
-    kept = {k: v for k, v in config.items() if k not in MODEL_KEYS}
+    kept = {k: v for k, v in vars(config).items() if k not in MODEL_KEYS}
     # Nothing that a config says may make timm read other files or the network: older versions of it unpickle them.
-    unsafe = (set(config["backbone_args"]) & WHERE_FROM) | (set(config["options"]) & {*MODEL_KEYS, "pretrained"})
+    unsafe = (set(config.backbone_args) & WHERE_FROM) | (set(config.options) & {*MODEL_KEYS, "pretrained"})
     if unsafe:
         raise DataError(f"{folder / CONFIG} was refused: a bundle may not set {', '.join(sorted(unsafe))}")
     weights = read_weights(folder)
-    arguments = {k: config[k] for k in MODEL_KEYS if k != "options"} | config["options"] | overrides
+    arguments = {k: getattr(config, k) for k in MODEL_KEYS if k != "options"} | config.options | overrides
     try:
         with no_larger_than(weights.values()):
             model = create_model(**arguments, pretrained=False)
@@ -203,9 +205,9 @@ def load_bundle(folder: Path, **overrides: Any) -> Model:
         raise
     except Exception as error:  # timm's and torch's, of odd arguments, have no class in common but this one
         raise DataError(f"{folder / CONFIG} is damaged: no model can be built from it: {one_line(error)}") from error
-    if list(model.config["image_size"]) != list(config["image_size"]):
+    if list(model.config.image_size) != list(config.image_size):
         weights = resample_positions(weights, model.backbone.net)
-        kept["preprocessing"] = {**kept["preprocessing"], "image_size": model.config["image_size"]}
+        kept["preprocessing"] = {**kept["preprocessing"], "image_size": model.config.image_size}
     own = model.state_dict()
     unfit = {
         "missing": own.keys() - weights.keys(),
@@ -216,7 +218,7 @@ def load_bundle(folder: Path, **overrides: Any) -> Model:
         told = "; ".join(f"{what}: {some(sorted(names))}" for what, names in unfit.items() if names)
         raise DataError(f"{folder / WEIGHTS} does not fit its {CONFIG}; {told}")
     model.load_state_dict(weights)
-    model.config = {**kept, **model.config}
+    model.config = replace(model.config, **kept)
     return model.eval()
 
 
@@ -243,25 +245,25 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 def preprocessing_of(model: Model) -> Preprocessing:
     """The preprocessing stored with `model`, or its backbone's default."""
-    stored = model.config.get("preprocessing")
+    stored = model.config.preprocessing
     if stored is not None:
         return Preprocessing.from_dict(stored)
-    return default_preprocessing(model.config["backbone"], model.config["image_size"])
+    return default_preprocessing(model.config.backbone, model.config.image_size)
 
 
 def labels_of(model: Model) -> list[str]:
     """Class names in the order of the logits; "class 0", "class 1", .. where none were stored."""
-    return model.config.get("label_names") or [f"class {i}" for i in range(model.config["num_classes"])]
+    return model.config.label_names or [f"class {i}" for i in range(model.config.num_classes)]
 
 
 def temperature_of(model: Model) -> float:
     """What `glsim calibrate` found that logits have to be divided by before the softmax; 1 where it has not been."""
-    return float((model.config.get("calibration") or {}).get("temperature", 1.0))
+    return float(model.config.calibration.get("temperature", 1.0))
 
 
 def threshold_of(model: Model) -> float:
     """The confidence below which `--reject` answers "unknown"; ConfigError where `glsim calibrate` found none."""
-    calibration = model.config.get("calibration") or {}
+    calibration = model.config.calibration
     threshold = calibration.get("threshold")
     if isinstance(threshold, int | float):
         return float(threshold)
@@ -277,6 +279,6 @@ def amend(folder: str | Path, options: dict[str, Any], **info: Any) -> None:
     """Change options of the method and anything else in the `config.json` of a bundle, and its card with it."""
     folder = Path(folder)
     config = read_config(folder)
-    config |= {"options": config["options"] | options, **info}
-    write_text(folder / CARD, model_card(check_config(config, folder / CONFIG), read_metrics(folder / METRICS_FILE)))
-    write_json(folder / CONFIG, config)
+    changed = config.as_dict() | {"options": config.options | options, **info}
+    write_text(folder / CARD, model_card(check_config(changed, folder / CONFIG), read_metrics(folder / METRICS_FILE)))
+    write_json(folder / CONFIG, changed)

@@ -10,17 +10,18 @@ from huggingface_hub import EvalResult, ModelCardData
 from glsim.checkpoints.config import MEASURED
 from glsim.data.transforms import Preprocessing
 from glsim.files import code_span, markdown, printable, shown, to_json
+from glsim.models.config import ModelConfig
 
 UNKNOWN = "unknown"  # a licence that nobody told
 
 
-def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
+def model_card(config: ModelConfig, metrics: Mapping[str, Any] | None) -> str:
     """The model card: what it is, what it learned from, how well it did, how to use it, under whose licences."""
-    config, metrics = shown(dict(config)), shown(metrics)  # a card is for people
-    labels, licence, training = (config.get(k) or {} for k in ("label_names", "licence", "training"))
-    data, p = config.get("data") or {}, Preprocessing.from_dict(config["preprocessing"])
+    config, metrics = shown(config), shown(metrics)  # a card is for people
+    labels, licence, training, data = config.label_names or [], config.licence, config.training, config.data
+    p = Preprocessing.from_dict(config.preprocessing or {})
     measured = {k: v for k, v in (metrics or {}).items() if isinstance(v, dict) and set(MEASURED) <= set(v)}
-    title = f"{config['method']} on {config['backbone']}"
+    title = f"{config.method} on {config.backbone}"
     results = [
         EvalResult("image-classification", data["source"], data["source"], "accuracy", v["top1"], dataset_split=k)
         for k, v in measured.items()
@@ -41,11 +42,11 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> 
     lines = [
         f"# {markdown(title)}",
         "",
-        f"Tells {config['num_classes']} classes apart in images of {size} pixels" + (f": {named}." if named else "."),
+        f"Tells {config.num_classes} classes apart in images of {size} pixels" + (f": {named}." if named else "."),
         "It knows no others: an image of anything else is given one of these names too.",
         "",
-        f"- Method: {code_span(config['method'])}, options {code_span(to_json(config['options']))}",
-        f"- Backbone: {code_span(config['backbone'])} (timm), arguments {code_span(to_json(config['backbone_args']))}",
+        f"- Method: {code_span(config.method)}, options {code_span(to_json(config.options))}",
+        f"- Backbone: {code_span(config.backbone)} (timm), arguments {code_span(to_json(config.backbone_args))}",
         f"- Images: resized to {resize} ({p.resize_rule}), the centre {size}; mean {list(p.mean)}, std {list(p.std)}",
     ]
     if {"source", "counts", "split_hash"} <= set(data):
@@ -57,7 +58,7 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> 
             f"- Training: from {markdown(start)}; {training['epochs']} epochs of {markdown(training['optimizer'])}, "
             f"learning rate {training['lr']}, {training['batch_size']} images a step, seed {training['seed']}"
         )
-    calibration = config.get("calibration") or {}
+    calibration = config.calibration
     if {"count", "data"} <= set(calibration):
         lines.append(f"- Calibrated on {calibration['count']} images of {code_span(calibration['data'])}")
         if calibration.get("threshold") is not None and "coverage" in calibration:

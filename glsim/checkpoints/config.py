@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from glsim.data.transforms import Preprocessing
 from glsim.files import printable, read_json, shorten
+from glsim.models.config import MODEL_KEYS, ModelConfig
 from glsim.types import ConfigError, DataError
 
 FORMAT = 2  # raised when config.json or the weight names change; `load` keeps reading the older ones
-MODEL_KEYS = ("method", "backbone", "num_classes", "image_size", "backbone_args", "options")
 LARGEST_SIDE = 4096  # pixels of an image that a bundle may ask for
 LARGEST_ARGUMENT = 65536  # a whole number in the arguments of a model; timm lists the layers before it makes the first
 LARGEST_CROP = 4  # sides of a crop, in sides of the image
@@ -154,8 +154,8 @@ CONFIG_KEYS: dict[str, Any] = {
 MEASURED: dict[str, Any] = {"top1": SHARE, "top5": SHARE, "per_class_mean": SHARE, "correct": COUNT, "count": COUNT}
 
 
-def check_config(config: Any, path: Path) -> dict[str, Any]:
-    """`config`, read from `path`, whatever its origin; DataError names what it lacks or what cannot be."""
+def check_config(config: Any, path: Path) -> ModelConfig:
+    """The values of a config, read from `path`, whatever their origin; DataError names what lacks or what cannot be."""
     missing = [k for k in (*MODEL_KEYS, "preprocessing") if not isinstance(config, dict) or k not in config]
     if missing:
         raise DataError(f"{path} is no glsim config: it lacks {', '.join(missing)}")
@@ -180,7 +180,7 @@ def check_config(config: Any, path: Path) -> dict[str, Any]:
     sides = crop if isinstance(crop, list | tuple) else [crop]
     if any(type(side) is int and side > LARGEST_CROP * max(p.image_size) for side in sides):
         raise DataError(f"{path} was refused: crops of {shorten(crop, 80)} pixels for images of {list(p.image_size)}")
-    return config
+    return ModelConfig.from_dict(config)
 
 
 def check_kinds(values: Mapping[str, Any], table: Mapping[str, Any], path: Path, within: str = "") -> None:

@@ -60,4 +60,4 @@ def convert_checkpoint(
             raise DataError(f"labels file {labels} cannot be read: {one_line(error)}") from error
     model = convert_official(checkpoint, method, **options)
     save(model, bundle, names, converted_from=Path(checkpoint).name)
-    return ConvertedCheckpoint(str(bundle), model.config["options"], *model.conversion)
+    return ConvertedCheckpoint(str(bundle), model.config.options, *model.conversion)

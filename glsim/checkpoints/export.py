@@ -83,7 +83,7 @@ def make_graphs(model: Model) -> list[Graph]:
 
     One, with both passes and the crop; of a `EarlyExitModel` with a margin one for each pass.
     """
-    images = {IMAGES: torch.zeros(2, 3, *model.config["image_size"])}
+    images = {IMAGES: torch.zeros(2, 3, *model.config.image_size)}
     if isinstance(model, EarlyExitModel) and model.margin is not None:
         names = (LOGITS, BOXES, GIVEN, UNSURE)
         values = dict(zip(names, First(model)(**images), strict=True))
@@ -171,7 +171,7 @@ def export_model(
 def compare(model: Model, exported: Callable[[Tensor], Output], count: int) -> BatchCheck:
     """What `model` and its export say of the same `count` random images."""
     draw = torch.Generator().manual_seed(count)
-    images = torch.randn(count, 3, *model.config["image_size"], generator=draw)
+    images = torch.randn(count, 3, *model.config.image_size, generator=draw)
     mine, theirs = model(images), exported(images)
     boxes = None
     if mine.selection is not None and theirs.selection is not None:
@@ -199,7 +199,7 @@ def write_onnx(model: Model, path: Path, precision: str) -> Callable[[Tensor], O
         program.save(file, external_data=size > LARGEST_FILE)
         if precision == "int8":
             quantise(file)
-    config = {**model.config, "preprocessing": preprocessing_of(model).as_dict()}
+    config = {**model.config.as_dict(), "preprocessing": preprocessing_of(model).as_dict()}
     config |= {"graphs": [file.name for file in paths[1:]], "weights": digest(model.state_dict())}
     for file in paths:
         describe(file, config if file == path else {"weights": config["weights"]})
@@ -276,7 +276,7 @@ def write_torch(model: Model, path: Path, precision: str) -> Callable[[Tensor], 
     if len(graphs) > 1:
         raise ConfigError("a model that may answer after its first pass is two graphs; export it as ONNX")
     (graph,) = graphs
-    config = {**model.config, "preprocessing": preprocessing_of(model).as_dict(), "outputs": graph.outputs}
+    config = {**model.config.as_dict(), "preprocessing": preprocessing_of(model).as_dict(), "outputs": graph.outputs}
     batch = torch.export.Dim("batch")
     with torch.no_grad():
         program = torch.export.export(graph.module.eval(), tuple(graph.inputs.values()), dynamic_shapes=({0: batch},))

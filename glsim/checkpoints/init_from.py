@@ -33,7 +33,7 @@ def init_from(model: Model, source: str | Path) -> list[str]:
     """
     if Path(source).suffix == ".npz":
         return _init_from_npz(model, Path(source))
-    method = model.config["method"]
+    method = model.config.method
     published = {"method": method} if str(source).endswith((".pth", ".pt", ".bin")) and method in OFFICIAL else {}
     other = resample_positions(load(source, **published).state_dict(), model.backbone.net)
     own = model.state_dict()
@@ -41,7 +41,7 @@ def init_from(model: Model, source: str | Path) -> list[str]:
     kept = sorted(set(own) - set(taken))
     lacking = [k for k in kept if k.startswith("backbone.")]
     if lacking:
-        raise ConfigError(f"{source} has another backbone than {model.config['backbone']!r}: nothing for {lacking[0]}")
+        raise ConfigError(f"{source} has another backbone than {model.config.backbone!r}: nothing for {lacking[0]}")
     model.load_state_dict(taken, strict=False)
     model.initialised(kept)
     return kept
@@ -50,7 +50,7 @@ def init_from(model: Model, source: str | Path) -> list[str]:
 def _init_from_npz(model: Model, path: Path) -> list[str]:
     net = model.backbone.net
     if not isinstance(net, VisionTransformer):
-        raise ConfigError(f"{path}: .npz files hold the weights of a ViT, {model.config['backbone']!r} is none")
+        raise ConfigError(f"{path}: .npz files hold the weights of a ViT, {model.config.backbone!r} is none")
     before = {k: v.clone() for k, v in net.state_dict().items()}
     try:
         open_regular(path).close()  # numpy would wait for a FIFO
@@ -64,7 +64,7 @@ def _init_from_npz(model: Model, path: Path) -> list[str]:
         raise DataError(f"{path} cannot be read: {one_line(error)}") from error
     except (RuntimeError, AssertionError, IndexError, TypeError) as error:
         net.load_state_dict(before)
-        raise ConfigError(f"{path} does not fit {model.config['backbone']!r}: {one_line(error)}") from error
+        raise ConfigError(f"{path} does not fit {model.config.backbone!r}: {one_line(error)}") from error
     kept = sorted(k for k in model.state_dict() if not k.startswith("backbone."))
     model.initialised(kept)
     return kept

@@ -12,6 +12,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,8 +80,9 @@ def convert_official(path: str | Path, method: str = "glsim", **overrides: Any) 
     try:
         with no_larger_than(published.values()):
             model, used, ignored = read(path, published, arguments, overrides)
-        model.config["preprocessing"] = _published_preprocessing(arguments, model, path).as_dict()
-        check_config(model.config, path)
+        preprocessing = _published_preprocessing(arguments, model, path).as_dict()
+        model.config = replace(model.config, preprocessing=preprocessing)
+        check_config(model.config.as_dict(), path)
     except TooLarge as error:
         raise DataError(
             f"{path} was refused: its keys and arguments name a far larger model than its weights"
@@ -301,7 +303,7 @@ def _count(published: dict[str, Tensor], prefix: str) -> int:
 
 def _published_preprocessing(args: Mapping[str, Any], model: Model, path: Path) -> Preprocessing:
     """The authors' evaluation pipeline: square resize to 1.34 S (Cars: S / 0.875), ImageNet or 0.5 statistics."""
-    size = to_pair(model.config["image_size"])
+    size = to_pair(model.config.image_size)
     resize = args.get("test_resize_size") or args.get("resize_size")
     if args.get("test_resize_directly"):
         resize = args["image_size"]

@@ -14,6 +14,7 @@ from torch import Tensor
 from glsim.checkpoints.config import check_config
 from glsim.files import one_line, open_regular, parse_json, printable, shorten
 from glsim.models.base import Model
+from glsim.models.config import ModelConfig
 from glsim.types import ConfigError, DataError, Output, Selection
 
 IMAGES, LOGITS, BOXES, GIVEN, UNSURE = "images", "logits", "boxes", "given", "unsure"  # inputs and outputs
@@ -26,7 +27,7 @@ class GraphModel(Model):
     there. Its inputs are outputs of the graphs before it, or the images, by name.
     """
 
-    def __init__(self, sessions: list[Any], config: dict[str, Any], path: Path) -> None:
+    def __init__(self, sessions: list[Any], config: ModelConfig, path: Path) -> None:
         super().__init__()
         self.sessions, self.config, self.path = sessions, config, path
 
@@ -88,14 +89,14 @@ def open_graph(path: Path) -> GraphModel:
         other = sessions[-1].get_modelmeta().custom_metadata_map.get("weights")
         if other != metadata.get("weights"):
             raise DataError(f"{path.with_name(name)} was exported from another model than {path}; export it again")
-    check_graphs(sessions, config, path)
-    return GraphModel(sessions, config, path).eval()
+    return GraphModel(sessions, check_graphs(sessions, config, path), path).eval()
 
 
-def check_graphs(sessions: list[Any], config: dict[str, Any], path: Path) -> None:
-    """DataError unless inputs and outputs have the names, types and shapes that `export` gives them for this config.
+def check_graphs(sessions: list[Any], said: dict[str, Any], path: Path) -> ModelConfig:
+    """The config of graphs, which their metadata `said`, checked.
 
-    They are declared, and they are what two images get: a declaration may lie.
+    Raises DataError unless inputs and outputs have the names, types and shapes that `export` gives them for it. They
+    are declared, and they are what two images get: a declaration may lie.
     """
     known = {IMAGES}
     for session in sessions:
@@ -105,11 +106,11 @@ def check_graphs(sessions: list[Any], config: dict[str, Any], path: Path) -> Non
                 f"{path} was not exported by glsim: its inputs are {_names(asked)}, its outputs are {_names(told)}"
             )
         known |= told
-    check_config(config, path)
-    height, width = config["image_size"]
+    config = check_config(said, path)
+    height, width = config.image_size
     kinds: dict[str, tuple[str, type, tuple[int | None, ...]]] = {  # None: any, for the batch or as the graph has it
         IMAGES: ("tensor(float)", np.float32, (None, 3, height, width)),
-        LOGITS: ("tensor(float)", np.float32, (None, config["num_classes"])),
+        LOGITS: ("tensor(float)", np.float32, (None, config.num_classes)),
         BOXES: ("tensor(int64)", np.int64, (None, 4)),
         GIVEN: ("tensor(float)", np.float32, (None, None)),
         UNSURE: ("tensor(bool)", np.bool_, (None,)),
@@ -137,6 +138,7 @@ def check_graphs(sessions: list[Any], config: dict[str, Any], path: Path) -> Non
             if dtype == np.float32 and not np.isfinite(found).all():
                 raise DataError(f"{path} was refused: {name} of a blank image are no numbers; export the bundle again")
             values[name] = found
+    return config
 
 
 def _fits(shape: Sequence[int | None], wanted: Sequence[int | None]) -> bool:

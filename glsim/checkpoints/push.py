@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from glsim.checkpoints.bundle import CARD, CONFIG, METRICS_FILE, WEIGHTS, load_bundle, read_config
@@ -51,7 +51,7 @@ def push_bundle(
         raise DataError(f"{folder} is no bundle folder; make one with glsim train or glsim convert")
     load_bundle(folder)
     config = read_config(folder)
-    licences = {"data": UNKNOWN, "backbone": UNKNOWN, **config.get("licence", {})}
+    licences = {"data": UNKNOWN, "backbone": UNKNOWN, **config.licence}
     given = {"model": licence, "data": data_licence, "backbone": backbone_licence}
     licences |= {name: value for name, value in given.items() if value is not None}
     if licences.get("model", UNKNOWN) == UNKNOWN:
@@ -59,16 +59,16 @@ def push_bundle(
             f"{folder} does not say under which licence its weights may be used; give one: --licence apache-2.0 "
             f"(of the weights it started from: {licences['backbone']}; of the images: {licences['data']})"
         )
-    config["licence"] = licences
-    config["pretrained_cfg"] = {**config.get("pretrained_cfg", {}), "license": licences["model"]}
+    named = {**config.pretrained_cfg, "license": licences["model"]}
+    config = replace(config, licence=licences, pretrained_cfg=named)
     file = folder / METRICS_FILE
     metrics = read_metrics(file)
     files: dict[str, str | Path] = {
         WEIGHTS: folder / WEIGHTS,
-        CONFIG: to_json(config, indent=2) + "\n",
+        CONFIG: to_json(config.as_dict(), indent=2) + "\n",
         CARD: model_card(config, metrics),
     }
     if metrics is not None:
         files[METRICS_FILE] = file
-    message = f"{config['method']} on {config['backbone']}, by glsim push"
+    message = f"{config.method} on {config.backbone}, by glsim push"
     return PushedBundle(repository, push(files, repository, message, private or None), licences)

@@ -99,7 +99,7 @@ def write_page(
         about=about,
         wrong=len(mistakes),
         shown=len(shown),
-        method=model.config["method"],
+        method=model.config.method,
         crops=looks_again(model, shown[0].path) if shown else False,
         names=[name.replace("_", " ") for name in classes],
         examples=draw_examples(train, wanted),

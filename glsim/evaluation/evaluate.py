@@ -232,8 +232,8 @@ def read_split(model: Model, data: str | Path, split: str) -> tuple[ImageList, d
 
     Raises DataError as `take_split` does, or when the classes are not those of `model`.
     """
-    named, labels = model.config.get("label_names"), labels_of(model)
-    splits = read_splits(data, model.config.get("data"), named)
+    named, labels = model.config.label_names, labels_of(model)
+    splits = read_splits(data, model.config.data, named)
     images = take_split(splits, split, data)
     if named is None and len(images.classes) != len(labels):
         raise DataError(f"{data} has {len(images.classes)} classes, the model {len(labels)} without names")

@@ -61,12 +61,12 @@ def compare_flops(
         ConfigError: for a combination that cannot be built.
     """
     model = build(method, backbone, image_size, num_classes, backbone_args=backbone_args, **options or {})
-    size, name = model.config["image_size"], model.config["backbone"]  # of cal: its own
+    size, name = model.config.image_size, model.config.backbone  # of cal: its own
     plain = build("plain", name, size, num_classes, backbone_args=backbone_args)
     whole = count(plain)
     rows = []
     for each in [plain] if method == "plain" else [plain, model]:
-        flops, kind, given = count(each), each.config["method"], each.config["options"]
+        flops, kind, given = count(each), each.config.method, each.config.options
         rows.append(ModelFlops(kind, name, size, given, count_parameters(each), flops / 1e9, flops / whole))
     return FlopsComparison(rows)
 
@@ -80,7 +80,7 @@ def build(method: str, backbone: str | None, size: Any, num_classes: int = 200, 
 def count(model: Model) -> int:
     """Operations of the answer to one image, from a model that `build` made."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(torch.empty(1, 3, *model.config["image_size"]))
+        model(torch.empty(1, 3, *model.config.image_size))
     return counter.get_total_flops()
 
 

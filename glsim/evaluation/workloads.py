@@ -85,8 +85,8 @@ def about_source(source: str, model: Model) -> dict[str, Any]:
 
     Raises DataError for numbers that cannot be read.
     """
-    height, width = model.config["image_size"]
-    row = {"backbone": model.config["backbone"], "image_size": height if height == width else [height, width]}
+    height, width = model.config.image_size
+    row = {"backbone": model.config.backbone, "image_size": height if height == width else [height, width]}
     folder = Path(source.removeprefix("local-dir:"))
     test = ((read_metrics(folder / METRICS_FILE) if folder.is_dir() else None) or {}).get("test")
     return row | {"accuracy": test["top1"]} if isinstance(test, dict) and "top1" in test else row
@@ -94,7 +94,7 @@ def about_source(source: str, model: Model) -> dict[str, Any]:
 
 def test_images(model: Model, data: str, count: int, workers: int) -> Tensor:
     """`count` images, drawn evenly from the test split of `data` as `model` was trained, prepared for it."""
-    seen = {"split_seed": 0, "test_fraction": 0.2} | (model.config.get("data") or {})
+    seen = {"split_seed": 0, "test_fraction": 0.2} | model.config.data
     return _test_images(data, seen["split_seed"], seen["test_fraction"], preprocessing_of(model), count, workers)
 
 
@@ -121,7 +121,7 @@ def answering(model: Model, job: Job, device: torch.device, images: Tensor | Non
     dtype = getattr(torch, job.dtype)
     net = compiled(model.eval().to(device, dtype), job)
     if images is None:
-        images = torch.randn(job.batch_size, 3, *model.config["image_size"])
+        images = torch.randn(job.batch_size, 3, *model.config.image_size)
     batches = [batch for batch in images.to(device, dtype).split(job.batch_size) if len(batch) == job.batch_size]
 
     @torch.inference_mode()
@@ -138,8 +138,8 @@ def training(model: Model, job: Job, device: torch.device) -> Work:
     dtype = getattr(torch, job.dtype)
     net = compiled(model.train().to(device), job)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, nesterov=True)
-    images = torch.randn(job.batch_size, 3, *model.config["image_size"], device=device)
-    labels = torch.arange(job.batch_size, device=device) % model.config["num_classes"]
+    images = torch.randn(job.batch_size, 3, *model.config.image_size, device=device)
+    labels = torch.arange(job.batch_size, device=device) % model.config.num_classes
 
     def work() -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -115,7 +115,7 @@ class Service:
         self.transform = eval_transform(self.preprocessing)
         # Read once: while the model answers, other threads would find there what one request changed.
         self.selects = self._try_model()
-        self.metric: str = (model.metric or model.config["method"]) if self.selects else "gls_cos"
+        self.metric: str = (model.metric or model.config.method) if self.selects else "gls_cos"
         self.any_metric = model.metric is not None  # chooses by scores, whose ever
         self.top_o: int | None = model.top_o
         self.counts, self._lock = Counts(), Lock()
@@ -165,7 +165,7 @@ class Service:
         if request.top_o is not None:
             check_top(request.top_o, self.model.backbone.grid, "top_o")
             if not self.takes_top_o(request.metric):
-                raise ConfigError(f"top_o: {self.model.config['method']!r} chooses its patches by another rule")
+                raise ConfigError(f"top_o: {self.model.config.method!r} chooses its patches by another rule")
 
     # --- an image -------------------------------------------------------------------------------------------------
 

@@ -168,7 +168,9 @@ def write_file(out: str, name: str, data: bytes | memoryview) -> None:
 def describe_job(model: Model, paths: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
     """What has to be the same for a job to go on: the model, the images, and the `settings` that answers depend on."""
     listed = hashlib.sha256("\n".join(paths).encode("utf-8", "surrogateescape")).hexdigest()
-    config = {key: model.config[key] for key in MODEL_KEYS} | {"preprocessing": preprocessing_of(model).as_dict()}
+    config = {key: getattr(model.config, key) for key in MODEL_KEYS} | {
+        "preprocessing": preprocessing_of(model).as_dict()
+    }
     config |= {"labels": labels_of(model), "temperature": temperature_of(model)}
     hashed = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     told = {"model": digest(model.state_dict()), "config": hashed, "images": len(paths), "list": listed}

@@ -20,7 +20,7 @@ from glsim.data.image_files import find_images
 from glsim.data.limits import MAX_MEGAPIXELS, pixel_limit
 from glsim.data.names import clean_label
 from glsim.data.readers import ImageList
-from glsim.evaluation.evaluate import read_splits, take_split
+from glsim.data.splits import read_splits, take_split
 from glsim.files import printable, shorten
 from glsim.inference.index_search import encode, nearest, need_faiss, prototypes, vote
 from glsim.inference.index_storage import TABLE, Index, read_index
@@ -297,7 +297,7 @@ def open_index(
 @torch.inference_mode()
 def widths(model: Model, embedding: str) -> dict[str, int]:
     """How many numbers each embedding has that `model` gives where `embedding` is asked for."""
-    height, width = model.config["image_size"]
+    height, width = model.config.image_size
     blank = torch.zeros(1, 3, height, width, device=next(model.parameters()).device)
     told = without_early_exit(model, embedding)(blank).aux.get("embeddings", {})
     return {name: vectors.shape[1] for name, vectors in told.items()}
@@ -312,10 +312,10 @@ def start_index(model: Model, source: str | Path, folder: str | Path, embedding:
     told = widths(model, embedding or "fused")
     name = embedding or ("fused" if "fused" in told else "global")
     if name not in told:
-        raise ConfigError(f"{model.config['method']} has no embedding {name!r}; it has: {', '.join(told) or 'none'}")
+        raise ConfigError(f"{model.config.method} has no embedding {name!r}; it has: {', '.join(told) or 'none'}")
     return Index(name, weights, remembered, (), np.empty(0, np.int64), (), np.empty((0, told[name]), np.float32))
 
 
 def find_split(model: Model, data: str | Path, dataset: str | None, split: str) -> ImageList:
     """The images of `split`, of any classes; DataError when there is no such split, or none in it."""
-    return take_split(read_splits(prepared(data, dataset), model.config.get("data")), split, data)
+    return take_split(read_splits(prepared(data, dataset), model.config.data), split, data)

@@ -179,11 +179,11 @@ class Site:
         return Json(
             {
                 "name": self.name,
-                "method": config["method"],
-                "backbone": config["backbone"],
+                "method": config.method,
+                "backbone": config.backbone,
                 "image_size": list(service.preprocessing.image_size),
                 "labels": service.predictor.labels,
-                "calibrated": bool(config.get("calibration")),
+                "calibrated": bool(config.calibration),
                 "crops": service.selects,
                 "metrics": metrics,
                 "top_o": min(service.top_o or 8, rows * cols),

@@ -127,7 +127,7 @@ def selections_of(
     """
     images = images.to(next(model.parameters()).device)
     output = model(images)
-    own = None if output.selection is None else model.metric or model.config["method"]
+    own = None if output.selection is None else model.metric or model.config.method
     names = list(dict.fromkeys(metric or own or "gls_cos" for metric in metrics))
     others = [name for name in names if name != own]
     for name in others:
@@ -195,7 +195,7 @@ def spell_out(names: Sequence[str] | None, model: Model) -> list[str | None]:
     every = [name for name in METRICS if model.backbone.has_attention or not needs_attention(name)]
     metrics: list[str | None] = []
     for name in names or []:
-        if name not in ("all", model.config["method"]):
+        if name not in ("all", model.config.method):
             check_metric(name, model.backbone.has_attention)
         metrics += [None, *every] if name == "all" else [name]
     return metrics or [None]

@@ -115,7 +115,7 @@ def gram(vectors: Tensor) -> Tensor:
 def check_layers(model: Model) -> None:
     """Raise ConfigError for a network whose blocks do not keep one grid of tokens."""
     if not model.backbone.has_attention:
-        name = model.config["backbone"]
+        name = model.config.backbone
         raise ConfigError(f"layers: {name!r} does not keep one grid of tokens from block to block; choose a ViT")
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from glsim.models.config import ModelConfig
 from glsim.types import ConfigError, choose
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def create_model(
     `backbone` is a timm name (default: ViT-B/16, for cal ResNet-101), `backbone_args` goes to timm (`{"depth": 2,
     "embed_dim": 64}`). `options` are those of the method (the keyword-only parameters of its `build`: `top_o`,
     `metric`, ..) and those every encoder has (`dropout`, `drop_path`, `norm_eps`, `stride`).
-    `model.config` holds all of it, as plain values, for `glsim.save`.
+    `model.config`, a `ModelConfig`, holds all of it, as plain values, for `glsim.save`.
 
     Raises ConfigError for any name, option or size that does not fit, listing what would, and for a backbone without
     what the method needs.
@@ -90,14 +91,14 @@ def create_model(
     net = build_backbone(backbone, image_size, pretrained, backbone_args, **{k: options[k] for k in encoder})
     net.check_needs(method, made.needs)
     model = made.build(net, num_classes, **{k: options[k] for k in own})
-    model.config = {
-        "method": method,
-        "backbone": backbone,
-        "num_classes": num_classes,
-        "image_size": list(model.backbone.image_size),
-        "backbone_args": dict(backbone_args or {}),
-        "options": options,
-    }
+    model.config = ModelConfig(
+        method=method,
+        backbone=backbone,
+        num_classes=num_classes,
+        image_size=list(model.backbone.image_size),
+        backbone_args=dict(backbone_args or {}),
+        options=options,
+    )
     return model
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from glsim.models.backbone import Attention, Backbone
 from glsim.models.boxes import select
+from glsim.models.config import ModelConfig
 from glsim.types import ConfigError, Features, Output, Selection
 
 BEST = 8  # patches that a box is drawn around where the method has no number of its own
@@ -19,7 +20,7 @@ class Model(nn.Module):
     """What every method has: a backbone, and in `config` the plain values that `create_model` made it from."""
 
     backbone: Backbone
-    config: dict[str, Any]
+    config: ModelConfig
     metric: Any = None  # name of the metric whose scores choose patches; None: nothing does, or scores of its own
     top_o: Any = None  # how many patches it chooses; None: that is no option of the method
     box = "exclusive"  # rule by which `select` draws a box

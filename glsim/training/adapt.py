@@ -31,12 +31,12 @@ def adapt(
         add_contrast(model, supcon)
     if grad_checkpointing:
         if isinstance(model, TokenModel):
-            method = model.config["method"]
+            method = model.config.method
             raise ConfigError(f"grad_checkpointing: {method!r} needs the attention maps of its pass, and keeps all")
         try:
             model.backbone.net.set_grad_checkpointing(True)
         except (AssertionError, AttributeError) as error:
-            raise ConfigError(f"grad_checkpointing: timm has none for {model.config['backbone']!r}") from error
+            raise ConfigError(f"grad_checkpointing: timm has none for {model.config.backbone!r}") from error
     if compile:
         model.compile()  # in place: the names of the weights stay
 
@@ -63,7 +63,7 @@ def add_low_rank(model: Model, rank: int) -> None:
     """
     layers = [m.qkv for m in model.backbone.net.modules() if isinstance(getattr(m, "qkv", None), nn.Linear)]
     if not layers:
-        raise ConfigError(f"lora: {model.config['backbone']!r} has no attention with one matrix for q, k and v")
+        raise ConfigError(f"lora: {model.config.backbone!r} has no attention with one matrix for q, k and v")
     for layer in layers:
         parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, rank))
 
@@ -84,7 +84,7 @@ def merged(model: Model) -> Model:
 def add_contrast(model: Model, weight: float) -> None:
     """In training `model` also names the supervised-contrastive term, on the class tokens (B, D) of its first pass."""
     if isinstance(model, TokenModel):
-        raise ConfigError(f"supcon: {model.config['method']!r} has no class token before its parts are chosen")
+        raise ConfigError(f"supcon: {model.config.method!r} has no class token before its parts are chosen")
     passes: list[Tensor] = []
 
     def note(_: Any, __: Any, features: Features) -> None:

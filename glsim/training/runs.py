@@ -126,10 +126,10 @@ def provenance(s: Train, model: Model, step: int) -> dict[str, Any]:
     if s.init_from is not None:
         start, licence = Path(s.init_from).name, UNKNOWN
         if Path(s.init_from).is_dir():
-            licence = read_config(Path(s.init_from)).get("licence", {}).get("model", UNKNOWN)
+            licence = read_config(Path(s.init_from)).licence.get("model", UNKNOWN)
     elif s.pretrained and not WHERE_FROM & set(s.backbone_args):
         cfg = model.backbone.net.pretrained_cfg
-        start, licence = cfg.get("hf_hub_id") or model.config["backbone"], cfg.get("license") or UNKNOWN
+        start, licence = cfg.get("hf_hub_id") or model.config.backbone, cfg.get("license") or UNKNOWN
     elif s.pretrained:
         start, licence = "weights named in backbone_args", UNKNOWN
     named = SETS[s.dataset].licence if s.dataset is not None else UNKNOWN

@@ -139,7 +139,7 @@ def _measure(
             rates[kind] = images_per_second(source(), use, seconds)
     return Throughput(
         method=t.method,
-        backbone=model.config["backbone"],
+        backbone=model.config.backbone,
         image_size=list(model.backbone.image_size),
         batch_size=batches.batch_size,
         workers=t.workers,

@@ -47,7 +47,7 @@ def test_a_copied_bundle_answers_the_same(bundle, tmp_path):
     images = torch.randn(2, 3, 64, 64)
     for source in (moved, str(moved), f"local-dir:{moved}"):
         model = glsim.load(source)
-        assert not model.training and model.config["note"] == "hello"
+        assert not model.training and model.config.extra["note"] == "hello"
         assert_same_weights(model, small_model())
         torch.testing.assert_close(model(images).logits, small_model()(images).logits, atol=1e-5, rtol=1e-5)
 
@@ -57,7 +57,7 @@ def test_overrides_change_options_and_size(bundle):
     model = glsim.load(bundle, top_o=2, image_size=96)
     output = model(images)
     assert output.selection.grid == (6, 6) and output.selection.indices.shape == (1, 2)
-    assert model.config["preprocessing"]["image_size"] == [96, 96]
+    assert model.config.preprocessing["image_size"] == [96, 96]
     with pytest.raises(ConfigError, match="has no option topo"):
         glsim.load(bundle, topo=2)
 
@@ -234,7 +234,7 @@ def test_a_file_that_leads_out_of_the_bundle_is_refused(bundle, tmp_path):
     shutil.move(bundle / "model.safetensors", bundle / "sub" / "w")
     (bundle / "model.safetensors").symlink_to("sub/w")  # a link that stays inside
     (tmp_path / "best").symlink_to(bundle)  # and a name for the whole
-    assert glsim.load(tmp_path / "best").config["note"] == "hello"
+    assert glsim.load(tmp_path / "best").config.extra["note"] == "hello"
     (bundle / "config.json").unlink()
     (bundle / "config.json").symlink_to("config.json")
     with pytest.raises(DataError, match=r"config.json is damaged or cannot be read"):
@@ -413,7 +413,7 @@ def test_whatever_stands_in_a_config_is_used_or_refused(told_all, tmp_path, odd)
         (folder / "config.json").write_text(json.dumps(changed(good, way, odd)))
         try:
             config = read_config(folder)
-            amend(folder, {}, calibration=config.get("calibration", {}) | {"count": 7})
+            amend(folder, {}, calibration=config.calibration | {"count": 7})
             assert "\n# b" not in (folder / "README.md").read_text().partition("\n---\n")[2]
             read = SimpleNamespace(config=config)
             assert temperature_of(read) > 0 and len(labels_of(read)) == 3 and preprocessing_of(read)
@@ -581,7 +581,7 @@ def test_convert_reports_every_key(tmp_path):
     assert "anchor_class_token" in result.ignored and result.missing == []
     assert result.used["head.weight"] == "head.linear.weight"
     model = glsim.load(tmp_path / "b")
-    assert model.config["label_names"] == list("abcdefg")
+    assert model.config.label_names == list("abcdefg")
     images = torch.randn(1, 3, 64, 64)
     assert_same_weights(model, glsim.load(source))
     torch.testing.assert_close(model(images).logits, glsim.load(source)(images).logits, atol=1e-5, rtol=1e-5)
@@ -689,4 +689,4 @@ def test_competitors_checkpoints_convert(method, tmp_path):
         method=method,
         options=options,
     )
-    assert result.missing == [] and glsim.load(tmp_path / "b").config["method"] == method
+    assert result.missing == [] and glsim.load(tmp_path / "b").config.method == method

@@ -58,9 +58,7 @@ def agrees(model, file, batches=(1, 3, 8)):
     """ONNX Runtime by itself against the model, on images no export has seen."""
     runtime = session(file)
     for count in batches:
-        images = torch.randn(
-            count, 3, *model.config["image_size"], generator=torch.Generator().manual_seed(100 + count)
-        )
+        images = torch.randn(count, 3, *model.config.image_size, generator=torch.Generator().manual_seed(100 + count))
         output = model(images)
         logits, *boxes = runtime.run(None, {"images": images.numpy()})
         assert np.abs(logits - output.logits.detach().numpy()).max() <= 1e-4
@@ -188,7 +186,7 @@ def test_eight_bits_are_smaller_and_nearly_right(file, tmp_path):
     images = torch.randn(4, 3, 64, 64)
     mine, theirs = small_model()(images), glsim.load(out)(images)
     assert 1e-4 < (mine.logits - theirs.logits).abs().max() < 0.1 * mine.logits.abs().max()
-    assert glsim.load(out).config["label_names"] == LABELS
+    assert glsim.load(out).config.label_names == LABELS
 
 
 def test_weights_too_large_for_one_file_lie_beside_it(monkeypatch, tmp_path):

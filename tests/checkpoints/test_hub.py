@@ -113,7 +113,7 @@ def test_there_and_back(the_hub, bundle, capsys):
     model = glsim.load("hf-hub:owner/name")
     assert_same_weights(model, glsim.load(bundle))
     torch.testing.assert_close(model(images).logits, glsim.load(bundle)(images).logits, atol=1e-5, rtol=1e-5)
-    assert model.config["label_names"] == list("abcde")
+    assert model.config.label_names == list("abcde")
     glsim.load("hf-hub:owner/name@v1", top_o=2)
     assert the_hub.asked == [("owner/name", None), ("owner/name", "v1")]
     push_bundle(run=str(sent), repository="other/name", private=True)  # its licence is known by now
@@ -264,4 +264,4 @@ def test_labels_are_no_markdown_in_the_card(tmp_path):
     assert lines.count("---") == 2
     assert r": a\\n# b, \[x\](http://y), \<img src=z\>, \| c \|, 001.Black_footed." in text
     assert r"- Data: `` d`\n# e ``, 1 tr\\nain images, split hash `` 0`\n ``" in text
-    assert glsim.load(folder).config["label_names"] == labels  # as they are, for programs
+    assert glsim.load(folder).config.label_names == labels  # as they are, for programs

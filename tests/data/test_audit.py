@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -433,7 +434,7 @@ class Two(nn.Module):
         width = 3 * side * side
         self.first, self.second = nn.Linear(width, width), nn.Linear(width, classes)
         self.backbone = type("", (), {"image_size": (side, side)})
-        self.config = {"num_classes": classes}
+        self.config = SimpleNamespace(num_classes=classes)
 
     def forward(self, images):
         return Output(self.second(self.first(images.flatten(1)).relu()))

@@ -323,9 +323,7 @@ def test_no_loss_allowed_and_a_model_that_never_stops_early(early, run_folder, b
     assert found.nll[1] <= found.nll[0] + 1e-6
     usual = shutil.copytree(run_folder, tmp_path / "usual")
     found = calibration.calibrate_bundle(usual, birds, split="test", workers=0)
-    assert (
-        "margin" not in document(found) and glsim.load(usual).config["calibration"]["temperature"] == found.temperature
-    )
+    assert "margin" not in document(found) and glsim.load(usual).config.calibration["temperature"] == found.temperature
     with pytest.raises(ConfigError, match=r"max_loss=1.0: .*usual spares no second pass; train with --options.early_l"):
         calibration.calibrate_bundle(usual, birds, split="test", max_loss=1.0)
     config = json.loads((usual / "config.json").read_text())
@@ -349,7 +347,7 @@ def test_all_right_keeps_1_and_says_on_what_a_threshold_rests(run_folder, birds,
     assert (
         "Calibrated on 9 images of `birds`; `--reject` answers 100% of them, the confident ones (9 answers, 0" in card
     )
-    found = read_config(usual)["calibration"]
+    found = read_config(usual).calibration
     assert found["temperature"] == 1.0 and found["error_at_most"] == pytest.approx(0.2312, abs=1e-4)
 
 
@@ -384,7 +382,7 @@ def test_bad_files_keep_their_place_among_answers_that_come_late(early, birds, t
 
 def test_a_bundle_of_the_first_format_gets_a_card_too(tmp_path):
     folder = shutil.copytree(ROOT / "tests" / "checkpoints" / "old_bundle", tmp_path / "old")
-    assert "licence" not in read_config(folder)
+    assert not read_config(folder).licence
     amend(folder, {}, calibration={"temperature": 2.0, "count": 7, "data": "birds", "threshold": 0.5, "coverage": 0.25})
     card = (folder / "README.md").read_text()
     assert "Calibrated on 7 images of `birds`; `--reject` answers 25% of them" in card

@@ -169,7 +169,7 @@ def sure(run_folder, birds, tmp_path):
     folder = shutil.copytree(run_folder, tmp_path / "sure")
     measured = evaluate.evaluate_bundle(folder, birds, workers=0)
     middle = measured.risk_coverage[len(measured.risk_coverage) // 2]["threshold"]
-    config = read_config(folder)
+    config = read_config(folder).as_dict()
     config["calibration"] = {"temperature": 1.0, "count": 9, "data": "birds", "max_error": 5.0, "threshold": middle}
     (folder / "config.json").write_text(json.dumps(config))
     labels = config["label_names"]
@@ -244,13 +244,13 @@ def test_calibrate_finds_the_threshold_that_eval_and_predict_use(run_folder, bir
     assert cli.main(["eval", str(folder), *words, "--reject"]) == 2
     assert "this model has no threshold; glsim calibrate" in capsys.readouterr().err
     assert cli.main(["calibrate", str(folder), *words, "--split", "test", "--max-error", "80"]) == 0
-    printed, found = capsys.readouterr().out, read_config(folder)["calibration"]
+    printed, found = capsys.readouterr().out, read_config(folder).calibration
     measured = evaluate.evaluate_bundle(folder, birds, workers=0, reject=True)
     assert measured.answered.count == found["answered"] > 0
     assert measured.answered.correct == found["answered_correct"]
     assert measured.answered.error <= 0.8 and measured.ece == pytest.approx(found["ece"][1], abs=1e-6)
     assert f"{found['coverage']:.1%} answered" in printed
-    config = read_config(folder)
+    config = read_config(folder).as_dict()
     config["calibration"]["threshold"] = None
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(glsim.ConfigError, match="no threshold keeps the error of this model at 80 points"):

@@ -86,7 +86,7 @@ def test_flip_averages_the_logits_of_both():
 def test_a_mirror_image_gets_the_same_answer_with_flip(birds):
     model = small_model(classes=3)
     p = replace(preprocessing_of(model), resize_ratio=1.0)  # 1.34 leaves a margin of 10.5 pixels, which has no middle
-    model.config["preprocessing"] = p.as_dict()
+    model.config = replace(model.config, preprocessing=p.as_dict())
     paths = read_data(birds)["test"].paths[:4]
     images = [open_image(path) for path in paths]
     there = glsim.Predictor(model, flip=True)(images)

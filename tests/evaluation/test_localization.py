@@ -1,6 +1,7 @@
 """The verb: masks of every kind found and read, measured in the network's view, beside controls."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -153,7 +154,7 @@ def test_the_images_are_drawn_once_for_all_rows_of_a_target(monkeypatch):
 def test_curves_stand_beside_the_measures(source, birds):
     """Written down for every mechanism, the same in batches of any size, and the model's own answers."""
     model, images = glsim.load(source), find_masks(birds / "test", birds / "masks" / "part")[:3]
-    model.config["calibration"] = {"temperature": 2.5}
+    model.config = replace(model.config, calibration={"temperature": 2.5})
     one, together = (measure(model, images, ["gls_cos", "random"], False, True, size) for size in (1, 3))
     assert sorted(one.curves) == ["gls_cos", "random"]
     for row, curves in one.curves.items():

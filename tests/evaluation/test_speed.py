@@ -207,7 +207,7 @@ def test_images_that_are_not_square_are_shown():
 
 def test_options_follow_the_method():
     def options(method):
-        return workloads.build(Job(method, "vit_tiny_patch16_224", 64, 1, "float32", False), SETUP).config["options"]
+        return workloads.build(Job(method, "vit_tiny_patch16_224", 64, 1, "float32", False), SETUP).config.options
 
     found = options("glsim:top_o=3,crop_size=[32,48],metric=rollout:first=1")
     assert (found["top_o"], found["crop_size"], found["metric"]) == (3, [32, 48], "rollout:first=1")

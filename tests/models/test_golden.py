@@ -22,9 +22,9 @@ def test_glsim_agrees_with_the_published_network(name, tmp_path):
     model = glsim.load(GOLDEN / f"{name}.pth")
     glsim.save(model, tmp_path / "bundle")
     for m in (model, glsim.load(tmp_path / "bundle")):
-        assert m.config["options"]["metric"] == f"gls_{about['sim_metric']}"
-        assert m.config["options"]["top_o"] == int(about["top_o"])
-        assert m.config["options"]["classifier"] == about["classifier"]
+        assert m.config.options["metric"] == f"gls_{about['sim_metric']}"
+        assert m.config.options["top_o"] == int(about["top_o"])
+        assert m.config.options["classifier"] == about["classifier"]
         with torch.inference_mode():
             output = m(truth["images"])
             f = m.features(truth["images"], attention=True)
@@ -109,7 +109,7 @@ def test_the_class_token_of_transfg_agrees():
 def test_sizes_default_to_the_paper_s_and_positions_are_resampled():
     sizes = SIZES["transfg"]
     model = glsim.load(GOLDEN / "transfg.pth", method="transfg", num_heads=2)
-    assert model.config["image_size"] == [64, 64] and model.backbone.grid == (5, 5)  # 25 positions, 12 of 16 pixels
+    assert model.config.image_size == [64, 64] and model.backbone.grid == (5, 5)  # 25 positions, 12 of 16 pixels
     larger = glsim.load(GOLDEN / "transfg.pth", method="transfg", **{**sizes, "image_size": (64, 112)})
     assert larger(torch.zeros(1, 3, 64, 112)).selection.grid == (5, 9)
     assert glsim.load(GOLDEN / "ffvt.pth", method="ffvt").backbone.net.blocks[0].attn.num_heads == 1  # 64 wide

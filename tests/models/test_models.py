@@ -224,7 +224,7 @@ def test_contract(method, metric, backbone, tmp_path):
     assert_same_weights(again, model)
     with torch.inference_mode():
         torch.testing.assert_close(again(images).logits, model(images).logits, atol=1e-5, rtol=1e-5)
-    assert again.config["label_names"] == list("abcde")
+    assert again.config.label_names == list("abcde")
 
 
 def test_a_need_that_does_not_exist_is_refused_by_name():
@@ -605,7 +605,7 @@ def test_transfg_splits_images_as_published(size):
     model = build("transfg", size=size)
     height, width = model.backbone.image_size
     assert model.backbone.grid == ((height - 16) // 12 + 1, (width - 16) // 12 + 1)
-    assert model.config["options"]["stride"] == 0.75
+    assert model.config.options["stride"] == 0.75
     assert build("transfg", size=64, stride=None).backbone.grid == (4, 4)
     assert build("transfg", size=64, stride=8).backbone.grid == (7, 7)
 
@@ -1153,13 +1153,13 @@ def test_cal_keeps_the_whole_image_where_no_map_says_anything():
 
 def test_the_default_backbone_is_the_papers():
     model = glsim.create_model("cal", num_classes=2)
-    assert model.config["backbone"] == "resnet101" and model.backbone.dim == 2048 and model.backbone.grid == (7, 7)
+    assert model.config.backbone == "resnet101" and model.backbone.dim == 2048 and model.backbone.grid == (7, 7)
     assert model.head.weight.shape == (2, 32 * 2048)
     small = {"depth": 2, "embed_dim": 64, "num_heads": 2}
     for method in METHODS:
         if method != "cal":
             options = SMALL_OPTIONS.get(method, {})
-            assert glsim.create_model(method, num_classes=2, backbone_args=small, **options).config["backbone"] == (
+            assert glsim.create_model(method, num_classes=2, backbone_args=small, **options).config.backbone == (
                 "vit_base_patch16_224"
             )
 

@@ -31,9 +31,9 @@ def test_recipe_states_its_claim_and_builds(name, path):
     least = {"layers": (1, 1, 1, 1)} if str(s.backbone).startswith("resnet") else {"depth": 2}
     args = {**s.backbone_args, **least}
     model = glsim.create_model(s.method, s.backbone, 12, s.image_size, False, args, **s.options)
-    assert model.config["method"] == s.method == stated.method
+    assert model.config.method == s.method == stated.method
     for name, value in s.options.items():
-        assert model.config["options"][name] == value
+        assert model.config.options[name] == value
     make_optimizer(s, model)
 
 

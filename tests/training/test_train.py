@@ -433,7 +433,7 @@ def test_the_resize_rule_goes_with_the_bundle(tmp_path):
         out = tmp_path / rule
         changes = {"resize": rule, "resize_ratio": 1.0, "crop": "centre", "augment": "none", "epochs": 6}
         trained = train.train(settings(tmp_path / "data", out, **changes), progress=False).test
-        assert glsim.load(out).config["preprocessing"]["resize_rule"] == rule
+        assert glsim.load(out).config.preprocessing["resize_rule"] == rule
         again = evaluate.evaluate_bundle(out, tmp_path / "data", workers=0)
         assert again.per_class == trained.per_class
         right[rule] = again.top1
