@@ -394,6 +394,12 @@ def find_bad(
         pool.shutdown(cancel_futures=True)  # an interrupt must not wait for every file
 
 
+def fit_size(size: tuple[int, int], longest: float) -> tuple[int, int]:
+    """Width and height of an image of `size` whose longer side becomes `longest` pixels: one at least, however thin."""
+    width, height = (max(1, round(side * longest / max(size))) for side in size)
+    return width, height
+
+
 # --- showing ----------------------------------------------------------------------------------------------------------
 
 

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 from glsim.backbone import Model
 from glsim.bundle import preprocessing_of
 from glsim.data import ImageList
 from glsim.files import printable, write_text
-from glsim.images import BadImage, read_image
+from glsim.images import BadImage, fit_size, read_image
 from glsim.pictures import BOX_COLOUR, TITLES, Explanation, explanations, overlay, to_photograph
 from glsim.predict import to_original
 from glsim.sources import located
@@ -99,7 +99,7 @@ def draw(model: Model, mistakes: Sequence[Mistake]) -> Iterator[tuple[Mistake, l
 
 
 def _pictures(photograph: Image.Image, e: Explanation, p: Preprocessing) -> list[tuple[str, str]]:
-    small = ImageOps.contain(photograph, (SIDE, SIDE), Image.Resampling.LANCZOS)
+    small = photograph.resize(fit_size(photograph.size, SIDE), Image.Resampling.LANCZOS)
     heat = overlay(np.asarray(small), to_photograph(e.heatmap, small.size, p))
     left, top, right, bottom = to_original(e.box, photograph.size, p)
     crop = photograph.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
@@ -107,7 +107,7 @@ def _pictures(photograph: Image.Image, e: Explanation, p: Preprocessing) -> list
     return [
         ("image and box", _address(_with_box(small, box))),
         (f"scores: {TITLES.get(e.metric, e.metric)}", _address(_with_box(Image.fromarray(heat), box))),
-        ("in the box", _address(ImageOps.contain(crop, (SIDE, SIDE), Image.Resampling.BICUBIC))),
+        ("in the box", _address(crop.resize(fit_size(crop.size, SIDE), Image.Resampling.BICUBIC))),
     ]
 
 
@@ -135,7 +135,7 @@ def draw_examples(train: ImageList | None, wanted: set[int]) -> dict[int, str]:
 
 
 def _small(photograph: Image.Image) -> str:
-    return _address(ImageOps.contain(photograph, (SIDE, SIDE), Image.Resampling.LANCZOS))
+    return _address(photograph.resize(fit_size(photograph.size, SIDE), Image.Resampling.LANCZOS))
 
 
 def _address(picture: Image.Image) -> str:

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from glsim.backbone import Model
-from glsim.images import BadImage, read_image
+from glsim.images import BadImage, fit_size, read_image
 from glsim.pictures import selections_of, title_of, to_heatmap, to_photograph
 from glsim.predict import Prediction, Predictor, to_original
 from glsim.selection import METRICS, check_metric, check_top, needs_attention
@@ -175,8 +175,7 @@ class Service:
         def ready(image: Image.Image) -> Decoded:
             photo = None
             if wish.explain:
-                scale = min(1.0, PHOTO / max(image.size))
-                size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+                size = fit_size(image.size, min(PHOTO, max(image.size)))
                 photo = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
             return Decoded(self.transform(image), image.size, photo)
 
@@ -203,8 +202,7 @@ class Service:
     def _draw(self, decoded: Decoded, answer: Answer) -> dict[str, Any]:
         why, photo = answer.why, decoded.photo
         assert why is not None and photo is not None
-        scale = MAP / max(photo.size)
-        size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
+        size = fit_size(photo.size, MAP)
         heat, seen = (to_photograph(m, size, self.preprocessing) for m in (why.heatmap, np.ones_like(why.heatmap)))
         colours = matplotlib.colormaps[COLORMAP](heat)
         colours[..., 3] = (LOWEST + (1 - LOWEST) * heat) * seen  # no colour where the network was not shown anything
