@@ -20,7 +20,7 @@ from glsim import synthetic
 from glsim.catalog import SETS, NamedSet, Row, find
 from glsim.config import Datasets
 from glsim.data import ImageList, read_data, split_hash
-from glsim.files import check_regular
+from glsim.files import check_regular, real
 from glsim.types import ConfigError, DataError, choose
 
 SYNTHETIC = "birds drawn from a seed, told apart by one small part each, with masks of part and body; no download"
@@ -134,7 +134,7 @@ def _unpack(source: Path, root: Path) -> None:
             with zipfile.ZipFile(source) as archive:
                 archive.extractall(root)
         elif source.suffix in LOOSE:
-            if source.resolve().parent != root.resolve():
+            if real(source).parent != real(root):
                 shutil.copy(source, root)
         else:
             raise DataError(f"{source}: neither tar nor zip; unpack it, and give the folder")

@@ -20,7 +20,7 @@ from glsim.catalog import xml_boxes
 from glsim.config import Localize
 from glsim.crop import placed
 from glsim.data import find_images
-from glsim.files import make_parent, write_json
+from glsim.files import make_parent, real, write_json
 from glsim.images import BadImage, limited, read_image, read_stored
 from glsim.pictures import selections_of, spell_out, title_of
 from glsim.road import NOISE, SHARES, faithfulness, under
@@ -117,7 +117,7 @@ def find_masks(images: str | Path, masks: str | Path) -> list[Masked]:
 
 
 def _is_mask(path: Path, folder: Path) -> bool:
-    inside = path.suffix.lower() == ".png" and path.resolve().is_relative_to(folder.resolve())
+    inside = path.suffix.lower() == ".png" and real(path).is_relative_to(real(folder))
     return inside and not any(path.with_suffix(ending).is_file() for ending in (".xml", ".XML"))
 
 
@@ -125,7 +125,7 @@ def _mask_of(path: Path, folder: Path) -> Path:
     parts = path.absolute().parts
     names = (Path(*parts[i:]) for i in range(1, len(parts)) if ".." not in parts[i:])
     for file in (folder / name.with_suffix(ending) for name in names for ending in ENDINGS):
-        if file.is_file() and file.resolve() != path.resolve():
+        if file.is_file() and real(file) != real(path):
             return file
     wanted = folder / path.stem
     raise DataError(f"{path} has no mask in {folder}; wanted {wanted}.png or {wanted}.xml, or in folders as the image")

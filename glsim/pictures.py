@@ -30,7 +30,7 @@ from glsim.config import Explain
 from glsim.crop import crop_and_resize, select, select_component
 from glsim.data import find_images
 from glsim.figures import save_figure
-from glsim.files import make_folder
+from glsim.files import make_folder, real
 from glsim.images import BadImage, fit_size, limited, read_any, read_image
 from glsim.selection import METRICS, check_metric, check_top, needs_attention, score
 from glsim.transforms import Preprocessing, eval_transform, to_picture
@@ -321,8 +321,8 @@ def targets_of(out: str | Path, paths: Sequence[Path]) -> list[Path]:
         raise DataError(f"out={folder} is a file; name a folder")
     make_folder(folder)
     targets = [folder / f"{name}.png" for name in _unique_names(paths)]
-    taken = {path.resolve() for path in paths} & {
-        target.resolve() for target in [*targets, folder / SHEET, folder / layers.PICTURE]
+    taken = {real(path) for path in paths} & {
+        real(target) for target in [*targets, folder / SHEET, folder / layers.PICTURE]
     }
     if taken:
         raise ConfigError(f"out={folder} would overwrite the image {min(taken)}; name another folder")

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from glsim.bundle import CONFIG, METRICS_FILE
 from glsim.config import Report, Train, read_recipe
 from glsim.figures import save_figure
-from glsim.files import csv_plain, csv_text, make_folder, markdown, read_json, read_text, write_text
+from glsim.files import csv_plain, csv_text, make_folder, markdown, read_json, read_text, real, write_text
 from glsim.reproduce import STATE, is_measured, summary
 from glsim.train import FREE, PREDICTIONS, RECIPE, plain
 from glsim.types import ConfigError, DataError
@@ -81,7 +81,7 @@ def find_runs(given: Sequence[str]) -> tuple[list[Run], list[str]]:
                 if not isinstance(rows, dict):
                     raise DataError(f"{folder / STATE} is damaged: it has no runs")
                 inner = [folder / name for name in rows if name.startswith("seed_")]
-            folders |= dict.fromkeys(path.resolve() for path in inner)
+            folders |= dict.fromkeys(real(path) for path in inner)
     runs, left_out = [], []
     for folder in folders:
         if not (folder / RECIPE).is_file() or not (folder / METRICS_FILE).is_file():
@@ -148,7 +148,7 @@ def find_baseline(against: str, groups: list[list[Run]]) -> list[Run] | None:
 
     Raises ConfigError when it names several.
     """
-    folder = Path(against).resolve()
+    folder = real(against)
     found = [
         g for g in groups if g[0].settings["method"] == against or any(folder in (r.folder, r.folder.parent) for r in g)
     ]

@@ -35,7 +35,7 @@ from glsim import synthetic
 from glsim.bundle import load
 from glsim.config import Serve
 from glsim.data import find_images
-from glsim.files import one_line, printable, read_bytes, shorten, to_json
+from glsim.files import one_line, printable, read_bytes, real, shorten, to_json
 from glsim.graphs import GraphModel
 from glsim.images import BadImage, open_image
 from glsim.pictures import title_of
@@ -263,7 +263,7 @@ class Site:
         rows, cols = service.model.backbone.grid
         return Json(
             {
-                "name": self.s.source if self.s.source.startswith("hf-hub:") else Path(self.s.source).resolve().name,
+                "name": self.s.source if self.s.source.startswith("hf-hub:") else real(self.s.source).name,
                 "method": config["method"],
                 "backbone": config["backbone"],
                 "image_size": list(service.preprocessing.image_size),
