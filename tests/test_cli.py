@@ -5,8 +5,8 @@ import errno
 import io
 import json
 import os
-import shutil
 import re
+import shutil
 import signal
 import subprocess
 import sys
