@@ -40,6 +40,11 @@ def expand(path: str) -> str:
     return kind + os.path.expanduser(home + rest) if home else path  # noqa: PTH111 (which raises for no such user)
 
 
+def real(path: str | Path) -> Path:
+    """A path with every link in it followed; of a link that leads back to itself, the link. Raises nothing."""
+    return Path(os.path.realpath(path))  # Path.resolve raises RuntimeError there
+
+
 MARKER = ".glsim"  # a file in each folder that was made for what glsim writes
 _JUNK = {  # what systems put beside people's files: NAS boxes, Windows, macOS, Linux, Python
     *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "@__thumb", "#recycle", "#snapshot", "~snapshot"),

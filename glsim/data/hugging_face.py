@@ -16,7 +16,7 @@ from PIL import Image
 
 from glsim.data.images import EXTENSIONS
 from glsim.data.names import holds_val, split_of
-from glsim.files import is_junk
+from glsim.files import is_junk, real
 from glsim.types import ConfigError, DataError, DataWarning
 
 
@@ -117,11 +117,11 @@ def _check_files(name: str) -> None:
 
     builders = [datasets.load_dataset_builder(name, c) for c in datasets.get_dataset_config_names(name)]
     files = [str(f) for b in builders for part in (b.config.data_files or {}).values() for f in part]
-    taken = {Path(file).resolve() for file in files if "://" not in file}
+    taken = {real(file) for file in files if "://" not in file}
     kinds = {file.suffix.lower() for file in taken}
     kinds |= set(EXTENSIONS) if kinds & set(EXTENSIONS) else set()
     below = [(f, f.relative_to(name)) for f in Path(name).rglob("*") if f.suffix.lower() in kinds and f.is_file()]
-    there = {f.resolve(): inside for f, inside in below if not any(map(is_junk, inside.parts))}
+    there = {real(f): inside for f, inside in below if not any(map(is_junk, inside.parts))}
     if taken and (missed := sorted(inside for file, inside in there.items() if file not in taken)):
         raise DataError(
             f"hf:{name}: the library datasets reads {len(there) - len(missed):,} of {len(there):,} files, and not "

@@ -248,3 +248,9 @@ def _pillow_quiet(limit: int) -> Iterator[None]:
             if not _quiet_users:
                 Image.MAX_IMAGE_PIXELS = pixels
                 filters.__exit__(None, None, None)
+
+
+def fit_size(size: tuple[int, int], longest: float) -> tuple[int, int]:
+    """Width and height of an image of `size` whose longer side becomes `longest` pixels: one at least, however thin."""
+    width, height = (max(1, round(side * longest / max(size))) for side in size)
+    return width, height

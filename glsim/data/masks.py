@@ -16,6 +16,7 @@ from glsim.data.image_files import find_images
 from glsim.data.images import BadImage, read_image, read_stored
 from glsim.data.publishers import xml_boxes
 from glsim.data.transforms import Preprocessing, mask_transform
+from glsim.files import real
 from glsim.types import DataError, DataWarning
 
 T = TypeVar("T")
@@ -66,7 +67,7 @@ def find_masks(images: str | Path, masks: str | Path) -> list[Masked]:
 
 
 def _is_mask(path: Path, folder: Path) -> bool:
-    inside = path.suffix.lower() == ".png" and path.resolve().is_relative_to(folder.resolve())
+    inside = path.suffix.lower() == ".png" and real(path).is_relative_to(real(folder))
     return inside and not any(path.with_suffix(ending).is_file() for ending in (".xml", ".XML"))
 
 
@@ -74,7 +75,7 @@ def _mask_of(path: Path, folder: Path) -> Path:
     parts = path.absolute().parts
     names = (Path(*parts[i:]) for i in range(1, len(parts)) if ".." not in parts[i:])
     for file in (folder / name.with_suffix(ending) for name in names for ending in ENDINGS):
-        if file.is_file() and file.resolve() != path.resolve():
+        if file.is_file() and real(file) != real(path):
             return file
     wanted = folder / path.stem
     raise DataError(f"{path} has no mask in {folder}; wanted {wanted}.png or {wanted}.xml, or in folders as the image")

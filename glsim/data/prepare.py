@@ -21,7 +21,7 @@ from glsim.data import synthetic
 from glsim.data.catalog import SETS, NamedSet
 from glsim.data.publishers import Row, find
 from glsim.data.readers import ImageList, read_data, split_hash
-from glsim.files import check_regular, document, write_json
+from glsim.files import check_regular, document, real, write_json
 from glsim.types import ConfigError, DataError, choose, optional
 
 SYNTHETIC = "birds drawn from a seed, told apart by one small part each, with masks of part and body; no download"
@@ -203,7 +203,7 @@ def _unpack(source: Path, root: Path) -> None:
             with zipfile.ZipFile(source) as archive:
                 archive.extractall(root)
         elif source.suffix in LOOSE:
-            if source.resolve().parent != root.resolve():
+            if real(source).parent != real(root):
                 shutil.copy(source, root)
         else:
             raise DataError(f"{source}: neither tar nor zip; unpack it, and give the folder")

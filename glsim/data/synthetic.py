@@ -22,6 +22,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
+from glsim.files import real
+
 PARTS = ("beak", "crown", "wing_bar", "tail", "eye_ring")
 PLAIN = "plain"  # the default variant of every part: the muted colour of the plumage
 COLOURS = {
@@ -152,7 +154,7 @@ def write(
             raise ValueError(f"{name} is {number}: it has to be 0 or more")
     if not any(counts.values()):
         raise ValueError("train, test and val are all 0: ask for at least one image per class")
-    folder = Path(folder).resolve()
+    folder = real(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f"{folder} is there and not empty: remove it or name another folder")
 

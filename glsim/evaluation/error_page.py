@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 from glsim.checkpoints.bundle import preprocessing_of
-from glsim.data.images import BadImage, read_image
+from glsim.data.images import BadImage, fit_size, read_image
 from glsim.data.pages import render
 from glsim.data.readers import ImageList
 from glsim.data.sources import located
@@ -156,7 +156,7 @@ def draw(model: Model, mistakes: Sequence[Mistake]) -> Iterator[tuple[Mistake, l
 
 
 def _pictures(photograph: Image.Image, e: Explanation, p: Preprocessing) -> list[tuple[str, str]]:
-    small = ImageOps.contain(photograph, (SIDE, SIDE), Image.Resampling.LANCZOS)
+    small = photograph.resize(fit_size(photograph.size, SIDE), Image.Resampling.LANCZOS)
     heat = overlay(np.asarray(small), to_photograph(e.heatmap, small.size, p))
     left, top, right, bottom = to_original(e.box, photograph.size, p)
     crop = photograph.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
@@ -164,7 +164,7 @@ def _pictures(photograph: Image.Image, e: Explanation, p: Preprocessing) -> list
     return [
         ("image and box", _address(_with_box(small, box))),
         (f"scores: {title_of(e.metric)}", _address(_with_box(Image.fromarray(heat), box))),
-        ("in the box", _address(ImageOps.contain(crop, (SIDE, SIDE), Image.Resampling.BICUBIC))),
+        ("in the box", _address(crop.resize(fit_size(crop.size, SIDE), Image.Resampling.BICUBIC))),
     ]
 
 
@@ -192,7 +192,7 @@ def draw_examples(train: ImageList | None, wanted: set[int]) -> dict[int, str]:
 
 
 def _small(photograph: Image.Image) -> str:
-    return _address(ImageOps.contain(photograph, (SIDE, SIDE), Image.Resampling.LANCZOS))
+    return _address(photograph.resize(fit_size(photograph.size, SIDE), Image.Resampling.LANCZOS))
 
 
 def _address(picture: Image.Image) -> str:

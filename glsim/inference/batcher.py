@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from glsim.data.images import BadImage, read_image
+from glsim.data.images import BadImage, fit_size, read_image
 from glsim.data.transforms import eval_transform
 from glsim.inference.predictor import Prediction, Predictor, to_original
 from glsim.interpret.drawing import title_of
@@ -175,8 +175,7 @@ class Service:
         def ready(image: Image.Image) -> Decoded:
             photo = None
             if request.explain:
-                scale = min(1.0, PHOTO / max(image.size))
-                size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+                size = fit_size(image.size, min(PHOTO, max(image.size)))
                 photo = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
             return Decoded(self.transform(image), image.size, photo)
 
@@ -203,8 +202,7 @@ class Service:
     def _draw(self, decoded: Decoded, answer: Answer) -> dict[str, Any]:
         heatmap, photo = answer.heatmap, decoded.photo
         assert heatmap is not None and photo is not None
-        scale = MAP / max(photo.size)
-        size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
+        size = fit_size(photo.size, MAP)
         whole = np.ones_like(heatmap.values)
         heat, seen = (to_photograph(m, size, self.preprocessing) for m in (heatmap.values, whole))
         colours = matplotlib.colormaps[COLORMAP](heat)

@@ -23,7 +23,7 @@ import glsim
 from glsim.checkpoints.bundle import load
 from glsim.checkpoints.onnx_runtime import GraphModel
 from glsim.data.images import BadImage
-from glsim.files import one_line, printable
+from glsim.files import one_line, printable, real
 from glsim.inference.batcher import PredictRequest, Service
 from glsim.inference.server_examples import Example, find_examples
 from glsim.interpret.drawing import title_of
@@ -318,7 +318,7 @@ def open_server(
             raise ConfigError(f"{source} only answers, the page shows why too; serve the bundle it was exported from")
         service = Service(model, device, batch_size, max_wait_ms / 1000, workers, max_pixels)
         try:
-            name = str(source) if str(source).startswith("hf-hub:") else Path(source).resolve().name
+            name = str(source) if str(source).startswith("hf-hub:") else real(source).name
             found = find_examples(examples, max_pixels)
             names, max_bytes = [host, *(allowed_hosts or [])], int(max_mb * 1e6)
             site = Site(service, name, names, queue, max_bytes, found, drawn=examples is None)

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from glsim.data.images import fit_size
 from glsim.data.transforms import Preprocessing, eval_transform, to_picture
 from glsim.interpret.heatmaps import Explanation
 from glsim.models import METHODS, find_method
@@ -100,7 +101,7 @@ class Page:
     def picture(self, image: np.ndarray, x: float, y: float, width: float, height: float) -> None:
         """Put `image` at the place, as large as fits without changing its shape, in the middle."""
         scale = min(width / image.shape[1], height / image.shape[0])
-        w, h = round(image.shape[1] * scale), round(image.shape[0] * scale)
+        w, h = (max(1, round(pixels * scale)) for pixels in image.shape[1::-1])
         left, top = round(x + (width - w) / 2), round(y + (height - h) / 2)
         small = Image.fromarray(image).resize((w, h), Image.Resampling.LANCZOS)
         self.pixels[top : top + h, left : left + w] = np.asarray(small)
@@ -211,8 +212,7 @@ def draw_mechanisms(row: Row, path: str | Path, alpha: float = 0.7, colormap: st
 
 def cell(view: np.ndarray, side: float) -> tuple[int, int]:
     """Width and height of a picture of `view` whose longer side has `side` pixels."""
-    scale = side / max(view.shape[:2])
-    return round(view.shape[1] * scale), round(view.shape[0] * scale)
+    return fit_size((view.shape[1], view.shape[0]), side)
 
 
 def title_of(metric: str) -> str:

@@ -17,7 +17,7 @@ from glsim.data.images import BadImage, read_image
 from glsim.data.limits import MAX_MEGAPIXELS, pixel_limit
 from glsim.data.transforms import eval_transform
 from glsim.environment import pick_device
-from glsim.files import make_folder
+from glsim.files import make_folder, real
 from glsim.interpret.drawing import Row, check_colormap, draw_mechanisms, draw_sheet, view_of
 from glsim.interpret.heatmaps import explain_by, spell_out
 from glsim.models.scores import check_top
@@ -136,9 +136,7 @@ def targets_of(out: str | Path, paths: Sequence[Path]) -> list[Path]:
         raise DataError(f"out={folder} is a file; name a folder")
     make_folder(folder)
     targets = [folder / f"{name}.png" for name in _unique_names(paths)]
-    taken = {path.resolve() for path in paths} & {
-        target.resolve() for target in [*targets, *(folder / name for name in OURS)]
-    }
+    taken = {real(path) for path in paths} & {real(target) for target in [*targets, *(folder / name for name in OURS)]}
     if taken:
         raise ConfigError(f"out={folder} would overwrite the image {min(taken)}; name another folder")
     return targets

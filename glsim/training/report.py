@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from glsim.checkpoints.bundle import CONFIG, METRICS_FILE
 from glsim.evaluation.statistics import mcnemar
-from glsim.files import csv_text, make_folder, markdown, read_json, write_text
+from glsim.files import csv_text, make_folder, markdown, read_json, real, write_text
 from glsim.interpret.drawing import save_figure
 from glsim.training.config import WITHOUT_EFFECT, Train, plain_values, read_recipe
 from glsim.training.reproduce import STATE, SeedSummary, Spread, summarise
@@ -137,7 +137,7 @@ def find_runs(given: Sequence[str]) -> tuple[list[FinishedRun], list[str]]:
                 if not isinstance(rows, dict):
                     raise DataError(f"{folder / STATE} is damaged: it has no runs")
                 inner = [folder / name for name in rows if name.startswith("seed_")]
-            folders |= dict.fromkeys(path.resolve() for path in inner)
+            folders |= dict.fromkeys(real(path) for path in inner)
     runs, left_out = [], []
     for folder in folders:
         if not (folder / RECIPE).is_file() or not (folder / METRICS_FILE).is_file():
@@ -207,7 +207,7 @@ def find_baseline(against: str, groups: list[list[FinishedRun]]) -> list[Finishe
 
     Raises ConfigError when it names several.
     """
-    folder = Path(against).resolve()
+    folder = real(against)
     found = [
         g for g in groups if g[0].settings["method"] == against or any(folder in (r.folder, r.folder.parent) for r in g)
     ]

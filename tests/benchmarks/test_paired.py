@@ -199,6 +199,7 @@ def test_a_backbone_that_does_not_suit_leaves_a_variant_out(paired, words, tmp_p
     assert "centred left out" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_sweep_of_drawn_sets(paired, words, tmp_path):
     """Two cells of one seed: scale and clutter are those drawn, and nothing is done twice."""
     sweep, out = import_module("sweep_synthetic"), tmp_path / "sweep"

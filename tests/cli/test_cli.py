@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -426,6 +427,33 @@ def test_every_verb_tells_what_is_missing(capsys, tmp_path, monkeypatch, name):
     code, told, _ = document(capsys, words_of(name, tmp_path))
     assert code in (1, 2, 3) and "internal error" not in told["error"], told
     assert str(tmp_path) in told["error"] or "glsim[" in told["error"]  # or a library of an extra
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["predict", "RUN", "SET/test", "--skip-bad", "--workers", "0"],
+        ["explain", "RUN", "SET/test", "--skip-bad", "--out", "SET/new/pictures"],
+        ["localize", "RUN", "--images", "SET/test", "--masks", "SET/masks/part", "--skip-bad"],
+        ["eval", "RUN", "--data", "SET", "--skip-bad", "--workers", "0"],
+        ["index", "build", "RUN", "--data", "SET", "--split", "test", "--skip-bad", "--workers", "0", "--out", "SET/i"],
+    ],
+    ids=lambda words: " ".join(words[:2]),
+)
+def test_links_that_lead_nowhere_are_left_out_by_name(capsys, run_folder, birds, tmp_path, words):
+    """Back to itself, or to what is gone."""
+    data = Path(shutil.copytree(birds, tmp_path / "birds"))
+    inside = sorted((data / "test").iterdir())[0]
+    for name in ("loop.jpg", "gone.jpg"):
+        (inside / name).symlink_to("loop.jpg" if name == "loop.jpg" else "nowhere")
+        mask = data / "masks" / "part" / "test" / inside.name / name
+        shutil.copy(next(mask.parent.glob("*.png")), mask.with_suffix(".png"))
+    places = {"RUN": str(run_folder), "SET": str(data)}
+    for key, place in places.items():
+        words = [word.replace(key, place) for word in words]
+    code, told, _ = document(capsys, words)
+    assert code == 0, told
+    assert [Path(line.partition(": ")[0]).name for line in sorted(told["skipped"])] == ["gone.jpg", "loop.jpg"]
 
 
 @pytest.mark.parametrize("words", [[], ["trane"], ["index"], ["tr\x1b\nane"]])

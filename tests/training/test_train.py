@@ -132,7 +132,8 @@ MIXED = {"mixup": 0.4, "cutmix": 1.0, "repeats": 2, "cache": "ram", "layer_decay
 
 
 @pytest.mark.parametrize(
-    ("workers", "ema", "save_steps", "more"), [(0, 0.9, 1, {}), (2, 0.0, 0, {}), (0, 0.0, 1, MIXED)]
+    ("workers", "ema", "save_steps", "more"),
+    [(0, 0.9, 1, MIXED), (2, 0.0, 0, {}), pytest.param(0, 0.9, 1, {}, marks=pytest.mark.slow)],
 )
 def test_sigkill_in_mid_epoch_then_resume_ends_as_undisturbed(birds, tmp_path, workers, ema, save_steps, more):
     epochs = {"epochs": 4, "workers": workers, "ema": ema, "options": {"top_o": 4, "dropout": 0.1}, **more}
@@ -1149,7 +1150,7 @@ def test_eval_names_what_is_missing(run_folder, birds, tmp_path):
         evaluate.evaluate_bundle(run_folder, other)
 
 
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGTERM, 2)])
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 0), (signal.SIGTERM, 2)])
 def test_a_signal_finishes_the_step_saves_and_leaves_with_130(birds, tmp_path, number, workers):
     """Sent to the whole process group, as Ctrl-C and `timeout` do."""
     out = tmp_path / "r"
