@@ -190,7 +190,7 @@ def test_eight_bits_are_smaller_and_nearly_right(file, tmp_path):
 
 
 def test_weights_too_large_for_one_file_lie_beside_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(export, "LARGEST", 1000)
+    monkeypatch.setattr(export, "LARGEST_FILE", 1000)
     model = small_model("plain")
     out, result = exported(model, tmp_path)
     assert result.files == [f"{out}.data", str(out)] and result.bytes > 4 * sum(p.numel() for p in model.parameters())
