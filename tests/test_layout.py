@@ -9,7 +9,7 @@ from pathlib import Path
 from conftest import ROOT
 
 PACKAGE = ROOT / "glsim"
-GROUND = {"types", "files", "environment", "config"}  # files of the package itself; `__version__` too
+GROUND = {"types", "files", "settings", "environment", "config"}  # files of the package itself; `__version__` too
 ORDER = ["ground", "models", "data", "checkpoints", "interpret", "inference", "evaluation", "training", "cli"]
 MODULE = re.compile(r"glsim((?:\.[a-z_0-9]+)+)(?::\w+)?")  # `glsim.models.glsim`, also with `:function` behind it
 
