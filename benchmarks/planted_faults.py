@@ -50,8 +50,8 @@ class Fault(NamedTuple):
 FAULTS = (
     Fault(
         "off by one in a box",
-        "return cut(start, count, side), cut(end + 1, count, side)",
-        "return cut(start, count, side), cut(end, count, side)",
+        "return grid_line(start, count, side), grid_line(end + 1, count, side)",
+        "return grid_line(start, count, side), grid_line(end, count, side)",
         "selection_crop",
     ),
     Fault(

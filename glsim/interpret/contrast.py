@@ -55,17 +55,25 @@ def contrast(
 ) -> np.ndarray | list[np.ndarray]:
     """What speaks for class `a` (above 0) against class `b` (below 0), as signed float32 maps.
 
-    For a tensor of normalised images (B, 3, H, W) an array (B, rows, cols) over the backbone's grid, in logits. For
-    paths and PIL images, one or several, a list of smooth arrays (height, width) in [-1, 1], each of the size of its
-    upright photograph and stretched by its own largest value, 0 at the edges that the network is not shown.
-
     Integrated gradients (arXiv 1703.01365): the gradient of logit A less logit B, through the whole model, crops
     included, averaged over 16 steps from an image of the mean colour to the image, times the pixels' distance from that
     colour, summed over each patch. So the map sums to the difference, less that of the mean colour, up to the steps'
     error; and where a step chooses another box or other patches, the jump this makes is in no patch. Swapping `a` and
     `b` changes the sign alone.
 
-    Raises ConfigError for an unknown class, with those of similar name, and BadImage for a file that cannot be read.
+    Args:
+        images: normalised images (B, 3, H, W), or paths and PIL images, one or several.
+        a: name of a class.
+        b: name of another one.
+
+    Returns:
+        For a tensor an array (B, rows, cols) over the backbone's grid, in logits. For paths and PIL images a list of
+        smooth arrays (height, width) in [-1, 1], each of the size of its upright photograph and stretched by its own
+        largest value, 0 at the edges that the network is not shown.
+
+    Raises:
+        ConfigError: for an unknown class, with those of similar name.
+        BadImage: for a file that cannot be read.
     """
     if isinstance(images, Tensor):
         return attribute(model, images, *classes_of(model, a, b)).maps

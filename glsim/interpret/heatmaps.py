@@ -62,14 +62,22 @@ def explain(
 ) -> np.ndarray | list[np.ndarray]:
     """Heat-maps of what `model` (in eval mode) looks at: float32 in [0, 1], as CAM libraries give them.
 
-    For a tensor of normalised images (B, 3, H, W) an array (B, H, W). For paths and PIL images, one or several, a list
-    of arrays (height, width), each of the size of its upright photograph, 0 at the edges that the network is not shown.
+    Args:
+        model: what `glsim.load` or `glsim.create_model` returns.
+        images: normalised images (B, 3, H, W), or paths and PIL images, one or several.
+        metric: name of the score, with its parameters ("attention:block=3"); None: the model's own, or gls_cos where
+            the method selects nothing.
+        top_o: keep so many of the best patches only.
+        power: exponent on the map.
 
-    `metric` names the score, parameters and all ("attention:block=3"); by default the model's own, or gls_cos where
-    the method selects nothing. `top_o` keeps the best patches only, `power` is an exponent on the map.
+    Returns:
+        For a tensor an array (B, H, W). For paths and PIL images a list of arrays (height, width), each of the size of
+        its upright photograph, 0 at the edges that the network is not shown.
 
-    Raises ConfigError for a metric that is unknown or reads attention maps the backbone does not have, a `top_o`
-    beyond the grid, or a `power` that is not positive, and BadImage for a file that cannot be read.
+    Raises:
+        ConfigError: for a metric that is unknown or reads attention that the backbone does not have, a `top_o` beyond
+            the grid, or a `power` that is not positive.
+        BadImage: for a file that cannot be read.
     """
     if isinstance(images, Tensor):
         ((_, selection, _),) = selections_of(model, images, [metric])[1]
@@ -85,10 +93,18 @@ def explain(
 
 
 def explanations(model: Model, images: Tensor, metric: str | None = None) -> list[Explanation]:
-    """Explain the answers of `model` (in eval mode) for normalised `images` (B, 3, H, W).
+    """Explain the answers of `model` (in eval mode).
 
-    `metric` as for `explain`, which says what is raised. Box and crop are the model's own when the metric is. By
-    another metric they are what the model's rule would have drawn (`glsim.models.base:Model.select`).
+    Args:
+        images: normalised, (B, 3, H, W).
+        metric: as for `explain`.
+
+    Returns:
+        One explanation an image. Box and crop are the model's own when the metric is. By another metric they are what
+        the model's rule would have drawn (`glsim.models.base:Model.select`).
+
+    Raises:
+        ConfigError: as `explain`.
     """
     return explain_by(model, images, [metric])[0]
 

@@ -66,13 +66,22 @@ def create_model(
 ) -> Model:
     """Build a model: `model(images (B, 3, H, W))` returns an `Output` whatever the method.
 
-    `backbone` is a timm name (default: ViT-B/16, for cal ResNet-101), `backbone_args` goes to timm (`{"depth": 2,
-    "embed_dim": 64}`). `options` are those of the method (the keyword-only parameters of its `build`: `top_o`,
-    `metric`, ..) and those every encoder has (`dropout`, `drop_path`, `norm_eps`, `stride`).
-    `model.config`, a `ModelConfig`, holds all of it, as plain values, for `glsim.save`.
+    Args:
+        method: a name of `METHODS`.
+        backbone: a timm name; None: the method's own default (ViT-B/16, for cal ResNet-101).
+        num_classes: logits of the model.
+        image_size: pixels, one side or (height, width); None: the size timm lists for the weights.
+        pretrained: start from timm's weights.
+        backbone_args: handed to timm (`{"depth": 2, "embed_dim": 64}`).
+        options: those of the method (keyword-only parameters of its `build`: `top_o`, `metric`, ..) and those every
+            encoder has (`dropout`, `drop_path`, `norm_eps`, `stride`).
 
-    Raises ConfigError for any name, option or size that does not fit, listing what would, and for a backbone without
-    what the method needs.
+    Returns:
+        The model; its `config` holds all of this, as plain values, for `glsim.save`.
+
+    Raises:
+        ConfigError: for any name, option or size that does not fit, listing what would, and for a backbone without
+            what the method needs.
     """
     from glsim.models.backbone import build_backbone  # here, so that the names above cost nothing
 

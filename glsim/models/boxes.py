@@ -146,8 +146,17 @@ def select(
 ) -> Selection:
     """Take the `top_o` best patches of a metric's `scores` (B, g, N) and put a box around them.
 
-    `box` names a rule of `BOX_RULES`, or one of `CONTROLS` that puts another box in its place: "random",
-    "random:inclusive". Chance draws anew in `training` only.
+    Args:
+        scores: (B, g, N), higher is better; averaged over g.
+        top_o: patches to take.
+        grid: rows and columns of the N patches.
+        image_size: (H, W) in pixels.
+        box: a rule of `BOX_RULES`, or one of `CONTROLS` that puts another box in its place: "random",
+            "random:inclusive".
+        training: chance draws anew; else it follows from the patches taken.
+
+    Raises:
+        ConfigError: for fewer than `top_o` patches, or an unknown rule.
     """
     scores, indices = pick(scores, top_o)
     control, rule = check_box(box)
@@ -161,7 +170,12 @@ def select_component(
 ) -> Selection:
     """Take the largest connected group of patches whose score exceeds `factor` times the mean (RAMS-Trans).
 
-    `scores` (B, g, N) as a metric gives them; the box is inclusive.
+    Args:
+        scores: (B, g, N), averaged over g.
+        factor: 1 or more.
+        grid: rows and columns of the N patches.
+        image_size: (H, W) in pixels.
+        padding: share of the image by which the box, an inclusive one, is wider on every side.
     """
     scores = scores.mean(dim=1)
     mask = largest_component(above_mean(scores, factor), grid)
