@@ -25,6 +25,8 @@ from glsim.types import ConfigError, DataError, GlsimError
 if TYPE_CHECKING:
     from PIL import Image
 
+LARGEST_TEXT = 2**31  # bytes of any file that is read whole
+LARGEST_JSON = 2**24  # bytes: the config of a model of 100,000 classes has a third of it
 JSON_DEPTH = 64  # lists and objects inside each other; Python's own limit ends in a RecursionError far from the file
 ERROR_LENGTH = 500  # characters that a library's error may add to a message
 # C0 and C1 controls, line separators, marks that reorder the text around them, and what has no width
@@ -45,10 +47,21 @@ def real(path: str | Path) -> Path:
     return Path(os.path.realpath(path))  # Path.resolve raises RuntimeError there
 
 
+BUNDLE = ("config.json", "model.safetensors", "metrics.json", "README.md")  # the files of a model's folder
 MARKER = ".glsim"  # a file in each folder that was made for what glsim writes
 _JUNK = {  # what systems put beside people's files: NAS boxes, Windows, macOS, Linux, Python
+    *("@synoeastream", "@synoresource", "@appstore", "@database", "@sharebin", "@snapshots", "_gsdata_"),
     *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "@__thumb", "#recycle", "#snapshot", "~snapshot"),
-    *("$recycle.bin", "recycler", "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"),
+    *(
+        "$recycle.bin",
+        "recycler",
+        "recycled",
+        "found.000",
+        "system volume information",
+        "thumbs.db",
+        "ehthumbs.db",
+        "desktop.ini",
+    ),
     *("__macosx", "network trash folder", "temporary items", "icon\r", "lost+found", "__pycache__"),
 }
 _FOREIGN = {  # how a file in another encoding than UTF-8 begins
@@ -60,7 +73,9 @@ _FOREIGN = {  # how a file in another encoding than UTF-8 begins
 
 def is_junk(name: str) -> bool:
     """Whether a file or folder of this name was put there by a system and not by a person; hidden ones are."""
-    return name.startswith((".", "~$")) or name.casefold() in _JUNK
+    if name in (".", ".."):
+        return False
+    return name.startswith((".", "~$", "SYNOPHOTO_THUMB")) or name.casefold() in _JUNK or ".sync-conflict-" in name
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -71,7 +86,11 @@ def open_regular(path: str | Path) -> BinaryIO:
     check_regular(path)  # opening alone can act on a device, and lets go who waits at a FIFO
     number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
-        _check_mode(os.fstat(number).st_mode, path)  # it may be another one by now
+        about = os.fstat(number)
+        _check_mode(about.st_mode, path)  # it may be another one by now
+        if not about.st_size:
+            os.read(number, 1)  # some files of the system have nothing yet, and would be waited for
+            os.lseek(number, 0, os.SEEK_SET)
     except OSError:
         os.close(number)
         raise
@@ -80,7 +99,11 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 def check_regular(path: str | Path) -> None:
     """Raise OSError, as `open_regular` does, for what is no regular file: before a library that opens paths itself."""
-    _check_mode(os.stat(path).st_mode, path)  # noqa: PTH116
+    try:
+        found = os.stat(path)  # noqa: PTH116
+    except ValueError as error:  # a NUL in the name
+        raise OSError(errno.EINVAL, "no name of a file", str(path)) from error
+    _check_mode(found.st_mode, path)
 
 
 def _check_mode(mode: int, path: str | Path) -> None:
@@ -90,10 +113,18 @@ def _check_mode(mode: int, path: str | Path) -> None:
         raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
-def read_bytes(path: str | Path) -> bytes:
-    """The content of a regular file; OSError as `open_regular`."""
+def read_bytes(path: str | Path, most: int = LARGEST_TEXT) -> bytes:
+    """The content of a regular file; OSError as `open_regular`, and for one of more than `most` bytes."""
     with open_regular(path) as file:
-        return file.read()
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise OSError(errno.EFBIG, f"{size:,} bytes, more than the {most:,} that such a file may have", str(path))
+        return file.read(most + 1)  # files of the system say that they hold nothing
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a text file in UTF-8, without their ends. Nothing else than a line feed ends one."""
+    return [line.removesuffix("\r") for line in read_text(path).rstrip("\n").split("\n")]
 
 
 def read_text(path: str | Path, encoding: str = "utf-8-sig") -> str:
@@ -101,14 +132,14 @@ def read_text(path: str | Path, encoding: str = "utf-8-sig") -> str:
     return read_bytes(path).decode(encoding)
 
 
-def read_json(path: str | Path, kind: type | None = dict) -> Any:
+def read_json(path: str | Path, kind: type | None = dict, most: int = LARGEST_JSON) -> Any:
     """The value in a JSON file, of type `kind` (None: any).
 
-    Raises FileNotFoundError where there is no file, and DataError naming it for all else: not a regular file, not JSON,
-    another type at the top, NaN or infinity (which JSON has not), more than JSON_DEPTH levels.
+    Raises FileNotFoundError where there is no file, and DataError naming it for all else: not a regular file, more than
+    `most` bytes, not JSON, another type at the top, NaN or infinity (which JSON has not), more than JSON_DEPTH levels.
     """
     try:
-        return parse_json(read_bytes(path), kind)
+        return parse_json(read_bytes(path, most), kind)
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
@@ -129,13 +160,13 @@ def parse_json(text: str | bytes, kind: type | None = dict) -> Any:
         value = json.loads(text, parse_constant=refuse, parse_float=number)
     except RecursionError:
         raise ValueError(f"more than {JSON_DEPTH} levels of lists and objects") from None
-    level = [value]
+    level = [value] if isinstance(value, dict | list) else []
     for _ in range(JSON_DEPTH):
         level = [
             inside
-            for value in level
-            if isinstance(value, dict | list)
-            for inside in (value.values() if isinstance(value, dict) else value)
+            for outer in level
+            for inside in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inside, dict | list)
         ]
     if level:
         raise ValueError(f"more than {JSON_DEPTH} levels of lists and objects")
@@ -207,7 +238,7 @@ def make_folder(path: str | Path) -> Path:
 
 def make_parent(path: str | Path) -> None:
     """Make the folder of a file that glsim will write, with those above it. Each that is new gets a MARKER."""
-    fresh = [place for place in Path(path).parents if not place.exists()]
+    fresh = [place for place in real(path).parents if not place.exists()]  # of `new/..`, neither
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     for place in fresh:
         (place / MARKER).touch()
@@ -216,8 +247,9 @@ def make_parent(path: str | Path) -> None:
 def check_writable(path: str | Path, folder: bool = False) -> None:
     """Hold that a file (or a `folder`) can be written at `path`, below folders that may still have to be made.
 
-    Nothing is left behind. Raises ConfigError where something else is there, and for a folder of somebody's images,
-    among which what is written would be taken for theirs; GlsimError where the system refuses.
+    Nothing is left behind. Raises ConfigError where something else is there: for a folder with somebody's images, among
+    which what is written would be taken for theirs, and for a file that is an image or part of a model. GlsimError
+    where the system refuses.
     """
     import tempfile  # slow, and not needed to say what is wrong with an option
 
@@ -231,8 +263,10 @@ def check_writable(path: str | Path, folder: bool = False) -> None:
             raise ConfigError(f"{path} is a folder; name a file")
         if not folder and path.exists() and not path.is_file():
             raise ConfigError(f"{path} is not a regular file; name another")
-        if folder and path.is_dir() and _holds_images_alone(path):
-            raise ConfigError(f"{path} holds nothing but images, which glsim did not write; name another folder")
+        if folder and path.is_dir() and _holds_images(path):
+            raise ConfigError(f"{path} holds images that glsim did not write; name another folder")
+        if not folder and path.exists() and (what := _precious(path)):
+            raise ConfigError(f"{path} is {what}, and would be replaced; name another")
         place = path if folder else path.parent
         while not place.exists():
             place = place.parent
@@ -244,12 +278,22 @@ def check_writable(path: str | Path, folder: bool = False) -> None:
         raise GlsimError(f"{path} cannot be written: {error.strerror or one_line(error)}; name another") from error
 
 
-def _holds_images_alone(folder: Path) -> bool:
-    if (folder / MARKER).exists():
+def _is_image(name: str) -> bool:
+    return (mimetypes.guess_type(f"x{Path(name).suffix}", strict=False)[0] or "").startswith("image/")
+
+
+def _holds_images(folder: Path) -> bool:
+    """Whether images of somebody else lie in a folder: what is written beside them would be taken for theirs."""
+    if (folder / MARKER).exists() or (folder / BUNDLE[0]).exists():
         return False
-    names = [path.name for path in folder.iterdir() if not is_junk(path.name)]
-    kinds = [mimetypes.guess_type(f"x{Path(name).suffix}", strict=False)[0] or "" for name in names]
-    return bool(names) and all(kind.startswith("image/") for kind in kinds)
+    return any(_is_image(path.name) for path in folder.iterdir() if not is_junk(path.name))
+
+
+def _precious(file: Path) -> str | None:
+    """What a file is that no output may replace; None for any other."""
+    if _is_image(file.name):
+        return "an image"
+    return "part of a model" if file.name in BUNDLE and (file.parent / BUNDLE[0]).exists() else None
 
 
 @contextmanager

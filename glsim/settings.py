@@ -11,7 +11,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal
 
-from glsim.files import expand
+from glsim.files import expand, real
 from glsim.types import ConfigError, choose
 
 Size = int | list[int] | None
@@ -60,9 +60,9 @@ class Settings:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if value is not None:
-                if f.metadata.get("path"):
+                if role := f.metadata.get("path"):
                     whole = isinstance(value, str | Path)
-                    value = expand(str(value)) if whole else [expand(str(one)) for one in value]
+                    value = _path(f.name, str(value), role) if whole else [_path(f.name, str(v), role) for v in value]
                     object.__setattr__(self, f.name, value)
                 _check(f, hints[f.name], value)
         self.check()
@@ -76,7 +76,29 @@ class Settings:
             object.__setattr__(self, name, value)
 
 
+def _path(name: str, path: str, role: Role) -> str:
+    if not path.strip() or "\0" in path:
+        raise ConfigError(f"{name}={path!r}: the path of a {'file' if role == 'file' else 'folder or file'} is needed")
+    expanded = expand(path)
+    if role == "reads":
+        return expanded
+    if expanded.startswith("~"):
+        raise ConfigError(f"{name}={path}: there is no such user; for a file of this name, write ./{path}")
+    return str(real(expanded)) if ".." in Path(expanded).parts else expanded
+
+
+def _finite(value: Any) -> bool:
+    """Whether no number in a setting is infinite or none."""
+    if isinstance(value, dict):
+        return all(map(_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def _check(f: dataclasses.Field, hint: Any, value: Any) -> None:
+    if not _finite(value):
+        raise ConfigError(f"{f.name}={value}: finite numbers are needed")
     what, several = f.name.replace("_", " "), value if isinstance(value, list | tuple) else [value]
     choices = f.metadata.get("choices") or choices_of(hint)
     for one in several if choices else ():

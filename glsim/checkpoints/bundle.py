@@ -35,9 +35,11 @@ from glsim.checkpoints.official import convert_official
 from glsim.checkpoints.onnx_runtime import open_graph
 from glsim.data.transforms import Preprocessing
 from glsim.files import (
+    BUNDLE,
     expand,
     make_folder,
     one_line,
+    open_regular,
     read_json,
     replacing,
     write_json,
@@ -49,7 +51,10 @@ from glsim.models.config import ModelConfig
 from glsim.models.patch_embed import to_pair
 from glsim.types import ConfigError, DataError, GlsimError
 
-FILES = WEIGHTS, CONFIG, METRICS_FILE, CARD = "model.safetensors", "config.json", "metrics.json", "README.md"
+FILES = CONFIG, WEIGHTS, METRICS_FILE, CARD = BUNDLE
+LARGEST_HEADER = 2**23  # bytes of names, types and shapes; a model of a thousand tensors has 2**17
+FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+NUMBERS = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "bool"}
 WHERE_FROM = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}  # for timm
 
 
@@ -201,8 +206,10 @@ def load_bundle(folder: Path, **overrides: Any) -> Model:
             model = create_model(**arguments, pretrained=False)
     except TooLarge as error:
         raise DataError(f"{folder / CONFIG} was refused: its model is far larger than {WEIGHTS}") from error
-    except GlsimError:
-        raise
+    except GlsimError as error:
+        if overrides:
+            raise
+        raise DataError(f"{folder / CONFIG}: no model can be built from it: {error}") from error
     except Exception as error:  # timm's and torch's, of odd arguments, have no class in common but this one
         raise DataError(f"{folder / CONFIG} is damaged: no model can be built from it: {one_line(error)}") from error
     if list(model.config.image_size) != list(config.image_size):
@@ -212,6 +219,9 @@ def load_bundle(folder: Path, **overrides: Any) -> Model:
     unfit = {
         "missing": own.keys() - weights.keys(),
         "of another shape": [k for k, v in weights.items() if k in own and own[k].shape != v.shape],
+        "of another type": [
+            k for k, v in weights.items() if k in own and (own[k].dtype in FLOATS) != (v.dtype in FLOATS)
+        ],
         "not part of the model": weights.keys() - own.keys(),
     }
     if any(unfit.values()):
@@ -230,13 +240,20 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """
     path = folder / WEIGHTS
     try:
+        with open_regular(path) as head:
+            if int.from_bytes(head.read(8), "little") > LARGEST_HEADER:
+                raise DataError(f"{path} was refused: its header has more than {LARGEST_HEADER:,} bytes")
         with safe_open(path, framework="pt") as file:
             written = (file.metadata() or {}).get("sha256")
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise DataError(f"{folder} is no bundle: it has no {WEIGHTS}") from None
-    except (SafetensorError, OSError) as error:
+    except DataError:
+        raise
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise DataError(f"{path} is damaged: {one_line(error)}") from error
+    if odd := {str(w.dtype).removeprefix("torch.") for w in weights.values()} - NUMBERS:
+        raise DataError(f"{path} was refused: a model has no numbers of type {', '.join(sorted(odd))}")
     if written is not None and written != digest(weights):
         raise DataError(f"{path} is damaged: its weights are not those that were saved; copy it again")
     check_finite(weights, path)

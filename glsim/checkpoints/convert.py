@@ -9,7 +9,7 @@ from typing import Any
 
 from glsim.checkpoints.bundle import CONFIG, save
 from glsim.checkpoints.official import convert_official
-from glsim.files import one_line, read_text
+from glsim.files import one_line, read_lines
 from glsim.types import ConfigError, DataError
 
 
@@ -55,7 +55,7 @@ def convert_checkpoint(
     names = None
     if labels is not None:
         try:
-            names = read_text(labels).splitlines()
+            names = read_lines(labels)
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"labels file {labels} cannot be read: {one_line(error)}") from error
     model = convert_official(checkpoint, method, **options)

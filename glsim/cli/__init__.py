@@ -7,6 +7,7 @@ the library does and returns its result, and `show(result, options)`, the same f
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -66,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     own = words[: words.index("--")] if "--" in words else words
     as_json, traced = (flag in own for flag in FLAGS)
     words = [word for word in own if word not in FLAGS] + words[len(own) :]
+    closed = sys.stdout is None
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who called us
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123
@@ -82,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         part_processes()
     try:
+        if closed and text:
+            raise OSError(errno.EBADF, "standard output is closed, and the answer lost; --out keeps it in a file")
         put(text, sys.stdout)
     except BrokenPipeError:  # the reader of our output left: head, less
         return code or 1

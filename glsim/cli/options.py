@@ -32,7 +32,7 @@ class Decoding(Settings):
     def check(self) -> None:
         """A limit above 0."""
         super().check()
-        if not 0 < self.max_megapixels < float("inf"):
+        if not self.max_megapixels > 0:
             raise ConfigError(f"max_megapixels={self.max_megapixels}: a number above 0 is needed")
 
 

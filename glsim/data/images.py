@@ -46,6 +46,8 @@ EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"),
     *HEIF,
 )
+LARGEST_FILE = 1024  # MiB, in which 110 megapixels of 16 bits fit uncompressed
+LARGEST_FILES = {b"GIF8": 32, b"WEBP": 128, b"ftyp": 128}  # MiB of those that are read whole before their size is known
 # Only these decoders are tried, whatever a file is called: another one of Pillow's starts an outside program (EPS).
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
@@ -157,6 +159,10 @@ def _decode(
 ) -> T:
     with _pillow_quiet(limit), _file(path, content) as file:
         start += file.read(16)
+        size = file.seek(0, io.SEEK_END)
+        most = next((most for mark, most in LARGEST_FILES.items() if mark in start[:12]), LARGEST_FILE)
+        if size > most * 2**20:
+            raise Refused(f"{size / 2**20:,.0f} MiB, more than the {most} MiB that such a file may have")
         with _open(file, bytes(start), formats) as image:
             room.enter_context(limits.room().hold(limits.bytes_to_decode(image, file, limit)))
             image.load()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from glsim.data.image_files import Labelled, LeftOut, folders_in
-from glsim.data.names import clean_label, holds_val, one_of_each_split, split_of
-from glsim.files import read_table
+from glsim.data.names import clean_label, holds_val, one_of_each_split, resembles_split, split_of
+from glsim.files import is_junk, read_table, shorten
 from glsim.types import DataError
 
+READ = (".csv", ".tsv")  # endings of lists that are read
+TABLES = (*READ, ".txt", ".parquet", ".xlsx", ".xls", ".ods", ".json", ".jsonl")  # and of what may be meant as one
 LAYOUTS = (
     "what works: a folder train/CLASS/x.jpg with val/ or test/ beside train/; a folder CLASS/x.jpg; a CSV file with "
     "the header path,label or path,label,split; a folder that holds train.csv and test.csv; hf:NAME; wds:FOLDER"
@@ -19,12 +23,18 @@ LAYOUTS = (
 
 def read_lists(folder: Path, left: LeftOut) -> list[Labelled]:
     """The images of train.csv (or train_val.csv), val.csv, test.csv in a folder; [] where there are none of them."""
-    lists = one_of_each_split([file for file in sorted(folder.glob("*.csv")) if split_of(file.stem)], lambda f: f.stem)
-    if not lists:
-        return []
+    with os.scandir(folder) as entries:  # which knows what is a folder without looking at each file
+        inside = sorted(entry.name for entry in entries if not is_junk(entry.name) and not entry.is_dir())
+    tables = [folder / name for name in inside if Path(name).suffix.lower() in TABLES]
+    known = [file for file in tables if file.suffix.lower() in READ and split_of(file.stem)]
+    lists = one_of_each_split(known, lambda f: f.stem)
     if whole := [file for file in lists.values() if holds_val(file.stem)]:
         lists = {"train": whole[0], **{split: file for split, file in lists.items() if split == "test"}}
-    beside = [inside for inside in folders_in(folder, LeftOut()) if split_of(inside.name)]
+    if others := [file.name for file in tables if file not in known and resembles_split(file.stem)]:
+        left.said.append(f"left out {', '.join(others[:5])}: no list (.csv, .tsv) by the name of a split")
+    if not lists:
+        return []
+    beside = [other for other in folders_in(folder, LeftOut()) if split_of(other.name)]
     try:
         rows = [row._replace(split=split) for split, file in lists.items() for row in read_list(file)]
     except DataError as error:
@@ -32,9 +42,9 @@ def read_lists(folder: Path, left: LeftOut) -> list[Labelled]:
             raise
         names, files = (", ".join(path.name for path in paths) for paths in (beside, lists.values()))
         raise DataError(f"{error}\nor move {files} away: the folders beside ({names}) will do without") from error
-    for inside in beside:
-        if split_of(inside.name) not in lists and not any(row.path.is_relative_to(inside) for row in rows):
-            left.said.append(f"left out {inside}, as {', '.join(f.name for f in lists.values())} say what is read")
+    for other in beside:
+        if split_of(other.name) not in lists and not any(row.path.is_relative_to(other) for row in rows):
+            left.said.append(f"left out {other}, as {', '.join(f.name for f in lists.values())} say what is read")
     return rows
 
 
@@ -76,7 +86,7 @@ def read_list(file: Path) -> list[Labelled]:
 
 def _class_names(file: Path) -> dict[int, str]:
     names: dict[int, str] = {}
-    for line, cells in read_columns(file, ("class_id", "class_name"))[1] if file.is_file() else ():
+    for line, cells in read_columns(file, ("class_id", "class_name"))[1] if os.path.lexists(file) else ():
         where = f"{file}, line {line}"
         class_id, name = _class_id(cells["class_id"], where), clean_label(cells["class_name"])
         if class_id in names or name in names.values():
@@ -86,10 +96,9 @@ def _class_names(file: Path) -> dict[int, str]:
 
 
 def _class_id(text: str, where: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise DataError(f"{where}: class_id must be an integer, got {text!r}") from None
+    if not re.fullmatch(r"-?[0-9]{1,18}", text):
+        raise DataError(f"{where}: class_id must be an integer, got {shorten(text, 40)!r}")
+    return int(text)
 
 
 def read_columns(

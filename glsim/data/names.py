@@ -22,8 +22,14 @@ _BESIDE = {  # words that may stand beside these without saying anything
     *("image", "img", "picture", "pic", "photo", "sample", "example"),
 }
 SPLIT_ROOTS = ("train", "test", "valid")  # words that begin so may mean a split: Trainingsdaten
-_HINTS = {"set", "split", "part", "fold", "holdout", "learn", "learning", "query", "gallery", "probe", "calibration"}
-_NOTHING = re.compile("[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")  # unseen marks
+_PIECES = {"set", "part"}  # words of splits, and of pieces of one
+_HINTS = {
+    *("split", "fold", "holdout", "hold", "heldout", "held", "rest", "learn", "learning", "query", "gallery", "probe"),
+    *("calibration", "seen", "unseen", "minival", "lernen", "pruefung", "prüfung", "apprentissage", "essai"),
+}
+_NOTHING = re.compile(
+    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]"
+)  # unseen marks
 
 
 def clean_label(text: str) -> str:
@@ -80,9 +86,14 @@ def holds_val(name: str) -> bool:
 def resembles_split(name: str) -> bool:
     """Whether a name that is none of a split may be meant as one: `train2`, `my_test`, `Trainingsdaten`, `fold1`."""
     return any(
-        _splits_of_word(word) or word.startswith(SPLIT_ROOTS) or word.removesuffix("s") in _HINTS
+        _splits_of_word(word) or word.startswith(SPLIT_ROOTS) or word.removesuffix("s") in _HINTS | _PIECES
         for word in words_of(name)
     )
+
+
+def hints_at_split(name: str) -> bool:
+    """`resembles_split`, for a name that is one of many pieces of a data set: `part-0001` may be any of them."""
+    return any(word.startswith(SPLIT_ROOTS) or word.removesuffix("s") in _HINTS for word in words_of(name))
 
 
 def holds_masks(name: str) -> bool:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 import warnings
+from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from glsim.data.image_files import count_endings
 from glsim.data.images import EXTENSIONS
-from glsim.data.names import KNOWN_SPLITS, SPLIT_ROOTS, joined_split, splits_named, words_of
+from glsim.data.names import KNOWN_SPLITS, clean_label, hints_at_split, joined_split, splits_named
 from glsim.data.sources import parse
 from glsim.data.uri import members
-from glsim.files import is_junk, one_line, parse_json, read_text
+from glsim.files import is_junk, one_line, parse_json, read_lines, shorten
 from glsim.types import DataError, DataWarning
 
 CLASS_NAMES = "classnames.txt"  # beside shards whose labels are numbers: one name a line, as the CLIP benchmark has it
@@ -40,8 +42,12 @@ def read_shards(source: str | Path) -> list[Sample]:
     parsed = parse(source)
     assert parsed is not None
     folder, key = Path(parsed.name), parsed.options.get("label")
-    found = [p for p in folder.rglob("*.tar") if p.is_file()] if folder.is_dir() else []
-    shards = sorted(p for p in found if not any(map(is_junk, p.relative_to(folder).parts)))
+    inside = [p for p in folder.rglob("*") if ".tar" in map(str.lower, p.suffixes) or p.suffix.lower() == ".tgz"]
+    inside = [p for p in inside if not any(map(is_junk, p.relative_to(folder).parts)) and not p.is_dir()]
+    shards = sorted(p for p in inside if p.suffix.lower() == ".tar" and p.is_file())
+    if others := sorted(set(inside) - set(shards)):
+        what = f"left out {len(others):,} files that are no plain tar archives, as {others[0].relative_to(folder)}"
+        warnings.warn(f"{source}: {what}", DataWarning, 2)
     if not shards:
         raise DataError(
             f"{source}: no .tar file in the folder {folder}; wanted archives like train-000.tar, test-000.tar"
@@ -60,7 +66,7 @@ def read_shards(source: str | Path) -> list[Sample]:
     if left:
         warnings.warn(f"{source}: left out, as no image belongs to them, {count_endings(left)}", DataWarning, 2)
     names = folder / CLASS_NAMES
-    return _named(samples, names) if names.is_file() else samples
+    return _named(samples, names) if os.path.lexists(names) else samples
 
 
 def _split_of(path: Path) -> str | None:
@@ -69,7 +75,7 @@ def _split_of(path: Path) -> str | None:
     found = {joined_split(splits) or " or ".join(sorted(splits)) for splits in named if splits}
     if len(found) > 1 or any(" or " in split for split in found):
         raise DataError(f"{path}: is it {' or '.join(sorted(found))}? Its name says both")
-    if not found and any(word.startswith(SPLIT_ROOTS) for word in words_of(path.as_posix())):
+    if not found and any(map(hints_at_split, path.with_suffix("").parts)):
         raise DataError(f"{path}: its name may be meant as that of a split; known are {KNOWN_SPLITS}; rename it")
     return found.pop() if found else None
 
@@ -131,10 +137,14 @@ def _label(parts: dict[str, str], text: Any, key: str | None) -> str:
 
 def _named(samples: list[Sample], file: Path) -> list[Sample]:
     try:
-        names = read_text(file).splitlines()
+        names = [clean_label(name) for name in read_lines(file)]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: cannot be read as text in UTF-8 ({one_line(error)})") from error
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise DataError(f"{file}: {twice[0]!r} comes twice; a line is the name of one class")
+    numbered = {str(i): name for i, name in enumerate(names)}
     for sample in samples:
-        if not sample.label.isdecimal() or int(sample.label) >= len(names):
-            raise DataError(f"{sample.path}: label {sample.label!r} is not the number of a line of {file}, from 0")
-    return [sample._replace(label=names[int(sample.label)].strip()) for sample in samples]
+        if (sample.label.lstrip("0") or "0") not in numbered:
+            number = shorten(sample.label, 40)
+            raise DataError(f"{sample.path}: label {number!r} is not the number of a line of {file}, from 0")
+    return [sample._replace(label=numbered[sample.label.lstrip("0") or "0"]) for sample in samples]

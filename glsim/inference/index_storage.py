@@ -24,6 +24,7 @@ from glsim.files import make_folder, one_line, read_bytes, read_json, to_json, w
 from glsim.types import EMBEDDINGS, DataError, GlsimError
 
 FORMAT = 1
+LARGEST_TABLE = 2**30  # bytes of index.json: ten million images
 TABLE, VECTORS, LOCK = "index.json", "vectors", ".lock"
 
 
@@ -103,7 +104,7 @@ class Index:
         }
         file = folder / TABLE
         with FileLock(folder / LOCK):
-            if (read_json(file).get("vectors") if file.exists() else None) != self.stored:
+            if (read_json(file, most=LARGEST_TABLE).get("vectors") if file.exists() else None) != self.stored:
                 raise GlsimError(f"{folder} was changed by somebody else meanwhile; nothing was written, try again")
             write_bytes(folder / name, data)
             write_text(file, to_json(table) + "\n")
@@ -116,7 +117,7 @@ def read_index(folder: str | Path) -> Index:
     """The index in `folder`. Raises DataError for one that is missing, damaged or of a later format."""
     folder = Path(folder)
     try:
-        table = read_json(folder / TABLE)
+        table = read_json(folder / TABLE, most=LARGEST_TABLE)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{folder} is no index: it has no {TABLE}; make one with glsim index build") from None
     missing = [key for key in KEYS if key not in table]
@@ -132,6 +133,8 @@ def read_index(folder: str | Path) -> Index:
             f"{folder / TABLE} is damaged: {len(images)} images of {len(paths)} paths, {len(classes)} classes, the "
             f"last of an image {max(labels)}"
         )
+    if len({clean_label(label) for label in classes}) < len(classes):
+        raise DataError(f"{folder / TABLE} is damaged: two of its classes are one name in two spellings")
     if Path(name).name != name:
         raise DataError(f"{folder / TABLE} was refused: its vectors lie outside, in {name!r}")
     try:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from glsim.data.images import fit_size
 from glsim.data.transforms import Preprocessing, eval_transform, to_picture
+from glsim.files import printable
 from glsim.interpret.heatmaps import Explanation
 from glsim.models import METHODS, find_method
 from glsim.models.scores import TITLES
@@ -122,7 +123,7 @@ class Page:
 
         Where it is wider than `room` its `size` shrinks to two thirds, and then its middle is left out.
         """
-        style = {"color": INK, "va": "baseline", **style}
+        style, text = {"color": INK, "va": "baseline", **style}, printable(text)
         shown = self.axes.text(x, y, text, parse_math=False, fontsize=size, **style)
         kept = len(text)
         with warnings.catch_warnings():

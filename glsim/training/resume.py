@@ -53,7 +53,7 @@ MODEL, AVERAGED, OPTIMIZER, CONTENTS = "model", "averaged", "optimizer", "conten
 LOCK, HOLDER = ".lock", ".holder"  # there while a run is at work
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # a file system that has none says one of them
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of an optimiser's state
-FORMAT = 3  # of the checkpoint and of how randomness follows from the seed; a run of another one cannot go on
+FORMAT = 4  # of the checkpoint and of how randomness follows from the seed; a run of another one cannot go on
 
 
 class Interrupted(GlsimError):
@@ -167,11 +167,10 @@ def save_checkpoint(accelerator: Accelerator, out: Path, progress: dict[str, Any
         with writing(out):
             shutil.rmtree(new, ignore_errors=True)
             make_folder(new)
-            _write(new, MODEL, parts.model.state_dict())
+            written = {MODEL: parts.model.state_dict(), OPTIMIZER: tensors, CONTENTS: {CONTENTS: parts.contents}}
             if parts.averaged is not None:
-                _write(new, AVERAGED, parts.averaged.state_dict())
-            _write(new, OPTIMIZER, tensors)
-            _write(new, CONTENTS, {CONTENTS: parts.contents})
+                written[AVERAGED] = parts.averaged.state_dict()
+            progress["digests"] = {name: _write(new, name, some) for name, some in written.items()}
             write_text(new / STATE, to_json(progress))
             _to_disk(new)
             if final.exists():  # if not, a run died between the two renames, and `old` is all there is
@@ -224,6 +223,7 @@ def load_checkpoint(accelerator: Accelerator, out: Path, parts: Parts, data_hash
     if progress.get("split_hash") != data_hash:
         raise ConfigError(f"{out} was trained on other images, classes or splits than the data has now")
     with reading(folder, out):
+        _check_digests(folder, progress["digests"], parts)
         changed = (_read(folder, CONTENTS)[CONTENTS] != parts.contents).nonzero().flatten().tolist()
     if changed:
         raise ConfigError(
@@ -235,15 +235,32 @@ def load_checkpoint(accelerator: Accelerator, out: Path, parts: Parts, data_hash
         parts.model.load_state_dict(_read(folder, MODEL))
         if parts.averaged is not None:
             parts.averaged.load_state_dict(_read(folder, AVERAGED))
+        fresh = [dict(group) for group in parts.optimizer.param_groups]
         parts.optimizer.load_state_dict(_with_tensors(progress["optimizer"], _read(folder, OPTIMIZER)))
+        for group, own in zip(parts.optimizer.param_groups, fresh, strict=True):  # what the settings say, holds
+            group.update({name: value for name, value in own.items() if name not in ("params", "lr")})
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(progress["scaler"])
     return progress
 
 
-def _write(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
+def _write(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> str:
+    """Write a file of tensors; returns its digest."""
     whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     safetensors.torch.save_file(whole, folder / f"{name}.safetensors")
+    return _digest(folder, name)
+
+
+def _digest(folder: Path, name: str) -> str:
+    with open_regular(folder / f"{name}.safetensors") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def _check_digests(folder: Path, digests: Mapping[str, str], parts: Parts) -> None:
+    """ValueError for a file of tensors that is not the one that was saved with the state."""
+    for name in (MODEL, OPTIMIZER, CONTENTS, *([AVERAGED] if parts.averaged is not None else [])):
+        if _digest(folder, name) != digests[name]:
+            raise ValueError(f"{name}.safetensors is not the file that was saved")
 
 
 def _read(folder: Path, name: str) -> dict[str, Tensor]:

@@ -203,7 +203,7 @@ def prepare(s: Train, out: Path, accelerator: Accelerator) -> Run:
         **provenance(s, model, batches.size),
     }
     with reading(out / CHECKPOINT, out):
-        history = [Epoch(**row) for row in state.get("history", [])]
+        history, step, sums = _reached(state, s.epochs * batches.steps, accelerator.num_processes)
     return Run(
         out=out,
         accelerator=accelerator,
@@ -225,9 +225,22 @@ def prepare(s: Train, out: Path, accelerator: Accelerator) -> Run:
         data_hash=data_hash,
         about=about,
         history=history,
-        step=state.get("step", 0),
-        tally=Tally(accelerator, state.get("tally")),
+        step=step,
+        tally=Tally(accelerator, sums),
     )
+
+
+def _reached(state: dict[str, Any], steps: int, processes: int) -> tuple[list[Epoch], int, list[float] | None]:
+    """The epochs, steps and sums that a checkpoint tells of; an error that `reading` knows where it tells nonsense."""
+    if not state:
+        return [], 0, None
+    step, sums, history = state["step"], state["tally"], [Epoch(**row) for row in state["history"]]
+    if type(step) is not int or not 0 <= step <= steps:
+        raise ValueError(f"step is {step!r}, of {steps}")
+    numbers = [*sums, *(value for row in history for value in vars(row).values() if value is not None)]
+    if len(sums) != 3 * processes + 1 or not all(type(value) in (int, float) for value in numbers):
+        raise ValueError("history and tally are not those of a run")
+    return history, step, sums
 
 
 def fit(s: Train, run: Run, progress: bool) -> None:
