@@ -35,9 +35,9 @@ from glsim import Predictor
 from glsim.checkpoints.bundle import labels_of, load
 from glsim.config import IndexBuild, IndexEval, Train, read_recipe
 from glsim.data.readers import ImageList, hold_out, read_data
+from glsim.data.splits import join
 from glsim.evaluation.calibration import fit_temperature
 from glsim.evaluation.confidence import calibration_error, graded
-from glsim.evaluation.evaluate import join
 from glsim.files import write_text
 from glsim.inference import index
 from glsim.models.backbone import Model
