@@ -36,6 +36,7 @@ from torch import Tensor
 from glsim import Predictor
 from glsim.checkpoints.bundle import labels_of, load
 from glsim.data.readers import ImageList, hold_out, read_data
+from glsim.data.splits import join
 from glsim.evaluation.calibration import fit_temperature
 from glsim.evaluation.confidence import calibration_error, graded
 from glsim.evaluation.evaluate import join
