@@ -39,7 +39,6 @@ from glsim.data.readers import ImageList, hold_out, read_data
 from glsim.data.splits import join
 from glsim.evaluation.calibration import fit_temperature
 from glsim.evaluation.confidence import calibration_error, graded
-from glsim.evaluation.evaluate import join
 from glsim.files import document, write_text
 from glsim.inference.index import build_index, find_split, open_index
 from glsim.inference.index_evaluation import Accuracies, Queries, accuracies, match_classes, measure_index

@@ -77,7 +77,7 @@ def test_eval_prints_what_training_measured(run_folder, birds, tmp_path):
     trained = json.loads((run_folder / "metrics.json").read_text())["test"]
     result = evaluate.evaluate_bundle(run_folder, birds, out=tmp_path / "e", workers=0, batch_size=4)
     for key in ("count", "correct", "top1", "correct_top5", "top5", "per_class_mean", "per_class"):
-        assert result[key] == trained[key]
+        assert getattr(result, key) == trained[key]
     rows = (tmp_path / "e" / "predictions.csv").read_text().splitlines()
     assert len(rows) == 10
     right = sum(row.split(",")[1] == row.split(",")[2] for row in rows[1:])
