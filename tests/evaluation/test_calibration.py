@@ -121,8 +121,8 @@ def test_unsure_images_wait_for_a_full_batch(model, images, monkeypatch):
     with torch.no_grad():
         monkeypatch.setattr(model, "margin", float(top2_margin(model.first_pass(images)[1]).sort().values[6]))
         wanted = model(images)
-    sizes, second = [], model.second
-    monkeypatch.setattr(model, "second", lambda *given: sizes.append(len(given[0])) or second(*given))
+    sizes, second = [], model.second_pass
+    monkeypatch.setattr(model, "second_pass", lambda *given: sizes.append(len(given[0])) or second(*given))
     outputs = list(answers(model, images.split(4)))
     assert [len(o.logits) for o in outputs] == [4, 4, 1]
     torch.testing.assert_close(torch.cat([o.logits for o in outputs]), wanted.logits, atol=1e-5, rtol=1e-5)
