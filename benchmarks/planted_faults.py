@@ -39,7 +39,8 @@ LIBRARIES = ("torch", "torchvision.transforms.v2", "timm", "accelerate", "torchm
 
 
 class Fault(NamedTuple):
-    """A text that is replaced by another one, and the tests that are nearest: files by name, words of pytest."""
+    """A text that is replaced by another one, and the tests that are nearest: files by their names, of which one that
+    is not there is passed over, and words of pytest."""
 
     kind: str
     old: str  # in one file of the package, once
@@ -52,7 +53,7 @@ FAULTS = (
         "off by one in a box",
         "return grid_line(start, count, side), grid_line(end + 1, count, side)",
         "return grid_line(start, count, side), grid_line(end, count, side)",
-        "selection_crop",
+        "selection_crop scores_boxes",
     ),
     Fault(
         "left and top swapped",
@@ -60,37 +61,37 @@ FAULTS = (
         "    return torch.stack((left, top, right, bottom), dim=1)",
         "    left, right = bounds(cols.amin(1), cols.amax(1), grid[1], image_size[1])\n"
         "    return torch.stack((top, left, bottom, right), dim=1)",
-        "selection_crop",
+        "selection_crop scores_boxes",
     ),
     Fault(
         "missing clamp",
         "sides.append(((start - margin).clamp(min=0), (end + margin).clamp(max=side)))",
         "sides.append(((start - margin).clamp(min=0), end + margin))",
-        "selection_crop",
+        "selection_crop scores_boxes",
     ),
     Fault(
         "wrong index dtype",
         "return scores, scores.topk(k, dim=-1).indices",
         "return scores, scores.topk(k, dim=-1).indices.int()",
-        "selection_crop models -k 'dtype or pick or glsim'",
+        "selection_crop scores_boxes models -k 'dtype or pick or glsim'",
     ),
     Fault(
         "softmax along the wrong axis",
         "taken = logits[..., 0].softmax(dim=-1) if f.num_prefix",
         "taken = logits[..., 0].softmax(dim=-2) if f.num_prefix",
-        "selection_crop golden",
+        "selection_crop scores_boxes golden",
     ),
     Fault(
         "missing normalisation",
         "one = F.normalize(f.cls.to(f.patches.dtype), dim=-1, eps=EPS)",
         "one = f.cls.to(f.patches.dtype)",
-        "selection_crop golden",
+        "selection_crop scores_boxes golden",
     ),
     Fault(
         "wrong sign",
         "return -(f.cls[:, None] - f.patches).square().mean(dim=-1)[:, None]",
         "return (f.cls[:, None] - f.patches).square().mean(dim=-1)[:, None]",
-        "selection_crop golden",
+        "selection_crop scores_boxes golden",
     ),
     Fault(
         "missing detach",
@@ -162,13 +163,13 @@ FAULTS = (
         "wrong split",
         "return part(False), part(True)",
         "return part(True), part(False)",
-        "data -k 'hold_out or split'",
+        "data readers -k 'hold_out or split'",
     ),
     Fault(
         "order of the labels",
         "sorted({(row.class_id, row.label) for row in basis})",
         "sorted({(row.class_id, row.label) for row in basis}, reverse=True)",
-        "data",
+        "data readers",
     ),
     Fault(
         "model left in training mode",
@@ -180,7 +181,7 @@ FAULTS = (
         "wrong preprocessing at load",
         "    if stored is not None:\n",
         "    if stored is None:\n",
-        "bundle predict train -k 'preprocessing or pixels or travels or goes_with or wrong or split or transform'",
+        "bundle predict predictor train -k 'preprocessing or pixels or travels or goes_with or wrong or split'",
     ),
     Fault(
         "rename left out",
@@ -198,13 +199,13 @@ FAULTS = (
         "wrong exit code",
         "    exit_code = 3\n",
         "    exit_code = 1\n",
-        "cli data -k 'exit or bad_data'",
+        "cli data readers -k 'exit or bad_data'",
     ),
     Fault(
-        "key of the JSON left out",
-        '        "split_drawn": s.split != "all" and not is_split(data),\n',
-        "",
-        "cli evaluate -k 'drew or json or one_image'",
+        "bad files left out without a word",
+        "[str(b) for b in bad],",
+        "[],",
+        "evaluate cli train -k 'skip or corrupt or left_out'",
     ),
     Fault(
         "row written twice",
@@ -218,7 +219,7 @@ FAULTS = (
         "box in pixels of the wrong image",
         "scale = (size[0] / width, size[1] / height)",
         "scale = (size[1] / height, size[0] / width)",
-        "predict",
+        "predict predictor",
     ),
     Fault(
         "wrong tolerance",
@@ -230,7 +231,7 @@ FAULTS = (
         "wrong level of an interval",
         "RESAMPLES, LEVEL = 1000, 0.95",
         "RESAMPLES, LEVEL = 1000, 0.90",
-        "where",
+        "where statistics",
     ),
     Fault(
         "best taken for worst",
@@ -242,7 +243,7 @@ FAULTS = (
         "duplicates found by half of their hash",
         "            near = distance <= most\n",
         "            near = distance <= 2 * most\n",
-        "doctor -k near",
+        "doctor audit -k near",
     ),
     Fault(
         "threshold not strict",
@@ -316,7 +317,8 @@ def try_fault(fault: Fault, tree: Path, whole: bool, limit: float) -> dict[str, 
         return {"result": "stale", "where": "nowhere"}
     file, before = places[0], texts[places[0]]
     files, _, words = fault.tests.partition(" -")
-    nearest = [f"tests/test_{name}.py" for name in files.split()] + shlex.split(words and f"-{words}")
+    found = [file for name in files.split() for file in sorted((tree / "tests").rglob(f"test_{name}.py"))]
+    nearest = [str(file.relative_to(tree)) for file in found] + shlex.split(words and f"-{words}")
     anyway: list[str] = []  # tests that fail without it too
     for where, tests in {"nearest": nearest, "whole suite": ["tests"]}.items():
         if where == "whole suite" and not whole:

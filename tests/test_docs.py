@@ -377,6 +377,8 @@ def is_here(name):
         there = {f.name for f in dataclasses.fields(cli.load_verb(verb).options)} if known else set()
         options = [word for word in words if word.startswith("--")]
         return known and {option[2:].partition(".")[0].replace("-", "_") for option in options} <= there
+    if name.startswith("python "):
+        return (ROOT / name.split()[1]).is_file()
     if name.startswith("backbone_args."):
         return name.partition(".")[2] in inspect.signature(VisionTransformer).parameters
     if name.startswith("options."):

@@ -9,16 +9,21 @@ import pytest
 from glsim.files import (
     ERROR_LENGTH,
     JSON_DEPTH,
+    MARKER,
     check_writable,
     code_span,
     csv_plain,
     csv_text,
     expand,
+    is_junk,
+    make_folder,
     markdown,
     one_line,
     open_regular,
+    parse_json,
     printable,
     read_json,
+    read_lines,
     replacing,
     shorten,
     shown,
@@ -180,7 +185,6 @@ def test_what_can_be_written_leaves_nothing_behind(tmp_path):
         ("new/folder", True),
         ("folder/a", False),
         ("ours", True),
-        ("mixed", True),
     ]:
         check_writable(tmp_path / name, folder)
     for name, folder, said in [
@@ -191,7 +195,8 @@ def test_what_can_be_written_leaves_nothing_behind(tmp_path):
         ("fifo", False, "not a regular file"),
         ("fifo", True, "name a folder"),
         ("link", True, "link to what is not there"),
-        ("photos", True, "nothing but images, which glsim did not write"),
+        ("photos", True, "holds images that glsim did not write"),
+        ("mixed", True, "holds images that glsim did not write"),
     ]:
         with pytest.raises(ConfigError, match=said) as error:
             check_writable(tmp_path / name, folder)
@@ -218,3 +223,64 @@ def test_what_a_worker_process_said_is_at_the_end_of_its_traceback():
     text = "Caught {0} in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File\n{0}: {1}"
     assert one_line(ValueError(text.format("ValueError", "no good\nmore"))) == "no good"
     assert one_line(RuntimeError(text.format("other.Odd", "no good"))) == "other.Odd: no good"
+
+
+def test_lines_end_with_a_line_feed_alone(tmp_path):
+    (tmp_path / "a").write_text("a\u2028b\x0c\x85\x1c\r\n\nc\n", encoding="utf-8", newline="")
+    assert read_lines(tmp_path / "a") == ["a\u2028b\x0c\x85\x1c", "", "c"]
+
+
+def test_a_file_is_read_up_to_a_size(tmp_path):
+    for name in ("x.json", "y.json"):
+        (tmp_path / name).write_text("{}")
+    os.truncate(tmp_path / "x.json", 3 * 2**30)  # sparse: it takes no room
+    with pytest.raises(
+        DataError, match=r"x\.json is damaged or cannot be read: .*3,221,225,472 bytes, more than the 16,7"
+    ):
+        read_json(tmp_path / "x.json")
+    with pytest.raises(DataError, match="more than the 1 that"):
+        read_json(tmp_path / "y.json", most=1)
+    assert read_json(tmp_path / "y.json", most=2) == {}
+    with pytest.raises(DataError, match="no name of a file"):
+        read_json(f"{tmp_path}/a\0b")
+
+
+def test_many_small_values_are_read_at_once():
+    assert len(parse_json("[" + "[]," * 300_000 + "0]", list)) == 300_001
+
+
+@pytest.mark.parametrize(
+    "name", ["@SynoEAStream", "RECYCLED", "found.000", "SYNOPHOTO_THUMB_XL.jpg", "a.sync-conflict-1.jpg"]
+)
+def test_more_that_systems_put_there(name):
+    assert is_junk(name) and not is_junk("..") and not is_junk("thumbs") and not is_junk("@home")
+
+
+def test_what_would_be_lost_is_not_replaced(tmp_path):
+    for name in (
+        "photos/a.jpg",
+        "photos/notes.txt",
+        "run/config.json",
+        "run/curve.png",
+        "a.webp",
+        "thesis.txt",
+        "README.md",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for name, folder, said in [
+        ("photos", True, "holds images that glsim did not write"),
+        ("a.webp", False, "is an image, and would be replaced"),
+        ("run/config.json", False, "is part of a model, and would be replaced"),
+    ]:
+        with pytest.raises(ConfigError, match=said):
+            check_writable(tmp_path / name, folder)
+    for name, folder in [("run", True), ("thesis.txt", False), ("README.md", False), ("run/answers.json", False)]:
+        check_writable(tmp_path / name, folder)
+
+
+def test_a_way_back_marks_nobodys_folder(tmp_path):
+    (tmp_path / "iris").mkdir()
+    (tmp_path / "iris" / "1.jpg").touch()
+    make_folder(tmp_path / "iris" / "new" / ".." / "pictures")
+    assert (tmp_path / "iris" / "pictures" / MARKER).is_file() and not (tmp_path / "iris" / MARKER).exists()

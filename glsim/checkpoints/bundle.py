@@ -242,7 +242,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     try:
         with open_regular(path) as head:
             if int.from_bytes(head.read(8), "little") > LARGEST_HEADER:
-                raise DataError(f"{path} was refused: its header has more than {LARGEST_HEADER:,} bytes")
+                raise DataError(f"{path} is damaged: its header has more than {LARGEST_HEADER:,} bytes")
         with safe_open(path, framework="pt") as file:
             written = (file.metadata() or {}).get("sha256")
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -227,8 +227,8 @@ def check_finite(weights: Mapping[str, Tensor], path: Path) -> None:
         raise DataError(f"{path} was refused: not every number is finite in {some(wrong)}; train or convert it again")
 
 
-class TooLarge(Exception):
-    """A network is far larger than it may be."""
+class TooLarge(BaseException):
+    """A network is far larger than it may be. Passes through what takes errors for those of odd arguments."""
 
 
 # What makes a tensor out of nothing but its size.

@@ -87,8 +87,6 @@ def convert_official(path: str | Path, method: str = "glsim", **overrides: Any) 
         raise DataError(
             f"{path} was refused: its keys and arguments name a far larger model than its weights"
         ) from error
-    except GlsimError:
-        raise
     except Exception as error:  # of shapes and arguments of any kind
         raise DataError(f"{path} is damaged: no model can be built from it: {one_line(error)}") from error
     weights = {ours: weight for ours, (_, weight) in used.items()}

@@ -299,7 +299,7 @@ def widths(model: Model, embedding: str) -> dict[str, int]:
     """How many numbers each embedding has that `model` gives where `embedding` is asked for."""
     height, width = model.config.image_size
     blank = torch.zeros(1, 3, height, width, device=next(model.parameters()).device)
-    told = without_early_exit(model, embedding)(blank).aux.get("embeddings", {})
+    told = without_early_exit(model, embedding)(blank).embeddings
     return {name: vectors.shape[1] for name, vectors in told.items()}
 
 

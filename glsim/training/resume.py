@@ -171,7 +171,7 @@ def save_checkpoint(accelerator: Accelerator, out: Path, progress: dict[str, Any
             if parts.averaged is not None:
                 written[AVERAGED] = parts.averaged.state_dict()
             progress["digests"] = {name: _write(new, name, some) for name, some in written.items()}
-            write_text(new / STATE, to_json(progress))
+            write_text(new / STATE, seal(progress))
             _to_disk(new)
             if final.exists():  # if not, a run died between the two renames, and `old` is all there is
                 shutil.rmtree(old, ignore_errors=True)
@@ -196,7 +196,15 @@ def read_progress(out: Path) -> dict[str, Any]:
             f"{folder} was written by another version of glsim (format {shorten(progress.get('format'), 20)}, here "
             f"{FORMAT}): finish the run with that one, or start a new one with --init-from {out}"
         )
+    with reading(folder, out):
+        if progress.pop("seal") != hashlib.sha256(to_json(progress).encode()).hexdigest():
+            raise ValueError(f"{STATE} is not what was saved")
     return progress
+
+
+def seal(progress: dict[str, Any]) -> str:
+    """The content of a checkpoint's state.json: progress, with a checksum of it, by which an edited one is known."""
+    return to_json({**progress, "seal": hashlib.sha256(to_json(progress).encode()).hexdigest()})
 
 
 def find_checkpoint(out: Path) -> Path | None:
@@ -235,10 +243,7 @@ def load_checkpoint(accelerator: Accelerator, out: Path, parts: Parts, data_hash
         parts.model.load_state_dict(_read(folder, MODEL))
         if parts.averaged is not None:
             parts.averaged.load_state_dict(_read(folder, AVERAGED))
-        fresh = [dict(group) for group in parts.optimizer.param_groups]
         parts.optimizer.load_state_dict(_with_tensors(progress["optimizer"], _read(folder, OPTIMIZER)))
-        for group, own in zip(parts.optimizer.param_groups, fresh, strict=True):  # what the settings say, holds
-            group.update({name: value for name, value in own.items() if name not in ("params", "lr")})
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(progress["scaler"])
     return progress

@@ -235,7 +235,7 @@ def _reached(state: dict[str, Any], steps: int, processes: int) -> tuple[list[Ep
     if not state:
         return [], 0, None
     step, sums, history = state["step"], state["tally"], [Epoch(**row) for row in state["history"]]
-    if type(step) is not int or not 0 <= step <= steps:
+    if not isinstance(state["history"], list) or type(step) is not int or not 0 <= step <= steps:
         raise ValueError(f"step is {step!r}, of {steps}")
     numbers = [*sums, *(value for row in history for value in vars(row).values() if value is not None)]
     if len(sums) != 3 * processes + 1 or not all(type(value) in (int, float) for value in numbers):

@@ -107,6 +107,7 @@ def test_augmented_is_cropped_turned_mirrored_and_erased(cars, few, monkeypatch)
     assert 0.1 < angle.max() < 0.26
 
 
+@pytest.mark.slow
 def test_the_recipe_builds(cars):
     """Two passes cost two, and the method that asks most of the grid finds one that is large enough."""
     a = cars.parse(["--data", "x", "--out", "y"])

@@ -95,6 +95,7 @@ def test_one_image_has_a_difference_without_interval(paired, words, tmp_path):
     assert "| +100.0 |" in sweep.as_markdown({"rows": [row | {"scale": 1, "clutter": 0}], "boxes": []})
 
 
+@pytest.mark.slow
 def test_all_variants_can_be_built(paired, words):
     """At costs near the published rule's, but for one pass alone, two crops, and every patch asked."""
     a = paired.parse([*words, "--large", "96"])
@@ -173,6 +174,7 @@ def test_a_finished_run_of_other_settings_is_refused(paired, words, tmp_path):
         paired.follow(paired.parse(some))
 
 
+@pytest.mark.slow
 def test_table_of_all_that_is_there_against_any_variant(paired, words, tmp_path):
     """Later commands, and those that train nothing, keep the rows of earlier ones."""
     out = tmp_path / "out"

@@ -147,7 +147,7 @@ def test_damage_is_named(bundle, tmp_path):
         glsim.load(e)
     f = damaged("f")
     (f / "config.json").write_text(json.dumps(config | {"method": "os.system"}))
-    with pytest.raises(ConfigError, match="unknown method 'os.system'"):
+    with pytest.raises(DataError, match=r"f/config\.json: no model can be built from it: unknown method 'os.system'"):
         glsim.load(f)
     (tmp_path / "x.txt").write_text("")
     with pytest.raises(DataError, match="is no bundle folder, .pth or .onnx file"):
@@ -459,6 +459,59 @@ def test_weights_that_are_no_numbers_are_refused(bundle, value):
     hashed = {"sha256": digest(weights)}
     save_file(weights, bundle / "model.safetensors", metadata=hashed)
     with pytest.raises(DataError, match=r"model.safetensors was refused: not every number is finite in backbone.net.n"):
+        glsim.load(bundle)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (torch.int8, "has no numbers of type int8"),
+        (torch.complex64, "has no numbers of type complex64"),
+        (torch.float8_e4m3fn, "has no numbers of type float8_e4m3fn"),
+        (torch.bool, "of another type"),
+        (torch.int64, "of another type"),
+    ],
+    ids=str,
+)
+def test_weights_of_another_type_are_refused(bundle, kind, said):
+    file = bundle / "model.safetensors"
+    weights = {name: weight.to(kind) for name, weight in load_file(file).items()}
+    save_file(weights, file, {"sha256": digest(weights)})
+    with pytest.raises(DataError, match=said):
+        glsim.load(bundle)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_weights_of_fewer_or_more_bits_are_read(bundle, kind):
+    file = bundle / "model.safetensors"
+    weights = {n: w.to(kind) if w.is_floating_point() else w for n, w in load_file(file).items()}
+    save_file(weights, file, {"sha256": digest(weights)})
+    assert {p.dtype for p in glsim.load(bundle).parameters()} == {torch.float32}
+
+
+def test_a_header_as_large_as_weights_is_refused(bundle):
+    (bundle / "model.safetensors").write_bytes((2**23 + 1).to_bytes(8, "little") + b"{}")
+    with pytest.raises(DataError, match="its header has more than 8,388,608 bytes"):
+        glsim.load(bundle)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("backbone", "no_such_net"),
+        ("method", "no_such_method"),
+        ("options", {"top_o": 0}),
+        ("options", {"drop_path": -1}),
+        ("backbone_args", {"num_heads": 0}),
+        ("backbone_args", {"patch_size": 0}),
+        ("backbone_args", {"norm_layer": "os"}),
+    ],
+)
+def test_a_config_that_cannot_be_built_is_named(bundle, key, value):
+    config = json.loads((bundle / "config.json").read_text())
+    config[key] = {**config[key], **value} if isinstance(value, dict) else value
+    (bundle / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=r"config\.json"):
         glsim.load(bundle)
 
 

@@ -30,7 +30,7 @@ def test_old_spellings_are_translated(old, new, said, monkeypatch):
 
 @pytest.mark.parametrize(
     "words",
-    ["", "eval m --layers", "predict m a --engine local", "predict m a --engine", "explain m -- --layers", "-h"],
+    ["", "eval m --layers", "predict m a --engine", "explain m -- --layers", "-h"],
 )
 def test_everything_else_is_left_alone(words, monkeypatch):
     monkeypatch.setattr(aliases, "_is_verb", lambda name: True)

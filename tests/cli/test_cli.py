@@ -19,8 +19,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY, parsed
 
-from glsim import cli, config
+from glsim import cli
 from glsim.cli import train as train_verb
+from glsim.cli.parser import in_order
+from glsim.settings import outputs
 from glsim.training.config import Train, change_recipe
 from glsim.types import ConfigError, DataError, DataWarning
 
@@ -60,7 +62,7 @@ def call(capsys, *words):
         (["index", "--help"], 0, "index query"),
         (["index", "add", "--help"], 0, "--label"),
         (["index", "build", "run", "--data", "d"], 2, "required: out"),
-        (["index", "eval", "i", "--data", "d", "--shots", "0"], 2, "shots=[0]: one or more, at least 1"),
+        (["index", "query", "i", "x", "--top-k", "0"], 2, "top_k=0: at least 1"),
         (["predict", "run", "x", "--top-k", "0"], 2, "top_k=0: at least 1"),
         (["export", "run"], 2, "required: out"),
         (["export", "run", "--out", "model.bin"], 2, "name a file that ends in .onnx (format onnx) or .pt2"),
@@ -252,17 +254,17 @@ def settings(chosen):
 def words_of(name, folder, **values):
     """Words with which a verb passes its checks: what it reads is not there, what it writes is below `folder`."""
     words, needed = name.split(), []
-    for f in dataclasses.fields(LOAD_VERB(name).options):
+    for f in in_order(LOAD_VERB(name).options):
         role = f.metadata.get("path")
         value = {"reads": folder / "none", "file": folder / "out.onnx", "folder": folder / "out"}.get(role)
-        mandatory = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        mandatory = (f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING) or f.name == "root"
         value = values.pop(f.name, GIVEN.get(f.name, value if mandatory else None))
         if value is not None and f.metadata.get("positional"):
             words.append(str(value))
         elif value is not None and (role or f.name == "root"):
             needed.append(f"--{f.name.replace('_', '-')}={value}")
     assert not values
-    return [*words, *needed]
+    return [*words, *needed, *(["--classes", "a", "b"] if name == "explain contrast" else [])]
 
 
 def document(capsys, words):
@@ -456,6 +458,34 @@ def test_links_that_lead_nowhere_are_left_out_by_name(capsys, run_folder, birds,
     assert [Path(line.partition(": ")[0]).name for line in sorted(told["skipped"])] == ["gone.jpg", "loop.jpg"]
 
 
+def test_an_answer_that_goes_nowhere_is_a_failure(capsys, monkeypatch):
+    """As `glsim flops >&-` in a shell: Python then has no stdout."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["--version"]) == 1
+    sys.stdout.close()
+    assert "standard output is closed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "--data", "d", "--out", "o", "--min-lr", ".nan"], "min_lr=nan: finite numbers are needed"),
+        (["train", "--data", "d", "--out", "o", "--lr", "1e400"], "lr=inf: finite numbers are needed"),
+        (["train", "--data", "d", "--out", "o", "--options.drop_path", ".nan"], "finite numbers are needed"),
+        (["explain", "r", "x", "--out", "o", "--power", ".inf"], "power=inf: finite numbers are needed"),
+        (["predict", "r", "x", "--max-megapixels", ".inf"], "max_megapixels=inf: finite numbers are needed"),
+        (["explain", "r", "x", "--out", ""], "out='': the path of a folder or file is needed"),
+        (["predict", "r", "x", "--out", " "], "out=' ': the path of a file is needed"),
+        (["eval", "r", "--data", "d", "--out", "~nosuchuser/x"], "out=~nosuchuser/x: there is no such user"),
+    ],
+)
+def test_values_that_are_none_are_refused(capsys, tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    code, told, _ = document(capsys, words)
+    assert code == 2 and said in told["error"], told
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("words", [[], ["trane"], ["index"], ["tr\x1b\nane"]])
 def test_no_verb_is_a_document_too(capsys, words):
     code, told, _ = document(capsys, words)
@@ -573,10 +603,10 @@ sys.exit(cli.main(["flops", "--json"]))
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
-WORDS = ["null", "~x", "007", "1e3", "[a]", "true", "{a: 1}", "#x", "", "a: b", "2020-01-01", "- a"]
+WORDS = ["null", "~x", "007", "1e3", "[a]", "true", "{a: 1}", "#x", "a: b", "2020-01-01", "- a"]
 
 
-NEEDS = {"address": ["--engine=ray", "--out=o"], "taxonomy": ["--reject"], "loader": ["--data=d"]}
+NEEDS = {"taxonomy": ["--reject"]}
 CHECKED = {"method", "backbone", "dataset", "optimizer", "augment", "crop", "against", "out", "repository"}
 TEXTS = settings(
     lambda f, hint: hint in (str, str | None) and f.name not in CHECKED and not f.metadata.get("positional")
@@ -654,12 +684,11 @@ def test_home_folder_in_recipes_and_uris_stay(tmp_path, monkeypatch):
     (tmp_path / "r.yaml").write_text("data: wds:~/shards\nout: ~/runs/x\n")
     s = parsed("train", ["--recipe=~/r.yaml"])
     assert (s.data, s.out) == (f"wds:{tmp_path}/shards", f"{tmp_path}/runs/x")
-    s = config.Predict(
-        source="hf-hub:a/b", images=["s3://b/~x", "~nobody-of-this-name/x", "a~"], engine="ray", out="s3://~/x"
-    )
+    Bulk = cli.load_verb("predict bulk").options
+    s = Bulk(source="hf-hub:a/b", images=["s3://b/~x", "~nobody-of-this-name/x", "a~"], out="s3://~/x")
     assert (s.source, s.images, s.out) == ("hf-hub:a/b", ["s3://b/~x", "~nobody-of-this-name/x", "a~"], "s3://~/x")
-    assert config.outputs(s) == {}
-    assert config.outputs(config.Predict(source="r", images=["x"], engine="ray", out="o")) == {"out": ("o", "folder")}
+    assert outputs(s) == {}
+    assert outputs(Bulk(source="r", images=["x"], out="o")) == {"out": ("o", "folder")}
 
 
 def test_names_for_people_are_escaped(capsys, monkeypatch):

@@ -208,7 +208,7 @@ def test_what_the_verbs_write_into_a_data_folder_is_no_class(run_folder, birds, 
         assert list(read_data(flat)["train"].classes) == names
     before = sorted(flat.rglob("*"))
     assert cli.main(["explain", str(run_folder), image, "--out", str(flat / names[0])]) == 2
-    assert f"out={flat / names[0]} holds nothing but images" in capsys.readouterr().err
+    assert f"out={flat / names[0]} holds images that glsim did not write" in capsys.readouterr().err
     assert sorted(flat.rglob("*")) == before
     words = ["eval", str(run_folder), "--data", str(flat), "--split", "all", "--workers", "0", "--json"]
     assert cli.main(words) == 0
@@ -501,9 +501,33 @@ def test_lists_come_before_folders(tmp_path):
     assert list(splits) == ["train"] and splits["train"].classes == ("cat", "dog")
 
 
+def test_lists_that_are_not_read_are_named(tmp_path):
+    touch(tmp_path, "img/a/1.jpg", "img/b/1.jpg")
+    write(tmp_path / "train.csv", "path,label", "img/a/1.jpg,a", "img/b/1.jpg,b")
+    write(tmp_path / "boxes.csv", "path,x,y", "img/a/1.jpg,1,1")
+    touch(tmp_path, "img/a/2.jpg")
+    for name in ("test2.csv", "holdout.csv", "test.txt", "Test.parquet", "my_test.xlsx", "prüfung.csv"):
+        write(tmp_path / name, "path,label")
+        with pytest.warns(DataWarning, match=f"left out {name}: no list"):
+            assert list(read_data(tmp_path, test_fraction=0)) == ["train"]
+        (tmp_path / name).unlink()
+    for name in ("test.CSV", "Testing.Csv", "test.tsv"):
+        write(tmp_path / name, "path\tlabel" if name.endswith("tsv") else "path,label")
+        with (tmp_path / name).open("a") as file:
+            file.write("img/a/2.jpg\ta\n" if name.endswith("tsv") else "img/a/2.jpg,a\n")
+        assert list(read_data(tmp_path)) == ["train", "test"]
+        (tmp_path / name).unlink()
+    touch(tmp_path, "data/train/a/1.jpg", "data/train/b/1.jpg", "data/test/a/1.jpg", "data/test/b/1.jpg")
+    (tmp_path / "train.csv").rename(tmp_path / "data" / "train2.csv")
+    with pytest.warns(DataWarning, match="left out train2.csv: no list"):
+        assert list(read_data(tmp_path / "data")) == ["train", "test"]
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
+        (["1_0,cat"], r"classid_classname\.csv, line 2: class_id must be an integer, got '1_0'"),
+        (["9" * 5000 + ",cat"], r"classid_classname\.csv, line 2: class_id must be an integer, got '9+ \.\."),
         (["1,cat"], r"train\.csv, line 3: class_id 2 is not among the 1 of classid_classname\.csv"),
         (["1,cat", "2,cat"], r"classid_classname\.csv, line 3: class_id 2 or class_name 'cat' comes twice"),
         (["one,cat"], r"classid_classname\.csv, line 2: class_id must be an integer, got 'one'"),
@@ -514,6 +538,14 @@ def test_published_names_errors(tmp_path, names, message):
     write(tmp_path / "train.csv", "dir,class_id", "0.jpg,1", "1.jpg,2")
     write(tmp_path / "classid_classname.csv", "class_id,class_name", *names)
     with pytest.raises(DataError, match=message):
+        read_data(tmp_path)
+
+
+def test_names_of_classes_in_a_special_file_are_refused(tmp_path):
+    touch(tmp_path, "0.jpg", "1.jpg")
+    write(tmp_path / "train.csv", "dir,class_id", "0.jpg,1", "1.jpg,2")
+    os.mkfifo(tmp_path / "classid_classname.csv")
+    with pytest.raises(DataError, match=r"classid_classname\.csv.* not a regular file"):
         read_data(tmp_path)
 
 

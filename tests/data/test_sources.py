@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import shutil
 import sys
 import tarfile
@@ -95,6 +96,54 @@ def test_labels_from_json_and_names_of_numbers(tmp_path):
         DataError, match=r"a\.webp: label 'owl' is not the number of a line of .*classnames\.txt, from 0"
     ):
         read_data(f"wds:{tmp_path}:label=species")
+
+
+def test_names_of_numbers_are_lines_and_each_its_own(tmp_path):
+    shard(tmp_path / "train.tar", samples("0", "2"))
+    names = tmp_path / "classnames.txt"
+    names.write_text("dai\u2028sy\niris\x0c\x85\r\npansy\n", encoding="utf-8", newline="")
+    assert read_data(f"wds:{tmp_path}", test_fraction=0)["train"].classes == ("dai sy", "pansy")
+    names.write_text("daisy\niris\ni\u200bris\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"classnames\.txt: 'iris' comes twice"):
+        read_data(f"wds:{tmp_path}")
+    shard(tmp_path / "train.tar", samples("9" * 5000))
+    names.write_text("daisy\n")
+    with pytest.raises(DataError, match=r"label '9+ \.\. .*is not the number of a line"):
+        read_data(f"wds:{tmp_path}")
+    names.unlink()
+    os.mkfifo(names)
+    with pytest.raises(DataError, match="cannot be read as text"):
+        read_data(f"wds:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("holdout", "rest"),
+        ("fold1", "fold2"),
+        ("lernen", "pruefung"),
+        ("gallery", "query"),
+        ("learn-0", "check-0"),
+        ("split1", "split2"),
+        ("seen", "unseen"),
+        ("Testdaten", "Trainingsdaten"),
+    ],
+)
+def test_shards_that_may_be_splits_are_refused(tmp_path, names):
+    for name in names:
+        shard(tmp_path / f"{name}.tar", samples("wren", "tit"))
+    with pytest.raises(DataError, match="may be meant as that of a split"):
+        read_data(f"wds:{tmp_path}")
+
+
+def test_archives_that_are_no_shards_are_counted(tmp_path):
+    for name in ("train-0.tar", "train-1.TAR"):
+        shard(tmp_path / name, samples("wren", start=int(name[6])))
+    (tmp_path / "train-2.tar.gz").write_bytes(b"x")
+    (tmp_path / "train-3.tgz").write_bytes(b"x")
+    os.mkfifo(tmp_path / "train-4.tar")
+    with pytest.warns(DataWarning, match=r"left out 3 files that are no plain tar archives, as train-2\.tar\.gz"):
+        assert len(read_data(f"wds:{tmp_path}")["train"]) == 2
 
 
 def test_shards_without_splits_are_drawn_from(tmp_path):

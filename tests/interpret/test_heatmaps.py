@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -397,3 +399,12 @@ def test_pictures_are_written_under_unique_names(run_folder, birds, tmp_path):
     for file in [*files, tmp_path / "p" / "sheet.png"]:
         with Image.open(file) as image:
             assert image.size[0] > 800
+
+
+def test_names_that_are_no_text_are_drawn_escaped(tmp_path):
+    """A file name that is no UTF-8, a label with half of a character."""
+    glsim.save(small_model(), tmp_path / "m", ["\ud800x", "\x1b[2J", "c", "d", "e"])
+    for name in (b"\xff\xfe.png", b"b\nc.png"):
+        Image.effect_noise((64, 64), 90).convert("RGB").save(os.path.join(os.fsencode(tmp_path), name))
+    images = [str(path) for path in tmp_path.glob("*.png")]
+    assert len(explain_images(tmp_path / "m", images, tmp_path / "p").pictures) == 2

@@ -20,7 +20,7 @@ from glsim import ConfigError, DataError, cli
 from glsim.environment import make_accelerator
 from glsim.training import reproduce, train
 from glsim.training.config import Train, to_recipe
-from glsim.training.resume import HOLDER, LOCK, lock_folder
+from glsim.training.resume import HOLDER, LOCK, lock_folder, seal
 
 
 def settings(birds, out, **changes):
@@ -59,9 +59,11 @@ def test_a_living_run_keeps_others_out_and_a_killed_one_does_not(birds, tmp_path
     finally:
         child.kill()
         child.wait()
-    epochs = json.loads((out / "checkpoint" / "state.json").read_text())["step"] // 3 + 1
     state = out / "checkpoint" / "state.json"
-    state.write_text(state.read_text().replace('"epochs": 500', f'"epochs": {epochs}'))
+    progress = json.loads(state.read_text())
+    epochs = progress["step"] // 3 + 1
+    del progress["seal"]
+    state.write_text(seal({**progress, "settings": {**progress["settings"], "epochs": epochs}}))
     assert (
         train.train(settings(birds, out, **{**changes, "epochs": epochs}, resume=True), progress=False).epoch == epochs
     )

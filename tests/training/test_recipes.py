@@ -70,7 +70,6 @@ def test_a_recipe_is_found_by_name_or_by_path(tmp_path, monkeypatch):
         ("recipes/cub_ielt_vit_b16.yaml", "did you mean cub_ielt_vit_b16 or "),
         ("cars", r"did you mean cars196_plain\? "),
         ("zzz", "no recipe of that name; glsim recipes lists them"),
-        ("", "no recipe of that name; glsim recipes lists them"),
         ("folder", "no such file, and no recipe"),
         ("fifo", "no such file, and no recipe"),
     ],

@@ -234,10 +234,11 @@ def test_a_cache_changes_nothing_and_reads_every_file_once(birds, tmp_path, monk
     start = {"epochs": 2, "crop": crop, "workers": workers}
     train.train(settings(birds, tmp_path / "a", **start), progress=False)
     reads, plain = [], batches_module.read_image
-    monkeypatch.setattr(batches_module, "read_image", lambda path, use: reads.append(path) or plain(path, use))
+    monkeypatch.setattr(batches_module, "read_image", lambda path, *a, **b: reads.append(path) or plain(path, *a, **b))
     train.train(settings(birds, tmp_path / "b", cache="ram", **start), progress=False)
     a, b = (load_file(tmp_path / n / "model.safetensors") for n in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a)
+    reads = [path for path in reads if "train" in path.parts]
     assert len(reads) == 18 + 18  # all of them, and before that (so few) all as the sample that memory is judged by
 
 
@@ -446,10 +447,7 @@ def test_the_resize_rule_goes_with_the_bundle(tmp_path):
 
 def test_a_checkpoint_of_another_number_of_processes_is_refused(birds, tmp_path):
     train.train(settings(birds, tmp_path / "r", epochs=1), progress=False)
-    state = tmp_path / "r" / "checkpoint" / "state.json"
-    progress = json.loads(state.read_text())
-    assert progress.pop("processes") == 1
-    state.write_text(json.dumps({**progress, "processes": 2}))
+    assert rewrite_state(tmp_path / "r" / "checkpoint", processes=2)["processes"] == 1
     with pytest.raises(ConfigError, match="was trained by 2 processes, now there are 1, whose batches would be others"):
         train.train(settings(birds, tmp_path / "r", epochs=1, resume=True), progress=False)
 
@@ -458,7 +456,7 @@ def test_a_checkpoint_of_another_format_is_refused(birds, tmp_path):
     train.train(settings(birds, tmp_path / "r", epochs=1), progress=False)
     state = tmp_path / "r" / "checkpoint" / "state.json"
     state.write_text(json.dumps({**json.loads(state.read_text()), "format": 2}))
-    message = r"written by another version of glsim \(format 2, here 3\): finish the run with that one, or start a new"
+    message = r"written by another version of glsim \(format 2, here 4\): finish the run with that one, or start a new"
     with pytest.raises(ConfigError, match=message):
         train.train(settings(birds, tmp_path / "r", epochs=1, resume=True), progress=False)
 
@@ -471,7 +469,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_whole(birds, tm
     def full(folder, name, tensors):
         if name == "optimizer" and (out / "checkpoint").exists():
             raise OSError(28, "No space left on device")
-        real(folder, name, tensors)
+        return real(folder, name, tensors)
 
     monkeypatch.setattr(resume, "_write", full)
     with pytest.raises(glsim.GlsimError, match=r"r cannot be written: .*No space left on device.*--resume"):
@@ -614,11 +612,18 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(birds, tmp_path, mon
     assert {path.stat().st_ino for path in files} <= synced
 
 
+def rewrite_state(folder, **changes):
+    """Change what a checkpoint tells of its run, as somebody who can would; returns what it told."""
+    progress = json.loads((folder / "state.json").read_text())
+    progress.pop("seal")
+    (folder / "state.json").write_text(resume.seal({**progress, **changes}))
+    return progress
+
+
 def plan_epochs(folder, epochs):
     """Make the run of a checkpoint a longer one."""
-    progress = json.loads((folder / "state.json").read_text())
-    progress["settings"]["epochs"] = epochs
-    (folder / "state.json").write_text(json.dumps(progress))
+    settings = json.loads((folder / "state.json").read_text())["settings"]
+    rewrite_state(folder, settings={**settings, "epochs": epochs})
 
 
 def test_a_second_crash_finds_a_whole_checkpoint_too(birds, tmp_path, monkeypatch):
@@ -1150,7 +1155,9 @@ def test_eval_names_what_is_missing(run_folder, birds, tmp_path):
         evaluate.evaluate_bundle(run_folder, other)
 
 
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 0), (signal.SIGTERM, 2)])
+@pytest.mark.parametrize(
+    ("number", "workers"), [pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow), (signal.SIGTERM, 2)]
+)
 def test_a_signal_finishes_the_step_saves_and_leaves_with_130(birds, tmp_path, number, workers):
     """Sent to the whole process group, as Ctrl-C and `timeout` do."""
     out = tmp_path / "r"
@@ -1257,13 +1264,70 @@ def test_a_damaged_checkpoint_is_told_by_name(averaged_run, birds, tmp_path, nam
     elif damage == "empty":
         file.touch()
     elif damage == "other":
-        file.write_bytes(b'{"format": 3, "step": "x"}' if name == "state.json" else safetensors.torch.save({}))
+        other = json.dumps({"format": resume.FORMAT, "step": "x"}).encode()
+        file.write_bytes(other if name == "state.json" else safetensors.torch.save({}))
     elif damage == "folder":
         file.mkdir()
     elif damage == "fifo":
         os.mkfifo(file)
     with pytest.raises(DataError, match="r/checkpoint is damaged: .*; start a new run, with --init-from"):
         train.train(settings(birds, out, ema=0.5, resume=True), progress=False)
+
+
+@pytest.fixture(scope="module")
+def half_run(birds, tmp_path_factory):
+    """A run with averaged weights that stands in its second epoch."""
+    out = tmp_path_factory.mktemp("half") / "r"
+    train.train(settings(birds, out, ema=0.5, epochs=1), progress=False)
+    plan_epochs(out / "checkpoint", 2)
+    return out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"step": value} for value in ("2", -1, 1.5, None, [], {}, True, 10**6)),
+        *({"history": value} for value in (None, {}, "x", [1], [{}], [None], [{"epoch": "1"}])),
+        *({"tally": value} for value in ({}, "x", [], ["a", 1, 2, 3], [None, 1, 2, 3], None)),
+        *({"optimizer": value} for value in (None, [], {"pairs": []}, {"pairs": [["state", {"pairs": []}]]})),
+        *({"digests": value} for value in (None, {}, {"model": "x"})),
+    ],
+    ids=str,
+)
+def test_a_state_that_tells_nonsense_is_damaged(half_run, birds, tmp_path, changes):
+    out = Path(shutil.copytree(half_run, tmp_path / "r"))
+    rewrite_state(out / "checkpoint", **changes)
+    with pytest.raises(DataError, match="r/checkpoint is damaged: .*; start a new run"):
+        train.train(settings(birds, out, ema=0.5, epochs=2, resume=True), progress=False)
+
+
+def test_an_edited_state_is_damaged(half_run, birds, tmp_path):
+    """Even where it makes sense: another momentum, another accuracy."""
+    out = Path(shutil.copytree(half_run, tmp_path / "r"))
+    state = out / "checkpoint" / "state.json"
+    text = state.read_text()
+    state.write_text(re.sub(r'"train_top1": [0-9.e-]+', '"train_top1": 0.123', text))
+    assert state.read_text() != text
+    with pytest.raises(DataError, match="is damaged: state.json is not what was saved"):
+        train.train(settings(birds, out, ema=0.5, epochs=2, resume=True), progress=False)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("damage", ["nan", "half", "other run"])
+def test_tensors_that_were_not_saved_there_are_damaged(half_run, birds, tmp_path, part, damage):
+    out = Path(shutil.copytree(half_run, tmp_path / "r"))
+    file = out / "checkpoint" / f"{part}.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    name = next(iter(tensors))
+    if damage == "nan":
+        tensors[name] = torch.full_like(tensors[name], torch.nan if tensors[name].is_floating_point() else -1)
+    elif damage == "half":
+        tensors[name] = tensors[name].half()
+    else:
+        tensors[name] = tensors[name] + 1
+    safetensors.torch.save_file(tensors, file)
+    with pytest.raises(DataError, match=f"is damaged: {part}.safetensors is not the file that was saved"):
+        train.train(settings(birds, out, ema=0.5, epochs=2, resume=True), progress=False)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "adafactor", "adafactorbv", "lamb", "madgrad", "muon"])
@@ -1299,10 +1363,9 @@ def test_the_state_of_an_optimizer_comes_back_bit_for_bit(birds, tmp_path, name)
 
 def test_settings_of_a_later_version_do_not_stop_an_older_run(birds, tmp_path):
     whole = train.train(settings(birds, tmp_path / "r", epochs=1), progress=False)
-    state = tmp_path / "r" / "checkpoint" / "state.json"
-    progress = json.loads(state.read_text())
-    assert progress["settings"].pop("focal") == 0
-    state.write_text(json.dumps(progress))
+    before = json.loads((tmp_path / "r" / "checkpoint" / "state.json").read_text())["settings"]
+    assert before.pop("focal") == 0
+    rewrite_state(tmp_path / "r" / "checkpoint", settings=before)
     assert train.train(settings(birds, tmp_path / "r", epochs=1, resume=True), progress=False).step == whole.step
 
 
