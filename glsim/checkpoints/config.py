@@ -1,4 +1,4 @@
-"""Checks of what a model file of a stranger says and asks for, before anything is built from it.
+"""Validation of a stranger's model files (`config.json`, sizes, names), before a model is built from them.
 
 One table says which keys of a `config.json` (or of a graph's metadata) are ever read, and what each may hold.
 """

@@ -76,7 +76,7 @@ def convert_official(path: str | Path, method: str = "glsim", **overrides: Any) 
     published = {k.removeprefix("model."): v for k, v in file["model"].items()}
     check_finite(published, path)
     arguments = vars(file["config"]) if isinstance(file.get("config"), argparse.Namespace) else {}
-    read = choose(method, OFFICIAL, "published method")
+    read, asked = choose(method, OFFICIAL, "published method"), bool(overrides)
     try:
         with no_larger_than(published.values()):
             model, used, ignored = read(path, published, arguments, overrides)
@@ -88,6 +88,8 @@ def convert_official(path: str | Path, method: str = "glsim", **overrides: Any) 
             f"{path} was refused: its keys and arguments name a far larger model than its weights"
         ) from error
     except Exception as error:  # of shapes and arguments of any kind
+        if isinstance(error, DataError) or (asked and isinstance(error, GlsimError)):
+            raise
         raise DataError(f"{path} is damaged: no model can be built from it: {one_line(error)}") from error
     weights = {ours: weight for ours, (_, weight) in used.items()}
     own = model.state_dict()

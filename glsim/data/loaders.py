@@ -1,4 +1,4 @@
-"""Data loaders: which images meet in which step, and how they are read.
+"""Data loaders: order of the images, batches, workers; the same at every resume.
 
 The order of an epoch and every random choice in an image's augmentation follow from (seed, epoch, image). So they are
 the same whatever the number of workers and processes, and a run can go on in the middle of an epoch.

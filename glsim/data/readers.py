@@ -1,4 +1,4 @@
-"""Data sets as lists of images and labels, by split. No torch here."""
+"""Reader of data sets: chooses by source (class folders, list, shards, Hugging Face); images and labels by split."""
 
 from __future__ import annotations
 

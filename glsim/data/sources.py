@@ -1,4 +1,4 @@
-"""Sources that are no folder of images: Hugging Face data sets (`hf:`), WebDataset shards (`wds:`).
+"""Prefixes of data sources: `hf:` (Hugging Face data sets) and `wds:` (WebDataset shards).
 
 Shards are read where they are: an image is named SHARD.tar/NAME, and `glsim.data.images` opens it there. Images of
 Hugging Face data sets are written out once.

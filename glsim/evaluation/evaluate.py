@@ -1,4 +1,4 @@
-"""Evaluation of a model on a split: accuracies, counts, confidence, tables."""
+"""Evaluation of a model on a split: accuracies, counts, confidence; CSV tables and plots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Limits of the server: who may ask, and how long and how much each connection may take.
+"""Limits of the server: hosts that may ask, number of connections, time-outs, bytes of a request.
 
 A page elsewhere can have its own name point at this machine (DNS rebinding) or send forms here: `Guard` refuses both.
 A client that is slow takes nobody's place: `Connection` ends what takes too long.

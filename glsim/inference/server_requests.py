@@ -1,4 +1,4 @@
-"""Requests to the server: options in the query, and images in the body, up to a limit."""
+"""Requests to the server: options in the query, images in the body."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Pictures of what a model looks at."""
+"""Explanations of models: heat-maps, contrasts, representations, and their pictures."""

@@ -1,4 +1,4 @@
-"""Drawing of explanations as PNG files: overlays, pages of pictures and words, sheets of several images."""
+"""Drawing of explanations: heat-map overlays, outlines of boxes, captions, sheets, as PNG files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of explanations of image files: one PNG an image, and a sheet of all of them."""
+"""What `glsim explain` does: a model run on image files, its explanations drawn as one PNG each and a sheet."""
 
 from __future__ import annotations
 

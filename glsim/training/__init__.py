@@ -1,1 +1,1 @@
-"""Training runs: loop, resume, protocol, tables, memory."""
+"""Training runs: loop, checkpoints and resume, recipes, the paper's protocol, tables, memory."""

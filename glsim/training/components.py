@@ -1,4 +1,4 @@
-"""Parts of a run, made from its settings: splits, images, preprocessing, optimiser, schedule."""
+"""Builders of the parts of a run from its settings: splits, images, preprocessing, optimiser, schedule."""
 
 from __future__ import annotations
 
