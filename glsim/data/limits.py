@@ -8,7 +8,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial, wraps
+from functools import partial
 from multiprocessing import get_context
 from typing import Any, BinaryIO, TypeVar
 
@@ -38,17 +38,6 @@ def pixel_limit(megapixels: float) -> Iterator[None]:
         yield
     finally:
         _max_pixels = before
-
-
-def limited(verb: Callable[..., T]) -> Callable[..., T]:
-    """A verb, run inside the `pixel_limit` of its settings."""
-
-    @wraps(verb)
-    def inside(settings: Any, *args: Any, **options: Any) -> T:
-        with pixel_limit(settings.max_megapixels):
-            return verb(settings, *args, **options)
-
-    return inside
 
 
 def cores() -> int:
