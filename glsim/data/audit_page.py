@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +14,7 @@ from glsim.data.duplicates import PAIRS, Item
 from glsim.data.images import BadImage, read_image
 from glsim.data.limits import cores
 from glsim.data.pages import render
+from glsim.files import data_url
 
 SHOWN, NAMED = 24, 1000  # findings of a check that the page shows with pictures, and by name
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -82,9 +81,7 @@ def thumbnails(paths: Iterable[str], side: int = 192) -> dict[str, str]:
 
     def small(image: Image.Image) -> str:
         image.thumbnail((side, side), reducing_gap=2.0)
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=70)
-        return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+        return data_url(image, quality=70)
 
     def draw(path: str) -> str:
         try:

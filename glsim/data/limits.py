@@ -10,13 +10,11 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing import get_context
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 from PIL import Image
 
 from glsim.types import ConfigError
-
-T = TypeVar("T")
 
 MAX_MEGAPIXELS = 110.0  # of an image, unless told otherwise; cameras of 100 megapixels write 102
 LONGEST_SIDE = 65_500  # pixels; a JPEG has no longer one

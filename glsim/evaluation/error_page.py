@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -20,7 +18,7 @@ from glsim.data.pages import render
 from glsim.data.readers import ImageList
 from glsim.data.sources import located
 from glsim.data.transforms import Preprocessing, eval_transform
-from glsim.files import write_text
+from glsim.files import data_url, write_text
 from glsim.inference.predictor import to_original
 from glsim.interpret.drawing import BOX_COLOUR, overlay, title_of
 from glsim.interpret.heatmaps import Explanation, explanations, to_photograph
@@ -162,9 +160,9 @@ def _pictures(photograph: Image.Image, e: Explanation, p: Preprocessing) -> list
     crop = photograph.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
     box = to_original(e.box, small.size, p)
     return [
-        ("image and box", _address(_with_box(small, box))),
-        (f"scores: {title_of(e.metric)}", _address(_with_box(Image.fromarray(heat), box))),
-        ("in the box", _address(crop.resize(fit_size(crop.size, SIDE), Image.Resampling.BICUBIC))),
+        ("image and box", data_url(_with_box(small, box))),
+        (f"scores: {title_of(e.metric)}", data_url(_with_box(Image.fromarray(heat), box))),
+        ("in the box", data_url(crop.resize(fit_size(crop.size, SIDE), Image.Resampling.BICUBIC))),
     ]
 
 
@@ -192,10 +190,4 @@ def draw_examples(train: ImageList | None, wanted: set[int]) -> dict[int, str]:
 
 
 def _small(photograph: Image.Image) -> str:
-    return _address(photograph.resize(fit_size(photograph.size, SIDE), Image.Resampling.LANCZOS))
-
-
-def _address(picture: Image.Image) -> str:
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=75)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    return data_url(photograph.resize(fit_size(photograph.size, SIDE), Image.Resampling.LANCZOS))

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 import time
 from collections.abc import Iterator
@@ -25,6 +23,7 @@ from torch import Tensor
 
 from glsim.data.images import BadImage, fit_size, read_image
 from glsim.data.transforms import eval_transform
+from glsim.files import data_url
 from glsim.inference.predictor import Prediction, Predictor, to_original
 from glsim.interpret.drawing import title_of
 from glsim.interpret.heatmaps import selections_of, to_heatmap, to_photograph
@@ -217,9 +216,9 @@ class Service:
             "box": list(heatmap.box),
             "used": heatmap.used,
             "size": list(decoded.size),
-            "photo": as_url(photo, "JPEG"),
-            "heatmap": as_url(Image.fromarray((colours * 255).round().astype(np.uint8)), "PNG"),
-            "crop": as_url(crop, "JPEG"),
+            "photo": data_url(photo, quality=88),
+            "heatmap": data_url(Image.fromarray((colours * 255).round().astype(np.uint8)), "PNG"),
+            "crop": data_url(crop, quality=88),
         }
 
     # --- the thread with the model --------------------------------------------------------------------------------
@@ -317,10 +316,3 @@ def changed(model: Model, **values: Any) -> Iterator[None]:
         for name in values:
             del vars(model)[name]
         vars(model).update(before)
-
-
-def as_url(picture: Image.Image, kind: str) -> str:
-    """A picture as a data URL; `kind` is Pillow's name of the format."""
-    file = io.BytesIO()
-    picture.save(file, kind, quality=88)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"

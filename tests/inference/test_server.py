@@ -714,7 +714,7 @@ def test_an_image_that_the_model_fails_on_spoils_no_other(run_folder, monkeypatc
 
 
 def test_pictures_that_cannot_be_drawn_are_a_failure(run_folder, monkeypatch):
-    monkeypatch.setattr("glsim.inference.batcher.as_url", lambda *_: 1 / 0)
+    monkeypatch.setattr("glsim.inference.batcher.data_url", lambda *_, **__: 1 / 0)
     with serve.running(run_folder, port=0) as url:
         status, said, _ = ask(url, "/predict?explain=1", *form([("a.jpg", GOOD)]))
         assert status == 500 and said["path"] == "a.jpg" and "ZeroDivisionError" in said["error"]
