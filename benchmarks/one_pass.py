@@ -1,6 +1,6 @@
 """The method `tokens`: GLSim whose aggregator sees the chosen patches' own tokens instead of a crop. One pass.
 
-An experiment beside the package (docs/results.md): `cost_accuracy.py` makes its name known. Recipes:
+An experiment beside the package (docs/results/below_two_passes.md): `cost_accuracy.py` makes its name known. Recipes:
 `benchmarks/*_tokens.yaml`.
 """
 

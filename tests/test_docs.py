@@ -30,7 +30,7 @@ from glsim.models.losses import TERMS
 from glsim.models.scores import NEEDS_ATTENTION, NEEDS_MAPS, TITLES, find_metric
 from glsim.training.config import Train
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ELSEWHERE = {"pip", "git", "cd", "curl", "ray"}  # commands that are not ours to check, or elsewhere (test_serve.py)
 SERVED = "http://127.0.0.1:7860"  # code that asks it is run by test_serve.py, with a server there
 

@@ -62,7 +62,7 @@ def test_two_digits(flops, number, printed):
 
 def test_the_docs_show_what_the_commands_print(capsys, flops):
     shown = 0
-    for command, answer in pairwise(blocks(ROOT / "docs" / "results.md")):
+    for command, answer in pairwise(blocks(ROOT / "docs" / "results" / "choosing_patches.md")):
         program, *words = shlex.split(command.text.splitlines()[0]) if command.language == "bash" else [""]
         if program == "python" and words[0].endswith("selection_flops.py") and answer.language == "text":
             assert answer.text == call(capsys, flops, *words[1:])
