@@ -699,7 +699,8 @@ def e1(c: Case) -> None:
     for name in sorted(names):
         shutil.rmtree(c.here / "run")
         shutil.copytree(c.here / "kept", c.here / "run")
-        torch.save({"a": Touch(evil)}, folder / name)
+        with (folder / name).open("wb") as file:  # torch takes no path that begins with a dot
+            torch.save({"a": Touch(evil)}, file)
         said = c.run("train", "--recipe", "run/train.yaml", "--resume")
         c.check(not evil.exists(), f"{name}: code ran")
         c.check(said.code in (0, 1, 2, 3), f"{name}: {said.code}")
