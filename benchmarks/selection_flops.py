@@ -5,7 +5,8 @@
     python benchmarks/selection_flops.py --convention paper --sizes 224 448 --json
 
 `PAPER` and `HONEST` hold a closed form for each way to choose patches. `Shape` is what they are computed from; the
-backbone itself is counted by `glsim.evaluation.flops`. docs/cost.md has the forms, docs/results/choosing_patches.md both tables.
+backbone itself is counted by `glsim.evaluation.flops`. docs/cost.md has the forms, docs/results/choosing_patches.md
+both tables.
 """
 
 from __future__ import annotations
