@@ -334,6 +334,9 @@ def build_backbone(
 
 def _create(name: str, pretrained: bool, args: dict[str, Any]) -> tuple[Any, bool]:
     """timm's network, and whether it is made for one image size (a convolutional one takes any, and is not told)."""
+    for key in {"depth", "embed_dim", "num_heads", "patch_size"} & set(args):  # which timm takes, and fails at later
+        if isinstance(args[key], float):
+            raise ConfigError(f"backbone_args: {key}={args[key]} is no whole number")
     try:
         net = timm.create_model(name, pretrained=pretrained, num_classes=0, **args)
         fixed = getattr(getattr(net, "patch_embed", None), "img_size", None) is not None
@@ -345,7 +348,8 @@ def _create(name: str, pretrained: bool, args: dict[str, Any]) -> tuple[Any, boo
             raise ConfigError(
                 f"no pre-trained weights for {name!r}: {_first_line(error)}. Connect to the network once (they are "
                 "kept in the cache), hand timm a local file with backbone_args={'pretrained_cfg_overlay': "
-                "{'file': 'weights.safetensors'}}, or start from nothing: pretrained=False (--no-pretrained)"
+                "{'file': 'weights.safetensors', 'custom_load': False}}, or start from nothing: pretrained=False "
+                "(--no-pretrained)"
             ) from error
         if "proj_drop_rate" in str(error):
             raise ConfigError(f"dropout={args['proj_drop_rate']}: {name!r} has none; leave it at 0") from error

@@ -476,7 +476,10 @@ def test_weights_that_are_no_numbers_are_refused(bundle, value):
 def test_weights_of_another_type_are_refused(bundle, kind, said):
     file = bundle / "model.safetensors"
     weights = {name: weight.to(kind) for name, weight in load_file(file).items()}
-    save_file(weights, file, {"sha256": digest(weights)})
+    try:
+        save_file(weights, file, {"sha256": digest(weights)})
+    except KeyError:
+        pytest.skip("the library safetensors cannot write this type")
     with pytest.raises(DataError, match=said):
         glsim.load(bundle)
 

@@ -147,7 +147,7 @@ def test_pretrained_weights_from_a_local_file(tmp_path):
     torch.manual_seed(0)
     source = timm.create_model("vit_tiny_patch16_224", img_size=64, **SMALL)
     save_file(source.state_dict(), tmp_path / "w.safetensors")
-    overlay = {"pretrained_cfg_overlay": {"file": str(tmp_path / "w.safetensors")}}
+    overlay = {"pretrained_cfg_overlay": {"file": str(tmp_path / "w.safetensors"), "custom_load": False}}
     backbone = build_backbone("vit_tiny_patch16_224", 96, pretrained=True, backbone_args={**SMALL, **overlay})
     assert backbone.grid == (6, 6)
     torch.testing.assert_close(backbone.net.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
