@@ -83,7 +83,11 @@ def is_junk(name: str) -> bool:
 
 def open_regular(path: str | Path) -> BinaryIO:
     """Open a regular file for reading. A FIFO, a device, a socket or a folder is an OSError and is never waited for."""
-    check_regular(path)  # opening alone can act on a device, and lets go who waits at a FIFO
+    try:
+        found = os.stat(path)  # noqa: PTH116
+    except ValueError as error:  # a NUL in the name
+        raise OSError(errno.EINVAL, "no name of a file", str(path)) from error
+    _check_mode(found.st_mode, path)  # opening alone can act on a device, and lets go who waits at a FIFO
     number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         about = os.fstat(number)
@@ -99,11 +103,7 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 def check_regular(path: str | Path) -> None:
     """Raise OSError, as `open_regular` does, for what is no regular file: before a library that opens paths itself."""
-    try:
-        found = os.stat(path)  # noqa: PTH116
-    except ValueError as error:  # a NUL in the name
-        raise OSError(errno.EINVAL, "no name of a file", str(path)) from error
-    _check_mode(found.st_mode, path)
+    open_regular(path).close()
 
 
 def _check_mode(mode: int, path: str | Path) -> None:
@@ -143,7 +143,8 @@ def read_json(path: str | Path, kind: type | None = dict, most: int = LARGEST_JS
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is damaged or cannot be read: {one_line(error)}") from error
+        why = getattr(error, "strerror", None) or one_line(error)
+        raise DataError(f"{path} is damaged or cannot be read: {why}") from error
 
 
 def parse_json(text: str | bytes, kind: type | None = dict) -> Any:

@@ -10,6 +10,7 @@ from glsim.files import (
     ERROR_LENGTH,
     JSON_DEPTH,
     MARKER,
+    check_regular,
     check_writable,
     code_span,
     csv_plain,
@@ -284,3 +285,20 @@ def test_a_way_back_marks_nobodys_folder(tmp_path):
     (tmp_path / "iris" / "1.jpg").touch()
     make_folder(tmp_path / "iris" / "new" / ".." / "pictures")
     assert (tmp_path / "iris" / "pictures" / MARKER).is_file() and not (tmp_path / "iris" / MARKER).exists()
+
+
+def test_a_file_of_the_system_that_would_be_waited_for_is_refused(tmp_path, monkeypatch):
+    """As /proc/kmsg, which is regular, says that it is empty, and has nothing to read yet."""
+    (tmp_path / "empty").touch()
+    assert open_regular(tmp_path / "empty").read() == b""
+    closed, close = [], os.close
+
+    def read(*_):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "read", read)
+    monkeypatch.setattr(os, "close", lambda number: closed.append(number) or close(number))
+    for look in (open_regular, check_regular):
+        with pytest.raises(OSError, match="temporarily unavailable"):
+            look(tmp_path / "empty")
+    assert len(closed) == 2

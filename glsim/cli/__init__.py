@@ -7,7 +7,6 @@ the library does and returns its result, and `show(result, options)`, the same f
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import sys
@@ -83,9 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code, text = call.fail(error)
     finally:
         part_processes()
+    if closed and text:
+        return call.fail(GlsimError("standard output is closed, and the answer lost; --out keeps it in a file"))[0]
     try:
-        if closed and text:
-            raise OSError(errno.EBADF, "standard output is closed, and the answer lost; --out keeps it in a file")
         put(text, sys.stdout)
     except BrokenPipeError:  # the reader of our output left: head, less
         return code or 1

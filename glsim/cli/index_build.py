@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from glsim.cli.options import (
     MISSING,
+    DataSplit,
     Loading,
     SkipBad,
     dataclass,
@@ -14,7 +15,6 @@ from glsim.cli.options import (
     setting,
     show_skipped,
 )
-from glsim.data.catalog import SETS
 
 if TYPE_CHECKING:
     from glsim.inference.index import IndexSize
@@ -23,13 +23,11 @@ PURPOSE = "Answer"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(SkipBad, Loading):
+class Options(SkipBad, Loading, DataSplit):
     """Keep the images of a data set as vectors, so that more classes can be added without training."""
 
     source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth", path="reads")
-    data: str = required("folder, CSV, hf:NAME or wds:FOLDER, as for train", path="reads")
     out: str = required("folder to make, say RUN/index", path="folder")
-    dataset: str | None = setting(None, "name of a data set prepared in DATA", choices=SETS)
     split: Literal["train", "val", "test"] = setting("train", "which images")
     embedding: Literal["global", "crop", "fused"] | None = setting(
         None, "vector of the image, of the crop, or what the head reads; default: what the head reads"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from glsim.cli.options import (
     MISSING,
+    DataSplit,
     Loading,
     SkipBad,
     dataclass,
@@ -14,7 +15,6 @@ from glsim.cli.options import (
     setting,
     show_skipped,
 )
-from glsim.data.catalog import SETS
 
 if TYPE_CHECKING:
     from glsim.inference.index_evaluation import IndexEvaluation
@@ -23,14 +23,13 @@ PURPOSE = "Answer"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(SkipBad, Loading):
+class Options(SkipBad, Loading, DataSplit):
     """Measure an index beside the softmax head: recall, accuracy, what is unknown."""
 
     index: str = positional(MISSING, "folder of glsim index build", path="reads")
     data: str = required(
         "folder, CSV, hf:NAME or wds:FOLDER, as for train; classes not in the index count as unknown", path="reads"
     )
-    dataset: str | None = setting(None, "name of a data set prepared in DATA", choices=SETS)
     split: Literal["train", "val", "test"] = setting("test", "which images")
     neighbours: int = setting(5, "nearest images that vote", least=1)
     source: str | None = setting(None, "the model, where it is no longer where it was", path="reads")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from glsim.data.image_files import count_endings
 from glsim.data.images import EXTENSIONS
-from glsim.data.names import KNOWN_SPLITS, clean_label, hints_at_split, joined_split, splits_named
+from glsim.data.names import KNOWN_SPLITS, clean_label, hints_at_split, joined_split, splits_named, words_of
 from glsim.data.sources import parse
 from glsim.data.uri import members
 from glsim.files import is_junk, one_line, parse_json, read_lines, shorten
@@ -56,6 +56,10 @@ def read_shards(source: str | Path) -> list[Sample]:
     lost = next((shard for shard, split in splits.items() if split is None), None)
     if lost is not None and any(splits.values()):
         raise DataError(f"{lost}: train, val or test should be a word in its name, as in that of other shards")
+    kinds = {" ".join(word for word in words_of(shard.stem) if not word.isdigit()) for shard in shards}
+    if lost is not None and len(kinds) > 1:
+        named = ", ".join(sorted(kinds)[:5])
+        warnings.warn(f"{source}: no archive has the name of a split ({named}): all are read as one", DataWarning, 2)
     both = {"train", "val"}
     whole = next((s for s in shards if any(splits_named(p)[0] == both for p in s.relative_to(folder).parts)), None)
     if whole is not None and "val" in splits.values():

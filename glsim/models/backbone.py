@@ -301,6 +301,9 @@ def build_backbone(
         raise ConfigError(f"timm has no model {name!r}" + (f"; close to it: {close}" if close else f"; try {FAMILIES}"))
     if image_size is not None:
         args["img_size"] = to_pair(image_size)
+    for name_of, share in {"dropout": dropout, "drop_path": drop_path}.items():
+        if not 0 <= share < 1:
+            raise ConfigError(f"{name_of}={share}: from 0 to below 1")
     if dropout:
         args["proj_drop_rate"] = dropout
     family = timm.model_entrypoint(name).__module__.rpartition(".")[2]

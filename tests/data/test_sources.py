@@ -136,6 +136,15 @@ def test_shards_that_may_be_splits_are_refused(tmp_path, names):
         read_data(f"wds:{tmp_path}")
 
 
+def test_shards_of_several_names_are_read_as_one_and_said_to_be(tmp_path):
+    for i, name in enumerate(("apprendre-0", "verifier-0")):
+        shard(tmp_path / f"{name}.tar", samples("wren", "tit", start=2 * i))
+    with pytest.warns(
+        DataWarning, match=r"no archive has the name of a split \(apprendre, verifier\): all are read as"
+    ):
+        assert len(read_data(f"wds:{tmp_path}", test_fraction=0)["train"]) == 4
+
+
 def test_archives_that_are_no_shards_are_counted(tmp_path):
     for name in ("train-0.tar", "train-1.TAR"):
         shard(tmp_path / name, samples("wren", start=int(name[6])))

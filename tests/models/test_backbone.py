@@ -1,7 +1,7 @@
 import pytest
 import timm
 import torch
-from conftest import SMALL, SMALL_MAPS
+from conftest import SMALL, SMALL_MAPS, small_model
 
 from glsim import METRICS, ConfigError
 from glsim.models.attention import explicit_attention
@@ -168,3 +168,11 @@ def test_dropout_and_constant_drop_path():
     assert {b.drop_path1.drop_prob for b in backbone.net.blocks} == {0.2}  # the same in every block
     assert {b.attn.proj_drop.p for b in backbone.net.blocks} == {0.1}
     assert {m.eps for m in backbone.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-12}
+
+
+@pytest.mark.parametrize(
+    "options", [{"drop_path": -1.0}, {"drop_path": 2.0}, {"dropout": 1.0}, {"dropout": -0.1}], ids=str
+)
+def test_shares_that_are_none_are_refused(options):
+    with pytest.raises(ConfigError, match=r"from 0 to below 1"):
+        small_model("plain", **options)
