@@ -95,6 +95,9 @@ def open_regular(path: str | Path) -> BinaryIO:
         if not about.st_size:
             os.read(number, 1)  # some files of the system have nothing yet, and would be waited for
             os.lseek(number, 0, os.SEEK_SET)
+    except BlockingIOError:
+        os.close(number)
+        raise OSError(errno.EINVAL, "a file of the system, with nothing to read yet", str(path)) from None
     except OSError:
         os.close(number)
         raise

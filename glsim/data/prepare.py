@@ -196,6 +196,9 @@ def _gather(name: str, root: Path, sources: list[Path]) -> Path:
 def _unpack(source: Path, root: Path) -> None:
     try:
         check_regular(source)
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read: {error.strerror}") from error
+    try:
         if tarfile.is_tarfile(source):
             with tarfile.open(source) as tar:
                 tar.extractall(root, filter="data")  # refuses what would land outside root
