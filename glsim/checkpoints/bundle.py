@@ -212,7 +212,7 @@ def load_bundle(folder: Path, **overrides: Any) -> Model:
         raise DataError(f"{folder / CONFIG}: no model can be built from it: {error}") from error
     except Exception as error:  # timm's and torch's, of odd arguments, have no class in common but this one
         raise DataError(f"{folder / CONFIG} is damaged: no model can be built from it: {one_line(error)}") from error
-    if list(model.config.image_size) != list(config.image_size):
+    if overrides.keys() & {"image_size", "first_size"}:
         weights = resample_positions(weights, model.backbone.net)
         kept["preprocessing"] = {**kept["preprocessing"], "image_size": model.config.image_size}
     own = model.state_dict()

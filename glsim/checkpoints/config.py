@@ -176,10 +176,13 @@ def check_config(config: Any, path: Path) -> ModelConfig:
         )
     if not SIZE.holds(p.resize):
         raise DataError(f"{path} was refused: images of {p.resize} pixels; up to {LARGEST_SIDE} a side are read")
-    crop = config["options"].get("crop_size")
-    sides = crop if isinstance(crop, list | tuple) else [crop]
-    if any(type(side) is int and side > LARGEST_CROP * max(p.image_size) for side in sides):
-        raise DataError(f"{path} was refused: crops of {shorten(crop, 80)} pixels for images of {list(p.image_size)}")
+    for name in ("crop_size", "first_size"):
+        given = config["options"].get(name)
+        sides = given if isinstance(given, list | tuple) else [given]
+        if any(type(side) is int and side > LARGEST_CROP * max(p.image_size) for side in sides):
+            raise DataError(
+                f"{path} was refused: {name} of {shorten(given, 80)} pixels for images of {list(p.image_size)}"
+            )
     return ModelConfig.from_dict(config)
 
 

@@ -84,46 +84,53 @@ def create_model(
             what the method needs.
     """
     from glsim.models.backbone import build_backbone  # here, so that the names above cost nothing
+    from glsim.models.patch_embed import to_pair
 
     made = find_method(method)
-    own, encoder = _defaults(made.build), _defaults(build_backbone)
-    defaults = encoder | made.encoder | own
+    own, encoder = _parameters(made.build), _parameters(build_backbone)
+    defaults = {name: p.default for name, p in (encoder | own).items()} | made.encoder
     unknown = sorted(set(options) - set(defaults))
     if unknown:
         raise ConfigError(f"{method!r} has no option {', '.join(unknown)}; its options: {', '.join(sorted(defaults))}")
     if num_classes < 1:
         raise ConfigError(f"num_classes={num_classes}; at least one class is needed")
     for name, value in options.items():
-        _check_kind(name, value, (own | encoder)[name])
+        _check_kind(name, value, (own | encoder)[name].annotation)
     options = {**defaults, **options}
     backbone = backbone or made.backbone
-    net = build_backbone(backbone, image_size, pretrained, backbone_args, **{k: options[k] for k in encoder})
+    first_size = options.get("first_size")  # what the encoder sees, where the model shrinks what it is given
+    if first_size is not None and image_size is None:
+        raise ConfigError(f"first_size={first_size}: image_size is needed too, the pixels that crops are cut out of")
+    size = image_size if first_size is None else first_size
+    net = build_backbone(backbone, size, pretrained, backbone_args, **{k: options[k] for k in encoder})
     net.check_needs(method, made.needs)
     model = made.build(net, num_classes, **{k: options[k] for k in own})
     model.config = ModelConfig(
         method=method,
         backbone=backbone,
         num_classes=num_classes,
-        image_size=list(model.backbone.image_size),
+        image_size=list(net.image_size if first_size is None else to_pair(image_size)),
         backbone_args=dict(backbone_args or {}),
         options=options,
     )
     return model
 
 
-def _check_kind(name: str, value: Any, default: Any) -> None:
-    """ConfigError unless `value` is of the kind its default is; one that may be None has its own check."""
-    kinds = {int: (int, "a whole number"), float: (int | float, "a number"), str: (str, "a name")}
-    if default is not None:
-        kind, words = kinds[type(default)]
+def _check_kind(name: str, value: Any, annotation: Any) -> None:
+    """ConfigError unless `value` is of the kind that the builder declares; one that may be None has its own check."""
+    annotation = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    number = (int | float, "a number")
+    kinds = {"int": (int, "a whole number"), "float": number, "int | float": number, "str": (str, "a name")}
+    if annotation in kinds:
+        kind, words = kinds[annotation]
         finite = not isinstance(value, int | float) or abs(value) < math.inf
         if not isinstance(value, kind) or isinstance(value, bool) or not finite:
             raise ConfigError(f"{name}={value!r}: {words} is needed")
 
 
-def _defaults(build: Any) -> dict[str, Any]:
+def _parameters(build: Any) -> dict[str, inspect.Parameter]:
     """The options of a builder: its keyword-only parameters."""
-    return {p.name: p.default for p in inspect.signature(build).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    return {p.name: p for p in inspect.signature(build).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 
 def resample_positions(weights: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ class Model(nn.Module):
         Pictures, localisation and the server draw all scores by it. Here, for methods that draw no single box by
         scores: the box around the `top_o` best patches, 8 where there is no such option.
         """
-        best = min(self.top_o or BEST, scores.shape[-1])
+        best = self.top_o or min(BEST, scores.shape[-1])
         return select(scores, best, self.backbone.grid_of(images), images.shape[-2:], self.box)
 
     def no_weight_decay(self) -> set[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from glsim.models.scores import MASK, above_mean, largest_component, pick, scramble
+from glsim.models.scores import MASK, above_mean, count_top, largest_component, pick, scramble
 from glsim.types import Selection, choose
 
 
@@ -29,8 +29,8 @@ def grid_line(line: Tensor, count: int, side: int) -> Tensor:
     return line * side // count
 
 
-# A rule turns the first and last selected of `count` grid lines (B,) along a side into pixels: start, exclusive end.
-BOX_RULES: dict[str, Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]] = {
+# The first and last selected of `count` grid lines (B,) along a side -> pixels: start, exclusive end.
+ENDS: dict[str, Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]] = {
     "exclusive": exclusive,
     "inclusive": inclusive,
 }
@@ -41,23 +41,57 @@ def boxes_from_indices(
 ) -> Tensor:
     """Draw a box around the patches `indices` (B, K) of a `grid` (rows, cols) over an image (H, W).
 
-    `rule` names one of `BOX_RULES`.
+    `rule` names one of `ENDS`.
     Returns int64 pixels (B, 4): left, top, right, bottom; right and bottom are exclusive.
     """
-    bounds = choose(rule, BOX_RULES, "box rule")
+    bounds = choose(rule, ENDS, "box rule")
     rows, cols = indices // grid[1], indices % grid[1]
     top, bottom = bounds(rows.amin(1), rows.amax(1), grid[0], image_size[0])
     left, right = bounds(cols.amin(1), cols.amax(1), grid[1], image_size[1])
     return torch.stack((left, top, right, bottom), dim=1)
 
 
-def random_box(indices: Tensor, grid: tuple[int, int], size: Sequence[int], rule: str, training: bool) -> Tensor:
+SHARPNESS = 1.5  # of the softmax over standardised scores, by which `moments` weighs patches
+DEVIATIONS = 1.75  # from the middle of a box by `moments` to its sides
+
+
+def boxes_from_moments(scores: Tensor, grid: tuple[int, int], image_size: Sequence[int]) -> Tensor:
+    """Draw a box as far around the weighted middle of all patches as they spread, by their `scores` (B, N).
+
+    Weights are the softmax of `SHARPNESS` times the standardised scores; the box reaches `DEVIATIONS` weighted standard
+    deviations from the weighted mean along each axis, half a patch at least. So one stray patch moves it little, and
+    its size follows the object's, not a number of patches. Boxes as those of `boxes_from_indices`.
+    """
+    scores = scores.double()  # no pixel of a box depends on the precision of the network's arithmetic
+    apart = scores - scores.mean(dim=1, keepdim=True)
+    weights = (SHARPNESS * apart / (apart.square().mean(dim=1, keepdim=True) + 1e-12).sqrt()).softmax(dim=1)
+    lines = weights.unflatten(1, grid)
+    starts, ends = [], []
+    for share, side in ((lines.sum(dim=1), image_size[1]), (lines.sum(dim=2), image_size[0])):  # columns, rows
+        count = share.shape[1]
+        place = (torch.arange(count, device=scores.device) + 0.5) / count
+        middle = (share * place).sum(dim=1)
+        half = (share * (place - middle[:, None]).square()).sum(dim=1).sqrt().mul(DEVIATIONS).clamp(min=0.5 / count)
+        starts.append(((middle - half).clamp(min=0) * side).floor().long())
+        ends.append(((middle + half).clamp(max=1) * side).ceil().long())
+    return torch.stack((*starts, *ends), dim=1)
+
+
+# A rule draws boxes (B, 4) by scores (B, N), the selected patches (B, K), their grid and the image's (H, W).
+BOX_RULES: dict[str, Callable[[Tensor, Tensor, tuple[int, int], Sequence[int]], Tensor]] = {
+    "exclusive": lambda _, *patches: boxes_from_indices(*patches, "exclusive"),
+    "inclusive": lambda _, *patches: boxes_from_indices(*patches, "inclusive"),
+    "moments": lambda scores, _, *image: boxes_from_moments(scores, *image),
+}
+
+
+def random_box(draw: Draw, indices: Tensor, size: Sequence[int], training: bool) -> Tensor:
     """The box's width and height at a uniformly random place.
 
     In training torch's generator draws it anew; else it follows from which patches were selected, so that an image
     keeps its place in any batch.
     """
-    boxes = boxes_from_indices(indices, grid, size, rule)
+    boxes = draw(indices)
     if training:
         return place_boxes(boxes, size, torch.rand(boxes.shape[0], 2, device=boxes.device))
     code = scramble(indices + 1_000_003).sum(dim=1, keepdim=True) & MASK
@@ -65,27 +99,27 @@ def random_box(indices: Tensor, grid: tuple[int, int], size: Sequence[int], rule
     return place_boxes(boxes, size, scramble(code + scramble(axis) & MASK).double() / 2**32)
 
 
-def centre(indices: Tensor, grid: tuple[int, int], size: Sequence[int], rule: str, training: bool) -> Tensor:
+def centre(draw: Draw, indices: Tensor, size: Sequence[int], training: bool) -> Tensor:
     """The box's width and height in the middle of the image."""
-    boxes = boxes_from_indices(indices, grid, size, rule)
+    boxes = draw(indices)
     return place_boxes(boxes, size, boxes.new_full((boxes.shape[0], 2), 0.5, dtype=torch.double))
 
 
-def whole(indices: Tensor, grid: tuple[int, int], size: Sequence[int], rule: str, training: bool) -> Tensor:
+def whole(draw: Draw, indices: Tensor, size: Sequence[int], training: bool) -> Tensor:
     """The image itself: it is encoded twice."""
     sides = [indices.new_full((indices.shape[0],), side) for side in (0, 0, size[1], size[0])]
     return torch.stack(sides, dim=1)
 
 
-def corner(indices: Tensor, grid: tuple[int, int], size: Sequence[int], rule: str, training: bool) -> Tensor:
+def corner(draw: Draw, indices: Tensor, size: Sequence[int], training: bool) -> Tensor:
     """The box of the first K patches, a strip in the corner: what the published code crops by its metric `random`."""
-    first = torch.arange(indices.shape[1], device=indices.device).expand_as(indices)
-    return boxes_from_indices(first, grid, size, rule)
+    return draw(torch.arange(indices.shape[1], device=indices.device).expand_as(indices))
 
 
-# What stands in the place of the box, to tell what choosing it was worth: (selected patches (B, K), grid, (H, W), box
-# rule, whether in training) -> boxes (B, 4).
-CONTROLS: dict[str, Callable[[Tensor, tuple[int, int], Sequence[int], str, bool], Tensor]] = {
+Draw = Callable[[Tensor], Tensor]  # a rule's boxes (B, 4) of selected patches (B, K)
+# What stands in the place of the box, to tell what choosing it was worth: (the rule, selected patches (B, K), (H, W),
+# whether in training) -> boxes (B, 4).
+CONTROLS: dict[str, Callable[[Draw, Tensor, Sequence[int], bool], Tensor]] = {
     "random": random_box,
     "centre": centre,
     "whole": whole,
@@ -101,7 +135,7 @@ def check_box(box: str) -> tuple[str | None, str]:
     name, colon, rule = box.partition(":")
     if colon:
         choose(name, CONTROLS, "control")
-        choose(rule, BOX_RULES, "box rule")
+        choose(rule, ENDS if name == "corner" else BOX_RULES, "box rule")
         return name, rule
     choose(name, BOX_RULES | CONTROLS, "box rule")
     return (name, "exclusive") if name in CONTROLS else (None, name)
@@ -138,7 +172,7 @@ def boxes_from_mask(mask: Tensor, image_size: Sequence[int], padding: float = 0.
 
 def select(
     scores: Tensor,
-    top_o: int,
+    top_o: int | float,
     grid: tuple[int, int],
     image_size: Sequence[int],
     box: str = "exclusive",
@@ -148,7 +182,7 @@ def select(
 
     Args:
         scores: (B, g, N), higher is better; averaged over g.
-        top_o: patches to take.
+        top_o: patches to take; below 1, the share of the grid that they make.
         grid: rows and columns of the N patches.
         image_size: (H, W) in pixels.
         box: a rule of `BOX_RULES`, or one of `CONTROLS` that puts another box in its place: "random",
@@ -158,11 +192,14 @@ def select(
     Raises:
         ConfigError: for fewer than `top_o` patches, or an unknown rule.
     """
-    scores, indices = pick(scores, top_o)
+    scores, indices = pick(scores, count_top(top_o, scores.shape[-1]))
     control, rule = check_box(box)
-    if control is None:
-        return Selection(scores, indices, boxes_from_indices(indices, grid, image_size, rule), grid)
-    return Selection(scores, indices, CONTROLS[control](indices, grid, image_size, rule, training), grid)
+
+    def draw(indices: Tensor) -> Tensor:
+        return BOX_RULES[rule](scores, indices, grid, image_size)
+
+    boxes = draw(indices) if control is None else CONTROLS[control](draw, indices, image_size, training)
+    return Selection(scores, indices, boxes, grid)
 
 
 def select_component(

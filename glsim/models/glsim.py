@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glsim.models.backbone import Backbone
+from glsim.models.backbone import Attention, Backbone
 from glsim.models.base import EarlyExitModel, Model
 from glsim.models.boxes import check_box, crop_and_resize, select
 from glsim.models.heads import Aggregator, Classifier, top2_margin
 from glsim.models.patch_embed import to_pair
 from glsim.models.scores import check_metric, check_top, needs_attention, score
-from glsim.types import ConfigError, Output, Selection
+from glsim.types import ConfigError, Features, Output, Selection
 
 TITLE = "GLSim"
 CROPS = True
@@ -30,13 +31,15 @@ class GLSim(Model):
         aggregator: nn.Module,
         head: nn.Module,
         metric: str = "gls_cos",
-        top_o: int = 8,
+        top_o: int | float = 8,
         box: str = "exclusive",
         crop_size: tuple[int, int] | None = None,
+        first_size: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.aggregator, self.head = backbone, aggregator, head
-        self.metric, self.top_o, self.box, self.crop_size = metric, top_o, box, crop_size
+        self.metric, self.top_o, self.box = metric, top_o, box
+        self.crop_size, self.first_size = crop_size, first_size
 
     def forward(self, images: Tensor) -> Output:
         """`images` (B, 3, H, W), normalised. The crop is taken from these very pixels, augmentation included."""
@@ -46,9 +49,15 @@ class GLSim(Model):
         tokens = torch.stack((f.cls, self.backbone.class_token(crops)), dim=1)  # B 2 D
         return self.refine(tokens, selection, crops)
 
+    def features(self, images: Tensor, attention: Attention = False) -> Features:
+        """Tokens of the first pass, which sees `images` (B, 3, H, W) at `first_size`."""
+        if self.first_size is not None:
+            images = F.interpolate(images, self.first_size, mode="bilinear", antialias=True)
+        return self.backbone(images, attention=attention)
+
     def select(self, scores: Tensor, images: Tensor) -> Selection:
-        """The `top_o` best patches by `scores` (B, g, N), and the box around them or its control."""
-        grid = self.backbone.grid_of(images)
+        """The `top_o` best patches by `scores` (B, g, N), and the box around them or its control, in `images`."""
+        grid = self.backbone.grid if self.first_size is not None else self.backbone.grid_of(images)
         return select(scores, self.top_o, grid, images.shape[-2:], self.box, self.training)
 
     def refine(self, tokens: Tensor, selection: Selection | None, crops: Tensor) -> Output:
@@ -112,10 +121,11 @@ def build(
     encoder: Backbone,
     num_classes: int,
     *,
-    top_o: int = 8,
+    top_o: int | float = 8,
     metric: str = "gls_cos",
     box: str = "exclusive",
     crop_size: int | Sequence[int] | None = None,
+    first_size: int | Sequence[int] | None = None,
     classifier: str = "cls",
     aggregator_depth: int = 1,
     dropout: float = 0.0,
@@ -124,8 +134,11 @@ def build(
     early_loss: float = 0.0,
     margin: float | None = None,
 ) -> Model:
-    """`top_o` patches span the crop (the paper: 8, Stanford Dogs 16, at every image size); `crop_size` in pixels.
+    """`top_o` patches span the crop (the paper: 8, Stanford Dogs 16, at every image size; below 1 it is their share of
+    the grid, which means the same at every size); `crop_size` in pixels.
 
+    With a `first_size` the first pass sees the image shrunk to so many pixels, and crops, of that size where nothing
+    else is said, are cut out of all pixels that the model is given: they show what the first pass could not see.
     `box` is a rule, a control in its place (`glsim.models.boxes:CONTROLS`), or "none" (`SinglePass`);
     `aggregator_depth=0` takes the mean of both tokens. With an `early_loss` above 0 the first pass can answer alone;
     `margin` says when it may (`AdaptiveGLSim`).
@@ -133,10 +146,13 @@ def build(
     check_metric(metric, encoder.has_attention, encoder.depth)
     if box != "none":
         check_box(box)
-    check_top(top_o, encoder.grid, "top_o")
+    check_top(top_o, encoder.grid, "top_o", shares=True)
+    first_size = None if first_size is None else to_pair(first_size)
+    crop_size = first_size if crop_size is None else to_pair(crop_size)
     if crop_size is not None:
-        crop_size = to_pair(crop_size)
         encoder.check_size(crop_size)
+    if box == "none" and first_size is not None:
+        raise ConfigError("first_size: box=none has one pass alone; give it that image_size")
     if box == "none" and early_loss:
         raise ConfigError(f"early_loss={early_loss}: box=none answers after the first pass anyway")
     if early_loss < 0:
@@ -149,5 +165,5 @@ def build(
     head = Classifier(encoder.dim, num_classes, classifier)
     if box == "none":
         return SinglePass(encoder, aggregator, head)
-    parts = (encoder, aggregator, head, metric, top_o, box, crop_size)
+    parts = (encoder, aggregator, head, metric, top_o, box, crop_size, first_size)
     return AdaptiveGLSim(*parts, early_loss=early_loss, margin=margin) if early_loss else GLSim(*parts)

@@ -77,6 +77,17 @@ def gls_l2(f: Features) -> Tensor:
     return -(f.cls[:, None] - f.patches).square().mean(dim=-1)[:, None]
 
 
+@metric(title="GLS border")
+def gls_border(f: Features) -> Tensor:
+    """What the patch has more of the class token (cosine) than of the image's border: its mean patch. (B, 1, N)
+
+    Photographs show their object inside and its surroundings at the border, with which the class token agrees too.
+    """
+    map_ = f.patches.unflatten(1, f.grid)
+    border = torch.cat((map_[:, 0], map_[:, -1], map_[:, 1:-1, 0], map_[:, 1:-1, -1]), dim=1).mean(dim=1)
+    return gls_cos(f) - gls_cos(f._replace(cls=border))
+
+
 @metric(title="Attention", reads="attention_maps")
 def attention(f: Features, block: int = -1) -> Tensor:
     """Attention of the class token to every patch in one block, mean over heads. (B, 1, N)"""
@@ -252,11 +263,21 @@ def check_metric(spec: str, has_attention: bool, depth: int | None = None) -> No
         raise ConfigError(f"metric {spec!r}: votes must be 1 or more")
 
 
-def check_top(k: int, grid: tuple[int, int], what: str) -> None:
-    """Raise ConfigError unless `k` patches can be picked from `grid`."""
+def count_top(k: int | float, patches: int) -> int:
+    """How many patches `k` means: so many, or, below 1, that share of all `patches`, one at least."""
+    return max(1, round(k * patches)) if 0 < k < 1 else int(k)
+
+
+def check_top(k: int | float, grid: tuple[int, int], what: str, shares: bool = False) -> None:
+    """Raise ConfigError unless `k` patches can be picked from `grid`; with `shares` a share below 1 may be given."""
     patches = grid[0] * grid[1]
+    if shares and isinstance(k, float) and 0 < k < 1:
+        return
     if not isinstance(k, int) or not 1 <= k <= patches:
-        raise ConfigError(f"{what}={k}, but the grid of the backbone has {patches} patches; choose 1 to {patches}")
+        or_share = ", or a share of them below 1" if shares else ""
+        raise ConfigError(
+            f"{what}={k}, but the grid of the backbone has {patches} patches; choose 1 to {patches}{or_share}"
+        )
 
 
 def pick(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

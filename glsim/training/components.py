@@ -56,7 +56,7 @@ def train_images(s: Train, images: ImageList, p: Preprocessing, copies: int = 1)
 
 def make_preprocessing(s: Train, model: Model) -> Preprocessing:
     """The backbone's, with what the settings say otherwise."""
-    default = default_preprocessing(model.config.backbone, model.backbone.image_size)
+    default = default_preprocessing(model.config.backbone, model.config.image_size)
     mean, std = tuple(s.mean or default.mean), tuple(s.std or default.std)
     return Preprocessing(default.image_size, s.resize_ratio, mean, std, s.resize)
 

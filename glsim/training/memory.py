@@ -85,7 +85,7 @@ def estimate_memory(
     weights = _bytes([*model.parameters(), *model.buffers()])
     gradients = _bytes(p for p in model.parameters() if p.requires_grad)
     kept = _bytes(v for values in state.state.values() for v in values.values() if isinstance(v, torch.Tensor))
-    size, name = model.backbone.image_size, model.config.backbone
+    size, name = model.config.image_size, model.config.backbone
     parameters = sum(p.numel() for p in model.parameters())
     del model, state
     always = weights + gradients + kept
@@ -148,7 +148,7 @@ def saved_bytes(model: Model, batch: int, precision: str, backward: bool = False
         kept.setdefault(storage.data_ptr(), storage.nbytes())
         return tensor
 
-    images = torch.randn(batch, 3, *model.backbone.image_size)
+    images = torch.randn(batch, 3, *model.config.image_size)
     labels = torch.arange(batch) % model.config.num_classes
     # fp16 and bf16 have the same size, and every CPU computes in bf16.
     mixed = torch.autocast("cpu", torch.bfloat16, enabled=precision != "no")

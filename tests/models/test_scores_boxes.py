@@ -1,5 +1,7 @@
 """Metrics, boxes and crops against loops written from their equations."""
 
+import math
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -10,10 +12,11 @@ from hypothesis import strategies as st
 
 from glsim import METRICS, ConfigError, Features
 from glsim.models.boxes import (
-    BOX_RULES,
     CONTROLS,
+    ENDS,
     boxes_from_indices,
     boxes_from_mask,
+    boxes_from_moments,
     check_box,
     crop_and_resize,
     select,
@@ -91,6 +94,13 @@ def similarity(f, b, measure):
     return torch.stack([measure(f.cls[b].double(), p.double()) for p in f.patches[b]])[None]
 
 
+def naive_gls_border(f, b):
+    rows, cols = f.grid
+    border = [i for i in range(rows * cols) if i // cols in (0, rows - 1) or i % cols in (0, cols - 1)]
+    mean = sum(f.patches[b, i].double() for i in border) / len(border)
+    return similarity(f, b, cos) - similarity(f, b, lambda _, p: cos(mean, p))
+
+
 def naive_rollout(f, b, first=0, last=None):
     blocks = f.attention_logits[first : None if last is None else last + 1]
     return product([with_identity(over_keys(a[b])) for a in blocks])
@@ -148,6 +158,7 @@ def naive_mhv(f, b, votes=24):
 NAIVE = {  # metric -> (features, image) -> (g, N)
     "gls_cos": lambda f, b: similarity(f, b, cos),
     "gls_l1": lambda f, b: similarity(f, b, lambda c, p: -(c - p).abs().sum() / len(c)),
+    "gls_border": naive_gls_border,
     "gls_l2": lambda f, b: similarity(f, b, lambda c, p: -((c - p) ** 2).sum() / len(c)),
     "attention": lambda f, b: naive_rows(f, b)[-1:],
     "rollout": lambda f, b: class_row(naive_rollout(f, b), f.num_prefix)[None, f.num_prefix :],
@@ -224,7 +235,7 @@ def test_parameters_are_set_where_a_metric_is_named(prefix):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("gls", r"unknown metric 'gls'; choose from: attention, gls_cos, gls_l1, gls_l2, maws, mhv, psm, "),
+        ("gls", r"unknown metric 'gls'; choose from: attention, gls_border, gls_cos, gls_l1, gls_l2, maws, mhv, psm, "),
         ("", r"unknown metric ''; choose from: attention"),
         ("rollout:block=1", r"metric 'rollout' has no block; it has: first, last"),
         ("attention:blok=1,layer=2", r"metric 'attention' has no blok, layer; it has: block"),
@@ -263,7 +274,7 @@ def test_who_needs_attention(name):
     if name in NEEDS_ATTENTION:
         with pytest.raises(ConfigError, match="no attention logits; encode with attention=True"):
             METRICS[name](f)
-        with pytest.raises(ConfigError, match="reads attention maps.*choose from: gls_cos, gls_l1, gls_l2, random"):
+        with pytest.raises(ConfigError, match="reads attention maps.*choose from: gls_border, gls_cos, gls_l1, gls_l2, random"):
             check_metric(name, False)
     else:
         check_metric(name, False)
@@ -492,7 +503,7 @@ def chosen_patches(draw):
     return indices, grid, (grid[0] * patch[0], grid[1] * patch[1])
 
 
-@pytest.mark.parametrize("rule", sorted(BOX_RULES))
+@pytest.mark.parametrize("rule", sorted(ENDS))
 @given(chosen_patches())
 @example(([15, 10], (4, 4), (64, 64)))
 @example(([20], (3, 7), (48, 112)))
@@ -507,6 +518,47 @@ def test_boxes_agree_with_a_loop(rule, patches):
 def test_unknown_box_rule_lists_the_rules():
     with pytest.raises(ConfigError, match="unknown box rule 'round'; choose from: exclusive, inclusive"):
         boxes_from_indices(torch.zeros(1, 1, dtype=torch.long), (2, 2), (32, 32), "round")
+
+
+def naive_moments(scores, grid, size):
+    """The box of one image by plain sums, pixels as floats."""
+    mean = sum(scores) / len(scores)
+    deviation = (sum((v - mean) ** 2 for v in scores) / len(scores) + 1e-12) ** 0.5
+    weights = [math.exp(1.5 * (v - mean) / deviation) for v in scores]
+    box = []
+    for axis in (1, 0):
+        places = [(divmod(i, grid[1])[axis] + 0.5) / grid[axis] for i in range(len(scores))]
+        middle = sum(w * p for w, p in zip(weights, places, strict=True)) / sum(weights)
+        var = sum(w * (p - middle) ** 2 for w, p in zip(weights, places, strict=True)) / sum(weights)
+        half = max(1.75 * var**0.5, 0.5 / grid[axis])
+        box.append((max(middle - half, 0) * size[axis], min(middle + half, 1) * size[axis]))
+    return [box[0][0], box[1][0], box[0][1], box[1][1]]
+
+
+@given(st.tuples(st.integers(1, 9), st.integers(1, 9)), st.integers(0, 2**31), st.sampled_from([0.0, 0.01, 1.0, 50.0]))
+@example((4, 4), 0, 0.0)
+def test_moments_agree_with_a_loop(grid, seed, scale):
+    scores, size = scale * torch.randn(2, grid[0] * grid[1], generator=generator(seed)), (60, 84)
+    boxes = boxes_from_moments(scores, grid, size)
+    assert boxes.dtype == torch.int64 and (boxes[:, 2:] > boxes[:, :2]).all() and (boxes >= 0).all()
+    assert (boxes[:, 2] <= 84).all() and (boxes[:, 3] <= 60).all()
+    for row, box in zip(scores.double().tolist(), boxes.tolist(), strict=True):
+        left, top, right, bottom = naive_moments(row, grid, size)
+        assert all(0 <= end <= 1 + 1e-6 for end in (left - box[0] + 1e-9, top - box[1] + 1e-9))  # rounded outwards
+        assert all(0 <= end <= 1 + 1e-6 for end in (box[2] - right + 1e-9, box[3] - bottom + 1e-9))
+
+
+def test_a_stray_patch_moves_the_box_of_moments_little():
+    def boxes(scores):
+        return [select(scores, 17, (12, 12), (120, 120), rule).boxes for rule in ("moments", "inclusive")]
+
+    scores = torch.zeros(1, 12, 12)
+    scores[:, 4:8, 3:7] = 1.0
+    moments, inclusive = boxes(scores.flatten(1)[:, None])
+    scores[:, 0, 11] = 0.9
+    strayed, spanning = boxes(scores.flatten(1)[:, None])
+    assert 4 * (strayed - moments).abs().max() < 120 - 70 <= (spanning[0, 2] - 70)  # the right side, of 120 pixels
+    assert moments[0, 0] <= 30 and moments[0, 2] >= 70 and moments[0, 1] <= 40 and moments[0, 3] >= 80
 
 
 def naive_mask_box(mask, size, padding):
@@ -617,30 +669,32 @@ def patches(count=40, k=4, grid=(5, 6), seed=0):
     return torch.stack([torch.randperm(grid[0] * grid[1], generator=g)[:k] for _ in range(count)])
 
 
-@pytest.mark.parametrize("rule", sorted(BOX_RULES))
+@pytest.mark.parametrize("rule", sorted(ENDS))
 @pytest.mark.parametrize("training", [False, True])
 def test_controls_have_the_boxes_area(rule, training):
     grid, size, indices = (5, 6), (80, 96), patches()
-    own = boxes_from_indices(indices, grid, size, rule)
+    draw = partial(boxes_from_indices, grid=grid, image_size=size, rule=rule)
+    own = draw(indices)
     for name in ("random", "centre"):
-        boxes = CONTROLS[name](indices, grid, size, rule, training)
+        boxes = CONTROLS[name](draw, indices, size, training)
         assert boxes.dtype == torch.int64 and torch.equal(boxes[:, 2:] - boxes[:, :2], own[:, 2:] - own[:, :2])
         assert (boxes >= 0).all() and (boxes[:, 2] <= 96).all() and (boxes[:, 3] <= 80).all()
     for (left, top, right, bottom), box in zip(own.tolist(), boxes.tolist(), strict=True):
         assert box[:2] == [(96 - (right - left)) // 2, (80 - (bottom - top)) // 2]
-    assert CONTROLS["whole"](indices, grid, size, rule, training).tolist() == [[0, 0, 96, 80]] * 40
+    assert CONTROLS["whole"](draw, indices, size, training).tolist() == [[0, 0, 96, 80]] * 40
     strip = boxes_from_indices(torch.arange(4)[None], grid, size, rule)
-    assert torch.equal(CONTROLS["corner"](indices, grid, size, rule, training), strip.expand(40, -1))
+    assert torch.equal(CONTROLS["corner"](draw, indices, size, training), strip.expand(40, -1))
 
 
 def test_the_random_box_is_an_images_own_and_uniform():
     grid, size, indices = (5, 6), (80, 96), patches(4000)
     before = torch.get_rng_state()
-    boxes = CONTROLS["random"](indices, grid, size, "exclusive", False)
+    draw = partial(boxes_from_indices, grid=grid, image_size=size)
+    boxes = CONTROLS["random"](draw, indices, size, False)
     assert torch.equal(torch.get_rng_state(), before)
     order = torch.randperm(4000, generator=generator())
-    assert torch.equal(CONTROLS["random"](indices[order], grid, size, "exclusive", False), boxes[order])
-    assert torch.equal(CONTROLS["random"](indices.flip(1), grid, size, "exclusive", False), boxes)  # a set
+    assert torch.equal(CONTROLS["random"](draw, indices[order], size, False), boxes[order])
+    assert torch.equal(CONTROLS["random"](draw, indices.flip(1), size, False), boxes)  # a set
     for axis, side in ((0, 96), (1, 80)):
         room = side - (boxes[:, axis + 2] - boxes[:, axis])
         share = (boxes[:, axis] / room)[room >= 16].double()
@@ -653,7 +707,8 @@ def test_the_random_box_is_an_images_own_and_uniform():
 def test_the_random_box_follows_torchs_generator_in_training():
     def draw(seed, training):
         torch.manual_seed(seed)
-        return CONTROLS["random"](patches(), (5, 6), (80, 96), "inclusive", training)
+        around = partial(boxes_from_indices, grid=(5, 6), image_size=(80, 96), rule="inclusive")
+        return CONTROLS["random"](around, patches(), (80, 96), training)
 
     assert torch.equal(draw(0, True), draw(0, True)) and not torch.equal(draw(0, True), draw(1, True))
     assert torch.equal(draw(0, False), draw(1, False))
@@ -673,18 +728,20 @@ def test_a_box_names_a_rule_or_a_control(box, taken):
     f = features()
     selection = select(METRICS["gls_cos"](f), 4, f.grid, (64, 80), box)
     control, rule = taken
-    own = boxes_from_indices(selection.indices, f.grid, (64, 80), rule)
-    expected = CONTROLS[control](selection.indices, f.grid, (64, 80), rule, False) if control else own
+    around = partial(boxes_from_indices, grid=f.grid, image_size=(64, 80), rule=rule)
+    own = around(selection.indices)
+    expected = CONTROLS[control](around, selection.indices, (64, 80), False) if control else own
     assert torch.equal(selection.boxes, expected)
 
 
 @pytest.mark.parametrize(
     ("box", "message"),
     [
-        ("round", "unknown box rule 'round'; choose from: centre, corner, exclusive, inclusive, random, whole"),
-        ("random:round", "unknown box rule 'round'; choose from: exclusive, inclusive"),
+        ("round", "unknown box rule 'round'; choose from: centre, corner, exclusive, inclusive, moments, random, whole"),
+        ("random:round", "unknown box rule 'round'; choose from: exclusive, inclusive, moments"),
+        ("corner:moments", "unknown box rule 'moments'; choose from: exclusive, inclusive"),
         ("inclusive:random", "unknown control 'inclusive'; choose from: centre, corner, random, whole"),
-        ("random:", "unknown box rule ''; choose from: exclusive, inclusive"),
+        ("random:", "unknown box rule ''; choose from: exclusive, inclusive, moments"),
     ],
 )
 def test_unknown_boxes_list_the_choices(box, message):
