@@ -18,7 +18,7 @@ from glsim.checkpoints.init_from import init_from
 from glsim.models import cal, find_method
 from glsim.models.attention import explicit_attention, paired_attention
 from glsim.models.backbone import build_backbone
-from glsim.models.boxes import BOX_RULES, CONTROLS, select, select_component
+from glsim.models.boxes import BOX_RULES, CONTROLS, crop_and_resize, select, select_component
 from glsim.models.heads import CLASSIFIERS, Aggregator, Classifier
 from glsim.models.losses import objective
 from glsim.models.patch_embed import OverlappingPatches
@@ -372,7 +372,7 @@ def test_wrong_names_list_the_choices(arguments, message):
     [
         ({"topo": 8}, "'glsim' has no option topo; its options: .*top_o"),
         ({"metric": "gls"}, "unknown metric 'gls'; choose from: attention, gls_cos"),
-        ({"box": "x"}, "unknown box rule 'x'; choose from: centre, corner, exclusive, inclusive, random, whole"),
+        ({"box": "x"}, "unknown box rule 'x'; choose from: centre, corner, exclusive, inclusive, moments, random, whole"),
         ({"classifier": "x"}, "unknown classifier 'x'; choose from: avg_cls, cls, max_cls"),
         ({"top_o": 17}, "top_o=17, but the grid of the backbone has 16 patches; choose 1 to 16"),
         ({"top_o": 0}, "top_o=0"),
@@ -504,6 +504,57 @@ def test_smaller_crops():
         small_model(backbone="beit_base_patch16_224", crop_size=32)
     with pytest.raises(ConfigError, match="30x30 is no multiple"):
         small_model(crop_size=30)
+
+
+FIRST = [("vit_tiny_patch16_224", 64), ("resnet18", 64), ("swin_tiny_patch4_window7_224", 64), ("beit_base_patch16_224", 64)]
+
+
+@pytest.mark.parametrize(("backbone", "first"), FIRST)
+def test_a_first_pass_at_a_size_of_its_own(backbone, first):
+    """The same answer as by hand: the image shrunk for the first pass, its box in all pixels, the crop out of them."""
+    model = small_model(backbone=backbone, size=160, first_size=first, top_o=2, metric="gls_border", box="moments")
+    images = torch.randn(2, 3, 160, 160)
+    assert model.config.image_size == [160, 160] and model.backbone.image_size == (first, first)
+    with torch.no_grad():
+        output = model(images)
+        f = model.backbone(F.interpolate(images, (first, first), mode="bilinear", antialias=True))
+        chosen = select(glsim.METRICS["gls_border"](f), 2, f.grid, (160, 160), "moments")
+        crops = crop_and_resize(images, chosen.boxes, (first, first))
+        fused = model.aggregator(torch.stack((f.cls, model.backbone(crops).cls), dim=1))
+    assert torch.equal(output.selection.boxes, chosen.boxes) and output.selection.grid == f.grid
+    torch.testing.assert_close(output.crops, crops)
+    torch.testing.assert_close(output.logits, model.head(fused), atol=1e-5, rtol=1e-5)
+
+
+def test_a_first_pass_of_an_early_answer_at_a_size_of_its_own():
+    model = small_model(size=128, first_size=64, crop_size=96, early_loss=1.0, margin=0.5)
+    images = torch.randn(2, 3, 128, 128)
+    given, early, selection = model.first_pass(images)
+    torch.testing.assert_close(given, model.features(images).cls)
+    assert early.shape == (2, 5) and selection.grid == (4, 4)
+    assert model.second_pass(images, given, selection.boxes).crops.shape == (2, 3, 96, 96)
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "message"),
+    [
+        (None, {"first_size": 64}, "first_size=64: image_size is needed too"),
+        (128, {"first_size": 60}, "60x60 is no multiple"),
+        (128, {"first_size": 64, "box": "none"}, "first_size: box=none"),
+        (64, {"top_o": 1.5}, "choose 1 to 16, or a share of them below 1"),
+        (64, {"top_o": 0.0}, "choose 1 to 16, or a share of them below 1"),
+        (64, {"top_o": "8"}, "top_o='8': a number is needed"),
+    ],
+)
+def test_sizes_and_shares_that_cannot_be(size, options, message):
+    with pytest.raises(ConfigError, match=message):
+        small_model(size=size, **options)
+
+
+def test_a_share_of_the_grid_means_the_same_at_every_size():
+    for size, patches in ((64, 4), (128, 16)):  # a quarter
+        output = small_model(size=size, top_o=0.25)(torch.randn(2, 3, size, size))
+        assert output.selection.indices.shape == (2, patches)
 
 
 @pytest.mark.parametrize("size", [64, None])
