@@ -232,20 +232,16 @@ def test_method_lists_everything_there_is(registry, heading):
     assert sorted(rows(section(heading))) == sorted(registry)
 
 
-def test_metrics_that_read_attention_are_the_ones_that_method_says():
-    assert set(glsim.METRICS) - NEEDS_ATTENTION == {"gls_cos", "gls_l1", "gls_l2", "random"}
-    assert "all but the `gls_` metrics and `random` read" in section("Metrics").replace("\n", " ")
-
-
 def test_metrics_have_the_titles_and_needs_that_pictures_says():
     text = section("From the command line", page="pictures.md")
-    lines = re.findall(r"^\| ([^|`]+) \| (`.*?`) \| .* \| (yes)? ?\|$", text, re.M)
+    lines = re.findall(r"^\| ([^|`]+) \| (`.*?`) \| .* \| (maps|logits)? ?\|$", text, re.M)
     told = {
-        name.strip("` "): (title, bool(needs))
-        for titles, names, needs in lines
+        name.strip("` "): (title, reads)
+        for titles, names, reads in lines
         for title, name in zip(titles.split(", "), names.split(", "), strict=True)
     }
-    assert told == {name: (TITLES[name], name in NEEDS_ATTENTION) for name in glsim.METRICS}
+    reads = {"": set(glsim.METRICS) - NEEDS_ATTENTION, "maps": NEEDS_MAPS, "logits": NEEDS_ATTENTION - NEEDS_MAPS}
+    assert told == {name: (TITLES[name], kind) for kind, names in reads.items() for name in names}
 
 
 def test_methods_are_what_the_table_says():
