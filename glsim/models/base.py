@@ -1,4 +1,4 @@
-"""Base classes of the methods: what every model has and does."""
+"""Base classes of the methods: any model, models that may answer early, models whose last block sees chosen tokens."""
 
 from __future__ import annotations
 

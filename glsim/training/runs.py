@@ -1,4 +1,4 @@
-"""Files of a run folder beside the bundle: their names, what they hold, and reading them back."""
+"""Files of a run folder beside the bundle, written and read back; the origin of a run's weights."""
 
 from __future__ import annotations
 
