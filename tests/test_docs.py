@@ -22,6 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import glsim
 from glsim import cli
+from glsim.data.catalog import SETS, NamedSet
 from glsim.data.synthetic import species
 from glsim.models import find_method
 from glsim.models.backbone import NEEDS, build_backbone
@@ -188,6 +189,30 @@ def test_paths_named_are_there():
         for path in re.findall(r"`((?:glsim|tests|docs|recipes)/[\w./-]*)`", page.read_text(encoding="utf-8")):
             known = (ROOT / path).exists() or "NAME" in path
             assert known, f"{page.name} names {path}"
+
+
+def source(function):
+    """The file of a function, or of the one that a `partial` calls, from the root."""
+    return str(Path(inspect.getsourcefile(getattr(function, "func", function))).relative_to(ROOT))
+
+
+def test_contributing_names_the_files_that_an_addition_touches():
+    """In brackets: those that hold what is there now, with NAME for its own name, and one file of tests."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^- \*\*A ([a-z ]+)\*\* \((`[^)]+)\):", text, re.M))
+    named = {what: re.findall(r"`([^`]+)`", files) for what, files in told.items()}
+    methods = {source(find_method(name).build).replace(f"/{name}.py", "/NAME.py") for name in glsim.METHODS}
+    verbs = {source(cli.load_verb(n).run).replace(n.replace(" ", "_"), "NAME") for n in cli.verb_names()}
+    readers = {source(known.read) for known in SETS.values() if known.read}
+    assert {what: {path for path in paths if path.startswith("glsim/")} for what, paths in named.items()} == {
+        "metric": {source(metric) for metric in glsim.METRICS.values()},
+        "method": methods | {source(find_method), "glsim/training/recipes/DATA_NAME.yaml"},
+        "data set": {source(NamedSet)} | readers,
+        "verb": verbs,
+    }
+    for what, paths in named.items():
+        (tests,) = (path for path in paths if path.startswith("tests/"))
+        assert (ROOT / tests).is_file() or what == "verb", what
 
 
 def test_the_picture_can_be_made(workplace, monkeypatch, capsys):
