@@ -41,10 +41,10 @@ from torch import Tensor
 from glsim.data.images import read_image
 from glsim.data.readers import read_data
 from glsim.evaluation.statistics import mcnemar
+from glsim.files import write_json
 from glsim.models.backbone import Backbone, build_backbone
 from glsim.models.boxes import crop_and_resize, place_boxes
-from glsim.models.scores import above_mean, largest_component
-from glsim.files import write_json
+from glsim.models.scores import largest_component
 
 MEAN, STD = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
 
@@ -236,9 +236,16 @@ SHAPES: dict[str, Callable[..., Tensor]] = {
     **{f"spread{d}s2": spread(d / 100, 2.0) for d in (150, 175, 200)},
     **{f"middle{p}": middle(p / 100) for p in (50, 60, 70, 80)},
 }
-SHAPES |= {f"square-{name}": square(SHAPES[name]) for name in ("group15", "group20", "group10+1", "group20+1", "otsu+1", "spread150")}
-SHAPES |= {f"random-{name}": at_random(SHAPES[name]) for name in ("top8", "group10+1", "group15", "group20+1", "spread150")}
-SHAPES |= {f"centre-{name}": in_the_middle(SHAPES[name]) for name in ("top8", "group10+1", "group15", "group20+1", "spread150")}
+SHAPES |= {
+    f"square-{name}": square(SHAPES[name])
+    for name in ("group15", "group20", "group10+1", "group20+1", "otsu+1", "spread150")
+}
+SHAPES |= {
+    f"random-{name}": at_random(SHAPES[name]) for name in ("top8", "group10+1", "group15", "group20+1", "spread150")
+}
+SHAPES |= {
+    f"centre-{name}": in_the_middle(SHAPES[name]) for name in ("top8", "group10+1", "group15", "group20+1", "spread150")
+}
 
 
 # --- the frozen network ---------------------------------------------------------------------------------------------------
@@ -401,7 +408,9 @@ def main() -> None:
             area = (share[:, 2] - share[:, 0]) * (share[:, 3] - share[:, 1])
             row["area"] = round(area.mean().item(), 3)
             if known is not None:
-                inner = (torch.minimum(share[:, 2:], known[:, 2:]) - torch.maximum(share[:, :2], known[:, :2])).clamp(min=0)
+                inner = (torch.minimum(share[:, 2:], known[:, 2:]) - torch.maximum(share[:, :2], known[:, :2])).clamp(
+                    min=0
+                )
                 both_area = inner[:, 0] * inner[:, 1]
                 true = (known[:, 2] - known[:, 0]) * (known[:, 3] - known[:, 1])
                 row["iou"] = round((both_area / (area + true - both_area)).mean().item(), 3)

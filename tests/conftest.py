@@ -81,6 +81,11 @@ SMALL_MAPS = {  # networks that are no transformer on one grid, small, and with 
 }
 
 
+def choices(names):
+    """How an error lists what there is."""
+    return f"choose from: {', '.join(sorted(names))}"
+
+
 def small_model(
     method="glsim", backbone="vit_tiny_patch16_224", size=64, classes=5, head=True, seed=0, args=None, **options
 ):

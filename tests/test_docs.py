@@ -22,6 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import glsim
 from glsim import cli
+from glsim.data.catalog import SETS, NamedSet
 from glsim.data.synthetic import species
 from glsim.models import find_method
 from glsim.models.backbone import NEEDS, build_backbone
@@ -190,6 +191,30 @@ def test_paths_named_are_there():
             assert known, f"{page.name} names {path}"
 
 
+def source(function):
+    """The file of a function, or of the one that a `partial` calls, from the root."""
+    return str(Path(inspect.getsourcefile(getattr(function, "func", function))).relative_to(ROOT))
+
+
+def test_contributing_names_the_files_that_an_addition_touches():
+    """In brackets: those that hold what is there now, with NAME for its own name, and one file of tests."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^- \*\*A ([a-z ]+)\*\* \((`[^)]+)\):", text, re.M))
+    named = {what: re.findall(r"`([^`]+)`", files) for what, files in told.items()}
+    methods = {source(find_method(name).build).replace(f"/{name}.py", "/NAME.py") for name in glsim.METHODS}
+    verbs = {source(cli.load_verb(n).run).replace(n.replace(" ", "_"), "NAME") for n in cli.verb_names()}
+    readers = {source(known.read) for known in SETS.values() if known.read}
+    assert {what: {path for path in paths if path.startswith("glsim/")} for what, paths in named.items()} == {
+        "metric": {source(metric) for metric in glsim.METRICS.values()},
+        "method": methods | {source(find_method), "glsim/training/recipes/DATA_NAME.yaml"},
+        "data set": {source(NamedSet)} | readers,
+        "verb": verbs,
+    }
+    for what, paths in named.items():
+        (tests,) = (path for path in paths if path.startswith("tests/"))
+        assert (ROOT / tests).is_file() or what == "verb", what
+
+
 def test_the_picture_can_be_made(workplace, monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location("make_birds", ROOT / "docs" / "make_birds.py")
     maker = importlib.util.module_from_spec(spec)
@@ -232,20 +257,16 @@ def test_method_lists_everything_there_is(registry, heading):
     assert sorted(rows(section(heading))) == sorted(registry)
 
 
-def test_metrics_that_read_attention_are_the_ones_that_method_says():
-    assert set(glsim.METRICS) - NEEDS_ATTENTION == {"gls_cos", "gls_l1", "gls_l2", "random"}
-    assert "all but the `gls_` metrics and `random` read" in section("Metrics").replace("\n", " ")
-
-
 def test_metrics_have_the_titles_and_needs_that_pictures_says():
     text = section("From the command line", page="pictures.md")
-    lines = re.findall(r"^\| ([^|`]+) \| (`.*?`) \| .* \| (yes)? ?\|$", text, re.M)
+    lines = re.findall(r"^\| ([^|`]+) \| (`.*?`) \| .* \| (maps|logits)? ?\|$", text, re.M)
     told = {
-        name.strip("` "): (title, bool(needs))
-        for titles, names, needs in lines
+        name.strip("` "): (title, reads)
+        for titles, names, reads in lines
         for title, name in zip(titles.split(", "), names.split(", "), strict=True)
     }
-    assert told == {name: (TITLES[name], name in NEEDS_ATTENTION) for name in glsim.METRICS}
+    reads = {"": set(glsim.METRICS) - NEEDS_ATTENTION, "maps": NEEDS_MAPS, "logits": NEEDS_ATTENTION - NEEDS_MAPS}
+    assert told == {name: (TITLES[name], kind) for kind, names in reads.items() for name in names}
 
 
 def test_methods_are_what_the_table_says():

@@ -192,7 +192,10 @@ def check_inside(folder: Path) -> None:
 
 
 def load_bundle(folder: Path, **overrides: Any) -> Model:
-    """Load a bundle folder in eval mode; see `load`."""
+    """Load a bundle folder in eval mode, some options replaced.
+
+    Raises DataError for a bundle that is damaged or asks for other files, ConfigError for options that do not fit.
+    """
     config = read_config(folder)
     kept = {k: v for k, v in vars(config).items() if k not in MODEL_KEYS}
     # Nothing that a config says may make timm read other files or the network: older versions of it unpickle them.
@@ -293,7 +296,13 @@ def threshold_of(model: Model) -> float:
 
 
 def amend(folder: str | Path, options: dict[str, Any], **info: Any) -> None:
-    """Change options of the method and anything else in the `config.json` of a bundle, and its card with it."""
+    """Change what the `config.json` of a bundle says, and its card with it.
+
+    Args:
+        folder: the bundle.
+        options: of the method, to replace.
+        info: anything else, by key.
+    """
     folder = Path(folder)
     config = read_config(folder)
     changed = config.as_dict() | {"options": config.options | options, **info}

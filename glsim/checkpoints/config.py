@@ -187,7 +187,17 @@ def check_config(config: Any, path: Path) -> ModelConfig:
 
 
 def check_kinds(values: Mapping[str, Any], table: Mapping[str, Any], path: Path, within: str = "") -> None:
-    """DataError names the keys of `values`, read from `path`, that are not what `table` says of them."""
+    """Hold values that come from a file to what they should be.
+
+    Args:
+        values: by key.
+        table: what each key has to be.
+        path: the file, for the message.
+        within: name of the part of it, for the message.
+
+    Raises:
+        DataError: naming the keys that are something else.
+    """
     wrong = []
     for key, kind in table.items():
         if key not in values:
@@ -217,7 +227,13 @@ def read_metrics(path: Path) -> dict[str, Any] | None:
 
 
 def some(names: Iterable[str], between: str = ", ", most: int = 5) -> str:
-    """The first few of many names, and how many there are more."""
+    """The first few of many names, and how many there are more.
+
+    Args:
+        names: any number.
+        between: separates them.
+        most: that are shown.
+    """
     names = list(names)
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return between.join(printable(shorten(name, 200)) for name in names[:most]) + more

@@ -67,7 +67,13 @@ class Second(Answer):
     """Its second pass: images, boxes and what the first one gave -> logits."""
 
     def forward(self, images: Tensor, boxes: Tensor, given: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """`images` (B, 3, H, W), normalised; `boxes` (B, 4), `given` (B, D)."""
+        """Logits (B, C) of a second pass.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            boxes: (B, 4), what to crop.
+            given: (B, D), of the first pass.
+        """
         with spelled_out(self.model):
             return (self.model.second_pass(images, given, boxes).logits,)
 
@@ -169,7 +175,13 @@ def export_model(
 
 @torch.inference_mode()
 def compare(model: Model, exported: Callable[[Tensor], Output], count: int) -> BatchCheck:
-    """What `model` and its export say of the same `count` random images."""
+    """What a model and its export say of the same random images.
+
+    Args:
+        model: in eval mode.
+        exported: the same as a graph.
+        count: images.
+    """
     draw = torch.Generator().manual_seed(count)
     images = torch.randn(count, 3, *model.config.image_size, generator=draw)
     mine, theirs = model(images), exported(images)

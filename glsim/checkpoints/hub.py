@@ -49,9 +49,20 @@ def fetch(name: str, names: Sequence[str]) -> Path:
 
 
 def push(files: Mapping[str, str | Path], name: str, message: str, private: bool | None = None) -> str:
-    """Send `files` to the repository "owner/name", made where it is not there yet; returns the address of the commit.
+    """Send files to a repository of the Hub, made where it is not there yet.
 
-    Raises ConfigError without a token and GlsimError when they cannot be sent.
+    Args:
+        files: what to send, by their names there.
+        name: owner/name.
+        message: of the commit.
+        private: whether a new repository is; None: the Hub's default.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ConfigError: without a token.
+        GlsimError: when they cannot be sent.
     """
     if get_token() is None:
         raise ConfigError("there is no token for the Hub: log in once with `hf auth login`, or set HF_TOKEN")

@@ -63,8 +63,14 @@ GLSIM_BLOCK = {"proj": "attn.proj", "norm1": "norm1", "norm2": "norm2", "pwff.fc
 def convert_official(path: str | Path, method: str = "glsim", **overrides: Any) -> Model:
     """Read a publisher's checkpoint; the model's `conversion` tells what became of its keys.
 
-    Sizes come from the shapes and the saved arguments, `overrides` replace options. Raises DataError for a file that
-    is damaged, holds anything but tensors and arguments, lacks weights, or was trained with an option unknown here.
+    Args:
+        path: the `.pth`.
+        method: of which it is: glsim, transfg or ffvt.
+        overrides: options in place of those that shapes and saved arguments tell.
+
+    Raises:
+        DataError: for a file that is damaged, holds anything but tensors and arguments, lacks weights, or was trained
+            with an option unknown here.
     """
     path = Path(path)
     file = _read(path)

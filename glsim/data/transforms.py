@@ -1,4 +1,4 @@
-"""Image transforms by name, and the preprocessing that a trained model stores."""
+"""Image transforms by name, mixing in a batch (mixup, CutMix), and the preprocessing that a trained model stores."""
 
 from __future__ import annotations
 

@@ -149,7 +149,13 @@ def calibrate_bundle(
 
 
 def rejection(logits: Tensor, labels: Tensor, max_error: float) -> dict[str, Any]:
-    """The fields of `Calibration` about the threshold that keeps the error of the answers at `max_error` points."""
+    """The fields of `Calibration` about rejection.
+
+    Args:
+        logits: (images, C).
+        labels: (images,).
+        max_error: points (of 100) of the answers that may be wrong.
+    """
     confidences, right = graded(logits, labels)
     threshold, answered = find_threshold(confidences, right, max_error)
     return {
@@ -164,9 +170,15 @@ def rejection(logits: Tensor, labels: Tensor, max_error: float) -> dict[str, Any
 
 @torch.no_grad()
 def ask(model: Model, loader: Any, progress: bool = False) -> Answers:
-    """Answer every image of `loader` (images (B, 3, H, W), labels (B,)); a `EarlyExitModel` after one pass and two.
+    """Answer every image; an `EarlyExitModel` after one pass and after two.
 
-    Raises DataError where an answer is no number.
+    Args:
+        model: in eval mode.
+        loader: batches of images (B, 3, H, W) and labels (B,).
+        progress: draw a progress bar.
+
+    Raises:
+        DataError: where an answer is no number.
     """
     device = next(model.parameters()).device
     rows: list[tuple[Tensor, ...]] = []
@@ -186,10 +198,18 @@ def ask(model: Model, loader: Any, progress: bool = False) -> Answers:
 
 
 def find_margin(first: Tensor, second: Tensor, labels: Tensor, max_loss: float) -> tuple[float | None, Tensor]:
-    """The smallest margin that costs at most `max_loss` points of accuracy, and who would be unsure (images,).
+    """The smallest margin of the early exit that costs little accuracy, and who would be unsure.
 
-    `first`, `second` (images, C) are the logits after one pass and two. Only margins count above which no other one
-    costs more: one that does well by chance in between is not taken. None: every image needs both passes.
+    Only margins count above which no other one costs more: one that does well by chance in between is not taken.
+
+    Args:
+        first: logits (images, C) after one pass.
+        second: logits (images, C) after two.
+        labels: (images,).
+        max_loss: points (of 100) of accuracy that it may cost.
+
+    Returns:
+        The margin (None: every image needs both passes), and bool (images,), who goes on.
     """
     order = (ahead := top2_margin(first)).argsort()
     gained = ((second.argmax(1) == labels).long() - (first.argmax(1) == labels).long())[order]  # by its second pass

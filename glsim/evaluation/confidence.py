@@ -102,11 +102,19 @@ def largest_rate(wrong: int, count: int) -> float:
 
 
 def find_threshold(confidences: Tensor, right: Tensor, max_error: float) -> tuple[float | None, Tensor]:
-    """The lowest threshold at which at most `max_error` points (of 100) of the answers are wrong; who answers.
+    """The lowest threshold at which few of the answers are wrong, and who answers.
 
     Only thresholds count above which no other one is worse: one that does well by chance in between is not taken. A
     single wrong image among the surest few says little of a rate, so that it alone does not make one worse. The
-    threshold lies midway to the next lower confidence. None, and nobody: there is none.
+    threshold lies midway to the next lower confidence.
+
+    Args:
+        confidences: (images,).
+        right: bool (images,).
+        max_error: points (of 100) of the answers that may be wrong.
+
+    Returns:
+        The threshold (None: there is none, and nobody answers), and bool (images,), who answers.
     """
     curve = risk_coverage(confidences, right)
     allowed = max_error / 100 * curve.answered + 1e-9

@@ -46,7 +46,14 @@ class Mistake(NamedTuple):
 def find_mistakes(
     images: ImageList, predictions: Sequence[int], confidences: Sequence[float], true_confidences: Sequence[float]
 ) -> list[Mistake]:
-    """The images with a wrong prediction, the most confident first."""
+    """The images with a wrong prediction, the most confident first.
+
+    Args:
+        images: with their classes.
+        predictions: number of the class predicted, an image each.
+        confidences: probability of the class predicted.
+        true_confidences: probability of the true class.
+    """
     rows = zip(images.paths, images.labels, predictions, confidences, true_confidences, strict=True)
     wrong = [Mistake(*row) for row in rows if row[1] != row[2]]
     return sorted(wrong, key=lambda m: (-m.confidence, str(m.path)))

@@ -177,10 +177,19 @@ def evaluate(
     temperature: float = 1.0,
     taxonomy: Taxonomy | None = None,
 ) -> Evaluation:
-    """Run `model` over batches (images (B, 3, H, W), labels (B,)); every image of a sharded loader counts once.
+    """Run a model over a split; every image of a sharded loader counts once.
 
-    With `flip` the logits of each image and of its mirror image are averaged. Confidences are the softmax of the
-    logits divided by `temperature`. Raises DataError naming the first image whose answer is no number.
+    Args:
+        model: logits (B, C) in its output.
+        loader: batches of images (B, 3, H, W) and labels (B,).
+        num_classes: C.
+        accelerator: gathers what the processes found.
+        flip: average the logits of each image and of its mirror image.
+        temperature: divides the logits before the softmax that confidences are.
+        taxonomy: coarser levels of the classes; None: the classes alone.
+
+    Raises:
+        DataError: naming the first image whose answer is no number.
     """
     model.eval()
     taxonomy = taxonomy or flat(range(num_classes))
@@ -228,9 +237,18 @@ def evaluate(
 
 
 def read_split(model: Model, data: str | Path, split: str) -> tuple[ImageList, dict[str, ImageList]]:
-    """The images of `split`, or all, and all splits, as the run that trained `model` saw them, val held out of train.
+    """The images of a split as the run that trained a model saw it, val held out of train.
 
-    Raises DataError as `take_split` does, or when the classes are not those of `model`.
+    Args:
+        model: with the splits of its run in its config.
+        data: a folder, list, shards or Hugging Face data.
+        split: its name, or all.
+
+    Returns:
+        The images of the split, and all splits by name.
+
+    Raises:
+        DataError: as `take_split` does, or where the classes are not those of the model.
     """
     named, labels = model.config.label_names, labels_of(model)
     splits = read_splits(data, model.config.data, named)
@@ -379,7 +397,13 @@ def confusion_table(result: Evaluation, labels: Sequence[str]) -> str:
 
 
 def predictions_table(images: ImageList, result: Evaluation, root: str | Path | None = None) -> str:
-    """One line an image, by `csv_text`. Paths are as they were given, or count from `root` (a list's folder)."""
+    """One line an image, by `csv_text`.
+
+    Args:
+        images: in the order of the result.
+        result: what `evaluate` found.
+        root: folder, or list in one, that paths count from; None: as they were given.
+    """
     labels = images.classes
     if root is not None:
         root = located(root)

@@ -21,12 +21,17 @@ SHARES = tuple(i / 10 for i in range(1, 10))  # of the patches
 
 
 def impute(images: Tensor, removed: Tensor, noise: Tensor | None = None, tolerance: float = 1e-4) -> Tensor:
-    """Noisy linear imputation: every removed pixel becomes the weighted mean of its neighbours, removed or not.
+    """Noisy linear imputation (ROAD): every removed pixel becomes the weighted mean of its neighbours, removed or not.
 
-    `images` (B, 3, H, W), `removed` (B, H, W) bool, not all of an image; `noise` of the shape of the images is added to
-    what was imputed. At the border the weights of the neighbours there are count in full. That is one linear system
-    an image, symmetric and positive: solved by conjugate gradients for all at once, until no residual exceeds
-    `tolerance` times the right side. Blocks of 2, 4, 8 .. pixels precondition it, else the way across a hole is long.
+    At the border the weights of the neighbours there are count in full. That is one linear system an image, symmetric
+    and positive: solved by conjugate gradients for all at once. Blocks of 2, 4, 8 .. pixels precondition it, else the
+    way across a hole is long.
+
+    Args:
+        images: (B, 3, H, W).
+        removed: bool (B, H, W), not all of an image.
+        noise: (B, 3, H, W), added to what was imputed.
+        tolerance: share of the right side that no residual exceeds at the end.
     """
     hole = removed[:, None].to(images.dtype)
     kernel = torch.tensor(WEIGHTS, dtype=images.dtype, device=images.device).expand(images.shape[1], 1, 3, 3)
@@ -94,7 +99,18 @@ def ranking(scores: Tensor, chance: Tensor) -> Tensor:
 
 
 def remove(ranks: Tensor, grid: tuple[int, int], size: tuple[int, int], share: float, best: bool) -> Tensor:
-    """The pixels (B, H, W) of the `best`, or worst, `share` of patches in a `ranking` (B, N); one patch stays."""
+    """The pixels of some of the patches; at least one patch goes, and one stays.
+
+    Args:
+        ranks: a `ranking` (B, N), best first.
+        grid: rows and columns of the N patches.
+        size: (H, W) in pixels.
+        share: of the patches that go.
+        best: whether the best go, or the worst.
+
+    Returns:
+        (B, H, W).
+    """
     count = min(max(1, round(share * ranks.shape[1])), ranks.shape[1] - 1)
     gone = ranks[:, :count] if best else ranks[:, -count:]
     mask = torch.zeros(ranks.shape, device=ranks.device).scatter(1, gone, 1.0).unflatten(1, grid)
@@ -110,12 +126,20 @@ def removal_curves(
     grid: tuple[int, int],
     noise: Tensor,
 ) -> dict[str, Tensor]:
-    """The curves of `answer` (images (B, 3, H, W) -> probabilities (B, C)) for the best class of `whole` (B, C).
+    """The probability of a class while patches are removed and put back.
 
-    `whole` is its answer to the images as they are; it is asked for 18 more. `deletion` (B, 10): the class's
-    probability with 0, 0.1, .. 0.9 of the patches removed, the best by `scores` (B, N) first; the sooner it falls, the
-    more they mattered. `insertion` (B, 10): with 0.1, .. 0.9 and all of them there, the best first; the sooner it
-    rises, the better. `noise`, as for `impute`, is each image's own: equal scores are ranked by it, not by place.
+    Args:
+        answer: images (B, 3, H, W) to probabilities (B, C); it is asked 18 times.
+        images: (B, 3, H, W).
+        whole: its answer to them (B, C), whose best class is followed.
+        scores: (B, N), which patches go first.
+        grid: rows and columns of the N patches.
+        noise: as for `impute`, each image's own: equal scores are ranked by it, not by place.
+
+    Returns:
+        `deletion` (B, 10): with 0, 0.1, .. 0.9 of the patches removed, the best first; the sooner it falls, the more
+        they mattered. `insertion` (B, 10): with 0.1, .. 0.9 and all of them there, the best first; the sooner it rises,
+        the better.
     """
     size = (images.shape[-2], images.shape[-1])
     ranks = ranking(scores.float(), noise.flatten(1)[:, : scores.shape[1]])

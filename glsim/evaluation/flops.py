@@ -72,7 +72,7 @@ def compare_flops(
 
 
 def build(method: str, backbone: str | None, size: Any, num_classes: int = 200, **more: Any) -> Model:
-    """A model without values, in eval mode: `create_model` on the meta device."""
+    """A model without values, in eval mode: `create_model`, whose arguments these are, on the meta device."""
     with torch.device("meta"):
         return create_model(method, backbone, num_classes, size, **more).eval()
 

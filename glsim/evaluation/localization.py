@@ -164,15 +164,22 @@ def measure(
     seed: int = 0,
     done: Callable[[int], Any] = lambda count: None,
 ) -> Measured:
-    """All measures of every image, by target, row and name: tensors (images,).
+    """Measure scores and boxes of a model against masks, image by image.
 
-    NaN where one says nothing: all of an image where no pixel of the object is left in the network's view.
+    Args:
+        model: in eval mode.
+        images: with their masks.
+        metrics: names of mechanisms, a row each; None: the model's own.
+        controls: also boxes as large as a row's own in the middle ("NAME/centre") and at random places ("NAME/random",
+            mean of 16, drawn from `seed` and the image), and the whole image ("whole").
+        faithful: also the areas under both curves of `glsim.evaluation.faithfulness`.
+        batch_size: images at a time.
+        seed: of the random places.
+        done: told how many images were measured.
 
-    A row is a mechanism by its name (None in `metrics`: the model's own). With `controls` "NAME/centre" and
-    "NAME/random" are boxes as large as its own, in the middle and at random places (mean of 16, drawn from `seed` and
-    the image), and "whole" is the whole image. With `faithful` the areas under both curves of
-    `glsim.evaluation.faithfulness` stand beside the measures of the scores. `done` is told how many images were
-    measured.
+    Returns:
+        By target, row and name: tensors (images,). NaN where one says nothing: all of an image where no pixel of the
+            object is left in the network's view.
     """
     parts: dict[str, dict[str, dict[str, list[Tensor]]]] = {}
     curves: dict[str, dict[str, list[Tensor]]] = {}
@@ -261,7 +268,13 @@ def _mean(values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def summarise(rows: Rows, resamples: int, seed: int) -> TargetMeasures:
-    """Means with intervals: of every row, and of how much more a mechanism's box holds than its controls (paired)."""
+    """Means with intervals: of every row, and of how much more a mechanism's box holds than its controls (paired).
+
+    Args:
+        rows: by row and measure, (images,).
+        resamples: draws of the bootstrap.
+        seed: of them.
+    """
     some = next(iter(rows.values()))["box_recall"]
     gains = {
         row: {

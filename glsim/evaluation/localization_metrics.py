@@ -36,14 +36,25 @@ def patch_lines(side: int, count: int, device: torch.device) -> Tensor:
 def pointing_game(scores: Tensor, inside: Tensor, counted: Tensor) -> Tensor:
     """1 where the best patch holds a pixel of the object, else 0 (arXiv 1608.00507); of equally good ones the mean.
 
-    `scores` (B, N); `inside`, `counted` (B, N) pixels of a patch. A patch is the tolerance: there 15 pixels.
+    A patch is the tolerance: there 15 pixels.
+
+    Args:
+        scores: (B, N).
+        inside: (B, N), pixels of the object in a patch.
+        counted: (B, N), pixels of a patch that count.
+
+    Returns:
+        (B,).
     """
     best = (scores == scores.amax(dim=1, keepdim=True)).float()
     return _known((best * (inside > 0)).sum(dim=1) / best.sum(dim=1), scores, inside)
 
 
 def energy_inside(scores: Tensor, inside: Tensor, counted: Tensor) -> Tensor:
-    """The share of the map, stretched to [0, 1], that lies on the object (arXiv 1910.01279); a constant map is 1."""
+    """The share of the map, stretched to [0, 1], that lies on the object (arXiv 1910.01279); a constant map is 1.
+
+    Arguments and shape as of `pointing_game`.
+    """
     low, high = scores.amin(dim=1, keepdim=True), scores.amax(dim=1, keepdim=True)
     maps = torch.where(high > low, (scores - low) / (high - low), 1.0)
     return _known((maps * inside).sum(dim=1) / (maps * counted).sum(dim=1), scores, inside)
@@ -52,7 +63,8 @@ def energy_inside(scores: Tensor, inside: Tensor, counted: Tensor) -> Tensor:
 def roc_auc(scores: Tensor, inside: Tensor, counted: Tensor) -> Tensor:
     """How often a pixel of the object has a better patch than a pixel of the background; a tie is half.
 
-    So every patch counts as object and as background by its pixels, and no threshold says which it is.
+    So every patch counts as object and as background by its pixels, and no threshold says which it is. Arguments and
+    shape as of `pointing_game`.
     """
     scores, inside, outside = scores.contiguous(), inside.double(), (counted - inside).double()
     ordered, order = scores.sort(dim=1)
@@ -74,7 +86,14 @@ SCORE_MEASURES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def measure_scores(scores: Tensor, grid: tuple[int, int], inside: Tensor, counted: Tensor) -> dict[str, Tensor]:
-    """All of `SCORE_MEASURES` (B,) of `scores` (B, N) against a mask (B, H, W)."""
+    """All of `SCORE_MEASURES` by name, each (B,).
+
+    Args:
+        scores: (B, N).
+        grid: rows and columns of the N patches.
+        inside: (B, H, W), the object.
+        counted: (B, H, W), the pixels that count.
+    """
     parts = per_patch(inside, grid), per_patch(counted, grid)
     return {name: measure(scores.float(), *parts) for name, measure in SCORE_MEASURES.items()}
 
@@ -86,10 +105,15 @@ BOX_MEASURES = ("area", "box_recall", "holds", "box_precision", "iou")
 
 
 def measure_boxes(boxes: Tensor, inside: Tensor, counted: Tensor) -> dict[str, Tensor]:
-    """`boxes` (B, R, 4) against a mask (B, H, W); every value (B, R).
+    """Measures of boxes by name, each (B, R).
 
     `area`: share of the image; `box_recall`: share of the object inside; `holds`: 1 where that is `HOLDS` or more;
     `box_precision`: share of the box that is object; `iou`: with the tightest box around the object.
+
+    Args:
+        boxes: (B, R, 4), int pixels.
+        inside: (B, H, W), the object.
+        counted: (B, H, W), the pixels that count.
     """
     size = inside.shape[1:]
     areas = _area(boxes).float()

@@ -24,7 +24,11 @@ CHILD = (
 
 
 def peaks_elsewhere(job: Job, setup: Setup, train: bool = True) -> dict[str, float]:
-    """`peaks_here` in a process of its own, which inherits nobody's peak; raises RuntimeError with its last words."""
+    """`peaks_here` in a process of its own, which inherits nobody's peak. Arguments as there.
+
+    Raises:
+        RuntimeError: with the last words of a process that failed.
+    """
     words = [sys.executable, "-c", CHILD, json.dumps([job, setup, train])]
     child = subprocess.run(words, capture_output=True, text=True)
     if child.returncode:
@@ -39,9 +43,12 @@ def peaks_elsewhere(job: Job, setup: Setup, train: bool = True) -> dict[str, flo
 def peaks_here(job: Sequence[Any], setup: Sequence[Any], train: bool) -> dict[str, float]:
     """MiB that a model and a batch took at their peak, by the names `memory_mib` and `training_memory_mib`.
 
-    `job` and `setup` are the fields of a `Job` and a `Setup`; without `train` only answers are measured.
-
     On an accelerator what was allocated; on a CPU what became resident after the libraries were in.
+
+    Args:
+        job: the fields of a `Job`.
+        setup: the fields of a `Setup`.
+        train: measure a training step too.
     """
     wanted, shared = Job(*job), Setup(*setup)
     device = pick_device(shared.device)

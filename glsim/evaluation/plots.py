@@ -13,7 +13,13 @@ from glsim.interpret.drawing import save_figure
 
 
 def draw_confusion(confusion: Tensor, labels: list[str], path: Path) -> None:
-    """A PNG of the confusion matrix (C, C): colour is the share of the true class, numbers are counts."""
+    """Write a PNG of a confusion matrix: colour is the share of the true class, numbers are counts.
+
+    Args:
+        confusion: (C, C), a true class a row.
+        labels: of the classes.
+        path: of the PNG.
+    """
     share = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
     side = 3.0 + 0.35 * len(labels)
     figure = Figure(figsize=(side, side), layout="constrained")
@@ -30,7 +36,15 @@ def draw_confusion(confusion: Tensor, labels: list[str], path: Path) -> None:
 
 
 def draw_confidence(bins: Reliability, curve: RiskCoverage, ece: float, threshold: float | None, path: Path) -> None:
-    """A PNG: accuracy in each bin of confidence, beside the error among the surest images; `threshold` is marked."""
+    """Write a PNG: accuracy in each bin of confidence, beside the error among the surest images.
+
+    Args:
+        bins: images and accuracy by confidence.
+        curve: error by the share of images answered.
+        ece: expected calibration error, 0 to 1.
+        threshold: of rejection, which is marked.
+        path: of the PNG.
+    """
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     filled = bins.images > 0

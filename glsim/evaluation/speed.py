@@ -190,7 +190,15 @@ def write_speed(out: str, result: SpeedComparison, trained: bool) -> None:
 def measure(
     jobs: list[Job], setup: Setup, plan: Plan, device: torch.device, tick: Callable[[], object]
 ) -> list[SpeedRow]:
-    """A row for each of `jobs`, which differ in the method alone: memory one by one, then times in turn."""
+    """Measure models that differ in the method alone: memory one by one, then times in turn.
+
+    Args:
+        jobs: what to measure, a row each.
+        setup: what they share.
+        plan: what is measured, and how often.
+        device: where they run.
+        tick: called after every piece of work.
+    """
     rows: dict[Job, dict[str, Any]] = {job: job._asdict() for job in jobs}
     models: dict[Job, Model] = {}
     data, trained = plan.data, setup.trained
@@ -253,7 +261,18 @@ def in_turn(
     tick: Callable[[], object] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Any, list[float] | Exception]:
-    """Seconds of every turn after the first `warmup` rounds; or why a work failed, which then has no further turns."""
+    """Time works round by round, so that a busy moment falls on all of them.
+
+    Args:
+        works: by name.
+        warmup: rounds that are not counted.
+        repeats: rounds that are.
+        tick: called after every turn.
+        clock: seconds.
+
+    Returns:
+        Seconds of every counted turn; or why a work failed, which then has no further turns.
+    """
     found: dict[Any, list[float] | Exception] = {name: [] for name in works}
     for turn in range(warmup + repeats):
         for name, work in works.items():
@@ -271,7 +290,13 @@ def in_turn(
 
 
 def ratios(rows: list[SpeedRow], against: str, alike: tuple[str, ...] = ALIKE) -> list[SpeedRatio]:
-    """What every other method took, divided by what `against` took where both are `alike`: medians and peaks."""
+    """What every other method took, divided by what one took where both are alike: medians and peaks.
+
+    Args:
+        rows: measured.
+        against: name of the one.
+        alike: fields in which two rows have to agree.
+    """
     fine = [row for row in rows if row.error is None]
     found = []
     for row, base in product(fine, fine):

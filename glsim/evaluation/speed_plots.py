@@ -18,7 +18,14 @@ Side = Literal["image_size", "batch_size"]
 
 
 def draw(rows: Sequence[SpeedRow], along: Side, apart: Side, path: Path) -> None:
-    """PNG: cost of an image along the image size, or images a second along the batch; a panel per value of `apart`."""
+    """Write a PNG: cost of an image along the image size, or images a second along the batch.
+
+    Args:
+        rows: measured; those that failed are left out.
+        along: what the axis is.
+        apart: what has a panel for each of its values.
+        path: of the PNG.
+    """
     cost = along == "image_size"
     measured = [(row, row.images_per_second) for row in rows if row.error is None and row.images_per_second]
     panels = sorted({getattr(row, apart) for row, _ in measured})

@@ -14,11 +14,18 @@ Key = TypeVar("Key")
 
 
 def bootstrap_ci(values: Tensor, resamples: int = RESAMPLES, seed: int = 0) -> Tensor:
-    """Mean over images and its 95 % interval by the bootstrap, of `values` (images, M), NaN left out: (3, M).
+    """Means over images and their 95 % intervals by the bootstrap.
 
-    Images are drawn with replacement `resamples` times, the same ones for all M columns: the rows are mean, low, high.
-    NaN for a column without a number, and for both ends of one with a single number. The draws are most of the work:
-    call it once for all columns.
+    Images are drawn with replacement, the same ones for all columns. The draws are most of the work: call it once for
+    all columns.
+
+    Args:
+        values: (images, M), NaN left out.
+        resamples: draws.
+        seed: of them.
+
+    Returns:
+        (3, M): mean, low, high. NaN for a column without a number, and for both ends of one with a single number.
     """
     values = values.double().cpu()
     mean, images = values.nanmean(dim=0, keepdim=True), len(values)
@@ -37,7 +44,13 @@ def bootstrap_ci(values: Tensor, resamples: int = RESAMPLES, seed: int = 0) -> T
 def as_numbers(
     columns: dict[Key, Tensor], resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[Key, list[float | None] | None]:
-    """Mean, low and high of every column (images,) by `bootstrap_ci`; None where there is none, or no mean either."""
+    """Mean, low and high of every column by `bootstrap_ci`; None where there is none, or no mean either.
+
+    Args:
+        columns: by name, (images,).
+        resamples: draws of the bootstrap.
+        seed: of them.
+    """
     if not columns:
         return {}
     found = bootstrap_ci(torch.stack(tuple(columns.values()), dim=1), resamples, seed)
@@ -46,7 +59,13 @@ def as_numbers(
 
 
 def signed(mean: float, low: float | None, high: float | None, digits: int = 1) -> str:
-    """A difference as `as_numbers` gives it, for people: "+1.2 (-0.3 to +2.7)", or "+1.2" without an interval."""
+    """A difference as `as_numbers` gives it, for people: "+1.2 (-0.3 to +2.7)", or "+1.2" without an interval.
+
+    Args:
+        mean: the difference.
+        low, high: ends of its interval; None: there is none.
+        digits: after the point.
+    """
     mean, *ends = (round(value, digits) + 0.0 for value in (mean, low, high) if value is not None)  # no -0.0
     between = f" ({ends[0]:+.{digits}f} to {ends[1]:+.{digits}f})" if ends else ""
     return f"{mean:+.{digits}f}{between}"

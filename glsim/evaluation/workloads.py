@@ -93,7 +93,17 @@ def about_source(source: str, model: Model) -> dict[str, Any]:
 
 
 def test_images(model: Model, data: str, count: int, workers: int) -> Tensor:
-    """`count` images, drawn evenly from the test split of `data` as `model` was trained, prepared for it."""
+    """Images of a test split, drawn evenly and prepared for a model.
+
+    Args:
+        model: whose run says how the split was drawn.
+        data: a folder, list, shards or Hugging Face data.
+        count: images.
+        workers: processes that load them.
+
+    Returns:
+        (count, 3, H, W).
+    """
     seen = {"split_seed": 0, "test_fraction": 0.2} | model.config.data
     return _test_images(data, seen["split_seed"], seen["test_fraction"], preprocessing_of(model), count, workers)
 
@@ -115,8 +125,12 @@ def _test_images(
 def answering(model: Model, job: Job, device: torch.device, images: Tensor | None = None) -> Work:
     """An answer to a batch, weights and images of the dtype, in inference mode; waits for the device.
 
-    With `images` (.., 3, H, W) an answer to each whole batch of them, second passes regrouped as `predict` does it;
-    else the batch is noise.
+    Args:
+        model: whose answers they are.
+        job: batch, image size, dtype, compiled or not.
+        device: where it runs.
+        images: (.., 3, H, W): answer each whole batch of them, second passes regrouped as `predict` does it; None:
+            noise.
     """
     dtype = getattr(torch, job.dtype)
     net = compiled(model.eval().to(device, dtype), job)
@@ -134,7 +148,13 @@ def answering(model: Model, job: Job, device: torch.device, images: Tensor | Non
 
 
 def training(model: Model, job: Job, device: torch.device) -> Work:
-    """A step on a batch with arbitrary labels: forward (autocast where the dtype is not float32), backward, SGD."""
+    """A step on a batch with arbitrary labels: forward (autocast where the dtype is not float32), backward, SGD.
+
+    Args:
+        model: which is trained.
+        job: batch, image size, dtype, compiled or not.
+        device: where it runs.
+    """
     dtype = getattr(torch, job.dtype)
     net = compiled(model.train().to(device), job)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, nesterov=True)
@@ -164,9 +184,15 @@ def wait(device: torch.device) -> None:
 
 
 def loaded(model: Model, job: Job, device: torch.device, data: str, batches: int, workers: int) -> float:
-    """Images a second of one pass over the images of `data`, at most so many batches: read, prepared, answered.
+    """Images a second of one pass over a data set: read, prepared, answered; the start of the processes is part of it.
 
-    The start of the processes that load is part of it.
+    Args:
+        model: which answers.
+        job: batch, image size, dtype, compiled or not.
+        device: where it runs.
+        data: a folder, list, shards or Hugging Face data.
+        batches: to stop after.
+        workers: processes that load.
     """
     dtype = getattr(torch, job.dtype)
     net = compiled(model.eval().to(device, dtype), job)

@@ -1,4 +1,4 @@
-"""Images of a bulk job: files and folders, object stores by URI, and lists (CSV, Parquet)."""
+"""Images of a bulk job: files and folders, object stores by URI, and lists of paths (CSV, Parquet)."""
 
 from __future__ import annotations
 

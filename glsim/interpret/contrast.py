@@ -89,7 +89,14 @@ def contrast(
 
 
 def attribute(model: Model, images: Tensor, a: int, b: int, steps: int = STEPS) -> Contrast:
-    """`contrast` by the numbers of two classes, for normalised `images` (B, 3, H, W), with the logits it explains."""
+    """`contrast` by the numbers of two classes, with the logits it explains.
+
+    Args:
+        model: in eval mode.
+        images: (B, 3, H, W), normalised.
+        a, b: numbers of the classes.
+        steps: of the integral (arXiv 1703.01365).
+    """
     grid = model.backbone.grid if model.backbone.grid != (1, 1) else (7, 7)  # a network without a map: even cells
     with torch.inference_mode(False), torch.enable_grad():
         pixels = images.detach().to(next(model.parameters()).device).clone()
@@ -227,7 +234,17 @@ def contrast_images(
 def draw(
     view: np.ndarray, c: Contrast, names: Sequence[str], name: str, path: str | Path, alpha: float, power: float = 1.0
 ) -> None:
-    """Write one PNG: the image, uint8 (H, W, 3), and what in it speaks for which class; of the first row of `c`."""
+    """Write one PNG: an image, and what in it speaks for which class.
+
+    Args:
+        view: uint8 (H, W, 3).
+        c: of one image, the first row.
+        names: of both classes.
+        name: of the image, for the head.
+        path: of the PNG.
+        alpha: opacity of the strongest place.
+        power: exponent on the map.
+    """
     width, height = cell(view, 1.4 * SIDE)
     gap, font = round(0.03 * width), 0.07 * 1.4 * SIDE
     smooth = to_signed(c.maps[0], (view.shape[0], view.shape[1]))
@@ -250,9 +267,16 @@ def draw(
 
 
 def overlay(view: np.ndarray, signed: np.ndarray, alpha: float = 0.7, power: float = 1.0) -> np.ndarray:
-    """Lay a map in [-1, 1] over a grey copy of `view`, uint8 (H, W, 3), of the same size: uint8 (H, W, 3).
+    """Lay a signed map over a grey copy of an image, above 0 in one colour, below in another.
 
-    Above 0 in one colour, below in another, with the opacity `alpha` at 1 and -1 and none at 0.
+    Args:
+        view: uint8 (H, W, 3).
+        signed: (H, W) in [-1, 1].
+        alpha: opacity at 1 and -1; none at 0.
+        power: exponent on the map.
+
+    Returns:
+        uint8 (H, W, 3).
     """
     grey = view @ np.array([0.299, 0.587, 0.114])
     grey = np.repeat(90 + 0.65 * grey[..., None], 3, axis=2)  # lighter, with less contrast, so that colours stand out

@@ -31,7 +31,13 @@ SHEET_PIXELS = 12e6  # of a sheet, at most
 
 
 def save_figure(figure: Figure, path: str | Path, dpi: int = 120) -> None:
-    """Write a figure as PNG, whole or not at all."""
+    """Write a figure as PNG, whole or not at all.
+
+    Args:
+        figure: of matplotlib.
+        path: of the PNG.
+        dpi: dots an inch.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     with warnings.catch_warnings():
@@ -41,10 +47,19 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 120) -> None:
 
 
 def overlay(image: np.ndarray, heatmap: np.ndarray, alpha: float = 0.7, colormap: str = "turbo") -> np.ndarray:
-    """Lay a `heatmap` in [0, 1], of any size, over an `image`, uint8 (H, W, 3): uint8 (H, W, 3).
+    """Lay a heat-map over an image, which stays visible where the map is low.
 
-    The colours' opacity is `alpha` where the map is 1 and less where it is lower: there the image stays visible.
-    Raises ConfigError for a `colormap` that matplotlib does not have.
+    Args:
+        image: uint8 (H, W, 3).
+        heatmap: in [0, 1], of any size.
+        alpha: opacity where the map is 1.
+        colormap: a name of matplotlib's.
+
+    Returns:
+        uint8 (H, W, 3).
+
+    Raises:
+        ConfigError: for a colormap that matplotlib does not have.
     """
     check_colormap(colormap)
     size = (image.shape[1], image.shape[0])
@@ -100,7 +115,13 @@ class Page:
         self.axes.set_axis_off()
 
     def picture(self, image: np.ndarray, x: float, y: float, width: float, height: float) -> None:
-        """Put `image` at the place, as large as fits without changing its shape, in the middle."""
+        """Put an image at a place, as large as fits without changing its shape, in the middle.
+
+        Args:
+            image: uint8 (H, W, 3).
+            x, y: left upper corner of the place.
+            width, height: of the place.
+        """
         scale = min(width / image.shape[1], height / image.shape[0])
         w, h = (max(1, round(pixels * scale)) for pixels in image.shape[1::-1])
         left, top = round(x + (width - w) / 2), round(y + (height - h) / 2)
@@ -108,7 +129,13 @@ class Page:
         self.pixels[top : top + h, left : left + w] = np.asarray(small)
 
     def box(self, e: Explanation, x: float, y: float, width: float, height: float) -> None:
-        """Draw the box of `e` on a picture of its whole view that lies there."""
+        """Draw the box of an explanation on the picture of its whole view.
+
+        Args:
+            e: the explanation.
+            x, y: left upper corner of that picture.
+            width, height: of that picture.
+        """
         line = max(2.0, width / 75)
         step = (width / e.image.shape[1], height / e.image.shape[0]) * 2
         left, top, right, bottom = (side * s for side, s in zip(e.box, step, strict=True))
@@ -119,9 +146,17 @@ class Page:
             self.axes.add_patch(Rectangle(corner, right - left, bottom - top, fill=False, ec=colour, lw=thick))
 
     def words(self, text: str, x: float, y: float, room: float, size: float, **style: Any) -> float:
-        """Write `text` with its baseline at `y`; returns its width.
+        """Write a text. Where it is too wide it shrinks to two thirds, and then its middle is left out.
 
-        Where it is wider than `room` its `size` shrinks to two thirds, and then its middle is left out.
+        Args:
+            text: one line.
+            x, y: where its baseline begins.
+            room: width that it may take.
+            size: of the font.
+            style: of matplotlib's text.
+
+        Returns:
+            Its width.
         """
         style, text = {"color": INK, "va": "baseline", **style}, printable(text)
         shown = self.axes.text(x, y, text, parse_math=False, fontsize=size, **style)
@@ -152,6 +187,12 @@ def draw_sheet(rows: Sequence[Row], path: str | Path, alpha: float = 0.7, colorm
 
     With one metric the columns are the image with its box, the heat-map and the crop; with several, the image and the
     heat-map with box of each metric.
+
+    Args:
+        rows: an image each, with the same metrics.
+        path: of the PNG.
+        alpha: opacity of a heat-map where it is 1.
+        colormap: a name of matplotlib's.
     """
     metrics = [e.metric for e in rows[0].found]
     single = len(metrics) == 1
@@ -185,7 +226,14 @@ def draw_sheet(rows: Sequence[Row], path: str | Path, alpha: float = 0.7, colorm
 
 
 def draw_mechanisms(row: Row, path: str | Path, alpha: float = 0.7, colormap: str = "turbo") -> None:
-    """Write one PNG of an image: large at the left, then a column for each metric with heat-map, box and crop."""
+    """Write one PNG of an image: large at the left, then a column for each metric with heat-map, box and crop.
+
+    Args:
+        row: the image with its metrics.
+        path: of the PNG.
+        alpha: opacity of a heat-map where it is 1.
+        colormap: a name of matplotlib's.
+    """
     side = min(SIDE, WIDEST / (len(row.found) + 3.5))
     width, height = cell(row.view, side)
     gap, font = round(0.03 * side), 0.11 * side

@@ -112,7 +112,18 @@ def explanations(model: Model, images: Tensor, metric: str | None = None) -> lis
 def explain_by(
     model: Model, images: Tensor, metrics: Sequence[str | None], top_o: int | None = None, power: float = 1.0
 ) -> list[list[Explanation]]:
-    """For each metric, an explanation of each image; None stands for the model's own, or gls_cos."""
+    """Explanations of some images by some metrics.
+
+    Args:
+        model: in eval mode.
+        images: (B, 3, H, W), normalised.
+        metrics: their names; None stands for the model's own, or gls_cos.
+        top_o: show so many best patches only; None: all.
+        power: exponent on the map.
+
+    Returns:
+        For each metric, an explanation of each image.
+    """
     p, labels = preprocessing_of(model), labels_of(model)
     output, selections = selections_of(model, images, metrics)
     answers = (output.logits.float() / temperature_of(model)).softmax(dim=1).max(dim=1)
@@ -137,9 +148,17 @@ def explain_by(
 def selections_of(
     model: Model, images: Tensor, metrics: Sequence[str | None]
 ) -> tuple[Output, list[tuple[str, Selection, Tensor]]]:
-    """The answer to normalised `images` (B, 3, H, W); for each metric its name, selection and crops (B, 3, h, w).
+    """What a model answers, and what it selects by some metrics.
 
     The images are encoded once for the answer and once, at most, for all metrics that are not the model's own.
+
+    Args:
+        model: in eval mode.
+        images: (B, 3, H, W), normalised.
+        metrics: their names; None: the model's own, or gls_cos.
+
+    Returns:
+        The answer; for each metric its name, selection and crops (B, 3, h, w).
     """
     images = images.to(next(model.parameters()).device)
     output = model(images)
@@ -168,10 +187,20 @@ def _heatmaps(selection: Selection, images: Tensor, top_o: int | None, power: fl
 def to_heatmap(
     scores: Tensor, grid: tuple[int, int], size: tuple[int, int], top_o: int | None = None, power: float = 1.0
 ) -> Tensor:
-    """Patch scores (B, N) as smooth maps (B, H, W), each stretched to [0, 1] (a constant map is 0).
+    """Patch scores as smooth maps, each stretched to [0, 1] (a constant map is 0).
 
-    `top_o` sets all but the best patches to 0 before the map is smoothed; `power` is an exponent on the result.
-    Raises ConfigError for a `top_o` beyond the grid, or a `power` that is not positive.
+    Args:
+        scores: (B, N).
+        grid: rows and columns of the N patches.
+        size: (H, W) of the maps in pixels.
+        top_o: set all but so many best patches to 0 before a map is smoothed; None: keep all.
+        power: exponent on the result, above 0.
+
+    Returns:
+        (B, H, W).
+
+    Raises:
+        ConfigError: for a `top_o` beyond the grid, or a `power` that is not positive.
     """
     if not power > 0:
         raise ConfigError(f"power={power}: above 0 is needed")
@@ -187,9 +216,15 @@ def to_heatmap(
 
 
 def to_photograph(heatmap: np.ndarray, size: tuple[int, int], p: Preprocessing) -> np.ndarray:
-    """A map over the network's view (H, W) as one over the upright photograph of `size` (width, height).
+    """A map over the network's view as one over the upright photograph; 0 where the network was not shown it.
 
-    Returns (height, width); what the network was not shown of the photograph is 0.
+    Args:
+        heatmap: (H, W).
+        size: (width, height) of the photograph.
+        p: how the view was made of it.
+
+    Returns:
+        (height, width).
     """
     middle = p.middle(size)
     canvas = _centred(torch.from_numpy(heatmap)[None, None], p.resized(middle))

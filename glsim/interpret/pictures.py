@@ -149,9 +149,20 @@ def photographs(
     skip_bad: bool,
     skipped: list[str],
 ) -> Iterator[tuple[Path, T, Path]]:
-    """Path, what `use` makes of the image, and target of each that can be read.
+    """Read images one by one.
 
-    The others are raised, or with `skip_bad` told in `skipped`.
+    Args:
+        paths: of the images.
+        targets: of what is made of each.
+        use: what is kept of an image.
+        skip_bad: leave unreadable ones out, told in `skipped`; else they are raised.
+        skipped: receives a line each.
+
+    Returns:
+        Path, what `use` made, and target.
+
+    Raises:
+        BadImage: for one that cannot be read.
     """
     for path, target in zip(paths, targets, strict=True):
         try:

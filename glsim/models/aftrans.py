@@ -59,7 +59,17 @@ class AFTrans(Model):
 
 
 def build(encoder: Backbone, num_classes: int, *, metric: str = "sacm", threshold: float = 1.2) -> AFTrans:
-    """Patches above `threshold` times the mean score make the region (ours; the paper's value is not known)."""
+    """AF-Trans (arXiv 2110.01240) on `encoder`.
+
+    Args:
+        encoder: a backbone with a class token.
+        num_classes: C.
+        metric: what scores the patches; by default attention under learned weights of the blocks.
+        threshold: patches above that times the mean score make the region (ours; the paper's value is not known).
+
+    Raises:
+        ConfigError: for a metric that the encoder cannot serve, or a threshold below 1.
+    """
     check_metric(metric, encoder.has_attention, encoder.depth)
     if threshold < 1:
         raise ConfigError(f"threshold={threshold}: at least 1, times the mean score")

@@ -65,10 +65,15 @@ class Backbone(nn.Module):
         self.overlapping = isinstance(net.patch_embed, OverlappingPatches)
 
     def forward(self, images: Tensor, attention: Attention = False) -> Features:
-        """Encode `images` (B, 3, H, W), normalised as the backbone expects.
+        """Encode images.
 
-        With `attention` the blocks spell their attention out and `attention_logits` (for "maps" `attention_maps`) holds
-        one (B, h, n, n) tensor a block; without it they stay on the fused kernels.
+        Args:
+            images: (B, 3, H, W), normalised as the backbone expects.
+            attention: True: the blocks spell their attention out, and `attention_logits` holds one (B, h, n, n) tensor
+                a block; "maps": so does `attention_maps`, after the softmax; False: they stay on the fused kernels.
+
+        Returns:
+            Class token and patches after the final norm.
         """
         with self._collect(attention) as held:
             raw = self.net.forward_features(images)
@@ -127,9 +132,16 @@ class Backbone(nn.Module):
         return [*raw, self.norm(self.net.norm(raw[-1]))]
 
     def last_block(self, tokens: Tensor, chosen: Tensor, index: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Block L over the prefix of `tokens` (B, n, D) and `chosen` tokens (B, K, D); normalised, (B, prefix + K, D).
+        """The last block over some of the tokens.
 
-        `index` (B, K) says which of the n tokens the chosen ones were: rotary positions (EVA-02, DINOv3) follow them.
+        Args:
+            tokens: (B, n, D) before it; of these its prefix is taken.
+            chosen: (B, K, D), which follow the prefix.
+            index: (B, K), which of the n tokens the chosen ones were: rotary positions (EVA-02, DINOv3) follow them.
+            grid: rows and columns of the patches.
+
+        Returns:
+            (B, prefix + K, D), normalised.
         """
         tokens = torch.cat((tokens[:, : self.skip], chosen), dim=1)
         rope = getattr(self.net, "rope", None)
@@ -198,7 +210,15 @@ class MapBackbone(Backbone):
         self.patch_size = (image_size[0] // f.grid[0], image_size[1] // f.grid[1])
 
     def forward(self, images: Tensor, attention: Attention = False) -> Features:
-        """Encode `images` (B, 3, H, W), normalised as the network expects; raises ConfigError with `attention`."""
+        """Encode images.
+
+        Args:
+            images: (B, 3, H, W), normalised as the network expects.
+            attention: must be False.
+
+        Raises:
+            ConfigError: where attention is asked for.
+        """
         if attention:
             raise ConfigError(f"{type(self.net).__name__} has no attention maps over its patches; choose a gls metric")
         raw = self.net.forward_features(images)
@@ -282,16 +302,21 @@ def build_backbone(
     norm_eps: float | None = None,
     stride: int | float | None = None,
 ) -> Backbone:
-    """Build the timm model `name` and wrap it.
+    """Build a network of timm and wrap it.
 
-    `image_size` in pixels (one side, or height and width; None: the size timm lists for the weights).
-    `backbone_args` goes to timm untouched (`depth=2`, `embed_dim=64`, ..). `dropout` acts after the attention
-    projection and in the MLP, `drop_path` is the same in every block (timm's own rises with depth; the paper's does
-    not), `norm_eps` replaces the epsilon of every LayerNorm, `stride` makes the patches of a ViT overlap (pixels, or a
-    share of the patch).
+    Args:
+        name: of timm.
+        image_size: pixels, one side or (height, width); None: the size timm lists for the weights.
+        pretrained: start from timm's weights.
+        backbone_args: handed to timm untouched (`depth=2`, `embed_dim=64`, ..).
+        dropout: after the attention projection and in the MLP.
+        drop_path: the same in every block (timm's own rises with depth; the paper's does not).
+        norm_eps: epsilon of every LayerNorm; None: timm's.
+        stride: from one patch of a ViT to the next, in pixels or as a share of the patch; None: patches do not overlap.
 
-    Raises ConfigError for an unknown name, a size the backbone cannot take, an argument timm does not know, and for
-    pre-trained weights that cannot be had.
+    Raises:
+        ConfigError: for an unknown name, a size the backbone cannot take, an argument timm does not know, and for
+            pre-trained weights that cannot be had.
     """
     args = dict(backbone_args or {})
     if norm_eps is not None and not (isinstance(norm_eps, int | float) and norm_eps > 0):

@@ -1,4 +1,4 @@
-"""Base classes of the methods: what every model has and does."""
+"""Base classes of the methods: any model, models that may answer early, models whose last block sees chosen tokens."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ class Model(nn.Module):
         return {f"backbone.net.{name}" for name in inner}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
-        """The layer of a parameter by its name, for timm's layer-wise learning rates; heads lie above the backbone."""
+        """The layer of a parameter by its name, for timm's layer-wise learning rates; heads lie above the backbone.
+
+        Raises ConfigError where timm does not say which layers a network has.
+        """
         net = self.backbone.net
         if not hasattr(net, "group_matcher"):
             raise ConfigError(f"layer_decay: timm does not say which layers {type(net).__name__} has; leave it at 1")
@@ -69,7 +72,16 @@ class EarlyExitModel(Model):
         raise NotImplementedError
 
     def second_pass(self, images: Tensor, given: Tensor, boxes: Tensor) -> Output:
-        """The refined answer to `images` whose first pass gave `given` and `boxes` (B, 4), without a selection."""
+        """The refined answer.
+
+        Args:
+            images: (B, 3, H, W).
+            given: (B, D), what the first pass gave for them.
+            boxes: (B, 4), what to crop, int pixels.
+
+        Returns:
+            An output without a selection.
+        """
         raise NotImplementedError
 
 

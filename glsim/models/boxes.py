@@ -15,12 +15,21 @@ def exclusive(start: Tensor, end: Tensor, count: int, side: int) -> tuple[Tensor
     """The published rule: the box ends where the last selected patch begins, and is at least one patch wide.
 
     So the last selected row and column of patches stay outside, unless the box is one patch thin.
+
+    Args:
+        start: (B,), first selected grid line along a side.
+        end: (B,), the last one.
+        count: grid lines along that side.
+        side: its length in pixels.
+
+    Returns:
+        First pixel and exclusive end, each (B,).
     """
     return grid_line(start, count, side), torch.maximum(grid_line(end, count, side), grid_line(start + 1, count, side))
 
 
 def inclusive(start: Tensor, end: Tensor, count: int, side: int) -> tuple[Tensor, Tensor]:
-    """The rule of the paper's figure: the box ends where the last selected patch ends."""
+    """The rule of the paper's figure: the box ends where the last selected patch ends. Arguments as of `exclusive`."""
     return grid_line(start, count, side), grid_line(end + 1, count, side)
 
 
@@ -39,10 +48,16 @@ ENDS: dict[str, Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]] = {
 def boxes_from_indices(
     indices: Tensor, grid: tuple[int, int], image_size: Sequence[int], rule: str = "exclusive"
 ) -> Tensor:
-    """Draw a box around the patches `indices` (B, K) of a `grid` (rows, cols) over an image (H, W).
+    """Draw a box around selected patches.
 
-    `rule` names one of `ENDS`.
-    Returns int64 pixels (B, 4): left, top, right, bottom; right and bottom are exclusive.
+    Args:
+        indices: (B, K).
+        grid: rows and columns of the patches.
+        image_size: (H, W) in pixels.
+        rule: a name of `ENDS`.
+
+    Returns:
+        int64 pixels (B, 4): left, top, right, bottom; right and bottom are exclusive.
     """
     bounds = choose(rule, ENDS, "box rule")
     rows, cols = indices // grid[1], indices % grid[1]
@@ -56,11 +71,19 @@ DEVIATIONS = 1.75  # from the middle of a box by `moments` to its sides
 
 
 def boxes_from_moments(scores: Tensor, grid: tuple[int, int], image_size: Sequence[int]) -> Tensor:
-    """Draw a box as far around the weighted middle of all patches as they spread, by their `scores` (B, N).
+    """Draw a box as far around the weighted middle of all patches as they spread.
 
     Weights are the softmax of `SHARPNESS` times the standardised scores; the box reaches `DEVIATIONS` weighted standard
     deviations from the weighted mean along each axis, half a patch at least. So one stray patch moves it little, and
-    its size follows the object's, not a number of patches. Boxes as those of `boxes_from_indices`.
+    its size follows the object's, not a number of patches.
+
+    Args:
+        scores: (B, N), higher is better.
+        grid: rows and columns of the patches.
+        image_size: (H, W) in pixels.
+
+    Returns:
+        Boxes (B, 4) as those of `boxes_from_indices`.
     """
     scores = scores.double()  # no pixel of a box depends on the precision of the network's arithmetic
     apart = scores - scores.mean(dim=1, keepdim=True)
@@ -88,8 +111,15 @@ BOX_RULES: dict[str, Callable[[Tensor, Tensor, tuple[int, int], Sequence[int]], 
 def random_box(draw: Draw, indices: Tensor, size: Sequence[int], training: bool) -> Tensor:
     """The box's width and height at a uniformly random place.
 
-    In training torch's generator draws it anew; else it follows from which patches were selected, so that an image
-    keeps its place in any batch.
+    Args:
+        draw: the rule that draws the box.
+        indices: (B, K) selected patches.
+        size: (H, W) in pixels.
+        training: torch's generator draws the place anew; else it follows from which patches were selected, so that an
+            image keeps its place in any batch.
+
+    Returns:
+        Boxes (B, 4).
     """
     boxes = draw(indices)
     if training:
@@ -100,19 +130,22 @@ def random_box(draw: Draw, indices: Tensor, size: Sequence[int], training: bool)
 
 
 def centre(draw: Draw, indices: Tensor, size: Sequence[int], training: bool) -> Tensor:
-    """The box's width and height in the middle of the image."""
+    """The box's width and height in the middle of the image. Arguments as of `random_box`."""
     boxes = draw(indices)
     return place_boxes(boxes, size, boxes.new_full((boxes.shape[0], 2), 0.5, dtype=torch.double))
 
 
 def whole(draw: Draw, indices: Tensor, size: Sequence[int], training: bool) -> Tensor:
-    """The image itself: it is encoded twice."""
+    """The image itself: it is encoded twice. Arguments as of `random_box`."""
     sides = [indices.new_full((indices.shape[0],), side) for side in (0, 0, size[1], size[0])]
     return torch.stack(sides, dim=1)
 
 
 def corner(draw: Draw, indices: Tensor, size: Sequence[int], training: bool) -> Tensor:
-    """The box of the first K patches, a strip in the corner: what the published code crops by its metric `random`."""
+    """The box of the first K patches, a strip in the corner: what the published code crops by its metric `random`.
+
+    Arguments as of `random_box`.
+    """
     return draw(torch.arange(indices.shape[1], device=indices.device).expand_as(indices))
 
 
@@ -142,9 +175,12 @@ def check_box(box: str) -> tuple[str | None, str]:
 
 
 def place_boxes(boxes: Tensor, size: Sequence[int], share: Tensor) -> Tensor:
-    """Boxes as large as `boxes` (.., 4), at `share` (.., 2) from 0 to below 1 of the ways they can go, x before y.
+    """Move boxes to other places of their image.
 
-    An image of `size` (H, W) has W - width + 1 and H - height + 1 places for a box; 0.5 is the middle.
+    Args:
+        boxes: (.., 4); their widths and heights stay.
+        size: (H, W); W - width + 1 and H - height + 1 places are there.
+        share: (.., 2), from 0 to below 1 of the ways they can go, x before y; 0.5 is the middle.
     """
     lengths = boxes[..., 2:] - boxes[..., :2]
     places = torch.stack((size[1] - lengths[..., 0], size[0] - lengths[..., 1]), dim=-1) + 1
@@ -153,9 +189,15 @@ def place_boxes(boxes: Tensor, size: Sequence[int], share: Tensor) -> Tensor:
 
 
 def boxes_from_mask(mask: Tensor, image_size: Sequence[int], padding: float = 0.0) -> Tensor:
-    """Draw the tightest box around what is True in `mask` (B, rows, cols), laid over an image (H, W); (B, 4) as above.
+    """Draw the tightest box around what a mask holds.
 
-    `padding` widens it on every side by that share of the image. An empty mask gives the whole image.
+    Args:
+        mask: (B, rows, cols), laid over the image; an empty one gives the whole image.
+        image_size: (H, W) in pixels.
+        padding: share of the image by which the box is wider on every side.
+
+    Returns:
+        Boxes (B, 4), as of `boxes_from_indices`.
     """
     mask = mask | ~mask.any(dim=(1, 2), keepdim=True)
     sides = []
@@ -222,19 +264,33 @@ def select_component(
 
 
 def select_these(scores: Tensor, indices: Tensor, grid: tuple[int, int], image_size: Sequence[int]) -> Selection:
-    """Name the patches `indices` (B, K) that a method took by a rule of its own, -1 for none, with their box."""
+    """Name the patches that a method took by a rule of its own, with their box.
+
+    Args:
+        scores: (B, N).
+        indices: (B, K); -1 for none.
+        grid: rows and columns of the N patches.
+        image_size: (H, W) in pixels.
+    """
     mask = torch.zeros(scores.shape[0], scores.shape[1] + 1, dtype=torch.bool, device=scores.device)
     mask = mask.scatter(1, indices + 1, True)[:, 1:]
     return Selection(scores, indices, boxes_from_mask(mask.unflatten(1, grid), image_size), grid)
 
 
 def crop_and_resize(images: Tensor, boxes: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-    """Cut `boxes` (B, 4) out of `images` (B, 3, H, W) and resize each to `size` (h, w), the image's own by default.
+    """Cut a box out of each image and resize it.
 
     Bilinear with aligned corners, as `F.interpolate(image[:, top:bottom, left:right], size, align_corners=True)` for
-    each image. The gradient flows to the pixels, none to the boxes. Pixel positions are split into whole and fraction
-    before they meet a float, so the result matches to rounding at any size (`grid_sample` drifts to 2e-4 at 448
-    pixels).
+    each image. Pixel positions are split into whole and fraction before they meet a float, so the result matches to
+    rounding at any size (`grid_sample` drifts to 2e-4 at 448 pixels).
+
+    Args:
+        images: (B, 3, H, W); the gradient flows to their pixels.
+        boxes: (B, 4) int pixels, right and bottom exclusive; no gradient.
+        size: (h, w) of the crops; None: (H, W).
+
+    Returns:
+        (B, 3, h, w), of the images' type.
     """
     left, top, right, bottom = boxes.unbind(dim=1)
     batch, channels, lines, across = images.shape

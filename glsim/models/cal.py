@@ -107,7 +107,17 @@ def pool(patches: Tensor, maps: Tensor) -> Tensor:
 
 
 def over(scores: Tensor, grid: tuple[int, int], size: Sequence[int], threshold: float | Tensor) -> Tensor:
-    """Which pixels of an image (H, W) reach `threshold` times the largest of `scores` (B, N): (B, H, W)."""
+    """Which pixels belong to the object.
+
+    Args:
+        scores: (B, N).
+        grid: rows and columns of the N patches.
+        size: (H, W) in pixels.
+        threshold: share of an image's largest score that a pixel has to reach.
+
+    Returns:
+        bool (B, H, W).
+    """
     maps = F.interpolate(scores.unflatten(1, grid)[:, None], list(size), mode="bilinear", align_corners=True)[:, 0]
     return maps >= threshold * scores.amax(dim=1)[:, None, None]
 
@@ -118,7 +128,17 @@ def as_selection(maps: Tensor, grid: tuple[int, int], boxes: Tensor) -> Selectio
 
 
 def build(encoder: Backbone, num_classes: int, *, maps: int = 32, views: int = 8) -> CAL:
-    """`maps` attention maps (the paper: 32); `views` at test time: 1 (image), 2 (and a crop) or 8 (the paper's)."""
+    """CAL (arXiv 2108.08728) on `encoder`.
+
+    Args:
+        encoder: a backbone whose map has several places.
+        num_classes: C.
+        maps: attention maps (the paper: 32).
+        views: at test time: 1 (image), 2 (and a crop) or 8 (the paper's).
+
+    Raises:
+        ConfigError: for fewer than two maps, or another number of views.
+    """
     choose(views, VIEWS, "number of views")
     if maps < 2:
         raise ConfigError(f"maps={maps}: two or more are needed, one to crop to and one to hide")

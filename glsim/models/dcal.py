@@ -55,7 +55,17 @@ class DCAL(Model):
 
 
 def build(encoder: Backbone, num_classes: int, *, metric: str = "rollout", share: float = 0.1) -> DCAL:
-    """`share` of the patches ask (the paper: 10 %, chosen by rollout)."""
+    """DCAL (arXiv 2205.02151) on `encoder`.
+
+    Args:
+        encoder: a backbone with a class token.
+        num_classes: C.
+        metric: what scores the patches (the paper: rollout).
+        share: of the patches, which ask (the paper: 10 %).
+
+    Raises:
+        ConfigError: for a metric that the encoder cannot serve, or a share outside (0, 1].
+    """
     check_metric(metric, encoder.has_attention, encoder.depth)
     if not 0 < share <= 1:
         raise ConfigError(f"share={share}: above 0, at most 1")

@@ -47,7 +47,17 @@ class FFVT(TokenModel):
 
 
 def build(encoder: Backbone, num_classes: int, *, metric: str = "maws", top_k: int = 12) -> FFVT:
-    """`top_k` tokens of each block (the paper: 12, Stanford Dogs 24); `metric` is read off every block in turn."""
+    """FFVT (arXiv 2107.02341) on `encoder`.
+
+    Args:
+        encoder: a backbone with a class token and a last block that takes some of the tokens.
+        num_classes: C.
+        metric: what scores the tokens, read off every block in turn (the paper: maws).
+        top_k: tokens of each block (the paper: 12, Stanford Dogs 24).
+
+    Raises:
+        ConfigError: for a metric that the encoder cannot serve, or more tokens than patches.
+    """
     check_metric(metric, encoder.has_attention, 1)
     check_top(top_k, encoder.grid, "top_k")
     return FFVT(encoder, zero_linear(encoder.dim, num_classes), metric, top_k)

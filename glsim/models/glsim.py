@@ -61,7 +61,13 @@ class GLSim(Model):
         return select(scores, self.top_o, grid, images.shape[-2:], self.box, self.training)
 
     def refine(self, tokens: Tensor, selection: Selection | None, crops: Tensor) -> Output:
-        """The answer to the tokens of image and crop (B, 2, D), and what led to it."""
+        """Refine both tokens and classify.
+
+        Args:
+            tokens: (B, 2, D), of image and crop.
+            selection: what was chosen, handed on.
+            crops: (B, 3, h, w), handed on.
+        """
         fused = self.aggregator(tokens)
         embeddings = {"global": tokens[:, 0], "crop": tokens[:, 1], "fused": fused[:, 0]}
         return Output(self.head(fused), selection, crops, embeddings=embeddings)
@@ -112,7 +118,13 @@ class AdaptiveGLSim(GLSim, EarlyExitModel):
         return f.cls, self.head(self.aggregator(f.cls[:, None])), self.select(score(self.metric, f), images)
 
     def second_pass(self, images: Tensor, given: Tensor, boxes: Tensor) -> Output:
-        """The refined answer, from `given` (B, D) and the crops `boxes` (B, 4) of `images`; and those crops."""
+        """The refined answer, and the crops it was read from.
+
+        Args:
+            images: (B, 3, H, W).
+            given: (B, D), their tokens of the first pass.
+            boxes: (B, 4), what to crop, int pixels.
+        """
         crops = crop_and_resize(images, boxes, self.crop_size)
         return self.refine(torch.stack((given, self.backbone.class_token(crops)), dim=1), None, crops)
 
@@ -134,14 +146,26 @@ def build(
     early_loss: float = 0.0,
     margin: float | None = None,
 ) -> Model:
-    """`top_o` patches span the crop (the paper: 8, Stanford Dogs 16, at every image size; below 1 it is their share of
-    the grid, which means the same at every size); `crop_size` in pixels.
+    """GLSim (arXiv 2407.12891) on `encoder`, or the variant of it that the options name.
 
-    With a `first_size` the first pass sees the image shrunk to so many pixels, and crops, of that size where nothing
-    else is said, are cut out of all pixels that the model is given: they show what the first pass could not see.
-    `box` is a rule, a control in its place (`glsim.models.boxes:CONTROLS`), or "none" (`SinglePass`);
-    `aggregator_depth=0` takes the mean of both tokens. With an `early_loss` above 0 the first pass can answer alone;
-    `margin` says when it may (`AdaptiveGLSim`).
+    Args:
+        encoder: any backbone.
+        num_classes: C.
+        top_o: patches that span the crop (the paper: 8, Stanford Dogs 16, at every image size); below 1, their share
+            of the grid, which means the same at every size.
+        metric: what scores the patches.
+        box: a rule, a control in its place (`glsim.models.boxes:CONTROLS`), or "none" (`SinglePass`).
+        crop_size: pixels, one side or (height, width); None: those of the first pass.
+        first_size: pixels that the first pass sees, the image shrunk to them: crops, cut out of all pixels that the
+            model is given, show what it could not see. None: the image's.
+        classifier: how the head reads the two tokens (`glsim.models.heads:CLASSIFIERS`).
+        aggregator_depth: blocks that refine them; 0 takes their mean.
+        dropout, drop_path, norm_eps: of the aggregator, as of the encoder.
+        early_loss: weight of the first pass's own answer; above 0 it can answer alone (`AdaptiveGLSim`).
+        margin: lead of the best class in probability from which it does; None: never.
+
+    Raises:
+        ConfigError: for options that do not fit each other or the encoder.
     """
     check_metric(metric, encoder.has_attention, encoder.depth)
     if box != "none":

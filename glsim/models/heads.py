@@ -1,4 +1,4 @@
-"""Heads: aggregators of tokens and classifiers."""
+"""Heads: aggregators of tokens, classifiers, and the lead of the best class."""
 
 from __future__ import annotations
 

@@ -88,7 +88,18 @@ class IELT(TokenModel):
 def build(
     encoder: Backbone, num_classes: int, *, metric: str = "mhv:block=-1", tokens: int = 126, votes: int = 24
 ) -> IELT:
-    """`tokens` of all blocks are refined (the paper: 126 at 448 pixels), `votes` of them kept (24)."""
+    """IELT (IEEE TMM 2023) on `encoder`.
+
+    Args:
+        encoder: a backbone with a class token and a last block that takes some of the tokens.
+        num_classes: C.
+        metric: what scores the patches, read off every block in turn (the paper: votes of the heads).
+        tokens: of all blocks, which are refined (the paper: 126 at 448 pixels).
+        votes: of these, which are kept (24).
+
+    Raises:
+        ConfigError: for a metric that the encoder cannot serve, or more tokens than patches.
+    """
     check_metric(metric, encoder.has_attention, 1)
     patches = encoder.grid[0] * encoder.grid[1]
     if not 1 <= votes <= tokens <= patches:  # any one block may come to give them all

@@ -16,11 +16,16 @@ from glsim.types import ConfigError, Output, choose
 
 
 def objective(output: Output, labels: Tensor, label_smoothing: float = 0.1, focal: float = 0.0) -> Tensor:
-    """The sum of the terms in `output.aux`, or the cross-entropy of `output.logits` (B, C): a scalar.
+    """What training minimises: the sum of a model's loss terms, a scalar.
 
-    `labels` (B,), or (B, C) shares of each class where images were mixed. Label smoothing (arXiv 1512.00567) and the
-    exponent `focal` (arXiv 1708.02002) act in every cross-entropy. Raises ConfigError for a term that needs one class
-    an image when the labels are shares.
+    Args:
+        output: of a model in training mode; without terms in `aux` the cross-entropy of its logits is taken.
+        labels: (B,), or (B, C) shares of each class where images were mixed.
+        label_smoothing: in every cross-entropy (arXiv 1512.00567).
+        focal: exponent in every cross-entropy (arXiv 1708.02002); 0: none.
+
+    Raises:
+        ConfigError: for an unknown term, or one that needs one class an image where labels are shares.
     """
     terms = output.aux or {"cross_entropy": ((1.0, output.logits),)}
     losses = []
@@ -38,15 +43,28 @@ def objective(output: Output, labels: Tensor, label_smoothing: float = 0.1, foca
 def cross_entropy(
     given: Sequence[tuple[float, Tensor]], labels: Tensor, label_smoothing: float, focal: float = 0.0
 ) -> Tensor:
-    """`given`: (weight, logits) pairs, summed. Logits (kB, C) are k views of each image, the batch repeated k times."""
+    """A weighted sum of cross-entropies.
+
+    Args:
+        given: (weight, logits) pairs; logits (kB, C) are k views of each image, the batch repeated k times.
+        labels: (B,), or (B, C) shares.
+        label_smoothing: share of the label that all classes get alike.
+        focal: exponent; 0: none.
+    """
     losses = [weight * _cross_entropy(logits, labels, label_smoothing, focal) for weight, logits in given]
     return torch.stack(losses).sum()
 
 
 def contrastive(cls: Tensor, labels: Tensor, label_smoothing: float, margin: float = 0.4) -> Tensor:
-    """TransFG's contrastive loss on the class tokens (B, D) (arXiv 2103.07976, eq. 11).
+    """TransFG's contrastive loss (arXiv 2103.07976, eq. 11).
 
     1/B^2 [sum over same labels (1 - cos) + sum over different ones max(cos - margin, 0)]
+
+    Args:
+        cls: class tokens (B, D).
+        labels: (B,).
+        label_smoothing: not used.
+        margin: similarity up to which another class costs nothing.
     """
     with torch.autocast(cls.device.type, enabled=False):
         unit = F.normalize(cls.float(), dim=-1)
@@ -58,10 +76,16 @@ def contrastive(cls: Tensor, labels: Tensor, label_smoothing: float, margin: flo
 def supervised_contrastive(
     given: tuple[float, Tensor], labels: Tensor, label_smoothing: float, temperature: float = 0.1
 ) -> Tensor:
-    """Supervised-contrastive loss (arXiv 2004.11362, eq. 2) of `given`: a weight and vectors (B, D).
+    """Supervised-contrastive loss (arXiv 2004.11362, eq. 2).
 
-    For each image that has another of its class in the batch: the mean over those of -log softmax over all other
-    images of cos / temperature; then the mean over these images, 0 where there are none.
+    For each image that has another of its class in the batch: the mean over those of -log softmax over all other images
+    of cos / temperature; then the mean over these images, 0 where there are none.
+
+    Args:
+        given: a weight, and vectors (B, D).
+        labels: (B,).
+        label_smoothing: not used.
+        temperature: divides the cosine.
     """
     weight, vectors = given
     unit = F.normalize(vectors.float(), dim=-1)
@@ -78,7 +102,13 @@ def supervised_contrastive(
 def uncertainty(given: tuple[Tensor, Tensor], labels: Tensor, label_smoothing: float, focal: float = 0.0) -> Tensor:
     """DCAL's weighting of several cross-entropies by learned uncertainties (arXiv 2205.02151, eq. 8).
 
-    `given`: logits (k, B, C) and w (k,); 1/2 sum of (exp(-w) CE + w).
+    1/2 sum over k of (exp(-w) CE + w)
+
+    Args:
+        given: logits (k, B, C), and w (k,).
+        labels: (B,), or (B, C) shares.
+        label_smoothing: share of the label that all classes get alike.
+        focal: exponent; 0: none.
     """
     logits, w = given
     losses = torch.stack([_cross_entropy(x, labels, label_smoothing, focal) for x in logits])
@@ -86,11 +116,16 @@ def uncertainty(given: tuple[Tensor, Tensor], labels: Tensor, label_smoothing: f
 
 
 def centre(given: tuple[Tensor, Tensor], labels: Tensor, label_smoothing: float, beta: float = 0.05) -> Tensor:
-    """CAL's centre loss (arXiv 2108.08728): squared distance of the features (B, F) to their class's centre (C, F).
+    """CAL's centre loss (arXiv 2108.08728): squared distance of features to their class's centre.
 
     Summed over F, mean over B; the distance is to the centre scaled to length one. A centre then moves, in place, by
-    `beta` times the mean difference of its images (published: of the last one), those of all processes. It is a
-    buffer, no parameter.
+    `beta` times the mean difference of its images (published: of the last one), those of all processes.
+
+    Args:
+        given: features (B, F), and centres (C, F), a buffer and no parameter.
+        labels: (B,).
+        label_smoothing: not used.
+        beta: step of a centre.
     """
     features, centres = given
     difference = features.float() - F.normalize(centres[labels], dim=-1)

@@ -1,4 +1,4 @@
-"""Overlapping patches, and image sizes."""
+"""Overlapping patches (TransFG), and sizes as (height, width)."""
 
 from __future__ import annotations
 

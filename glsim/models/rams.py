@@ -56,7 +56,17 @@ class RAMS(Model):
 
 
 def build(encoder: Backbone, num_classes: int, *, metric: str = "rams", threshold: float = 1.2) -> RAMS:
-    """Patches above `threshold` times the mean score make the region (the paper: 1.2)."""
+    """RAMS-Trans (arXiv 2107.08192) on `encoder`.
+
+    Args:
+        encoder: a backbone with a class token.
+        num_classes: C.
+        metric: what scores the patches.
+        threshold: patches above that times the mean score make the region (the paper: 1.2).
+
+    Raises:
+        ConfigError: for a metric that the encoder cannot serve, or a threshold below 1.
+    """
     check_metric(metric, encoder.has_attention, encoder.depth)
     if threshold < 1:
         raise ConfigError(f"threshold={threshold}: at least 1, times the mean score")

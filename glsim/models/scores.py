@@ -100,6 +100,11 @@ def rollout(f: Features, first: int = 0, last: int = -1) -> Tensor:
     """Attention rollout (arXiv 2005.00928): row 0 of A^last .. A^first, A = (mean over heads + I) / 2. (B, 1, N)
 
     Row form, v <- v A from the last block down: the same numbers as the matrix product at 1/n of its cost.
+
+    Args:
+        f: features with attention.
+        first: block to begin with.
+        last: block to end with, included.
     """
     if not f.num_prefix:
         return rams(f, first, last)
@@ -112,7 +117,8 @@ def rollout(f: Features, first: int = 0, last: int = -1) -> Tensor:
 def psm(f: Features, first: int = 0, last: int = -1) -> Tensor:
     """Part selection of TransFG (arXiv 2103.07976): row 0 of A^last .. A^first for each head, no identity. (B, h, N)
 
-    All blocks of `f`; TransFG itself leaves the last one out and hands over features without it. Row form, as rollout.
+    All blocks of `f`; TransFG itself leaves the last one out and hands over features without it. Row form, as rollout,
+    and arguments as there.
     """
     *before, a = _blocks(f, first, last)
     v = _class_row(f, a)[:, :, None]  # B h 1 n
@@ -155,7 +161,10 @@ def sacm(f: Features) -> Tensor:
 
 @metric(title="RAMS", reads="attention_maps")
 def rams(f: Features, first: int = 0, last: int = -1) -> Tensor:
-    """Rollout averaged over all query rows (RAMS-Trans, arXiv 2107.08192): mean attention to a patch. (B, 1, N)"""
+    """Rollout averaged over all query rows (RAMS-Trans, arXiv 2107.08192): mean attention to a patch. (B, 1, N)
+
+    Arguments as of `rollout`.
+    """
     *before, a = _blocks(f, first, last)
     return _rollout(f, 1 / a.shape[-1], _softmax(f, a).mean(dim=2), before)
 
@@ -167,10 +176,14 @@ def class_rows(f: Features) -> Tensor:
 
 @metric(title="MHV", reads="attention_maps")
 def mhv(f: Features, block: int | None = None, votes: int = 24) -> Tensor:
-    """Multi-head voting (IELT): every head votes for its `votes` best patches, and votes are smoothed. (B, L, N)
+    """Multi-head voting (IELT): every head votes for its best patches, and votes are smoothed. (B, L, N)
 
-    Smoothing adds the neighbours by [[1, 2, 1], [2, 4, 2], [1, 2, 1]], zero outside the grid. One map a block, or
-    that of `block` alone.
+    Smoothing adds the neighbours by [[1, 2, 1], [2, 4, 2], [1, 2, 1]], zero outside the grid.
+
+    Args:
+        f: features with attention.
+        block: the one to take; None: one map a block.
+        votes: patches that a head votes for.
     """
     chosen = _blocks(f, 0, -1) if block is None else _blocks(f, block, block)
     return torch.stack([_vote(_class_row(f, a)[..., f.num_prefix :], f.grid, votes) for a in chosen], dim=1)
@@ -248,9 +261,15 @@ def needs_attention(spec: str) -> bool | Literal["maps"]:
 
 
 def check_metric(spec: str, has_attention: bool, depth: int | None = None) -> None:
-    """Raise ConfigError for a metric that is not there, or reads attention maps that the backbone does not have.
+    """Refuse a metric that a backbone cannot serve.
 
-    `depth`: how many blocks the metric will see, where a method shows it fewer than all.
+    Args:
+        spec: its name, with parameters.
+        has_attention: whether the backbone has attention that metrics can read.
+        depth: blocks the metric will see, where a method shows it fewer than all.
+
+    Raises:
+        ConfigError: for an unknown metric, and one that reads attention or blocks that are not there.
     """
     given = find_metric(spec).keywords
     if needs_attention(spec) and not has_attention:
@@ -269,7 +288,17 @@ def count_top(k: int | float, patches: int) -> int:
 
 
 def check_top(k: int | float, grid: tuple[int, int], what: str, shares: bool = False) -> None:
-    """Raise ConfigError unless `k` patches can be picked from `grid`; with `shares` a share below 1 may be given."""
+    """Refuse a number of patches that cannot be picked.
+
+    Args:
+        k: the number.
+        grid: rows and columns of the backbone.
+        what: the option's name, for the message.
+        shares: a share of all patches, between 0 and 1, may be given too.
+
+    Raises:
+        ConfigError: unless 1 <= k <= N, whole, or such a share.
+    """
     patches = grid[0] * grid[1]
     if shares and isinstance(k, float) and 0 < k < 1:
         return

@@ -38,6 +38,15 @@ class TransFG(TokenModel):
 
 
 def build(encoder: Backbone, num_classes: int, *, metric: str = "psm") -> TransFG:
-    """`metric` with a map for each head chooses as many parts (the paper: psm)."""
+    """TransFG (arXiv 2103.07976) on `encoder`.
+
+    Args:
+        encoder: a backbone with a class token and a last block that takes some of the tokens.
+        num_classes: C.
+        metric: what scores the patches; one with a map for each head chooses as many parts (the paper: psm).
+
+    Raises:
+        ConfigError: for a metric that the encoder cannot serve.
+    """
     check_metric(metric, encoder.has_attention, encoder.depth - 1)
     return TransFG(encoder, zero_linear(encoder.dim, num_classes), metric)

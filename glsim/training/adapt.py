@@ -22,7 +22,19 @@ def adapt(
     grad_checkpointing: bool,
     compile: bool,  # noqa: A002
 ) -> None:
-    """Make `model` train as the settings of these names ask; ConfigError where it cannot."""
+    """Make a model train as the settings of these names ask.
+
+    Args:
+        model: changed in place.
+        freeze: "none", or "backbone", whose weights then stay.
+        lora: rank of the adapters of an otherwise frozen backbone; 0: none.
+        supcon: weight of the supervised-contrastive term; 0: none.
+        grad_checkpointing: compute activations again in the backward pass instead of keeping them.
+        compile: by torch.compile.
+
+    Raises:
+        ConfigError: where the model cannot.
+    """
     if freeze == "backbone" or lora:
         model.backbone.requires_grad_(False)
     if lora:
@@ -60,6 +72,8 @@ def add_low_rank(model: Model, rank: int) -> None:
 
     As a parametrization of the weight it is seen wherever timm reads that weight: EVA and BEiT do not call the layer,
     so that adapters which replace the layer (peft's) would be passed over in silence.
+
+    Raises ConfigError for a backbone without such matrices.
     """
     layers = [m.qkv for m in model.backbone.net.modules() if isinstance(getattr(m, "qkv", None), nn.Linear)]
     if not layers:

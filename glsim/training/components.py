@@ -23,7 +23,12 @@ from glsim.types import ConfigError, DataError
 
 
 def read_splits(s: Train) -> tuple[dict[str, ImageList], list[BadImage]]:
-    """The splits to train, watch and test on, and the unreadable files left out of them (with `skip_bad`)."""
+    """The splits to train, watch and test on, and the unreadable files left out of them (with `skip_bad`).
+
+    Raises:
+        ConfigError: where val images are asked for and the data has a val split of its own.
+        DataError: for data that cannot be read, a single class, or a split or class without images.
+    """
     splits = read_data(prepared(s.data, s.dataset), seed=s.split_seed, test_fraction=s.test_fraction)
     take_split(splits, "train", s.data)
     if len(splits["train"].classes) < 2:
@@ -47,7 +52,14 @@ def read_splits(s: Train) -> tuple[dict[str, ImageList], list[BadImage]]:
 
 
 def train_images(s: Train, images: ImageList, p: Preprocessing, copies: int = 1) -> ImageDataset:
-    """What the loader reads: augmented images, out of files or, `copies` times on this machine, out of memory."""
+    """What the loader reads: augmented images, out of files or out of memory.
+
+    Args:
+        s: the recipe.
+        images: of the train split.
+        p: size and normalisation.
+        copies: processes on this machine that each keep them in memory.
+    """
     always, chance = train_steps(p, s.augment, s.crop, s.crop_scale)
     if s.cache == "ram":
         return CachedImages(images, always, chance, copies)
@@ -79,7 +91,13 @@ def make_optimizer(s: Train, model: Model) -> torch.optim.Optimizer:
 def make_schedule(s: Train, optimizer: Any, steps: int) -> Scheduler:
     """Linear warm-up (at most half of all steps), then cosine down to `min_lr` or decay by steps.
 
-    `step_update(step)` sets the rate, which follows from the number of the step alone.
+    Args:
+        s: the recipe.
+        optimizer: whose rate is set.
+        steps: of the whole run.
+
+    Returns:
+        A schedule; `step_update(step)` sets the rate, which follows from the number of the step alone.
     """
     warmup = min(s.warmup_steps, steps // 2)
     start = min(s.warmup_lr, s.lr)

@@ -118,7 +118,7 @@ class Train(Settings):
     def check(self) -> None:
         """Fill what is left open with the values of the named data set; hold together what concerns several settings.
 
-        The filled values stand in the resolved recipe.
+        The filled values stand in the resolved recipe. Raises ConfigError for settings that do not fit each other.
         """
         if not 0 < self.max_megapixels < math.inf:
             raise ConfigError(f"max_megapixels={self.max_megapixels}: a number above 0 is needed")
@@ -188,9 +188,15 @@ def find_checked_recipe(name: str) -> Path:
 
 
 def change_recipe(path: str | Path, changes: dict[str, Any], **fixed: Any) -> Train:
-    """The settings of a recipe with `changes` as they came from the command line, and `fixed` ones above both.
+    """The settings of a recipe, some of them changed.
 
-    Raises ConfigError naming the setting that is unknown or of another type.
+    Args:
+        path: of the recipe.
+        changes: as they came from the command line.
+        fixed: above both.
+
+    Raises:
+        ConfigError: naming the setting that is unknown or of another type.
     """
     from jsonargparse import ArgumentError, ArgumentParser
 

@@ -131,16 +131,29 @@ def estimate_memory(
 
 
 def measure_activations(model: Model, precision: str, backward: bool = False) -> tuple[int, int]:
-    """Bytes that a forward pass keeps for the backward pass: (whatever the batch, for each image).
+    """Bytes that a forward pass keeps for the backward pass.
 
-    With `backward` the gradients are there afterwards.
+    Args:
+        model: on the CPU.
+        precision: as of a recipe.
+        backward: run the backward pass too, so that the gradients are there afterwards.
+
+    Returns:
+        Whatever the batch, and for each image.
     """
     two, three = saved_bytes(model, 2, precision), saved_bytes(model, 3, precision, backward)
     return max(0, 3 * two - 2 * three), three - two
 
 
 def saved_bytes(model: Model, batch: int, precision: str, backward: bool = False) -> int:
-    """Bytes of all tensors that autograd keeps for `batch` images, each storage once, the model's own left out."""
+    """Bytes of all tensors that autograd keeps, each storage once, the model's own left out.
+
+    Args:
+        model: on the CPU.
+        batch: images.
+        precision: as of a recipe.
+        backward: run the backward pass too.
+    """
     kept = {t.untyped_storage().data_ptr(): 0 for t in [*model.parameters(), *model.buffers()]}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

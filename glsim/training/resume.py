@@ -152,7 +152,14 @@ class Parts(NamedTuple):
 def save_checkpoint(accelerator: Accelerator, out: Path, progress: dict[str, Any], parts: Parts) -> None:
     """Everything that `load_checkpoint` needs, swapped in by renaming: at every moment one whole checkpoint exists.
 
-    Raises GlsimError when it cannot be written (a full disk, a folder without permission); the last one stays whole.
+    Args:
+        accelerator: of the run.
+        out: the run folder.
+        progress: plain values: settings, split hash, step, history, sums of the epoch.
+        parts: of the checkpoint.
+
+    Raises:
+        GlsimError: when it cannot be written (a full disk, a folder without permission); the last one stays whole.
     """
     new, old, final = (out / f"{CHECKPOINT}{end}" for end in (".new", ".old", ""))
     if accelerator.is_main_process:
@@ -214,10 +221,21 @@ def find_checkpoint(out: Path) -> Path | None:
 
 
 def load_checkpoint(accelerator: Accelerator, out: Path, parts: Parts, data_hash: str, paths: Sequence[Path]) -> dict:
-    """Load the last whole checkpoint of `out` into `parts`; returns its progress (empty: there is none).
+    """Load the last whole checkpoint of a run. The data may have moved.
 
-    The data may have moved, but ConfigError is raised when an image, a class, a split, the bytes in one of the images
-    at `paths` (in the order of `parts.contents`), or the number of processes is another one.
+    Args:
+        accelerator: of the run.
+        out: the run folder.
+        parts: loaded in place.
+        data_hash: of images, classes and splits.
+        paths: of the images, in the order of `parts.contents`.
+
+    Returns:
+        Its progress; empty where there is none.
+
+    Raises:
+        ConfigError: where an image, a class, a split, the bytes in an image, or the number of processes is another one.
+        DataError: for a damaged checkpoint.
     """
     progress, folder = read_progress(out), find_checkpoint(out)
     if folder is None:

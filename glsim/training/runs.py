@@ -1,4 +1,4 @@
-"""Files of a run folder beside the bundle: their names, what they hold, and reading them back."""
+"""Files of a run folder beside the bundle, written and read back; the origin of a run's weights."""
 
 from __future__ import annotations
 
@@ -110,7 +110,17 @@ def read_predictions(folder: Path, test: Measured) -> dict[str, tuple[str, str]]
 
 
 def run_record(s: Train, device: torch.device, processes: int, data_hash: str) -> dict[str, Any]:
-    """The content of `run.json`: seed, split hash, and the conditions under which the run was started and resumed."""
+    """The content of `run.json`: seed, split hash, and the conditions under which the run was started and resumed.
+
+    Args:
+        s: the recipe.
+        device: where it trains.
+        processes: how many train it.
+        data_hash: of images, classes and splits.
+
+    Raises:
+        DataError: where the record of a resumed run is damaged.
+    """
     file = Path(s.out) / RUN
     before = read_json(file).get("starts") if s.resume and file.exists() else []
     if not isinstance(before, list):
@@ -120,8 +130,13 @@ def run_record(s: Train, device: torch.device, processes: int, data_hash: str) -
 
 
 def provenance(s: Train, model: Model, step: int) -> dict[str, Any]:
-    """What the config of a run's bundle says of the origin of its weights, `step` images at a time, and of the licences
-    of what went into them."""
+    """What the config of a run's bundle says of the origin of its weights and of the licences of what went into them.
+
+    Args:
+        s: the recipe.
+        model: as it was made.
+        step: images of an optimiser step.
+    """
     start, licence = "nothing", "none, trained from nothing"
     if s.init_from is not None:
         start, licence = Path(s.init_from).name, UNKNOWN

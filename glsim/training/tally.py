@@ -77,7 +77,16 @@ class Tally:
         return f"loss {loss / images:.3f}, accuracy {right / images:.1%}, {speed:.0f} images/s"
 
     def check(self, batches: TrainBatches, images: ImageList, lr: float) -> None:
-        """Raise Diverged naming step and files once a loss or gradient was no number, in all processes alike."""
+        """Look whether a loss or gradient was no number, in all processes alike; it waits for the device.
+
+        Args:
+            batches: which images each step had.
+            images: of the train split.
+            lr: the peak rate, for the message.
+
+        Raises:
+            Diverged: naming step and files.
+        """
         bad = [step for step in self.accelerator.gather(self.bad).view(-1).tolist() if step >= 0]
         if bad:
             step = min(bad)

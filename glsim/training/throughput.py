@@ -158,7 +158,14 @@ def images_per_second(
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Images of the batches from `source` that `use` deals with in a second; the first two batches warm up."""
+    """How many images are dealt with in a second; the first two batches warm up.
+
+    Args:
+        source: batches.
+        use: what is done with each.
+        seconds: to stop after.
+        clock: seconds.
+    """
     count = start = 0.0
     for i, batch in enumerate(source):
         use(batch)

@@ -150,6 +150,14 @@ def prepare(s: Train, out: Path, accelerator: Accelerator) -> Run:
     """Data, model and optimiser of a run, in the state of its last checkpoint where it is resumed.
 
     Recipe and record of the run are written.
+
+    Args:
+        s: the recipe.
+        out: the run folder, locked.
+        accelerator: devices, precision and processes.
+
+    Raises:
+        ConfigError, DataError: as `train`.
     """
     splits, bad = read_splits(s)
     used = [name for name in splits if s.test or name != "test"]
@@ -246,7 +254,14 @@ def _reached(state: dict[str, Any], steps: int, processes: int) -> tuple[list[Ep
 def fit(s: Train, run: Run, progress: bool) -> None:
     """The loop: from the step that `run` has reached to the last one.
 
-    Raises Interrupted after SIGINT or SIGTERM, at the end of a step, the state saved.
+    Args:
+        s: the recipe.
+        run: as `prepare` made it; changed in place.
+        progress: draw a progress bar.
+
+    Raises:
+        Interrupted: after SIGINT or SIGTERM, at the end of a step, the state saved.
+        Diverged: when the loss is no longer a number.
     """
     accelerator, batches, model = run.accelerator, run.batches, run.wrapped
     often = 0.2 if sys.stderr.isatty() else 30.0  # seconds between looks; a log file needs fewer
@@ -379,7 +394,10 @@ def share_buffers(model: nn.Module, accelerator: Accelerator) -> None:
 
 
 def check_out(s: Train, out: Path) -> None:
-    """A run is never overwritten; resuming with other settings than its checkpoint has is an error that names them."""
+    """Refuse a run folder that is in use: a run is never overwritten, and only resumed with the settings it began with.
+
+    Raises ConfigError, naming what to do, or the settings that are others.
+    """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out={out} is a file; name a folder")
     if not s.resume:

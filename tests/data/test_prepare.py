@@ -13,7 +13,7 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, scene, touch, write
+from conftest import ROOT, TINY, choices, scene, touch, write
 from PIL import Image
 
 from glsim import cli
@@ -414,7 +414,7 @@ def test_without_scipy(tmp_path, small, monkeypatch):
 def test_unknown_names(tmp_path):
     for settings in (Train, EvalOptions):
         words = {"data": "d", "dataset": "owls"} | ({"out": "o"} if settings is Train else {"source": "s"})
-        with pytest.raises(ConfigError, match=r"unknown data ?set 'owls'; choose from: aircraft, cars"):
+        with pytest.raises(ConfigError, match=rf"unknown data ?set 'owls'; {choices(SETS)}"):
             settings(**words)
 
 

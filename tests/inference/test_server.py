@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, scene, small_model
+from conftest import ROOT, choices, scene, small_model
 from PIL import Image
 from test_docs import SERVED, blocks, run_block
 
@@ -332,7 +332,7 @@ def test_bad_requests_get_their_reason(site, case):
         ("top_k=three", "'three' is no whole number"),
         ("top_o=-1", "'-1' is no whole number"),
         ("top_o=17", "choose 1 to 16"),
-        ("metric=psn", "unknown metric 'psn'; choose from: attention"),
+        ("metric=psn", f"unknown metric 'psn'; {choices(METRICS)}"),
         ("metric=rollout:from=2", "has no from; it has: first, last"),
         ("metric=attention:block=9", "there is no block 9"),
         ("metric=random:seed=99999999999999999999", "numbers below 2147483648 are needed"),

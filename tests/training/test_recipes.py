@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -37,15 +38,25 @@ def test_recipe_states_its_claim_and_builds(name, path):
     make_optimizer(s, model)
 
 
-def test_there_are_the_recipes_we_promise():
-    there = recipes()
-    assert "cub_glsim_vit_b16" in there
-    for method in glsim.METHODS:
-        for data in ("cub", "flowers12", "synthetic"):
-            name = f"{data}_{method}"
-            found = sorted(stem for stem in there if stem == name or stem.startswith(f"{name}_"))
-            assert found, f"no recipe {name}*.yaml"
-            assert all(read_recipe(stem)["method"] == method for stem in found)
+def test_every_method_has_a_recipe_that_is_called_so():
+    """DATA_METHOD, and after it what is particular."""
+    methods = {name: read_recipe(name)["method"] for name in recipes()}
+    assert set(methods.values()) == set(glsim.METHODS)
+    for name, method in methods.items():
+        assert name.split("_")[1] == method, name
+
+
+def test_there_are_the_recipes_that_the_docs_promise():
+    """Those that a page names, and one for CUB of every method that README names a paper for."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    sets = "|".join(sorted({name.split("_")[0] for name in recipes()}))
+    named = set(re.findall(rf"(?<![\w/-])(?:recipes/)?((?:{sets})_[a-z0-9_]+)\b", text))
+    papers = re.findall(r"^\| `(\w+)` \| \[", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert len(named) >= 20 and len(papers) >= 8
+    assert not named - set(recipes())
+    for method in papers:
+        assert [name for name in recipes() if name.startswith(f"cub_{method}_")], f"README promises cub_{method}_*"
 
 
 def test_a_recipe_is_found_by_name_or_by_path(tmp_path, monkeypatch):
