@@ -116,12 +116,16 @@ def split_hash(splits: dict[str, ImageList], root: str | Path) -> str:
     (a folder, or a CSV file for its folder), so the hash stays the same when the folder moves to another machine."""
     root = located(root)
     root = root.parent if root.is_file() else root
-    lines = [
-        f"{split}\t{Path(os.path.relpath(path, root)).as_posix()}\t{images.classes[label]}"
+    return hash_rows(
+        (split, Path(os.path.relpath(path, root)).as_posix(), images.classes[label])
         for split, images in splits.items()
         for path, label in zip(images.paths, images.labels, strict=True)
-    ]
-    return _sha256("\n".join(sorted(unicodedata.normalize("NFC", line) for line in lines)))
+    )
+
+
+def hash_rows(rows: Iterable[tuple[str, str, str]]) -> str:
+    """The `split_hash` of images by their split, path (with "/") and class."""
+    return _sha256("\n".join(sorted(unicodedata.normalize("NFC", "\t".join(row)) for row in rows)))
 
 
 def _rows(given: str | Path, left: LeftOut, classes: Sequence[str] | None = None) -> list[Labelled]:
