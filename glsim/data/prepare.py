@@ -66,14 +66,7 @@ def prepare_dataset(
     *,
     source: Sequence[str | Path] | None = None,
     partial: bool = False,
-    classes: int = 8,
-    train: int = 60,
-    val: int = 0,
-    test: int = 20,
-    size: int = 224,
-    part_scale: float = 1.0,
-    clutter: float = 1.0,
-    seed: int = 0,
+    **drawing: Any,
 ) -> DataSetInfo:
     """Draw the synthetic data set into `root`, or write the list of a published one, `root`/NAME.csv.
 
@@ -86,12 +79,8 @@ def prepare_dataset(
         root: folder to make, or to fill.
         source: the publisher's archives, or the folder they were unpacked in.
         partial: leave out images that are listed but not there, and accept other counts.
-        classes: species of the synthetic data set, as what follows.
-        train: images of a class; `val` and `test` likewise.
-        size: pixels a side.
-        part_scale: size of the parts that tell species apart.
-        clutter: how busy the background is.
-        seed: of the drawing.
+        drawing: of the synthetic data set: classes, train, val, test, size, part_scale, clutter and seed, as
+            `glsim.data.synthetic:write` takes them.
 
     Raises:
         ConfigError: for a name or number that does not fit.
@@ -100,13 +89,12 @@ def prepare_dataset(
     choose(name, {"synthetic": None, **SETS}, "data set")
     if name != "synthetic":
         return prepare_published(name, Path(root), [Path(path) for path in source or ()], partial)
-    counts = {"train": train, "val": val, "test": test}
     try:
-        synthetic.write(root, classes, **counts, size=size, seed=seed, part_scale=part_scale, clutter=clutter)
+        drawn = synthetic.write(root, **drawing)
     except (ValueError, FileExistsError) as error:
         raise ConfigError(str(error)) from error
-    made = {split: n * classes for split, n in counts.items() if n}
-    return DataSetInfo(name=name, root=str(root), classes=classes, counts=made)
+    counts = {split: drawn[split] * drawn["classes"] for split in SPLITS if drawn[split]}
+    return DataSetInfo(name=name, root=str(root), classes=drawn["classes"], counts=counts)
 
 
 def prepare_published(name: str, root: Path, sources: list[Path], partial: bool = False) -> DataSetInfo:
