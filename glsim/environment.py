@@ -58,14 +58,15 @@ def commit(root: Path) -> str | None:
     """The git commit of a source tree, "+changes" where tracked files differ from it; None: it is no checkout."""
     if not (root / ".git").exists():  # installed, perhaps below somebody else's checkout
         return None
-    git = ["git", "-C", str(root)]
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=60)
+        return done.stdout.strip()
+
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
-        changes = [*git, "status", "--porcelain", "--untracked-files=no"]
-        changed = subprocess.run(changes, capture_output=True, text=True, check=True, timeout=60).stdout
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):  # no git, no commit yet, or somebody else's files
         return None
-    return head.stdout.strip() + ("+changes" if changed else "")
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -90,14 +91,14 @@ def make_accelerator(device: str | None = None, precision: str = "no", accumulat
     from accelerate.state import AcceleratorState
 
     chosen = pick_device(device)
-    if precision == "fp16" and chosen.type == "cpu":
+    cpu = chosen.type == "cpu"
+    if precision == "fp16" and cpu:
         raise ConfigError("precision=fp16 needs an accelerator, there is only a CPU; use no or bf16")
-    if chosen.index is not None and chosen.type != "cpu":
+    if chosen.index is not None and not cpu:
         torch.accelerator.set_device_index(chosen.index)
-    if PartialState(cpu=chosen.type == "cpu").num_processes == 1:
+    if PartialState(cpu=cpu).num_processes == 1:
         AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier run in this very process
     try:
-        cpu = chosen.type == "cpu"
         return Accelerator(cpu=cpu, mixed_precision=precision, gradient_accumulation_steps=accumulate, **more)
     except ValueError as error:
         raise ConfigError(f"precision={precision}: {error}") from error

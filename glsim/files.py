@@ -52,16 +52,8 @@ MARKER = ".glsim"  # a file in each folder that was made for what glsim writes
 _JUNK = {  # what systems put beside people's files: NAS boxes, Windows, macOS, Linux, Python
     *("@synoeastream", "@synoresource", "@appstore", "@database", "@sharebin", "@snapshots", "_gsdata_"),
     *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "@__thumb", "#recycle", "#snapshot", "~snapshot"),
-    *(
-        "$recycle.bin",
-        "recycler",
-        "recycled",
-        "found.000",
-        "system volume information",
-        "thumbs.db",
-        "ehthumbs.db",
-        "desktop.ini",
-    ),
+    *("$recycle.bin", "recycler", "recycled", "found.000", "system volume information"),
+    *("thumbs.db", "ehthumbs.db", "desktop.ini"),
     *("__macosx", "network trash folder", "temporary items", "icon\r", "lost+found", "__pycache__"),
 }
 _FOREIGN = {  # how a file in another encoding than UTF-8 begins
@@ -95,11 +87,10 @@ def open_regular(path: str | Path) -> BinaryIO:
         if not about.st_size:
             os.read(number, 1)  # some files of the system have nothing yet, and would be waited for
             os.lseek(number, 0, os.SEEK_SET)
-    except BlockingIOError:
+    except OSError as error:
         os.close(number)
-        raise OSError(errno.EINVAL, "a file of the system, with nothing to read yet", str(path)) from None
-    except OSError:
-        os.close(number)
+        if isinstance(error, BlockingIOError):
+            raise OSError(errno.EINVAL, "a file of the system, with nothing to read yet", str(path)) from None
         raise
     return os.fdopen(number, "rb")
 
@@ -162,21 +153,22 @@ def parse_json(text: str | bytes, kind: type | None = dict) -> Any:
 
     try:
         value = json.loads(text, parse_constant=refuse, parse_float=number)
+        deep = _is_deeper(value, JSON_DEPTH)
     except RecursionError:
-        raise ValueError(f"more than {JSON_DEPTH} levels of lists and objects") from None
-    level = [value] if isinstance(value, dict | list) else []
-    for _ in range(JSON_DEPTH):
-        level = [
-            inside
-            for outer in level
-            for inside in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inside, dict | list)
-        ]
-    if level:
+        deep = True
+    if deep:
         raise ValueError(f"more than {JSON_DEPTH} levels of lists and objects")
     if kind is not None and not isinstance(value, kind):
         raise ValueError(f"wanted {'an object' if kind is dict else f'a {kind.__name__}'}, got {shorten(text)}")
     return value
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether more than so many lists and objects lie inside each other."""
+    if not isinstance(value, dict | list):
+        return False
+    inside = value.values() if isinstance(value, dict) else value
+    return not levels or any(_is_deeper(one, levels - 1) for one in inside)
 
 
 def read_table(
@@ -259,18 +251,19 @@ def check_writable(path: str | Path, folder: bool = False) -> None:
 
     path = Path(path)
     try:
-        if path.is_symlink() and not path.exists():
-            raise ConfigError(f"{path} is a link to what is not there; name another")
-        if folder and path.exists() and not path.is_dir():
-            raise ConfigError(f"{path} is a file; name a folder")
-        if not folder and path.is_dir():
-            raise ConfigError(f"{path} is a folder; name a file")
-        if not folder and path.exists() and not path.is_file():
-            raise ConfigError(f"{path} is not a regular file; name another")
-        if folder and path.is_dir() and _holds_images(path):
-            raise ConfigError(f"{path} holds images that glsim did not write; name another folder")
-        if not folder and path.exists() and (what := _precious(path)):
-            raise ConfigError(f"{path} is {what}, and would be replaced; name another")
+        there, is_folder = path.exists(), path.is_dir()
+        faults = {
+            "is a link to what is not there; name another": path.is_symlink() and not there,
+            "is a file; name a folder": folder and there and not is_folder,
+            "is a folder; name a file": not folder and is_folder,
+            "is not a regular file; name another": not folder and there and not path.is_file(),
+            "holds images that glsim did not write; name another folder": folder and is_folder and _holds_images(path),
+            "is an image, and would be replaced; name another": not folder and there and _is_image(path.name),
+            "is part of a model, and would be replaced; name another": not folder and there and _is_part(path),
+        }
+        for fault, found in faults.items():
+            if found:
+                raise ConfigError(f"{path} {fault}")
         place = path if folder else path.parent
         while not place.exists():
             place = place.parent
@@ -293,11 +286,9 @@ def _holds_images(folder: Path) -> bool:
     return any(_is_image(path.name) for path in folder.iterdir() if not is_junk(path.name))
 
 
-def _precious(file: Path) -> str | None:
-    """What a file is that no output may replace; None for any other."""
-    if _is_image(file.name):
-        return "an image"
-    return "part of a model" if file.name in BUNDLE and (file.parent / BUNDLE[0]).exists() else None
+def _is_part(file: Path) -> bool:
+    """Whether a file is one of those of a model, which no output may replace."""
+    return file.name in BUNDLE and (file.parent / BUNDLE[0]).exists()
 
 
 @contextmanager
@@ -342,10 +333,7 @@ def to_json(value: Any, indent: int | None = None, ascii: bool = False) -> str: 
 
     Numbers that JSON has not (NaN, infinity) become null, and what is unseen in a text is escaped.
     """
-    try:
-        text = json.dumps(value, indent=indent, ensure_ascii=ascii, allow_nan=False)
-    except ValueError:
-        text = json.dumps(_finite(value), indent=indent, ensure_ascii=ascii, allow_nan=False)
+    text = json.dumps(_finite(value), indent=indent, ensure_ascii=ascii, allow_nan=False)
     return _UNSEEN.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
 
 
@@ -408,16 +396,13 @@ def document(value: Any) -> Any:
     a method `as_dict` is what that returns.
     """
     if callable(as_dict := getattr(value, "as_dict", None)):
-        return document(as_dict())
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        kept = {}
-        for f in dataclasses.fields(value):
-            decides = f.metadata.get("optional")
-            if not decides or getattr(value, f.name if decides is True else decides) is not None:
-                kept[f.name] = document(getattr(value, f.name))
-        return kept
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return {name: document(inside) for name, inside in value._asdict().items()}
+        value = as_dict()
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        decides = {f.name: f.metadata.get("optional") for f in dataclasses.fields(value)}
+        kept = [k for k, by in decides.items() if not by or getattr(value, k if by is True else by) is not None]
+        value = {name: getattr(value, name) for name in kept}
+    elif isinstance(value, tuple) and hasattr(value, "_asdict"):
+        value = value._asdict()
     if isinstance(value, dict):
         return {key: document(inside) for key, inside in value.items()}
     if isinstance(value, Path):

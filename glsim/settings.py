@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 import typing
@@ -87,18 +88,11 @@ def _path(name: str, path: str, role: Role) -> str:
     return str(real(expanded)) if ".." in Path(expanded).parts else expanded
 
 
-def _finite(value: Any) -> bool:
-    """Whether no number in a setting is infinite or none."""
-    if isinstance(value, dict):
-        return all(map(_finite, value.values()))
-    if isinstance(value, list | tuple):
-        return all(map(_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
-
-
 def _check(f: dataclasses.Field, hint: Any, value: Any) -> None:
-    if not _finite(value):
-        raise ConfigError(f"{f.name}={value}: finite numbers are needed")
+    try:
+        json.dumps(value, allow_nan=False, skipkeys=True, default=str)
+    except ValueError as error:
+        raise ConfigError(f"{f.name}={value}: finite numbers are needed") from error
     what, several = f.name.replace("_", " "), value if isinstance(value, list | tuple) else [value]
     choices = f.metadata.get("choices") or choices_of(hint)
     for one in several if choices else ():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from glsim.cli.options import Settings, dataclass, positional, setting
 from glsim.types import ConfigError
 
 if TYPE_CHECKING:
-    from glsim.data.prepare import DataSetList, PreparedDataSet
+    from glsim.data.prepare import DataSetInfo
 
 PURPOSE = "Data"
 
@@ -40,26 +40,24 @@ class Options(Settings):
             raise ConfigError("prepare needs a name and a folder, as: glsim datasets prepare synthetic --root FOLDER")
 
 
-def run(options: Options, progress: bool) -> DataSetList | PreparedDataSet:
+def run(options: Options, progress: bool) -> DataSetInfo | dict[str, list[DataSetInfo]]:
     """List them, or prepare one."""
     from glsim.data.prepare import list_datasets, prepare_dataset
 
     if options.action == "list":
-        return list_datasets()
+        return {"datasets": list_datasets()}
     return prepare_dataset(**{name: value for name, value in vars(options).items() if name != "action"})
 
 
-def show(r: DataSetList | PreparedDataSet, options: Options) -> str:
+def show(r: Any, options: Options) -> str:
     """The names, or what was made."""
-    from glsim.data.prepare import DataSetList
-
-    return show_list(r) if isinstance(r, DataSetList) else show_prepared(r)
+    return show_list(r["datasets"]) if options.action == "list" else show_prepared(r)
 
 
-def show_list(r: DataSetList) -> str:
+def show_list(datasets: list[DataSetInfo]) -> str:
     """A data set with its counts, protocol, licence and address, one after the other."""
     lines = []
-    for d in r.datasets:
+    for d in datasets:
         lines.append(f"{d.name:10} {d.about}")
         if d.counts is not None:
             lines[-1] += f": {d.classes} classes, {show_counts(d.counts) or 'counts not stated'}"
@@ -68,9 +66,9 @@ def show_list(r: DataSetList) -> str:
     return "\n".join(lines)
 
 
-def show_prepared(r: PreparedDataSet) -> str:
+def show_prepared(r: DataSetInfo) -> str:
     """What lies in the folder now, and what comes next."""
-    lines = [f"{r.name}: {r.classes} classes, {show_counts(r.counts)} images in {r.root}"]
+    lines = [f"{r.name}: {r.classes} classes, {show_counts(r.counts or {})} images in {r.root}"]
     if r.csv is not None:
         lines += [f"list: {r.csv}, split {r.split_hash}", f"licence: {r.licence}"]
         lines.append(f"next: glsim train --dataset {r.name} --data {r.root} --out RUN")

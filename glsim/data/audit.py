@@ -6,6 +6,8 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -13,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from glsim.data.duplicates import PAIRS, Entry, Item, Photo, find_duplicates, find_near, item, look_at_all
+from glsim.data.duplicates import PAIRS, Entry, Item, Photo, find_duplicates, find_near, look_at_all
 from glsim.data.image_files import LeftOut
 from glsim.data.images import EXTENSIONS, HEIF, BadImage
 from glsim.data.limits import MAX_MEGAPIXELS, pixel_limit
@@ -196,38 +198,28 @@ def audit_images(
         max_megapixels: larger images are bad files.
         progress: draw a progress bar.
     """
-    splits = listing.splits
     entries = {
-        path: Entry(path, split, listing.classes[label])
-        for split, images in splits.items()
+        path: Entry(str(path), split, listing.classes[label])
+        for split, images in listing.splits.items()
         for path, label in zip(images.paths, images.labels, strict=True)
     }
     often = 0.2 if sys.stderr.isatty() else 30.0  # seconds between looks; a log file needs fewer
-    looks = []
-    with (
-        pixel_limit(max_megapixels),
-        tqdm(total=len(entries), unit="image", disable=not progress, mininterval=often) as bar,
-    ):
-        for look in look_at_all(list(entries), workers):
-            looks.append(look)
-            bar.update()
-    photos = {e: look for e, look in zip(entries.values(), looks, strict=True) if isinstance(look, Photo)}
-    bad = {e: look for e, look in zip(entries.values(), looks, strict=True) if isinstance(look, BadImage)}
+    bar = partial(tqdm, total=len(entries), unit="image", disable=not progress, mininterval=often)
+    with pixel_limit(max_megapixels):
+        looks = dict(zip(entries.values(), bar(look_at_all(list(entries), workers)), strict=True))
+    photos = {entry: look for entry, look in looks.items() if isinstance(look, Photo)}
     pairs = find_near(photos, near)
-    unseen = sorted({*find_unseen(list(entries)), *listing.unseen})
     found = {
-        "unreadable": [item([e], b.reason) for e, b in bad.items()],
-        "untrainable": find_untrainable(splits, photos),
+        "unreadable": [Item([e], look.reason) for e, look in looks.items() if isinstance(look, BadImage)],
         **find_duplicates(photos, pairs),
-        "blank": [item([e]) for e, photo in photos.items() if photo.hash is None],
+        "blank": [Item([e]) for e, photo in photos.items() if photo.hash is None],
         "suffix": [
-            item([e], f"{photo.format} named {e.path.suffix}")
+            Item([e], f"{photo.format} named {suffix}")
             for e, photo in photos.items()
-            if photo.format not in FORMAT_OF.get(e.path.suffix.lower(), ())
+            if photo.format not in FORMAT_OF.get((suffix := Path(e.path).suffix).lower(), ())
         ],
-        "unseen": [item([Entry(path, "", "")]) for path in unseen],
-        "few": find_small_classes(splits, photos, min_images),
-        "absent": find_absent_classes(splits, photos),
+        "unseen": [Item([Entry(str(path), "", "")]) for path in sorted({*find_unseen(entries), *listing.unseen})],
+        **check_classes(listing, photos, min_images),
     }
     findings = [
         Finding(name, severity, title, advice, len(found[name]), found[name])
@@ -237,24 +229,13 @@ def audit_images(
     return Audit(
         data=listing.data,
         exit_code=3 if any(f.severity == PROBLEM for f in findings) else 0,
-        counts={split: len(images) for split, images in splits.items()},
+        counts={split: len(images) for split, images in listing.splits.items()},
         split_drawn=not is_split(listing.data),
-        classes=count_classes(splits, photos),
+        classes=count_classes(listing, photos),
         sizes=measure_sizes(photos, image_size),
         findings=findings,
         near_search_stopped=len(pairs) == PAIRS,
     )
-
-
-def find_untrainable(splits: dict[str, ImageList], photos: Iterable[Entry]) -> list[Item]:
-    """What `train` refuses although every file is where it should be."""
-    classes = next(iter(splits.values())).classes
-    if "train" not in splits:
-        return [item([], f"no split 'train'; there is: {', '.join(splits)}")]
-    reasons = [f"one class only: {classes[0]}"] if len(classes) < 2 else []
-    readable = {e.label for e in photos if e.split == "train"}
-    reasons += [f"no readable training image of {label}" for label in classes if label not in readable]
-    return [item([], reason) for reason in reasons]
 
 
 def find_unseen(paths: Iterable[Path]) -> list[Path]:
@@ -265,36 +246,37 @@ def find_unseen(paths: Iterable[Path]) -> list[Path]:
     return [f for f in files if f.is_file() and not is_junk(f.name) and f.suffix.lower() not in skip]
 
 
-def find_small_classes(splits: dict[str, ImageList], photos: Iterable[Entry], least: int) -> list[Item]:
-    """Classes with fewer than `least` readable training images, but one or more."""
-    classes = next(iter(splits.values())).classes
-    counts = Counter(e.label for e in photos if e.split == "train")
-    few = sorted((counts[label], label) for label in classes if 0 < counts[label] < least)
-    return [item([], f"{label}: {count}") for count, label in few]
-
-
-def find_absent_classes(splits: dict[str, ImageList], photos: Iterable[Entry]) -> list[Item]:
-    """Classes without a readable image in a split other than train."""
-    classes = next(iter(splits.values())).classes
-    there = {(e.split, e.label) for e in photos}
+def check_classes(listing: Listing, photos: Iterable[Entry], least: int) -> dict[str, list[Item]]:
+    """What `train` refuses although every file is where it should be; classes with fewer than `least` readable training
+    images, but one or more; classes without a readable image in a split other than train."""
+    classes, splits = listing.classes, listing.splits
+    images = Counter((e.split, e.label) for e in photos)
+    if "train" in splits:
+        untrainable = [f"one class only: {classes[0]}"] if len(classes) < 2 else []
+        untrainable += [f"no readable training image of {label}" for label in classes if not images["train", label]]
+    else:
+        untrainable = [f"no split 'train'; there is: {', '.join(splits)}"]
+    few = sorted((images["train", label], label) for label in classes if 0 < images["train", label] < least)
     others = [(split, label) for split in splits if split != "train" for label in classes]
-    return [item([], f"{label}: none in {split}") for split, label in others if (split, label) not in there]
+    notes = {
+        "untrainable": untrainable,
+        "few": [f"{label}: {count}" for count, label in few],
+        "absent": [f"{label}: none in {split}" for split, label in others if not images[split, label]],
+    }
+    return {name: [Item([], note) for note in of_check] for name, of_check in notes.items()}
 
 
-def count_classes(splits: dict[str, ImageList], photos: Iterable[Entry]) -> ClassCounts:
+def count_classes(listing: Listing, photos: Iterable[Entry]) -> ClassCounts:
     """Readable images a class: smallest, median and largest class of every split; in `train` also their ratio."""
-    classes = next(iter(splits.values())).classes
     counts = Counter((e.split, e.label) for e in photos)
     imbalance, sizes = None, {}
-    for split in splits:
-        numbers = [counts[split, label] for label in classes]
-        smallest, largest = min(numbers), max(numbers)
-        sizes[split] = ClassSizes(
-            (classes[numbers.index(smallest)], smallest), median(numbers), (classes[numbers.index(largest)], largest)
-        )
-        if split == "train" and smallest:
-            imbalance = round(largest / smallest, 2)
-    return ClassCounts(len(classes), imbalance, **sizes)
+    for split in listing.splits:
+        images = {label: counts[split, label] for label in listing.classes}
+        smallest, largest = (choose(images.items(), key=itemgetter(1)) for choose in (min, max))
+        sizes[split] = ClassSizes(smallest, median(images.values()), largest)
+        if split == "train" and smallest[1]:
+            imbalance = round(largest[1] / smallest[1], 2)
+    return ClassCounts(len(listing.classes), imbalance, **sizes)
 
 
 def measure_sizes(photos: dict[Entry, Photo], image_size: Sequence[int]) -> ImageSizes:
@@ -308,7 +290,7 @@ def measure_sizes(photos: dict[Entry, Photo], image_size: Sequence[int]) -> Imag
         return {name: round(float(np.percentile(values, rank)), digits) for name, rank in RANKS.items()}
 
     def sized(entry: Entry) -> SizedImage:
-        return SizedImage(str(entry.path), photos[entry].size)
+        return SizedImage(entry.path, photos[entry].size)
 
     height, width = image_size
     return ImageSizes(

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from glsim.data.audit import CHECKS, PROBLEM, Audit, Finding
-from glsim.data.duplicates import PAIRS, Item
-from glsim.data.images import BadImage, read_image
+from glsim.data.audit import CHECKS, PROBLEM, Audit
+from glsim.data.duplicates import PAIRS
+from glsim.data.images import try_image
 from glsim.data.limits import cores
 from glsim.data.pages import render
 from glsim.files import data_url
@@ -29,14 +29,6 @@ class MemorySection(NamedTuple):
     advice: list[str]
 
 
-class Section(NamedTuple):
-    """A finding with those of its items that are shown with pictures, and those that are only named."""
-
-    finding: Finding
-    drawn: list[Item]
-    named: list[Item]
-
-
 def as_html(audit: Audit, image_size: Sequence[int], memory: MemorySection) -> str:
     """The report as one page that needs no other file: what was found, with small pictures.
 
@@ -47,6 +39,10 @@ def as_html(audit: Audit, image_size: Sequence[int], memory: MemorySection) -> s
     """
     shown = {image.path for f in audit.findings for item in f.items[:SHOWN] for image in item.images[:4]}
     pictures = thumbnails(sorted(shown))
+    sections = []
+    for finding in audit.findings:
+        drawn = [item for item in finding.items[:SHOWN] if any(image.path in pictures for image in item.images)]
+        sections.append((finding, drawn, [item for item in finding.items[:NAMED] if item not in drawn]))
     root = Path(audit.data) if Path(audit.data).is_dir() else Path(audit.data).parent
     problems = sum(f.severity == PROBLEM for f in audit.findings)
     warnings = len(audit.findings) - problems
@@ -64,16 +60,10 @@ def as_html(audit: Audit, image_size: Sequence[int], memory: MemorySection) -> s
         pairs=PAIRS,
         pictures=pictures,
         relative=lambda path: Path(path).relative_to(root) if Path(path).is_relative_to(root) else path,
-        sections=[make_section(f, pictures) for f in audit.findings],
+        sections=sections,
         title=Path(audit.data).name,
         verdict=f"Of {len(CHECKS)} checks {' and '.join(said)}" if said else "Nothing found",
     )
-
-
-def make_section(finding: Finding, pictures: dict[str, str]) -> Section:
-    """The first items that have a picture are shown with it, the others by name."""
-    drawn = [item for item in finding.items[:SHOWN] if any(image.path in pictures for image in item.images)]
-    return Section(finding, drawn, [item for item in finding.items[:NAMED] if item not in drawn])
 
 
 def thumbnails(paths: Iterable[str], side: int = 192) -> dict[str, str]:
@@ -83,12 +73,7 @@ def thumbnails(paths: Iterable[str], side: int = 192) -> dict[str, str]:
         image.thumbnail((side, side), reducing_gap=2.0)
         return data_url(image, quality=70)
 
-    def draw(path: str) -> str:
-        try:
-            return read_image(path, small)
-        except BadImage:
-            return ""
-
     paths = list(paths)
     with ThreadPoolExecutor(cores()) as pool:
-        return {path: picture for path, picture in zip(paths, pool.map(draw, paths), strict=True) if picture}
+        drawn = zip(paths, pool.map(lambda path: try_image(path, small), paths), strict=True)
+        return {path: picture for path, picture in drawn if isinstance(picture, str)}

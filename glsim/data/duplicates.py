@@ -19,7 +19,7 @@ import imagehash
 import numpy as np
 from PIL import Image
 
-from glsim.data.images import BadImage, read_image
+from glsim.data.images import BadImage, try_image
 from glsim.data.limits import cores, sharing
 from glsim.data.rgb import bands
 from glsim.types import GlsimError
@@ -42,14 +42,6 @@ class Photo(NamedTuple):
 class Entry(NamedTuple):
     """Where an image stands in the data set."""
 
-    path: Path
-    split: str
-    label: str
-
-
-class Place(NamedTuple):
-    """An `Entry` in a report."""
-
     path: str
     split: str
     label: str
@@ -58,24 +50,16 @@ class Place(NamedTuple):
 class Item(NamedTuple):
     """One finding of an audit: the images it is about, none where it is not about a file, and a remark."""
 
-    images: list[Place]
-    note: str
-
-
-def item(entries: Iterable[Entry], note: str = "") -> Item:
-    """A finding about images of the data set."""
-    return Item([Place(str(e.path), e.split, e.label) for e in entries], note)
+    images: Sequence[Entry]
+    note: str = ""
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def look_at(path: Path) -> Photo | BadImage:
+def look_at(path: str | Path) -> Photo | BadImage:
     """Read and decode one file, once."""
-    try:
-        return read_image(path, _photo)
-    except BadImage as error:
-        return error.with_traceback(None)
+    return try_image(path, _photo)
 
 
 def _photo(image: Image.Image) -> Photo:
@@ -89,7 +73,7 @@ def _photo(image: Image.Image) -> Photo:
     return Photo(image.size, image.info["format"], image.info["mode"], pixels.hexdigest(), bits)
 
 
-def look_at_all(paths: Sequence[Path], workers: int | None = None) -> Iterator[Photo | BadImage]:
+def look_at_all(paths: Sequence[str | Path], workers: int | None = None) -> Iterator[Photo | BadImage]:
     """`look_at` for every path, in order, in `workers` processes (None: one a core; 0: in this one).
 
     Raises GlsimError when a process dies, which a decoder's crash or a lack of memory can do.
@@ -175,23 +159,14 @@ def find_duplicates(
     groups: dict[str, list[Entry]] = {}
     for entry, photo in photos.items():
         groups.setdefault(photo.pixels, []).append(entry)
-    found: dict[str, list[Item]] = {}
-    for group in groups.values():
-        if len(group) > 1:
-            for kind in _kinds(group):
-                found.setdefault(kind, []).append(item(group))
+    alike = [("", Item(group)) for group in groups.values() if len(group) > 1]
     for ours, others, distance in pairs:
-        for pair in product(ours, others):
-            for kind in _kinds(pair):
-                note = f"{distance} of {HASH_SIDE**2} bits differ"
-                found.setdefault(f"near_{kind}", []).append(item(pair, note))
+        note = f"{distance} of {HASH_SIDE**2} bits differ"
+        alike += [("near_", Item(pair, note)) for pair in product(ours, others)]
+    found: dict[str, list[Item]] = {}
+    for near, item in alike:
+        _, splits, labels = map(set, zip(*item.images, strict=True))
+        kinds = [kind for kind, values in (("leak", splits), ("clash", labels)) if len(values) > 1]
+        for kind in kinds or ["duplicate"]:
+            found.setdefault(near + kind, []).append(item)
     return found
-
-
-def _kinds(entries: Iterable[Entry]) -> list[str]:
-    kinds = []
-    if len({e.split for e in entries}) > 1:
-        kinds.append("leak")
-    if len({e.label for e in entries}) > 1:
-        kinds.append("clash")
-    return kinds or ["duplicate"]

@@ -69,7 +69,7 @@ def open_image(path: str | Path, content: bytes | None = None, max_pixels: int |
         BadImage: for everything else: missing, no regular file, empty, truncated, damaged, not an image, a side of more
             than LONGEST_SIDE, or more than `max_pixels`, which is known before any pixel is decoded.
     """
-    return read_image(path, _itself, content, max_pixels)
+    return read_image(path, lambda image: image, content, max_pixels)
 
 
 def read_image(
@@ -93,6 +93,14 @@ def read_image(
     return _read(path, shown, content, max_pixels)
 
 
+def try_image(path: str | Path, use: Callable[[Image.Image], T]) -> T | BadImage:
+    """`read_image` that returns the BadImage, without the traceback that would keep the pixels."""
+    try:
+        return read_image(path, use)
+    except BadImage as error:
+        return error.with_traceback(None)
+
+
 def read_stored(path: str | Path, use: Callable[[Image.Image], T], formats: tuple[str, ...] = _FORMATS) -> T:
     """Return what `use` makes of the image in a file as it is stored, in any mode, not turned; as `read_image`."""
     return _read(path, partial(_use, use), formats=formats)
@@ -114,10 +122,6 @@ def use_image(image: Image.Image, use: Callable[[Image.Image], T], name: str) ->
     raise BadImage(name, reason)
 
 
-def _itself(image: Image.Image) -> Image.Image:
-    return image
-
-
 def _use(use: Callable[[Image.Image], T], image: Image.Image) -> T:
     try:
         return use(image)
@@ -136,37 +140,28 @@ def _read(
     formats: tuple[str, ...] = _FORMATS,
 ) -> T:
     start, limit = bytearray(), limits.max_pixels() if max_pixels is None else max_pixels
-    with (
-        contextlib.ExitStack() as room
-    ):  # left when nothing holds on to the pixels any more, an error's traceback neither
+
+    def decode() -> T:
+        with _pillow_quiet(limit), _file(path, content) as file:
+            start.extend(file.read(16))
+            size = file.seek(0, io.SEEK_END)
+            most = next((most for mark, most in LARGEST_FILES.items() if mark in start[:12]), LARGEST_FILE)
+            if size > most * 2**20:
+                raise Refused(f"{size / 2**20:,.0f} MiB, more than the {most} MiB that such a file may have")
+            with _open(file, bytes(start), formats) as image:
+                room.enter_context(limits.room().hold(limits.bytes_to_decode(image, file, limit)))
+                image.load()
+                return use(image)
+
+    # Left when nothing holds on to the pixels any more, an error's traceback neither.
+    with contextlib.ExitStack() as room:
         try:
-            return _decode(path, use, content, limit, formats, start, room)
+            return decode()
         except GlsimError:
             raise
         except Exception as error:  # damaged files raise nearly anything: struct.error, zlib.error, IndexError, ...
             reason = _reason(error, bytes(start), limit)
     raise BadImage(path, reason)  # out here, so that it has no context
-
-
-def _decode(
-    path: str | Path,
-    use: Callable[[Image.Image], T],
-    content: bytes | None,
-    limit: int,
-    formats: tuple[str, ...],
-    start: bytearray,
-    room: contextlib.ExitStack,
-) -> T:
-    with _pillow_quiet(limit), _file(path, content) as file:
-        start += file.read(16)
-        size = file.seek(0, io.SEEK_END)
-        most = next((most for mark, most in LARGEST_FILES.items() if mark in start[:12]), LARGEST_FILE)
-        if size > most * 2**20:
-            raise Refused(f"{size / 2**20:,.0f} MiB, more than the {most} MiB that such a file may have")
-        with _open(file, bytes(start), formats) as image:
-            room.enter_context(limits.room().hold(limits.bytes_to_decode(image, file, limit)))
-            image.load()
-            return use(image)
 
 
 def _file(path: str | Path, content: bytes | None) -> BinaryIO:
@@ -199,16 +194,9 @@ def find_bad(
     """Decode every file fully, in `workers` threads (0 or None: as many as suit the machine); returns the bad ones, in
     the order of `paths`. `progress` wraps the iterator over the results, one per path, as tqdm does."""
 
-    def check(path: str | Path) -> BadImage | None:
-        try:
-            read_image(path, lambda image: None)
-        except BadImage as error:
-            return error.with_traceback(None)
-        return None
-
     pool = ThreadPoolExecutor(workers or None)
     try:
-        return [bad for bad in progress(pool.map(check, paths)) if bad]
+        return [bad for bad in progress(pool.map(partial(try_image, use=lambda image: None), paths)) if bad]
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupt must not wait for every file
 

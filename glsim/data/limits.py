@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing import get_context
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 from PIL import Image
@@ -52,7 +53,7 @@ class Room:
     def __init__(self, size: int | None = None, context: Any = None) -> None:
         self.size = size or max(512, 48 * cores()) * 2**20
         self.changed = (context or threading).Condition()
-        self.taken = context.Value("q", 0, lock=False) if context is not None else _Number()
+        self.taken = context.Value("q", 0, lock=False) if context is not None else SimpleNamespace(value=0)
 
     @contextlib.contextmanager
     def hold(self, size: int) -> Iterator[None]:
@@ -75,10 +76,6 @@ class Room:
             with self.changed:
                 self.taken.value -= size
                 self.changed.notify_all()
-
-
-class _Number:
-    value = 0
 
 
 def _give_back_memory() -> None:

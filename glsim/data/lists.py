@@ -112,21 +112,20 @@ def read_columns(
         wanted = " or ".join(",".join(layout) for layout in layouts)
         got = ",".join(header)[:80]
         raise DataError(f"{file}: the first line must name the columns {wanted} (or with ; or tab), got {got!r}")
-    return layout, _cells(file, header, layout, rows)
 
+    def cells_of_rows() -> Iterator[tuple[int, dict[str, str]]]:
+        for line, values in rows:
+            where = f"{file}, line {line}"
+            if any(values[len(header) :]):
+                n = len(values)
+                raise DataError(f"{where}: {n} values for {len(header)} columns; quote values that hold commas")
+            cells = dict(zip(header, values + [""] * (len(header) - len(values)), strict=False))
+            for column in layout:
+                if not cells[column]:
+                    raise DataError(f"{where}: empty {column}; every row needs {' and '.join(layout)}")
+            yield line, cells
 
-def _cells(
-    file: str | Path, header: list[str], layout: tuple[str, ...], rows: Iterator[tuple[int, list[str]]]
-) -> Iterator[tuple[int, dict[str, str]]]:
-    for line, values in rows:
-        where = f"{file}, line {line}"
-        if any(values[len(header) :]):
-            raise DataError(f"{where}: {len(values)} values for {len(header)} columns; quote values that hold commas")
-        cells = dict(zip(header, values + [""] * (len(header) - len(values)), strict=False))
-        for column in layout:
-            if not cells[column]:
-                raise DataError(f"{where}: empty {column}; every row needs {' and '.join(layout)}")
-        yield line, cells
+    return layout, cells_of_rows()
 
 
 def as_listed(path: str) -> str:

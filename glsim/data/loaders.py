@@ -167,24 +167,24 @@ class CachedImages(ImageDataset):
 
 def train_loader(dataset: ImageDataset, batches: TrainBatches, workers: int) -> DataLoader:
     """Batches (images (B, 3, H, W), labels (B,)) in the order of `batches`, read ahead by `workers` processes."""
-    pin = torch.accelerator.is_available()
     fork = "fork" if workers and isinstance(dataset, CachedImages) and "fork" in get_all_start_methods() else None
-    return DataLoader(
-        Augmented(dataset),
-        batch_sampler=batches,
-        num_workers=workers,
-        pin_memory=pin,
-        multiprocessing_context=fork,
-        worker_init_fn=_start_of(workers, fork),
-    )
+    return _loader(Augmented(dataset), workers, fork, batch_sampler=batches)
 
 
 def make_loader(images: ImageList, transform: Any, batch_size: int, workers: int) -> DataLoader:
     """Batches (images (B, 3, H, W), labels (B,)) in the order of `images`, read ahead by `workers` processes."""
-    dataset: Any = ImageDataset(images, transform)
-    pin = torch.accelerator.is_available()
-    start = _start_of(workers)
-    return DataLoader(dataset, batch_size=batch_size, num_workers=workers, pin_memory=pin, worker_init_fn=start)
+    return _loader(ImageDataset(images, transform), workers, batch_size=batch_size)
+
+
+def _loader(dataset: Any, workers: int, method: str | None = None, **batches: Any) -> DataLoader:
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        pin_memory=torch.accelerator.is_available(),
+        multiprocessing_context=method,
+        worker_init_fn=partial(_apart, sharing(method)) if workers else None,
+        **batches,
+    )
 
 
 def read(loader: Iterable[Any]) -> Iterator[Any]:
@@ -202,11 +202,6 @@ def read(loader: Iterable[Any]) -> Iterator[Any]:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
     yield from first
     yield from batches
-
-
-def _start_of(workers: int, method: str | None = None) -> Callable[[int], None] | None:
-    """What each of the processes that load images does first."""
-    return partial(_apart, sharing(method)) if workers else None
 
 
 def _apart(share: Callable[[], None], _: int) -> None:

@@ -13,34 +13,30 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from glsim.data import synthetic
 from glsim.data.catalog import SETS, NamedSet
+from glsim.data.names import SPLITS
 from glsim.data.publishers import Row, find
-from glsim.data.readers import ImageList, read_data, split_hash
-from glsim.files import check_regular, document, real, write_json
+from glsim.data.readers import hash_rows, read_data
+from glsim.files import check_regular, document, real, replacing, write_json
 from glsim.types import ConfigError, DataError, choose, optional
 
 SYNTHETIC = "birds drawn from a seed, told apart by one small part each, with masks of part and body; no download"
 LOOSE = (".mat", ".json", ".txt", ".csv")  # files that publishers give away beside their archives
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """Settings of `train` that a named data set changes."""
-
-    options: dict[str, dict[str, Any]]  # by method
-    resize_ratio: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+SIDES = ("left", "top", "right", "bottom")
+COLUMNS = ("path", "label", "split", *SIDES, "mask")  # of the list; box and mask where there are any
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSetInfo:
-    """A data set by name. What is stated by its publisher is None for the synthetic one."""
+    """A data set by name. What is stated by its publisher is None for the synthetic one.
+
+    Of one that was prepared, `classes` and `counts` are as they are there now, and what follows `root` is told.
+    """
 
     name: str
     about: str | None = optional()
@@ -51,32 +47,17 @@ class DataSetInfo:
     protocol: str | None = optional()
     extras: str | None = optional()  # what rides along: boxes, masks
     download: bool | None = optional()  # whether `prepare_dataset` can download it
-    defaults: Defaults | None = optional()
-
-
-@dataclass(frozen=True)
-class DataSetList:
-    """What `list_datasets` returns."""
-
-    datasets: list[DataSetInfo]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreparedDataSet(DataSetInfo):
-    """What `prepare_dataset` returns: classes and images as they are there now."""
-
-    root: str
-    classes: int
-    counts: dict[str, int]
+    defaults: dict[str, Any] | None = optional()  # settings of `train` that it changes; its options by method
+    root: str | None = optional()
     csv: str | None = optional()  # the list; None for the synthetic data set, which is a folder of class folders
     split_hash: str | None = optional()
     partial: bool | None = optional()
     source: list[str] | None = optional()  # where its files came from
 
 
-def list_datasets() -> DataSetList:
+def list_datasets() -> list[DataSetInfo]:
     """The data sets that `prepare_dataset` takes."""
-    return DataSetList([DataSetInfo(name="synthetic", about=SYNTHETIC), *(_about(name) for name in SETS)])
+    return [DataSetInfo(name="synthetic", about=SYNTHETIC), *(_about(name) for name in SETS)]
 
 
 def prepare_dataset(
@@ -85,15 +66,8 @@ def prepare_dataset(
     *,
     source: Sequence[str | Path] | None = None,
     partial: bool = False,
-    classes: int = 8,
-    train: int = 60,
-    val: int = 0,
-    test: int = 20,
-    size: int = 224,
-    part_scale: float = 1.0,
-    clutter: float = 1.0,
-    seed: int = 0,
-) -> PreparedDataSet:
+    **drawing: Any,
+) -> DataSetInfo:
     """Draw the synthetic data set into `root`, or write the list of a published one, `root`/NAME.csv.
 
     The list has the columns path, label, split; box and mask where there are any. What is returned stands beside it in
@@ -105,12 +79,8 @@ def prepare_dataset(
         root: folder to make, or to fill.
         source: the publisher's archives, or the folder they were unpacked in.
         partial: leave out images that are listed but not there, and accept other counts.
-        classes: species of the synthetic data set, as what follows.
-        train: images of a class; `val` and `test` likewise.
-        size: pixels a side.
-        part_scale: size of the parts that tell species apart.
-        clutter: how busy the background is.
-        seed: of the drawing.
+        drawing: of the synthetic data set: classes, train, val, test, size, part_scale, clutter and seed, as
+            `glsim.data.synthetic:write` takes them.
 
     Raises:
         ConfigError: for a name or number that does not fit.
@@ -119,16 +89,15 @@ def prepare_dataset(
     choose(name, {"synthetic": None, **SETS}, "data set")
     if name != "synthetic":
         return prepare_published(name, Path(root), [Path(path) for path in source or ()], partial)
-    counts = {"train": train, "val": val, "test": test}
     try:
-        synthetic.write(root, classes, **counts, size=size, seed=seed, part_scale=part_scale, clutter=clutter)
+        drawn = synthetic.write(root, **drawing)
     except (ValueError, FileExistsError) as error:
         raise ConfigError(str(error)) from error
-    made = {split: n * classes for split, n in counts.items() if n}
-    return PreparedDataSet(name=name, root=str(root), classes=classes, counts=made)
+    counts = {split: drawn[split] * drawn["classes"] for split in SPLITS if drawn[split]}
+    return DataSetInfo(name=name, root=str(root), classes=drawn["classes"], counts=counts)
 
 
-def prepare_published(name: str, root: Path, sources: list[Path], partial: bool = False) -> PreparedDataSet:
+def prepare_published(name: str, root: Path, sources: list[Path], partial: bool = False) -> DataSetInfo:
     """`prepare_dataset` of a data set of the catalog."""
     known = SETS[name]
     root.mkdir(parents=True, exist_ok=True)
@@ -138,25 +107,25 @@ def prepare_published(name: str, root: Path, sources: list[Path], partial: bool 
         rows = [row for row in rows if row.path.is_file()]
         if not rows:
             raise DataError(f"{folder}: none of the images listed is there")
-    file = root / f"{name}.csv"
-    fresh = file.with_name(f".{file.name}.partial")
-    try:
+    images, file = Counter(row.split for row in rows), root / f"{name}.csv"
+    made = replace(
+        _about(name),
+        classes=len({row.label for row in rows}),
+        counts={split: images[split] for split in SPLITS if images[split]},
+        root=str(root),
+        csv=str(file),
+        # The publisher's own names of the images: it does not depend on where they lie.
+        split_hash=hash_rows((row.split, row.key, row.label) for row in rows),
+        partial=partial,
+        source=[str(source) for source in sources] or [known.homepage],
+    )
+    with replacing(file) as fresh:
         fresh.write_text(_table(rows, root), encoding="utf-8")
-        _check(name, fresh, rows, exact=not partial)
-        about = vars(_about(name)) | {"counts": _counts(rows), "classes": len({row.label for row in rows})}
-        result = PreparedDataSet(
-            **about,
-            root=str(root),
-            csv=str(file),
-            split_hash=_hash(rows),
-            partial=partial,
-            source=[str(source) for source in sources] or [known.homepage],
-        )
-        fresh.replace(file)
-    finally:
-        fresh.unlink(missing_ok=True)
-    write_json(file.with_suffix(".json"), document(result))
-    return result
+        splits = read_data(fresh)  # DataError where an image is missing or comes twice
+        if not partial:
+            _check(made, known, len(splits["train"].classes))
+    write_json(file.with_suffix(".json"), document(made))
+    return made
 
 
 def _about(name: str) -> DataSetInfo:
@@ -172,7 +141,7 @@ def _about(name: str) -> DataSetInfo:
         protocol=known.protocol,
         extras=known.extras,
         download=bool(known.download),
-        defaults=Defaults(options, known.resize_ratio, known.mean, known.std),
+        defaults={"options": options, "resize_ratio": known.resize_ratio, "mean": known.mean, "std": known.std},
     )
 
 
@@ -237,32 +206,28 @@ def _has_lists(folder: Path) -> bool:
 def _read(known: NamedSet, folder: Path) -> list[Row]:
     if known.read is not None and (find(folder, known.marker) is not None or not _has_lists(folder)):
         try:
-            return known.read(folder)
+            return list(known.read(folder))
         except (KeyError, IndexError, ValueError, TypeError) as error:
             raise DataError(f"{folder}: not laid out as {known.title}'s publisher does ({error!r})") from error
     if not _has_lists(folder):
         raise DataError(f"{folder}: train.csv (or train_val.csv) and test.csv, {known.title}'s lists, are not there")
     return [
-        Row(path, Path(os.path.relpath(path, folder)).as_posix(), images.classes[label], split)
+        Row(path, _relative(path, folder), images.classes[label], split)
         for split, images in read_data(folder).items()
         for path, label in zip(images.paths, images.labels, strict=True)
     ]
 
 
 def _table(rows: list[Row], root: Path) -> str:
-    boxes, masks = any(row.box for row in rows), any(row.mask for row in rows)
+    cells: list[dict[str, Any]] = [{"path": _relative(r.path, root), "label": r.label, "split": r.split} for r in rows]
+    for row, cell in zip(rows, cells, strict=True):
+        cell |= zip(SIDES, row.box, strict=True) if row.box else ()
+        cell |= {"mask": _relative(row.mask, root)} if row.mask else {}
+    columns = [name for name in COLUMNS if any(name in cell for cell in cells)]
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    header = ["path", "label", "split"]
-    header += ["left", "top", "right", "bottom"] if boxes else []
-    writer.writerow([*header, "mask"] if masks else header)
-    for row in rows:
-        cells: list[Any] = [_relative(row.path, root), row.label, row.split]
-        if boxes:
-            cells += row.box or [""] * 4
-        if masks:
-            cells.append(_relative(row.mask, root) if row.mask else "")
-        writer.writerow(cells)
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(cells)
     return text.getvalue()
 
 
@@ -270,33 +235,12 @@ def _relative(path: Path, root: Path) -> str:
     return Path(os.path.relpath(path, root)).as_posix()
 
 
-def _check(name: str, file: Path, rows: list[Row], exact: bool) -> None:
-    """DataError where the list cannot be read back (an image is missing or comes twice), or counts are other ones."""
-    known = SETS[name]
-    splits = read_data(file)
-    if not exact:
-        return
+def _check(made: DataSetInfo, known: NamedSet, trained: int) -> None:
+    """DataError where images, classes (`trained`: those of train) or the split are other ones than the publisher's."""
     hint = "--partial accepts what is there"
-    counts, classes = _counts(rows), len({row.label for row in rows})
-    if known.counts and counts != known.counts:
-        raise DataError(f"{name}: got {counts} images, {known.title} has {known.counts}; {hint}")
-    if classes != known.classes or len(splits["train"].classes) != classes:
-        raise DataError(f"{name}: got {classes} classes, {known.title} has {known.classes}; {hint}")
-    if known.split_hash not in (None, _hash(rows)):
-        raise DataError(f"{name}: the split is {_hash(rows)}, the publisher's is {known.split_hash}; {hint}")
-
-
-def _counts(rows: list[Row]) -> dict[str, int]:
-    counts = Counter(row.split for row in rows)
-    return {split: counts[split] for split in ("train", "val", "test") if counts[split]}
-
-
-def _hash(rows: list[Row]) -> str:
-    """`split_hash` over the publisher's own names of the images, so that it does not depend on where they lie."""
-    classes = tuple(sorted({row.label for row in rows}))
-    index = {label: i for i, label in enumerate(classes)}
-    splits = {}
-    for split in _counts(rows):
-        part = [row for row in rows if row.split == split]
-        splits[split] = ImageList(tuple(Path(r.key) for r in part), tuple(index[r.label] for r in part), classes)
-    return split_hash(splits, Path())
+    if known.counts and made.counts != known.counts:
+        raise DataError(f"{made.name}: got {made.counts} images, {known.title} has {known.counts}; {hint}")
+    if made.classes != known.classes or trained != made.classes:
+        raise DataError(f"{made.name}: got {made.classes} classes, {known.title} has {known.classes}; {hint}")
+    if known.split_hash not in (None, made.split_hash):
+        raise DataError(f"{made.name}: the split is {made.split_hash}, the publisher's is {known.split_hash}; {hint}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -32,7 +33,7 @@ def find(folder: Path, name: str) -> Path | None:
     return next((path for path in paths if not any(map(is_junk, path.relative_to(folder).parts))), None)
 
 
-def read_cub(folder: Path) -> list[Row]:
+def read_cub(folder: Path) -> Iterator[Row]:
     """CUB and NABirds: tables of image ids. CUB's segmentations are taken where they were unpacked too."""
     top = _need(folder, "train_test_split.txt").parent
     images, labels, train = (
@@ -41,7 +42,6 @@ def read_cub(folder: Path) -> list[Row]:
     boxes = _table(top / "bounding_boxes.txt") if (top / "bounding_boxes.txt").is_file() else {}
     names = _unique(_table(top / "classes.txt"), labels.values())
     masks = next((f for f in (top / "segmentations", top.parent / "segmentations") if f.is_dir()), None)
-    rows = []
     for i, image in images.items():
         box = None
         if i in boxes:
@@ -49,97 +49,84 @@ def read_cub(folder: Path) -> list[Row]:
             box = (round(x), round(y), round(x + width), round(y + height))
         mask = _if_file(masks / Path(image).with_suffix(".png")) if masks else None
         split = "train" if train[i] == "1" else "test"
-        rows.append(Row(top / "images" / image, image, names[labels[i]], split, box, mask))
-    return rows
+        yield Row(top / "images" / image, image, names[labels[i]], split, box, mask)
 
 
-def read_dogs(folder: Path) -> list[Row]:
+def read_dogs(folder: Path) -> Iterator[Row]:
     """Stanford Dogs: Images/, train_list.mat and test_list.mat, and Annotation/ for the boxes."""
-    images, annotations, rows = _need(folder, "Images"), find(folder, "Annotation"), []
+    images, annotations = _need(folder, "Images"), find(folder, "Annotation")
     for split in ("train", "test"):
         for name in _mat(_need(folder, f"{split}_list.mat"))["file_list"]:
             box = _xml_box(annotations / Path(name).with_suffix("")) if annotations else None
             breed = PurePosixPath(name).parent.name.partition("-")[2]
-            rows.append(Row(images / name, str(name), breed, split, box))
-    return rows
+            yield Row(images / name, str(name), breed, split, box)
 
 
-def read_flowers(folder: Path) -> list[Row]:
-    """Oxford Flowers: jpg/, imagelabels.mat, setid.mat."""
+def read_flowers(folder: Path) -> Iterator[Row]:
+    """Oxford Flowers: jpg/, imagelabels.mat, setid.mat; the names of the classes are torchvision's."""
+    from torchvision.datasets import Flowers102  # slow, and not needed to know the catalog
+
     top = _need(folder, "setid.mat").parent
     sets, labels = _mat(top / "setid.mat"), _mat(top / "imagelabels.mat")["labels"]
-    rows = []
     for part, split in (("trnid", "train"), ("valid", "train"), ("tstid", "test")):
         for i in sets[part].tolist():
             name = f"jpg/image_{i:05d}.jpg"
-            rows.append(Row(top / name, name, FLOWERS[int(labels[i - 1]) - 1], split))
-    return rows
+            yield Row(top / name, name, Flowers102.classes[int(labels[i - 1]) - 1], split)
 
 
-def read_pets(folder: Path) -> list[Row]:
+def read_pets(folder: Path) -> Iterator[Row]:
     """Oxford-IIIT Pets: images/, annotations/ with trimaps for masks, and xmls with boxes of heads."""
     top = _need(folder, "annotations/trainval.txt").parent
-    rows = []
     for part, split in (("trainval", "train"), ("test", "test")):
         for name in _table(top / f"{part}.txt"):
             box, mask = _xml_box(top / "xmls" / f"{name}.xml"), _if_file(top / "trimaps" / f"{name}.png")
             label = name.rpartition("_")[0]
-            rows.append(Row(top.parent / "images" / f"{name}.jpg", f"images/{name}.jpg", label, split, box, mask))
-    return rows
+            yield Row(top.parent / "images" / f"{name}.jpg", f"images/{name}.jpg", label, split, box, mask)
 
 
-def read_aircraft(folder: Path) -> list[Row]:
+def read_aircraft(folder: Path) -> Iterator[Row]:
     """FGVC-Aircraft: lists of variants and boxes, both in data/."""
     top = _need(folder, "images_variant_test.txt").parent
     boxes = _table(top / "images_box.txt") if (top / "images_box.txt").is_file() else {}
-    rows = []
     for part, split in (("trainval", "train"), ("test", "test")):
         for i, variant in _table(top / f"images_variant_{part}.txt").items():
             box = None
             if i in boxes:  # the publisher's first pixel is (1, 1), and the last one belongs to the box
                 left, upper, right, lower = map(int, boxes[i].split())
                 box = (left - 1, upper - 1, right, lower)
-            rows.append(Row(top / "images" / f"{i}.jpg", f"images/{i}.jpg", variant, split, box))
-    return rows
+            yield Row(top / "images" / f"{i}.jpg", f"images/{i}.jpg", variant, split, box)
 
 
-def read_cars(folder: Path) -> list[Row]:
+def read_cars(folder: Path) -> Iterator[Row]:
     """Stanford Cars: car_ims/ and cars_annos.mat, or cars_train/, cars_test/, devkit and the labels of test."""
-    whole, rows = find(folder, "cars_annos.mat"), []
-    if whole:
+    if whole := find(folder, "cars_annos.mat"):
         mat, top = _mat(whole), _need(folder, "car_ims").parent
-        names = [str(name) for name in mat["class_names"]]
         for car in mat["annotations"]:
-            key = str(car["relative_im_path"])
-            split = "test" if int(car["test"]) else "train"
-            rows.append(Row(top / key, key, names[int(car["class"]) - 1], split, _car_box(car)))
-        return rows
-    names = [str(name) for name in _mat(_need(folder, "cars_meta.mat"))["class_names"]]
+            key, split = str(car["relative_im_path"]), "test" if int(car["test"]) else "train"
+            yield _car(top / key, key, mat["class_names"], split, car)
+        return
+    names = _mat(_need(folder, "cars_meta.mat"))["class_names"]
     for split, file in (("train", "cars_train_annos.mat"), ("test", "cars_test_annos_withlabels.mat")):
         images = _need(folder, f"cars_{split}")
         inside = images if not (images / images.name).is_dir() else images / images.name  # as Kaggle packs it
         for car in _mat(_need(folder, file))["annotations"]:
-            name = str(car["fname"])
-            key = f"cars_{split}/{name}"
-            rows.append(Row(inside / name, key, names[int(car["class"]) - 1], split, _car_box(car)))
-    return rows
+            yield _car(inside / str(car["fname"]), f"cars_{split}/{car['fname']}", names, split, car)
 
 
-def read_food(folder: Path) -> list[Row]:
+def read_food(folder: Path) -> Iterator[Row]:
     """Food-101: images/ and lists by class in meta/."""
-    top, rows = _need(folder, "meta/train.json").parent.parent, []
+    top = _need(folder, "meta/train.json").parent.parent
     for split in ("train", "test"):
         for label, names in _json(top / "meta" / f"{split}.json").items():
-            rows += [Row(top / "images" / f"{name}.jpg", f"{name}.jpg", label, split) for name in names]
-    return rows
+            yield from (Row(top / "images" / f"{name}.jpg", f"{name}.jpg", label, split) for name in names)
 
 
-def read_inat(folder: Path, year: int) -> list[Row]:
+def read_inat(folder: Path, year: int) -> Iterator[Row]:
     """iNaturalist 2017 and 2018: COCO-like lists; the labels of the official test are secret, so val is our test.
 
     The names of 2018 are obscured; where the publisher's later categories.json was unpacked too, they are its names.
     """
-    rows, clear = [], find(folder, "categories.json")
+    clear = find(folder, "categories.json")
     for part, split in (("train", "train"), ("val", "test")):
         content = _json(_need(folder, f"{part}{year}.json"))
         files = {image["id"]: image["file_name"] for image in content["images"]}
@@ -147,13 +134,11 @@ def read_inat(folder: Path, year: int) -> list[Row]:
         labels = {a["image_id"]: a["category_id"] for a in content["annotations"]}
         names = _unique({c["id"]: c["name"] for c in categories}, {c["id"] for c in categories})
         top = _images_at(folder, files.values())
-        rows += [Row(top / file, file, names[labels[i]], split) for i, file in files.items()]
-    return rows
+        yield from (Row(top / file, file, names[labels[i]], split) for i, file in files.items())
 
 
-def read_inat21(folder: Path) -> list[Row]:
+def read_inat21(folder: Path) -> Iterator[Row]:
     """iNaturalist 2021: train/ and val/ (2021_train, 2021_valid from torchvision) of folders named by the taxonomy."""
-    rows = []
     for split, given, renamed in (("train", "train", "2021_train"), ("test", "val", "2021_valid")):
         top = find(folder, renamed) or _need(folder, given)
         for taxon in sorted(path for path in top.iterdir() if path.is_dir() and not is_junk(path.name)):
@@ -161,18 +146,15 @@ def read_inat21(folder: Path) -> list[Row]:
             if not label:
                 raise DataError(f"{taxon}: not named as number_kingdom_phylum_class_order_family_genus_species")
             images = sorted(path for path in taxon.glob("*.jpg") if not is_junk(path.name))
-            rows += [Row(image, f"{given}/{taxon.name}/{image.name}", label, split) for image in images]
-    return rows
+            yield from (Row(image, f"{given}/{taxon.name}/{image.name}", label, split) for image in images)
 
 
-def read_vegfru(folder: Path) -> list[Row]:
+def read_vegfru(folder: Path) -> Iterator[Row]:
     """VegFru: three lists of veg200_images/CLASS/x.jpg and fru92_images/CLASS/x.jpg."""
     lists = {split: _table(_need(folder, f"vegfru_{split}.txt")) for split in ("train", "val", "test")}
     top = _images_at(folder, lists["train"])
-    rows = []
     for split, names in lists.items():
-        rows += [Row(top / name, name, PurePosixPath(name).parent.name, split) for name in names]
-    return rows
+        yield from (Row(top / name, name, PurePosixPath(name).parent.name, split) for name in names)
 
 
 def _need(folder: Path, name: str) -> Path:
@@ -256,9 +238,9 @@ def _numbers(element: ElementTree.Element, *names: str) -> tuple[int, ...]:
     return tuple(int(float(element.findtext(name) or "")) for name in names)
 
 
-def _car_box(car: Any) -> Box:
+def _car(path: Path, key: str, names: Any, split: str, car: Any) -> Row:
     left, top, right, bottom = (int(car[f"bbox_{side}"]) for side in ("x1", "y1", "x2", "y2"))
-    return left, top, right, bottom
+    return Row(path, key, str(names[int(car["class"]) - 1]), split, (left, top, right, bottom))
 
 
 def _unique(names: dict[Any, str], used: Iterable[Any]) -> dict[Any, str]:
@@ -267,22 +249,17 @@ def _unique(names: dict[Any, str], used: Iterable[Any]) -> dict[Any, str]:
     return {i: f"{i} {name}" if often[name] > 1 else name for i, name in names.items()}
 
 
-FLOWERS = [  # in the order of imagelabels.mat, which holds numbers only
-    name
-    for line in (
-        "pink primrose|hard-leaved pocket orchid|canterbury bells|sweet pea|english marigold|tiger lily|moon orchid",
-        "bird of paradise|monkshood|globe thistle|snapdragon|colt's foot|king protea|spear thistle|yellow iris",
-        "globe-flower|purple coneflower|peruvian lily|balloon flower|giant white arum lily|fire lily|pincushion flower",
-        "fritillary|red ginger|grape hyacinth|corn poppy|prince of wales feathers|stemless gentian|artichoke",
-        "sweet william|carnation|garden phlox|love in the mist|mexican aster|alpine sea holly|ruby-lipped cattleya",
-        "cape flower|great masterwort|siam tulip|lenten rose|barbeton daisy|daffodil|sword lily|poinsettia",
-        "bolero deep blue|wallflower|marigold|buttercup|oxeye daisy|common dandelion|petunia|wild pansy|primula",
-        "sunflower|pelargonium|bishop of llandaff|gaura|geranium|orange dahlia|pink-yellow dahlia?|cautleya spicata",
-        "japanese anemone|black-eyed susan|silverbush|californian poppy|osteospermum|spring crocus|bearded iris",
-        "windflower|tree poppy|gazania|azalea|water lily|rose|thorn apple|morning glory|passion flower|lotus|toad lily",
-        "anthurium|frangipani|clematis|hibiscus|columbine|desert-rose|tree mallow|magnolia|cyclamen|watercress",
-        "canna lily|hippeastrum|bee balm|ball moss|foxglove|bougainvillea|camellia|mallow|mexican petunia|bromelia",
-        "blanket flower|trumpet creeper|blackberry lily",
-    )
-    for name in line.split("|")
-]
+LAYOUTS: dict[str, tuple[str, Callable[[Path], Iterable[Row]] | None]] = {  # name -> file that tells it, its reader
+    "aircraft": ("images_variant_test.txt", read_aircraft),
+    "cars": ("cars_*annos*.mat", read_cars),
+    "cub": ("train_test_split.txt", read_cub),
+    "dogs": ("train_list.mat", read_dogs),
+    "flowers": ("setid.mat", read_flowers),
+    "food": ("meta/train.json", read_food),
+    "inat17": ("train2017.json", partial(read_inat, year=2017)),
+    "inat18": ("train2018.json", partial(read_inat, year=2018)),
+    "inat21": ("val", read_inat21),
+    "lists": ("test.csv", None),  # of the field
+    "pets": ("annotations/trainval.txt", read_pets),
+    "vegfru": ("vegfru_train.txt", read_vegfru),
+}

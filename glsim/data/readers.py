@@ -18,7 +18,7 @@ from glsim.data.image_files import Labelled, LeftOut
 from glsim.data.lists import LAYOUTS, read_list, read_lists
 from glsim.data.names import SPLITS, clean_label
 from glsim.data.shards import read_shards
-from glsim.data.sources import is_shards, located
+from glsim.data.sources import located, parse
 from glsim.types import ConfigError, DataError, DataWarning
 
 
@@ -32,6 +32,11 @@ class ImageList:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def only(self, keep: Iterable[bool]) -> ImageList:
+        """The images for which `keep` says so."""
+        keep = list(keep)
+        return ImageList(tuple(compress(self.paths, keep)), tuple(compress(self.labels, keep)), self.classes)
 
 
 def read_data(
@@ -103,12 +108,7 @@ def hold_out(images: ImageList, fraction: float, seed: int) -> tuple[ImageList, 
     common = os.path.commonpath([path.parent for path in paths]) if paths else ""
     keys = [path.relative_to(common).as_posix() for path in paths]
     held = _held_out(zip(keys, images.labels, strict=True), fraction, seed)
-
-    def part(out: bool) -> ImageList:
-        chosen = [(key in held) == out for key in keys]
-        return ImageList(tuple(compress(images.paths, chosen)), tuple(compress(images.labels, chosen)), images.classes)
-
-    return part(False), part(True)
+    return images.only(key not in held for key in keys), images.only(key in held for key in keys)
 
 
 def split_hash(splits: dict[str, ImageList], root: str | Path) -> str:
@@ -116,19 +116,22 @@ def split_hash(splits: dict[str, ImageList], root: str | Path) -> str:
     (a folder, or a CSV file for its folder), so the hash stays the same when the folder moves to another machine."""
     root = located(root)
     root = root.parent if root.is_file() else root
-    lines = [
-        f"{split}\t{Path(os.path.relpath(path, root)).as_posix()}\t{images.classes[label]}"
+    return hash_rows(
+        (split, Path(os.path.relpath(path, root)).as_posix(), images.classes[label])
         for split, images in splits.items()
         for path, label in zip(images.paths, images.labels, strict=True)
-    ]
-    return _sha256("\n".join(sorted(unicodedata.normalize("NFC", line) for line in lines)))
+    )
+
+
+def hash_rows(rows: Iterable[tuple[str, str, str]]) -> str:
+    """The `split_hash` of images by their split, path (with "/") and class."""
+    return _sha256("\n".join(sorted(unicodedata.normalize("NFC", "\t".join(row)) for row in rows)))
 
 
 def _rows(given: str | Path, left: LeftOut, classes: Sequence[str] | None = None) -> list[Labelled]:
-    source = located(given)
-    if is_shards(given):
-        found = read_shards(given)
-        return [Labelled(i.path, i.path.relative_to(source).as_posix(), i.label, str(i.path), i.split) for i in found]
+    parsed, source = parse(given), located(given)
+    if parsed is not None and parsed.kind == "wds":
+        return read_shards(given, source, parsed.options.get("label"), left)
     if not source.exists():
         raise DataError(f"{source}: does not exist; {LAYOUTS}")
     if not source.is_file() and not source.is_dir():

@@ -4,50 +4,37 @@ from __future__ import annotations
 
 import os
 import tarfile
-import warnings
 from collections import Counter
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
-from glsim.data.image_files import count_endings
+from glsim.data.image_files import Labelled, LeftOut, count_endings
 from glsim.data.images import EXTENSIONS
 from glsim.data.names import KNOWN_SPLITS, clean_label, hints_at_split, joined_split, splits_named, words_of
-from glsim.data.sources import parse
 from glsim.data.uri import members
 from glsim.files import is_junk, one_line, parse_json, read_lines, shorten
-from glsim.types import DataError, DataWarning
+from glsim.types import DataError
 
 CLASS_NAMES = "classnames.txt"  # beside shards whose labels are numbers: one name a line, as the CLIP benchmark has it
 
 
-class Sample(NamedTuple):
-    """An image in a shard."""
-
-    path: Path  # SHARD.tar/NAME
-    label: str
-    split: str | None  # None: to be drawn
-
-
-def read_shards(source: str | Path) -> list[Sample]:
-    """The images of `wds:FOLDER`: all tar archives in it, none of them unpacked.
+def read_shards(source: str | Path, folder: Path, key: str | None, left: LeftOut) -> list[Labelled]:
+    """The images of `source`, which is `wds:FOLDER`: all tar archives in it, none of them unpacked.
 
     The split is a word in the path of an archive (train-000.tar, test/0.tar, birds-val-1.tar). Files whose names are
     equal up to the first dot are one sample: an image, and its label in NAME.cls (a name or a number, as text) or in
-    NAME.json under "label"; further dots belong to the name where a label has them too. `wds:FOLDER:label=KEY` names
-    another key of the JSON file. Numbers get the names of classnames.txt, where that lies in the folder.
+    NAME.json under "label"; further dots belong to the name where a label has them too. `key` is another key of the
+    JSON file (`wds:FOLDER:label=KEY`). Numbers get the names of classnames.txt, where that lies in the folder.
 
-    Warns of samples that hold no image (DataWarning). Raises DataError naming the archive and the sample for anything
-    missing, damaged or ambiguous.
+    What holds no image goes into `left`. Raises DataError naming the archive and the sample for anything missing,
+    damaged or ambiguous.
     """
-    parsed = parse(source)
-    assert parsed is not None
-    folder, key = Path(parsed.name), parsed.options.get("label")
     inside = [p for p in folder.rglob("*") if ".tar" in map(str.lower, p.suffixes) or p.suffix.lower() == ".tgz"]
     inside = [p for p in inside if not any(map(is_junk, p.relative_to(folder).parts)) and not p.is_dir()]
     shards = sorted(p for p in inside if p.suffix.lower() == ".tar" and p.is_file())
     if others := sorted(set(inside) - set(shards)):
-        what = f"left out {len(others):,} files that are no plain tar archives, as {others[0].relative_to(folder)}"
-        warnings.warn(f"{source}: {what}", DataWarning, 2)
+        some = others[0].relative_to(folder)
+        left.said.append(f"left out {len(others):,} files that are no plain tar archives, as {some}")
     if not shards:
         raise DataError(
             f"{source}: no .tar file in the folder {folder}; wanted archives like train-000.tar, test-000.tar"
@@ -59,18 +46,18 @@ def read_shards(source: str | Path) -> list[Sample]:
     kinds = {" ".join(word for word in words_of(shard.stem) if not word.isdigit()) for shard in shards}
     if lost is not None and len(kinds) > 1:
         named = ", ".join(sorted(kinds)[:5])
-        warnings.warn(f"{source}: no archive has the name of a split ({named}): all are read as one", DataWarning, 2)
+        left.said.append(f"no archive has the name of a split ({named}): all are read as one")
     both = {"train", "val"}
     whole = next((s for s in shards if any(splits_named(p)[0] == both for p in s.relative_to(folder).parts)), None)
     if whole is not None and "val" in splits.values():
         part = next(shard for shard, split in splits.items() if split == "val")
         raise DataError(f"{part}: by its name a part of {whole}, which is train and val together; keep one of them")
-    left: list[str] = []
-    samples = [sample for shard in shards for sample in _samples(shard, splits[shard], key, left)]
-    if left:
-        warnings.warn(f"{source}: left out, as no image belongs to them, {count_endings(left)}", DataWarning, 2)
+    alone: list[str] = []
+    rows = [row for shard in shards for row in _samples(shard, folder, splits[shard], key, alone)]
+    if alone:
+        left.said.append(f"left out, as no image belongs to them, {count_endings(alone)}")
     names = folder / CLASS_NAMES
-    return _named(samples, names) if os.path.lexists(names) else samples
+    return _named(rows, names) if os.path.lexists(names) else rows
 
 
 def _split_of(path: Path) -> str | None:
@@ -84,7 +71,7 @@ def _split_of(path: Path) -> str | None:
     return found.pop() if found else None
 
 
-def _samples(shard: Path, split: str | None, key: str | None, left: list[str]) -> list[Sample]:
+def _samples(shard: Path, folder: Path, split: str | None, key: str | None, alone: list[str]) -> list[Labelled]:
     try:
         files = members(shard)
     except tarfile.TarError as error:
@@ -93,10 +80,10 @@ def _samples(shard: Path, split: str | None, key: str | None, left: list[str]) -
     labelled = {PurePosixPath(name).with_suffix("") for name in files if name.lower().endswith((".cls", ".json"))}
     groups: dict[str, dict[str, str]] = {}
     for name in files:
-        path = PurePosixPath(name)
-        whole = path.with_suffix("") in labelled  # the label says where the name of the sample ends
-        stem = path.stem if whole else path.name.partition(".")[0]
-        groups.setdefault((path.parent / stem).as_posix(), {})[path.name[len(stem) + 1 :].lower()] = name
+        inside = PurePosixPath(name)
+        whole = inside.with_suffix("") in labelled  # the label says where the name of the sample ends
+        stem = inside.stem if whole else inside.name.partition(".")[0]
+        groups.setdefault((inside.parent / stem).as_posix(), {})[inside.name[len(stem) + 1 :].lower()] = name
     samples = []
     with shard.open("rb") as file:
 
@@ -111,13 +98,14 @@ def _samples(shard: Path, split: str | None, key: str | None, left: list[str]) -
             if len(images) > 1:
                 raise DataError(f"{shard}: sample {name} has several images: {', '.join(images)}; one is wanted")
             if not images:
-                left += [file for ending, file in parts.items() if ending not in ("cls", "json")]
+                alone += [file for ending, file in parts.items() if ending not in ("cls", "json")]
                 continue
             try:
                 label = _label(parts, text, key)
             except ValueError as error:
                 raise DataError(f"{shard}: label of sample {name}: {error}") from error
-            samples.append(Sample(shard / images[0], label, split))
+            path = shard / images[0]
+            samples.append(Labelled(path, path.relative_to(folder).as_posix(), label, str(path), split))
     if not samples:
         raise DataError(f"{shard}: no image in it; known endings: {' '.join(EXTENSIONS)}")
     return samples
@@ -139,7 +127,7 @@ def _label(parts: dict[str, str], text: Any, key: str | None) -> str:
     return str(label).strip()
 
 
-def _named(samples: list[Sample], file: Path) -> list[Sample]:
+def _named(samples: list[Labelled], file: Path) -> list[Labelled]:
     try:
         names = [clean_label(name) for name in read_lines(file)]
     except (OSError, UnicodeDecodeError) as error:

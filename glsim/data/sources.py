@@ -43,12 +43,6 @@ def parse(source: str | Path) -> Source | None:
     return Source(kind, name, options)
 
 
-def is_shards(source: str | Path) -> bool:
-    """Whether a source is a folder of WebDataset shards."""
-    parsed = parse(source)
-    return parsed is not None and parsed.kind == "wds"
-
-
 def located(source: str | Path) -> Path:
     """Where the images of a source lie: the folder of the shards, the list of what was written out, or the path itself.
 

@@ -52,7 +52,7 @@ def join(lists: Iterable[ImageList]) -> ImageList:
 def drop_bad(images: ImageList, bad: list[BadImage]) -> ImageList:
     """`images` without the unreadable files; DataError when nothing is left."""
     gone = {str(b.path) for b in bad}
-    kept = [(p, y) for p, y in zip(images.paths, images.labels, strict=True) if str(p) not in gone]
+    kept = images.only(str(path) not in gone for path in images.paths)
     if not kept:
         raise DataError(f"none of the {len(images)} images can be read; the first: {bad[0]}")
-    return ImageList(tuple(p for p, _ in kept), tuple(y for _, y in kept), images.classes)
+    return kept

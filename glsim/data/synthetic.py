@@ -16,7 +16,7 @@ import os
 import shutil
 from functools import lru_cache, reduce
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -137,12 +137,13 @@ def write(
     part_scale: float = 1.0,
     clutter: float = 1.0,
     val: int = 0,
-) -> None:
+) -> dict[str, Any]:
     """Write a data set: `{train,test,val}/<class>/<number>.jpg`, masks and `species.json`, all or nothing.
 
     `train`, `test` and `val` are images per class; a split of 0 is left out. `masks/body` and `masks/part` mirror the
     folders of the images, as PNG with 0 and 255: the whole bird, and the parts that set its species apart. An image
     depends on its split, class, number, `seed`, `size`, `part_scale` and `clutter`, not on how many there are.
+    Returns all these numbers by name.
 
     Raises ValueError when a number is out of range, FileExistsError when there is something at `folder`.
     """
@@ -175,9 +176,9 @@ def write(
         if folder.exists():
             folder.rmdir()  # it is empty, and not every system renames onto a folder
         partial.rename(folder)
-    except BaseException:
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+    return arguments
 
 
 def _check(size: int, part_scale: float, clutter: float) -> None:

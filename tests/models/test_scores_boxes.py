@@ -558,7 +558,7 @@ def test_a_stray_patch_moves_the_box_of_moments_little():
 
     scores = torch.zeros(1, 12, 12)
     scores[:, 4:8, 3:7] = 1.0
-    moments, inclusive = boxes(scores.flatten(1)[:, None])
+    moments, _ = boxes(scores.flatten(1)[:, None])
     scores[:, 0, 11] = 0.9
     strayed, spanning = boxes(scores.flatten(1)[:, None])
     assert 4 * (strayed - moments).abs().max() < 120 - 70 <= (spanning[0, 2] - 70)  # the right side, of 120 pixels
