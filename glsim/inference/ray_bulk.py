@@ -2,7 +2,7 @@
 
 The list of images is cut into parts. A worker is an actor that holds the model; it answers one part at a time and
 writes it. Ray gives the part of a killed worker to another one. A job that was stopped goes on with the parts that are
-not finished (`bulk_parts`).
+not finished (`bulk_files`).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from glsim.checkpoints.bundle import load
 from glsim.data.images import BadImage
 from glsim.data.limits import MAX_MEGAPIXELS
 from glsim.files import one_line, printable, shorten
-from glsim.inference.bulk_inputs import find_paths
-from glsim.inference.bulk_parts import (
+from glsim.inference.bulk_files import (
     JOB,
     OWNER,
     as_row,
     describe_job,
+    find_paths,
     finished_parts,
     folder_uri,
     job_hash,
@@ -114,14 +114,12 @@ def predict_bulk(
     ray = need_ray()
     paths = find_paths(images)
     model = load(source, **options or {})
-    asked = {"top_k": top_k, "flip": flip, "embedding": embedding}
-    predictor = Predictor(model, top_k, batch_size, device="cpu", embedding=embedding)
+    asked: dict[str, Any] = {"top_k": top_k, "flip": flip, "embedding": embedding}
+    predictor = Predictor(model, **asked, batch_size=batch_size, device="cpu")
     predictor(Image.new("RGB", (64, 64)))  # says what is wrong with the settings, before any worker
     folder = folder_uri(str(out))
     parts = [paths[i : i + part_size] for i in range(0, len(paths), part_size)]
-    start, looked_at = time.perf_counter(), 0  # images, in this run
-    first = (0, 0.0)  # images, and seconds, when the first part was done
-    last = 0.0
+    start, ticks = time.perf_counter(), []  # when a part was done in this run, and its images
     job = describe_job(model, paths, {"options": dict(options or {}), **asked, "part_size": part_size})
     with lock_folder(folder, job):
         done, again = finished_parts(folder, parts, job)
@@ -135,11 +133,9 @@ def predict_bulk(
             predicting = {**asked, "batch_size": batch_size, "max_megapixels": max_megapixels}
             try:
                 for batch in answer_parts(ray, model, folder, todo, workers, device, predicting) if todo else ():
-                    looked_at += int(batch["images"].sum())
+                    ticks.append((time.perf_counter() - start, int(batch["images"].sum())))
                     errors += int(batch["errors"].sum())
-                    bar.update(int(batch["images"].sum()))
-                    last = time.perf_counter() - start
-                    first = first if first[0] else (looked_at, last)
+                    bar.update(ticks[-1][1])
             except ray.exceptions.RayError as error:
                 lines = [line for line in str(error).splitlines() if line.strip()]
                 why = printable(shorten(lines[-1])) if lines else type(error).__name__
@@ -147,6 +143,7 @@ def predict_bulk(
                     f"Ray stopped: {why}; finished parts stay in {out}, the same command goes on"
                 ) from error
     seconds = time.perf_counter() - start
+    later = sum(count for _, count in ticks[1:])
     return BulkPrediction(
         source=str(source),
         out=str(out),
@@ -158,10 +155,8 @@ def predict_bulk(
         errors=errors,
         workers=workers,
         seconds=round(seconds, 2),
-        images_per_second=round(looked_at / seconds, 2),
-        steady_images_per_second=(
-            round((looked_at - first[0]) / (last - first[1]), 2) if looked_at > first[0] else None
-        ),
+        images_per_second=round(sum(count for _, count in ticks) / seconds, 2),
+        steady_images_per_second=round(later / (ticks[-1][0] - ticks[0][0]), 2) if later else None,
     )
 
 
