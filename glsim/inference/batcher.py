@@ -22,10 +22,9 @@ from torch import Tensor
 from glsim.data.images import BadImage, fit_size, read_image
 from glsim.data.transforms import eval_transform
 from glsim.files import data_url
-from glsim.inference.predictor import Prediction, Predictor, altered, to_original
+from glsim.inference.predictor import Prediction, Predictor, altered, probe, to_original
 from glsim.interpret.drawing import title_of
 from glsim.interpret.heatmaps import heatmaps_of, metrics_of, selections_of, to_photograph
-from glsim.models.base import Model
 from glsim.models.scores import check_metric, check_top
 from glsim.types import ConfigError, DataError
 
@@ -87,37 +86,35 @@ class Counts:
     batches: int = 0
 
 
+@dataclass(eq=False)
 class Service:
     """`model` for many callers at once.
 
     `metric` is the score that pictures show unless another is asked for, `top_o` the model's own
-    (`glsim.models.base:Model`).
-    `decode` and `draw` are for the threads of `pool`, `submit` for any thread. One thread of its own has the model: it
-    takes up to `batch_size` images that wait, and waits `max_wait` seconds at most for company to come. Close it with
-    `close`: what was submitted is still answered.
+    (`glsim.models.base:Model`). `decode` and `draw` are for the threads of `pool`, `submit` for any thread. One thread
+    of its own has the model: it takes up to `batch_size` images that wait, and waits `max_wait` seconds at most for
+    company to come. Close it with `close`: what was submitted is still answered.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        device: str | None = None,
-        batch_size: int = 16,
-        max_wait: float = 0.01,
-        workers: int = 2,
-        max_pixels: int | None = None,
-    ) -> None:
-        self.predictor = Predictor(model, top_k=MOST_ANSWERS, device=device)
-        self.model: Any = self.predictor.model
+    model: Any
+    device: str | None = None
+    batch_size: int = 16
+    max_wait: float = 0.01
+    workers: int = 2
+    max_pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        self.predictor = Predictor(self.model, top_k=MOST_ANSWERS, device=self.device)
         self.preprocessing = self.predictor.preprocessing
-        self.batch_size, self.max_wait, self.max_pixels = batch_size, max_wait, max_pixels
         self.transform = eval_transform(self.preprocessing)
-        self.selects = self._try_model()
-        self.metric: str = (model.metric or model.config.method) if self.selects else "gls_cos"
-        self.any_metric = model.metric is not None  # chooses by scores, whose ever
-        self.top_o: int | None = model.top_o
-        self.own_top_o = "top_o" in model.config.options
+        # Once before the first caller, who then need not wait for what is set up.
+        self.selects = probe(self.model).selection is not None
+        self.metric: str = (self.model.metric or self.model.config.method) if self.selects else "gls_cos"
+        self.any_metric = self.model.metric is not None  # chooses by scores, whose ever
+        self.top_o: int | None = self.model.top_o
+        self.own_top_o = "top_o" in self.model.config.options
         self.counts, self._lock = Counts(), Lock()
-        self.pool = ThreadPoolExecutor(workers, "decode")
+        self.pool = ThreadPoolExecutor(self.workers, "decode")
         self._waiting: SimpleQueue[Job | None] = SimpleQueue()
         self._thread = Thread(target=self._work, name="model", daemon=True)
         self._thread.start()
@@ -132,12 +129,6 @@ class Service:
     def alive(self) -> bool:
         """Whether the thread with the model runs."""
         return self._thread.is_alive()
-
-    @torch.inference_mode()
-    def _try_model(self) -> bool:
-        """Run once, so that the first caller need not wait for what is set up then; whether it selects patches."""
-        height, width = self.preprocessing.image_size
-        return self.model(torch.zeros(1, 3, height, width, device=self.predictor.device)).selection is not None
 
     # --- what can be asked ----------------------------------------------------------------------------------------
 

@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self, Unpack
 
 import numpy as np
-import torch
 
 from glsim.checkpoints.bundle import digest, labels_of, load
 from glsim.data.catalog import prepared
 from glsim.data.image_files import find_images
-from glsim.data.names import clean_label
 from glsim.data.readers import ImageList
 from glsim.data.splits import read_splits, take_split
 from glsim.files import printable, shorten
 from glsim.inference.index_vectors import TABLE, Floats, Index, Ints, nearest, prototypes, read_index, unit, vote
-from glsim.inference.predictor import Loading, Size, answer_files, embedding_of, without_early_exit
+from glsim.inference.predictor import Loading, Size, answer_files, embedding_of, probe, without_early_exit
 from glsim.models.base import Model
 from glsim.models.heads import are_answers
 from glsim.types import ConfigError, DataError, Output
@@ -197,9 +195,8 @@ def add_to_index(
     paths = find_images(images)
     names = [label if label is not None else path.absolute().parent.name for path in paths]
     larger, encoded = extend(stored, index, model, paths, names, **loading)
-    counts = np.bincount(larger.labels, minlength=len(larger.classes))
-    spelt = {clean_label(name): i for i, name in enumerate(larger.classes)}
-    places = dict.fromkeys(spelt[clean_label(names[i])] for i in encoded.places)
+    number = dict(zip(larger.paths, larger.labels.tolist(), strict=True))
+    places = dict.fromkeys(number[str(paths[i].absolute())] for i in encoded.places)
     added = len(larger.paths) - len(stored.paths)
     return IndexAddition.of(
         index,
@@ -208,7 +205,7 @@ def add_to_index(
         added=added,
         there_before=len(encoded.places) - added,
         new_classes=list(larger.classes[len(stored.classes) :]),
-        images_of={larger.classes[i]: int(counts[i]) for i in places},
+        images_of={larger.classes[i]: int((larger.labels == i).sum()) for i in places},
     )
 
 
@@ -307,12 +304,9 @@ def open_index(folder: str | Path, source: str | Path | None = None) -> tuple[In
     return index, model
 
 
-@torch.inference_mode()
 def widths(model: Model, embedding: str) -> dict[str, int]:
     """How many numbers each embedding has that `model` gives where `embedding` is asked for."""
-    height, width = model.config.image_size
-    blank = torch.zeros(1, 3, height, width, device=next(model.parameters()).device)
-    told = without_early_exit(model, embedding)(blank).embeddings
+    told = probe(without_early_exit(model, embedding)).embeddings
     return {name: vectors.shape[1] for name, vectors in told.items()}
 
 

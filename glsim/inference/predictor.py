@@ -32,6 +32,7 @@ from glsim.models.heads import NO_ANSWER, are_answers, top2_margin
 from glsim.types import ConfigError, Output, choose
 
 T = TypeVar("T")
+Photograph = str | Path | Image.Image
 Size = tuple[int, int]  # width, height of the upright image
 
 
@@ -124,19 +125,19 @@ class Predictor:
         self.threshold = threshold_of(model) if reject else None
         self.taxonomy = read_taxonomy(taxonomy, self.labels) if taxonomy is not None else flat(self.labels)
 
-    def __call__(self, images: str | Path | Image.Image | Sequence[str | Path | Image.Image]) -> list[Prediction]:
+    def __call__(self, images: Photograph | Sequence[Photograph]) -> list[Prediction]:
         """One `Prediction` an image, in order. Raises BadImage, naming the file, for one that cannot be read."""
-        answers = self.stream([images] if isinstance(images, str | Path | Image.Image) else images)
+        answers = self.stream([images] if isinstance(images, Photograph) else images)
         return list(sift(answers)[0].values())
 
-    def stream(self, images: Sequence[str | Path | Image.Image]) -> Iterator[Prediction | BadImage]:
+    def stream(self, images: Sequence[Photograph]) -> Iterator[Prediction | BadImage]:
         """The same one by one, without stopping at a bad file: its BadImage stands in the place of the answer."""
         for image, answer in zip(images, self.each(images, self.predictions), strict=True):
             path = None if isinstance(image, Image.Image) else str(image)
             yield answer if isinstance(answer, BadImage) else answer._replace(path=path)
 
     def each(
-        self, images: Sequence[str | Path | Image.Image], read: Callable[[Output, Sequence[Size]], Sequence[T | None]]
+        self, images: Sequence[Photograph], read: Callable[[Output, Sequence[Size]], Sequence[T | None]]
     ) -> Iterator[T | BadImage]:
         """One by one what `read` makes of the model's output for some images and their sizes, None for an answer that
         is no number; or what is bad about the image."""
@@ -149,16 +150,13 @@ class Predictor:
                 name = "image" if isinstance(image, Image.Image) else image
                 yield row if row is not None else BadImage(name, NO_ANSWER)
 
-    def outputs(
-        self, images: Sequence[str | Path | Image.Image]
-    ) -> Iterator[tuple[Output | None, list[Size | BadImage]]]:
+    def outputs(self, images: Sequence[Photograph]) -> Iterator[tuple[Output | None, list[Size | BadImage]]]:
         """In order, some images at a time: what the model says of those that could be read (None: none could), and for
         every one its size, or what is bad about it."""
-        loader = self.loader(images)
         read: deque[Size | BadImage] = deque()  # images that wait for their answer
 
         def batches() -> Iterator[Tensor]:
-            for batch, items in loader:
+            for batch, items in self.loader(images):
                 read.extend(items)
                 if batch is not None:
                     yield batch.to(self.device)
@@ -172,7 +170,7 @@ class Predictor:
         if read:
             yield None, list(read)
 
-    def loader(self, images: Sequence[str | Path | Image.Image]) -> DataLoader:
+    def loader(self, images: Sequence[Photograph]) -> DataLoader:
         """Batches (B, 3, H, W) of what can be read, with every image's size or its BadImage."""
         images = [expand(image) if isinstance(image, str) else image for image in images]
         transform = partial(_with_size, eval_transform(self.preprocessing))
@@ -193,30 +191,15 @@ class Predictor:
         real = are_answers(output.logits, self.temperature)
         if self.embedding:
             real &= embedding_of(output, self.embedding).isfinite().all(dim=1)
-        top = probabilities.topk(self.top_k)
-        nothing = [None] * len(sizes)
-        verdicts = self.verdicts(probabilities, self.threshold) if self.threshold is not None else nothing
-        boxes = output.selection.boxes.tolist() if output.selection is not None else nothing
+        top, nothing = probabilities.topk(self.top_k), [None] * len(sizes)
+        labels = [tuple(self.labels[i] for i in row) for row in top.indices.tolist()]
+        boxes = nothing if output.selection is None else output.selection.boxes.tolist()
+        crops = [box and to_original(box, size, self.preprocessing) for box, size in zip(boxes, sizes, strict=True)]
         unsure = nothing if output.needs_second_pass is None else output.needs_second_pass.tolist()
         vectors = map(tuple, embedding_of(output, self.embedding).tolist()) if self.embedding else nothing
-        return [
-            Prediction(
-                None,
-                tuple(self.labels[i] for i in indices),
-                tuple(values),
-                to_original(box, size, self.preprocessing) if box else None,
-                again,
-                vector,
-                verdict,
-            )
-            if answered
-            else None
-            for answered, indices, values, box, size, again, vector, verdict in zip(
-                *(real.tolist(), top.indices.tolist(), top.values.tolist()),
-                *(boxes, sizes, unsure, vectors, verdicts),
-                strict=True,
-            )
-        ]
+        verdicts = self.verdicts(probabilities, self.threshold) if self.threshold is not None else nothing
+        rows = zip(labels, map(tuple, top.values.tolist()), crops, unsure, vectors, verdicts, strict=True)
+        return [Prediction(None, *row) if told else None for row, told in zip(rows, real.tolist(), strict=True)]
 
     def verdicts(self, probabilities: Tensor, threshold: float) -> list[Verdict]:
         """The finest sure answers, of (B, C)."""
@@ -311,6 +294,13 @@ def sift(answers: Iterable[T | BadImage], skip_bad: bool = False) -> tuple[dict[
         else:
             raise answer
     return found, skipped
+
+
+@torch.inference_mode()
+def probe(model: Model) -> Output:
+    """What `model` says of a blank image."""
+    height, width = preprocessing_of(model).image_size
+    return model(torch.zeros(1, 3, height, width, device=next(model.parameters()).device))
 
 
 @torch.inference_mode()

@@ -30,22 +30,7 @@ from glsim.checkpoints.bundle import load
 from glsim.data.images import BadImage
 from glsim.data.limits import MAX_MEGAPIXELS
 from glsim.files import one_line, printable, shorten
-from glsim.inference.bulk_files import (
-    JOB,
-    OWNER,
-    as_row,
-    describe_job,
-    find_paths,
-    finished_parts,
-    folder_uri,
-    job_hash,
-    lock_folder,
-    part_name,
-    read_job,
-    read_part,
-    schema,
-    write_file,
-)
+from glsim.inference import bulk_files as files
 from glsim.inference.predictor import Prediction, Predictor
 from glsim.models.base import Model
 from glsim.types import ConfigError, DataError, GlsimError
@@ -112,17 +97,17 @@ def predict_bulk(
         GlsimError: when Ray gave up.
     """
     ray = need_ray()
-    paths = find_paths(images)
+    paths = files.find_paths(images)
     model = load(source, **options or {})
     asked: dict[str, Any] = {"top_k": top_k, "flip": flip, "embedding": embedding}
     predictor = Predictor(model, **asked, batch_size=batch_size, device="cpu")
     predictor(Image.new("RGB", (64, 64)))  # says what is wrong with the settings, before any worker
-    folder = folder_uri(str(out))
+    folder = files.folder_uri(str(out))
     parts = [paths[i : i + part_size] for i in range(0, len(paths), part_size)]
     start, ticks = time.perf_counter(), []  # when a part was done in this run, and its images
-    job = describe_job(model, paths, {"options": dict(options or {}), **asked, "part_size": part_size})
-    with lock_folder(folder, job):
-        done, again = finished_parts(folder, parts, job)
+    job = files.describe_job(model, paths, {"options": dict(options or {}), **asked, "part_size": part_size})
+    with files.lock_folder(folder, job):
+        done, again = files.finished_parts(folder, parts, job)
         errors = sum(done.values())
         todo = [{"part": i, "paths": part} for i, part in enumerate(parts) if i not in done]
         before = sum(len(parts[i]) for i in done)
@@ -310,18 +295,18 @@ class Worker:
         import pyarrow as pa
         from pyarrow import parquet
 
-        job = read_job(self.out)
+        job = files.read_job(self.out)
         if job is None:
-            raise DataError(f"{self.out}: {JOB} has gone, which says whose the parts are")
+            raise DataError(f"{self.out}: {files.JOB} has gone, which says whose the parts are")
         with suppress(FileNotFoundError, DataError):  # written by a worker that was killed before it could say so
-            return len(paths), read_part(self.out, part, len(paths), job)
-        rows = [as_row(path, a) for path, a in zip(paths, self.answers(paths), strict=True)]
+            return len(paths), files.read_part(self.out, part, len(paths), job)
+        rows = [files.as_row(path, a) for path, a in zip(paths, self.answers(paths), strict=True)]
         errors = sum("error" in row for row in rows)
-        told = json.dumps({"job": job_hash(job), "part": part, "errors": errors}).encode()
-        columns = schema(self.embedding is not None).with_metadata({OWNER: told})
+        told = json.dumps({"job": files.job_hash(job), "part": part, "errors": errors}).encode()
+        columns = files.schema(self.embedding is not None).with_metadata({files.OWNER: told})
         sink = pa.BufferOutputStream()
         parquet.write_table(pa.Table.from_pylist(rows, columns), sink)
-        write_file(self.out, part_name(part), memoryview(sink.getvalue()))
+        files.write_file(self.out, files.part_name(part), memoryview(sink.getvalue()))
         return len(rows), errors
 
     def answers(self, paths: list[str]) -> list[Prediction | BadImage]:

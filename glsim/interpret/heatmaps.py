@@ -115,21 +115,13 @@ def explain_by(
     p, labels = preprocessing_of(model), labels_of(model)
     output, selections = selections_of(model, images, metrics)
     answers = (output.logits.float() / temperature_of(model)).softmax(dim=1).max(dim=1)
-    return [
-        [
-            Explanation(image, heatmap, tuple(box), crop, metric, labels[answer], probability)
-            for image, heatmap, box, crop, answer, probability in zip(
-                to_picture(images, p),
-                heatmaps_of(selection, images, top_o, power),
-                selection.boxes.tolist(),
-                to_picture(crops, p),
-                answers.indices.tolist(),
-                answers.values.tolist(),
-                strict=True,
-            )
-        ]
-        for metric, selection, crops in selections
-    ]
+    said = [(labels[i], x) for i, x in zip(answers.indices.tolist(), answers.values.tolist(), strict=True)]
+    views, found = to_picture(images, p), []
+    for metric, selection, crops in selections:
+        maps, boxes = heatmaps_of(selection, images, top_o, power), map(tuple, selection.boxes.tolist())
+        rows = zip(views, maps, boxes, to_picture(crops, p), said, strict=True)
+        found.append([Explanation(view, heat, box, crop, metric, *answer) for view, heat, box, crop, answer in rows])
+    return found
 
 
 @torch.inference_mode()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack
 
@@ -63,27 +63,26 @@ class Looking(TypedDict, total=False):
     device: str | None  # cpu, cuda, ..; None: the best there is
 
 
+@dataclass(eq=False)
 class Gallery:
-    """A model from `source` and the images it is shown one by one; the keywords are told by `Looking`.
+    """A model from `source`, and images that it is shown one by one; `Looking` tells of the others.
 
     Raises DataError for a model or images that are not there.
     """
 
-    def __init__(
-        self,
-        source: str | Path,
-        images: Sequence[str | Path],
-        *,
-        options: Mapping[str, Any] | None = None,
-        limit: int = 100,
-        skip_bad: bool = False,
-        max_megapixels: float = MAX_MEGAPIXELS,
-        device: str | None = None,
-    ) -> None:
-        self.paths = find_images(images)[:limit]
-        self.model = load(source, **options or {}).to(pick_device(device))
+    source: str | Path
+    images: Sequence[str | Path]
+    _: KW_ONLY
+    options: Mapping[str, Any] | None = None
+    limit: int = 100
+    skip_bad: bool = False
+    max_megapixels: float = MAX_MEGAPIXELS
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        self.paths = find_images(self.images)[: self.limit]
+        self.model = load(self.source, **self.options or {}).to(pick_device(self.device))
         self.preprocessing = preprocessing_of(self.model)
-        self.skip_bad, self.max_megapixels = skip_bad, max_megapixels
         self.skipped: list[str] = []
 
     def views_of(self, image: Image.Image) -> tuple[Tensor, np.ndarray]:

@@ -135,22 +135,20 @@ def analyse(model: Model, batches: Iterable[Tensor]) -> Layers:
     """
     check_layers(model)
     device = next(model.parameters()).device
-    held: list[list[Tensor]] = []  # a batch, a layer: (B, n D)
     rows: list[Tensor] = []  # a batch: (B, layers, measures)
-    pooled: list[list[Tensor]] = []
+    held: dict[str, list[list[Tensor]]] = {kind: [] for kind in KINDS}  # a batch, a layer: (B, n D) and (B, D)
     for images in batches:
         layers = model.backbone.layers(images.to(device))
-        held.append([tokens.flatten(1).cpu() for tokens in layers])
-        pooled.append([tokens.mean(dim=1).cpu() for tokens in layers])
+        held["whole"].append([tokens.flatten(1).cpu() for tokens in layers])
+        held["pooled"].append([tokens.mean(dim=1).cpu() for tokens in layers])
         rows.append(torch.stack([measures(model.backbone, tokens).cpu() for tokens in layers], dim=1))
     count = sum(len(row) for row in rows)
     if count < LEAST:
         raise DataError(f"layers: {count} images; {LEAST} or more are needed to compare layers")
     means = torch.cat(rows).double().mean(dim=0)
-    by_kind = {"whole": held, "pooled": pooled}
     grams = {
-        kind: torch.stack([gram(torch.cat([batch[i] for batch in parts])) for i in range(len(means))])
-        for kind, parts in by_kind.items()
+        kind: torch.stack([gram(torch.cat(layer)) for layer in zip(*parts, strict=True)])
+        for kind, parts in held.items()
     }
     return Layers(
         images=count,
