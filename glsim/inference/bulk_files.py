@@ -239,13 +239,12 @@ def describe_job(model: Model, paths: Sequence[str], settings: Mapping[str, Any]
         "labels": labels_of(model),
         "temperature": temperature_of(model),
     }
-    hashed = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-    told = {"model": digest(model.state_dict()), "config": hashed, "images": len(paths), "list": listed}
+    told = {"model": digest(model.state_dict()), "config": job_hash(config), "images": len(paths), "list": listed}
     return {"format": FORMAT, **told, **settings}
 
 
 def job_hash(job: dict[str, Any]) -> str:
-    """A job in a few characters, the same for equal ones."""
+    """A job, or a part of what describes it, in a few characters, the same for equal ones."""
     return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
 
 

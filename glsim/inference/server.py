@@ -94,26 +94,21 @@ class Site:
             files = await read_files(request, self.queue, self.max_bytes)
         except ClientDisconnect:
             return Response(status_code=400)  # nobody reads it
-        held = self.hold(len(files))  # not before the body is there: who sends slowly takes nobody's place
+        if len(files) > self.room:  # not before the body is there: who sends slowly takes nobody's place
+            raise HTTPException(503, "too much to do; try again in a moment", {"Retry-After": "1"})
+        self.room -= len(files)
         try:
             found: list[Any] = await asyncio.gather(
                 *(self.answer(*file, asked) for file in files), return_exceptions=True
             )
         finally:
-            self.room += held
+            self.room += len(files)
         for row in found:  # all have ended: the room is free again
             if isinstance(row, BaseException):
                 raise row
         if len(found) == 1 and "error" in found[0]:
             return Json(found[0], found[0]["status"])
         return Json({"predictions": found})
-
-    def hold(self, images: int) -> int:
-        """Take up room for `images` and return how many; refused where there is not enough."""
-        if images > self.room:
-            raise HTTPException(503, "too much to do; try again in a moment", {"Retry-After": "1"})
-        self.room -= images
-        return images
 
     async def answer(self, name: str | None, content: bytes, asked: PredictRequest) -> dict[str, Any]:
         """One image's row of the response."""
