@@ -72,23 +72,22 @@ class Index:
         Raises DataError for one that is there with another class.
         """
         spelt = {clean_label(name): name for name in self.classes}
-        names = [spelt.get(clean_label(name), clean_label(name)) for name in names]
-        known = dict(zip(self.paths, self.labels, strict=True))
-        new: dict[str, int] = {}  # path -> place among those given
-        for place, (name, path) in enumerate(zip(names, paths, strict=True)):
-            old = self.classes[known[path]] if path in known else names[new[path]] if path in new else None
-            if old not in (None, name):
-                raise DataError(f"{path} is in the index as {old!r} already; it cannot be {name!r} too")
-            if old is None:
-                new[path] = place
-        places = list(new.values())
-        classes = tuple(dict.fromkeys((*self.classes, *(names[i] for i in places))))
+        label_of = dict(zip(self.paths, (self.classes[label] for label in self.labels), strict=True))
+        places = []  # of the new images, among those given
+        for place, (given, path) in enumerate(zip(names, paths, strict=True)):
+            name = spelt.get(clean_label(given), clean_label(given))
+            if path not in label_of:
+                label_of[path] = name
+                places.append(place)
+            elif label_of[path] != name:
+                raise DataError(f"{path} is in the index as {label_of[path]!r} already; it cannot be {name!r} too")
+        classes = tuple(dict.fromkeys((*self.classes, *label_of.values())))
         number = {name: i for i, name in enumerate(classes)}
         return replace(
             self,
             classes=classes,
-            labels=np.concatenate((self.labels, np.array([number[names[i]] for i in places], np.int64))),
-            paths=(*self.paths, *new),
+            labels=np.array([number[name] for name in label_of.values()], np.int64),
+            paths=tuple(label_of),
             vectors=np.concatenate((self.vectors, vectors[places])),
         )
 

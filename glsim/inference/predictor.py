@@ -27,12 +27,12 @@ from glsim.data.transforms import Preprocessing, eval_transform
 from glsim.environment import pick_device
 from glsim.files import expand, make_parent, write_text
 from glsim.inference.formats import FORMATS, format_of
+from glsim.interpret.heatmaps import Photograph
 from glsim.models.base import EarlyExitModel, Model
 from glsim.models.heads import NO_ANSWER, are_answers, top2_margin
 from glsim.types import ConfigError, Output, choose
 
 T = TypeVar("T")
-Photograph = str | Path | Image.Image
 Size = tuple[int, int]  # width, height of the upright image
 
 
