@@ -437,12 +437,13 @@ def commands(data: Path, bundle: Path, masks: Path, out: Path) -> dict[str, tupl
         ),
         "explain": ([*glsim, "explain", source, images, skip, "--out", str(out / "pictures"), "--limit", "2000"], (0,)),
         "localize": ([*glsim, "localize", source, "--images", images, "--masks", str(masks), skip], (0,)),
+        "index build": (
+            [*glsim, "index", "build", source, "--data", images, skip, "--out", str(out / "index")],
+            (0,),
+        ),
         "Predictor": ([*this, "--child", "predictor", source, images], (0,)),
         "one by one": ([*this, "--child", "slowest", source, images], (0,)),
     }
-    if find_spec("faiss"):
-        build = [*glsim, "index", "build", source, "--data", images, skip, "--out", str(out / "index")]
-        found["index build"] = (build, (0,))
     if find_spec("ray"):
         found["predict bulk"] = (
             [*glsim, "predict", "bulk", source, images, "--out", str(out / "parts"), "--part-size", "100"],

@@ -25,6 +25,7 @@ import random
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,9 @@ from glsim.data.splits import join
 from glsim.evaluation.calibration import fit_temperature
 from glsim.evaluation.confidence import calibration_error, graded
 from glsim.files import document, write_text
-from glsim.inference.index import build_index, find_split, open_index
+from glsim.inference.index import build_index, encode, find_split, open_index
 from glsim.inference.index_evaluation import Accuracies, Queries, accuracies, match_classes, measure_index
-from glsim.inference.index_search import encode
-from glsim.inference.index_storage import Index
+from glsim.inference.index_vectors import Index
 from glsim.models.base import Model
 from glsim.training.config import Train, read_recipe
 from glsim.training.runs import LOG, RECIPE
@@ -134,14 +134,14 @@ def measure(a: argparse.Namespace, name: str, classes: list[str], images: ImageL
     folder = a.out / f"index_{name}"
     shutil.rmtree(folder, ignore_errors=True)
     build_index(a.run, a.out / "known.csv", folder, embedding=name, workers=a.workers)
-    known, predictor = open_index(folder, None, 32, a.workers, None)
-    test = find_split(predictor.model, a.out / "all.csv", None, "test")
-    asked = encode(predictor, test.paths, name, progress=True)
+    known, model = open_index(folder)
+    test = find_split(model, a.out / "all.csv", None, "test")
+    asked = encode(model, test.paths, name, workers=a.workers, progress=True)
     new = only(images, [c for c in images.classes if c not in classes])
-    encoded = encode(predictor, new.paths, name, progress=True)
+    encoded = encode(model, new.paths, name, workers=a.workers, progress=True)
     paths = [str(path.absolute()) for path in new.paths]
     larger = known.add([new.classes[label] for label in new.labels], paths, encoded.vectors)
-    before, after = (match_classes(index, predictor, test, asked) for index in (known, larger))
+    before, after = (match_classes(index, model, test, asked) for index in (known, larger))
     return {
         "before": document(measure_index(known, before, NEIGHBOURS)),
         "after": {
@@ -187,7 +187,7 @@ def average(draws: Sequence[Accuracies]) -> dict[str, dict[str, float | None]]:
         return float(np.mean(there)) if there else None
 
     found = {}
-    for way in Accuracies._fields:
+    for way in (field.name for field in fields(Accuracies)):
         rows = [getattr(draw, way) for draw in draws]
         found[way] = {key: mean(getattr(row, key) for row in rows) for key in ("top1", "top1_old", "top1_added")}
         found[way]["std"] = float(np.std([row.top1 for row in rows]))

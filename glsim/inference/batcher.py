@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
@@ -24,11 +22,10 @@ from torch import Tensor
 from glsim.data.images import BadImage, fit_size, read_image
 from glsim.data.transforms import eval_transform
 from glsim.files import data_url
-from glsim.inference.predictor import Prediction, Predictor, to_original
+from glsim.inference.predictor import Prediction, Predictor, altered, probe, to_original
 from glsim.interpret.drawing import title_of
-from glsim.interpret.heatmaps import selections_of, to_heatmap, to_photograph
-from glsim.models.base import Model
-from glsim.models.scores import METRICS, check_metric, check_top, needs_attention
+from glsim.interpret.heatmaps import heatmaps_of, metrics_of, selections_of, to_photograph
+from glsim.models.scores import check_metric, check_top
 from glsim.types import ConfigError, DataError
 
 MOST_ANSWERS = 100  # classes that can be asked for
@@ -89,36 +86,35 @@ class Counts:
     batches: int = 0
 
 
+@dataclass(eq=False)
 class Service:
     """`model` for many callers at once.
 
-    `metric` is the score that pictures show unless another is asked for, `top_o` the model's own (None: it has none).
-    `decode` and `draw` are for the threads of `pool`, `submit` for any thread. One thread of its own has the model: it
-    takes up to `batch_size` images that wait, and waits `max_wait` seconds at most for company to come. Close it with
-    `close`: what was submitted is still answered.
+    `metric` is the score that pictures show unless another is asked for, `top_o` the model's own
+    (`glsim.models.base:Model`). `decode` and `draw` are for the threads of `pool`, `submit` for any thread. One thread
+    of its own has the model: it takes up to `batch_size` images that wait, and waits `max_wait` seconds at most for
+    company to come. Close it with `close`: what was submitted is still answered.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        device: str | None = None,
-        batch_size: int = 16,
-        max_wait: float = 0.01,
-        workers: int = 2,
-        max_pixels: int | None = None,
-    ) -> None:
-        self.predictor = Predictor(model, top_k=MOST_ANSWERS, device=device)
-        self.model: Any = self.predictor.model
+    model: Any
+    device: str | None = None
+    batch_size: int = 16
+    max_wait: float = 0.01
+    workers: int = 2
+    max_pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        self.predictor = Predictor(self.model, top_k=MOST_ANSWERS, device=self.device)
         self.preprocessing = self.predictor.preprocessing
-        self.batch_size, self.max_wait, self.max_pixels = batch_size, max_wait, max_pixels
         self.transform = eval_transform(self.preprocessing)
-        # Read once: while the model answers, other threads would find there what one request changed.
-        self.selects = self._try_model()
-        self.metric: str = (model.metric or model.config.method) if self.selects else "gls_cos"
-        self.any_metric = model.metric is not None  # chooses by scores, whose ever
-        self.top_o: int | None = model.top_o
+        # Once before the first caller, who then need not wait for what is set up.
+        self.selects = probe(self.model).selection is not None
+        self.metric: str = (self.model.metric or self.model.config.method) if self.selects else "gls_cos"
+        self.any_metric = self.model.metric is not None  # chooses by scores, whose ever
+        self.top_o: int | None = self.model.top_o
+        self.own_top_o = "top_o" in self.model.config.options
         self.counts, self._lock = Counts(), Lock()
-        self.pool = ThreadPoolExecutor(workers, "decode")
+        self.pool = ThreadPoolExecutor(self.workers, "decode")
         self._waiting: SimpleQueue[Job | None] = SimpleQueue()
         self._thread = Thread(target=self._work, name="model", daemon=True)
         self._thread.start()
@@ -134,18 +130,11 @@ class Service:
         """Whether the thread with the model runs."""
         return self._thread.is_alive()
 
-    @torch.inference_mode()
-    def _try_model(self) -> bool:
-        """Run once, so that the first caller need not wait for what is set up then; whether it selects patches."""
-        height, width = self.preprocessing.image_size
-        return self.model(torch.zeros(1, 3, height, width, device=self.predictor.device)).selection is not None
-
     # --- what can be asked ----------------------------------------------------------------------------------------
 
     def metrics(self) -> list[str]:
         """The model's own, then every other that its backbone can serve."""
-        has = self.model.backbone.has_attention
-        return list(dict.fromkeys([self.metric, *(m for m in METRICS if has or not needs_attention(m))]))
+        return list(dict.fromkeys([self.metric, *metrics_of(self.model)]))
 
     def decides(self, metric: str | None) -> bool:
         """Whether the answer depends on what `metric` selects; if not, it only draws."""
@@ -153,7 +142,7 @@ class Service:
 
     def takes_top_o(self, metric: str | None) -> bool:
         """Whether it matters with `metric` how many best patches are taken."""
-        return self.top_o is not None or not self.decides(metric)
+        return self.own_top_o or (self.top_o is not None and not self.decides(metric))
 
     def check(self, request: PredictRequest) -> None:
         """Raise ConfigError, saying what would work, for a request that this model cannot serve."""
@@ -193,33 +182,32 @@ class Service:
     def draw(self, decoded: Decoded, answer: Answer) -> dict[str, Any]:
         """The pictures of an answer, as data URLs: the photograph, the coloured map to lay over it, the crop."""
         try:
-            return self._draw(decoded, answer)
+            heatmap, photo = answer.heatmap, decoded.photo
+            assert heatmap is not None and photo is not None
+            size = fit_size(photo.size, MAP)
+            whole = np.ones_like(heatmap.values)
+            heat, seen = (to_photograph(m, size, self.preprocessing) for m in (heatmap.values, whole))
+            colours = matplotlib.colormaps[COLORMAP](heat)
+            colours[..., 3] = (
+                LOWEST + (1 - LOWEST) * heat
+            ) * seen  # no colour where the network was not shown anything
+            to_photo = (photo.width / decoded.size[0], photo.height / decoded.size[1])
+            left, top, right, bottom = (round(side * to_photo[i % 2]) for i, side in enumerate(heatmap.box))
+            crop = photo.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
+            crop.thumbnail((CROP, CROP), Image.Resampling.LANCZOS)
+            return {
+                "metric": heatmap.metric,
+                "title": title_of(heatmap.metric),
+                "box": list(heatmap.box),
+                "used": heatmap.used,
+                "size": list(decoded.size),
+                "photo": data_url(photo, quality=88),
+                "heatmap": data_url(Image.fromarray((colours * 255).round().astype(np.uint8)), "PNG"),
+                "crop": data_url(crop, quality=88),
+            }
         except Exception:
             self._count(answered=-1, failed=1)
             raise
-
-    def _draw(self, decoded: Decoded, answer: Answer) -> dict[str, Any]:
-        heatmap, photo = answer.heatmap, decoded.photo
-        assert heatmap is not None and photo is not None
-        size = fit_size(photo.size, MAP)
-        whole = np.ones_like(heatmap.values)
-        heat, seen = (to_photograph(m, size, self.preprocessing) for m in (heatmap.values, whole))
-        colours = matplotlib.colormaps[COLORMAP](heat)
-        colours[..., 3] = (LOWEST + (1 - LOWEST) * heat) * seen  # no colour where the network was not shown anything
-        to_photo = (photo.width / decoded.size[0], photo.height / decoded.size[1])
-        left, top, right, bottom = (round(side * to_photo[i % 2]) for i, side in enumerate(heatmap.box))
-        crop = photo.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
-        crop.thumbnail((CROP, CROP), Image.Resampling.LANCZOS)
-        return {
-            "metric": heatmap.metric,
-            "title": title_of(heatmap.metric),
-            "box": list(heatmap.box),
-            "used": heatmap.used,
-            "size": list(decoded.size),
-            "photo": data_url(photo, quality=88),
-            "heatmap": data_url(Image.fromarray((colours * 255).round().astype(np.uint8)), "PNG"),
-            "crop": data_url(crop, quality=88),
-        }
 
     # --- the thread with the model --------------------------------------------------------------------------------
 
@@ -266,7 +254,7 @@ class Service:
             return
         self._count(batches=1)
         for job, answer in zip(jobs, answers, strict=True):
-            if isinstance(answer, BadImage) or not all(map(math.isfinite, answer.prediction.probabilities)):
+            if answer is None or not all(map(math.isfinite, answer.prediction.probabilities)):
                 self._count(failed=1)
                 job.future.set_exception(DataError("its answer is not finite"))
                 continue
@@ -276,43 +264,22 @@ class Service:
             job.future.set_result(answer._replace(prediction=p))
 
     @torch.inference_mode()
-    def _ask(self, decoded: list[Decoded], request: PredictRequest) -> list[Answer | BadImage]:
+    def _ask(self, decoded: list[Decoded], request: PredictRequest) -> list[Answer | None]:
         images = torch.stack([d.image for d in decoded]).to(self.predictor.device)
         sizes = [d.size for d in decoded]
-        own = {"metric": request.metric} if self.any_metric else {}
-        with changed(self.model, **own, top_o=request.top_o):
-            if not request.explain:
-                predictions = self.predictor.predictions(self.model(images), sizes)
-                return [p if isinstance(p, BadImage) else Answer(p, None) for p in predictions]
-            output, ((metric, selection, _),) = selections_of(self.model, images, [request.metric])
-        heatmaps = to_heatmap(selection.scores, selection.grid, (images.shape[-2], images.shape[-1])).cpu().numpy()
-        predictions = self.predictor.predictions(output, sizes)
-        decides, boxes = self.decides(request.metric), selection.boxes.tolist()
-
-        def heatmap(p: Prediction, values: np.ndarray, box: list[int], size: tuple[int, int]) -> Heatmap:
-            looked = decides and p.second_pass is not False
-            return Heatmap(metric, values, to_original(box, size, self.preprocessing), looked)
-
-        return [
-            p if isinstance(p, BadImage) else Answer(p, heatmap(p, *seen))
-            for p, *seen in zip(predictions, heatmaps, boxes, sizes, strict=True)
-        ]
+        asked = {"metric": request.metric if self.any_metric else None, "top_o": request.top_o}
+        model = altered(self.model, **{name: value for name, value in asked.items() if value is not None})
+        if not request.explain:
+            return [p and Answer(p, None) for p in self.predictor.predictions(model(images), sizes)]
+        output, ((metric, selection, _),) = selections_of(model, images, [request.metric])
+        predictions, maps = self.predictor.predictions(output, sizes), heatmaps_of(selection, images)
+        decides, answers = self.decides(request.metric), []
+        for p, values, box, size in zip(predictions, maps, selection.boxes.tolist(), sizes, strict=True):
+            shown = to_original(box, size, self.preprocessing)
+            answers.append(p and Answer(p, Heatmap(metric, values, shown, decides and p.second_pass is not False)))
+        return answers
 
     def _count(self, **more: int) -> None:
         with self._lock:
             for name, number in more.items():
                 setattr(self.counts, name, getattr(self.counts, name) + number)
-
-
-@contextmanager
-def changed(model: Model, **values: Any) -> Iterator[None]:
-    """Inside, attributes of `model` have other values; None leaves one as it is."""
-    values = {name: value for name, value in values.items() if value is not None}
-    before = {name: vars(model)[name] for name in values if name in vars(model)}
-    vars(model).update(values)
-    try:
-        yield
-    finally:
-        for name in values:
-            del vars(model)[name]
-        vars(model).update(before)

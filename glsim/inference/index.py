@@ -1,7 +1,7 @@
 """Index of known images: classes without training, by the nearest images and by prototypes of the classes.
 
-The index of one model holds a vector of each image (`index_storage`). Images are added to it without training; an image
-is answered by its nearest neighbours (`index_search`).
+The index of one model holds a vector of each image (`index_vectors`). Images are added to it without training; an image
+is answered by its nearest neighbours.
 """
 
 from __future__ import annotations
@@ -10,23 +10,21 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple, Self, Unpack
 
 import numpy as np
-import torch
 
-from glsim.checkpoints.bundle import digest, load
+from glsim.checkpoints.bundle import digest, labels_of, load
 from glsim.data.catalog import prepared
 from glsim.data.image_files import find_images
-from glsim.data.limits import MAX_MEGAPIXELS, pixel_limit
-from glsim.data.names import clean_label
 from glsim.data.readers import ImageList
 from glsim.data.splits import read_splits, take_split
 from glsim.files import printable, shorten
-from glsim.inference.index_search import encode, nearest, need_faiss, prototypes, vote
-from glsim.inference.index_storage import TABLE, Index, read_index
-from glsim.inference.predictor import Predictor, without_early_exit
+from glsim.inference.index_vectors import TABLE, Floats, Index, Ints, nearest, prototypes, read_index, unit, vote
+from glsim.inference.predictor import Loading, Size, answer_files, embedding_of, probe, without_early_exit
 from glsim.models.base import Model
-from glsim.types import ConfigError, DataError
+from glsim.models.heads import are_answers
+from glsim.types import ConfigError, DataError, Output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +36,12 @@ class IndexSize:
     classes: int
     embedding: str  # which of the model's vectors
     skipped: list[str]  # files that cannot be read, and why
+
+    @classmethod
+    def of(cls, folder: str | Path, index: Index, skipped: list[str], **more: Any) -> Self:
+        """That of `index` in `folder`, with what a class below tells more."""
+        size: dict[str, Any] = {"images": len(index.paths), "classes": len(index.classes), "embedding": index.embedding}
+        return cls(index=str(folder), **size, skipped=skipped, **more)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +109,36 @@ class IndexAnswers:
     skipped: list[str]  # files that cannot be read, and why
 
 
+class Encoded(NamedTuple):
+    """What a model says of the images that could be read."""
+
+    places: list[int]  # which of the images given
+    vectors: Floats  # (n, D), unit length
+    guesses: Ints  # (n,) the class of the softmax head
+    confidences: Floats  # (n,) its probability
+    energies: Floats  # (n,) log of the summed exponentials of the logits; high for what the head knows
+    skipped: list[str]  # the bad files and why
+
+
+def encode(model: Model, paths: Sequence[Path], embedding: str, **loading: Unpack[Loading]) -> Encoded:
+    """Vectors and answers of image files. Raises BadImage for one that cannot be read, unless `skip_bad`."""
+
+    def read(output: Output, _: Sequence[Size]) -> list[tuple[np.ndarray, ...] | None]:
+        vectors, logits = embedding_of(output, embedding), output.logits.float()
+        best = logits.softmax(dim=1).max(dim=1)
+        columns = vectors, best.indices, best.values, logits.logsumexp(dim=1)
+        rows = zip(*(column.cpu().numpy().copy() for column in columns), strict=True)
+        real = are_answers(logits) & vectors.isfinite().all(dim=1)
+        return [row if told else None for row, told in zip(rows, real.tolist(), strict=True)]
+
+    found, skipped = answer_files(model, paths, read, embedding=embedding, **loading)
+    if not found:
+        first = f"; the first: {skipped[0]}" if skipped else ""
+        raise DataError(f"none of the {len(paths)} images can be read{first}")
+    vectors, guesses, confidences, energies = map(np.stack, zip(*found.values(), strict=True))
+    return Encoded(list(found), unit(vectors), guesses, confidences, energies, skipped)
+
+
 def build_index(
     source: str | Path,
     data: str | Path,
@@ -113,12 +147,7 @@ def build_index(
     dataset: str | None = None,
     split: str = "train",
     embedding: str | None = None,
-    batch_size: int = 32,
-    workers: int = 2,
-    skip_bad: bool = False,
-    max_megapixels: float = MAX_MEGAPIXELS,
-    device: str | None = None,
-    progress: bool = False,
+    **loading: Unpack[Loading],
 ) -> IndexSize:
     """Make an index of the images of one split of a data set.
 
@@ -128,33 +157,19 @@ def build_index(
         out: folder to make.
         split: train, val or test.
         embedding: which of the model's vectors (`glsim.types:EMBEDDINGS`); by default what the head reads.
-        skip_bad: leave unreadable images out; they are listed in `skipped`.
-        max_megapixels: larger images are bad files.
-        progress: draw a progress bar.
+        loading: see `glsim.inference.predictor:Loading`.
 
     Raises:
-        ConfigError: without faiss, for an `out` that holds an index, or an embedding that the model does not have.
+        ConfigError: for an `out` that holds an index, or an embedding that the model does not have.
         DataError: for data or a split that is not there, and BadImage for an image that cannot be read.
     """
-    need_faiss()
     if (Path(out) / TABLE).exists():
         raise ConfigError(f"{out} already holds an index; add to it with glsim index add, or name another --out")
-    with pixel_limit(max_megapixels):
-        model = load(source)
-        images = find_split(model, data, dataset, split)
-        index = start_index(model, source, out, embedding)
-        predictor = Predictor(model, 1, batch_size, workers, device, embedding=index.embedding)
-        encoded = encode(predictor, images.paths, index.embedding, skip_bad, progress)
-    names = [images.classes[images.labels[i]] for i in encoded.places]
-    index = index.add(names, [str(images.paths[i].absolute()) for i in encoded.places], encoded.vectors)
-    index.save(out)
-    return IndexSize(
-        index=str(out),
-        images=len(index.paths),
-        classes=len(index.classes),
-        embedding=index.embedding,
-        skipped=encoded.skipped,
-    )
+    model = load(source)
+    images = find_split(model, data, dataset, split)
+    names = [images.classes[label] for label in images.labels]
+    index, encoded = extend(start_index(model, source, out, embedding), out, model, images.paths, names, **loading)
+    return IndexSize.of(out, index, encoded.skipped)
 
 
 def add_to_index(
@@ -163,12 +178,7 @@ def add_to_index(
     *,
     label: str | None = None,
     source: str | Path | None = None,
-    batch_size: int = 32,
-    workers: int = 2,
-    skip_bad: bool = False,
-    max_megapixels: float = MAX_MEGAPIXELS,
-    device: str | None = None,
-    progress: bool = False,
+    **loading: Unpack[Loading],
 ) -> IndexAddition:
     """Add images to an index, of a new class or a known one. An image that is there already stays as it is.
 
@@ -181,29 +191,38 @@ def add_to_index(
     The others, and what is raised, are those of `build_index`; GlsimError where somebody else changed the index
     meanwhile.
     """
-    with pixel_limit(max_megapixels):
-        stored, predictor = open_index(index, source, batch_size, workers, device)
-        paths = find_images(images)
-        encoded = encode(predictor, paths, stored.embedding, skip_bad, progress)
-    kept = [paths[i].absolute() for i in encoded.places]
-    names = [label if label is not None else path.parent.name for path in kept]
-    larger = stored.add(names, [str(path) for path in kept], encoded.vectors)
-    larger.save(index)
-    counts = np.bincount(larger.labels, minlength=len(larger.classes))
-    spelt = {clean_label(name): i for i, name in enumerate(larger.classes)}
-    places = dict.fromkeys(spelt[clean_label(name)] for name in names)
+    stored, model = open_index(index, source)
+    paths = find_images(images)
+    names = [label if label is not None else path.absolute().parent.name for path in paths]
+    larger, encoded = extend(stored, index, model, paths, names, **loading)
+    number = dict(zip(larger.paths, larger.labels.tolist(), strict=True))
+    places = dict.fromkeys(number[str(paths[i].absolute())] for i in encoded.places)
     added = len(larger.paths) - len(stored.paths)
-    return IndexAddition(
-        index=str(index),
-        images=len(larger.paths),
-        classes=len(larger.classes),
-        embedding=larger.embedding,
+    return IndexAddition.of(
+        index,
+        larger,
+        encoded.skipped,
         added=added,
-        there_before=len(kept) - added,
+        there_before=len(encoded.places) - added,
         new_classes=list(larger.classes[len(stored.classes) :]),
-        images_of={larger.classes[i]: int(counts[i]) for i in places},
-        skipped=encoded.skipped,
+        images_of={larger.classes[i]: int((larger.labels == i).sum()) for i in places},
     )
+
+
+def extend(
+    index: Index,
+    folder: str | Path,
+    model: Model,
+    paths: Sequence[Path],
+    names: Sequence[str],
+    **loading: Unpack[Loading],
+) -> tuple[Index, Encoded]:
+    """`index` with images of the classes `names`, also saved in `folder`; and what the model says of them."""
+    encoded = encode(model, paths, index.embedding, **loading)
+    absolute = [str(paths[i].absolute()) for i in encoded.places]
+    larger = index.add([names[i] for i in encoded.places], absolute, encoded.vectors)
+    larger.save(folder)
+    return larger, encoded
 
 
 def query_index(
@@ -214,12 +233,7 @@ def query_index(
     neighbours: int = 5,
     below: float = -1.0,
     source: str | Path | None = None,
-    batch_size: int = 32,
-    workers: int = 2,
-    skip_bad: bool = False,
-    max_megapixels: float = MAX_MEGAPIXELS,
-    device: str | None = None,
-    progress: bool = False,
+    **loading: Unpack[Loading],
 ) -> IndexAnswers:
     """Answer images by an index: the classes by their prototypes, the nearest images, their vote, and the head.
 
@@ -233,10 +247,9 @@ def query_index(
 
     The others, and what is raised, are those of `build_index`.
     """
-    with pixel_limit(max_megapixels):
-        stored, predictor = open_index(index, source, batch_size, workers, device)
-        paths = find_images(images)
-        encoded = encode(predictor, paths, stored.embedding, skip_bad, progress)
+    stored, model = open_index(index, source)
+    paths = find_images(images)
+    encoded, labels = encode(model, paths, stored.embedding, **loading), labels_of(model)
     means, classes = prototypes(stored.vectors, stored.labels)
     class_similarities, class_rows = nearest(means, encoded.vectors, top_k)
     similarities, rows = nearest(stored.vectors, encoded.vectors, neighbours)
@@ -258,17 +271,14 @@ def query_index(
                 classes=ranked,
                 vote=Vote(stored.classes[winners[i]], float(shares[i])),
                 neighbours=near,
-                head=HeadAnswer(predictor.labels[encoded.guesses[i]], float(encoded.confidences[i])),
+                head=HeadAnswer(labels[encoded.guesses[i]], float(encoded.confidences[i])),
             )
         )
     return IndexAnswers(str(index), stored.embedding, answers, encoded.skipped)
 
 
-def open_index(
-    folder: str | Path, source: str | Path | None, batch_size: int, workers: int, device: str | None
-) -> tuple[Index, Predictor]:
+def open_index(folder: str | Path, source: str | Path | None = None) -> tuple[Index, Model]:
     """An index and the model it was made with; ConfigError when the model found is another one."""
-    need_faiss()
     index = read_index(folder)
     beside = Path(folder) / index.source
     if source is None and not beside.exists():  # what a file names is not fetched unless somebody asks for it
@@ -291,15 +301,12 @@ def open_index(
             f"{folder} is damaged: its vectors have {index.vectors.shape[1]} numbers, those of its model "
             f"({index.embedding}) {width}; build the index again"
         )
-    return index, Predictor(model, 1, batch_size, workers, device, embedding=index.embedding)
+    return index, model
 
 
-@torch.inference_mode()
 def widths(model: Model, embedding: str) -> dict[str, int]:
     """How many numbers each embedding has that `model` gives where `embedding` is asked for."""
-    height, width = model.config.image_size
-    blank = torch.zeros(1, 3, height, width, device=next(model.parameters()).device)
-    told = without_early_exit(model, embedding)(blank).embeddings
+    told = probe(without_early_exit(model, embedding)).embeddings
     return {name: vectors.shape[1] for name, vectors in told.items()}
 
 

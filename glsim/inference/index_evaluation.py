@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torchmetrics.functional.classification import binary_auroc
 
-from glsim.data.limits import MAX_MEGAPIXELS, pixel_limit
+from glsim.checkpoints.bundle import labels_of
 from glsim.data.readers import ImageList
-from glsim.inference.index import find_split, open_index
-from glsim.inference.index_search import Encoded, encode, nearest, prototypes, vote
-from glsim.inference.index_storage import Floats, Index, Ints
-from glsim.inference.predictor import Predictor
+from glsim.inference.index import Encoded, IndexSize, encode, find_split, open_index
+from glsim.inference.index_vectors import Floats, Index, Ints, nearest, prototypes, vote
+from glsim.inference.predictor import Loading
+from glsim.models.base import Model
 from glsim.types import DataError
 
 RECALLS = (1, 5, 10)
@@ -34,7 +34,8 @@ class Accuracy:
     top1_added: float | None
 
 
-class Accuracies(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Accuracies:
     """Accuracies of three ways to answer."""
 
     prototypes: Accuracy  # the class of the nearest prototype
@@ -62,28 +63,20 @@ class UnknownImages:
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexMeasurements:
+class IndexMeasurements(Accuracies):
     """Measurements of an index on encoded images."""
 
     count: int  # images whose class is in the index
     recall: dict[str, float]  # share of them with an image of their class among the 1, 5, 10 nearest
-    prototypes: Accuracy
-    neighbours: Accuracy
-    head: Accuracy
     unknown: UnknownImages | None  # None where the class of every image is in the index
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexEvaluation(IndexMeasurements):
+class IndexEvaluation(IndexMeasurements, IndexSize):
     """What `evaluate_index` returns."""
 
-    index: str
     data: str
     split: str
-    images: int
-    classes: int
-    embedding: str  # which of the model's vectors
-    skipped: list[str]  # files that cannot be read, and why
 
 
 class Queries(NamedTuple):
@@ -108,12 +101,7 @@ def evaluate_index(
     split: str = "test",
     neighbours: int = 5,
     source: str | Path | None = None,
-    batch_size: int = 32,
-    workers: int = 2,
-    skip_bad: bool = False,
-    max_megapixels: float = MAX_MEGAPIXELS,
-    device: str | None = None,
-    progress: bool = False,
+    **loading: Unpack[Loading],
 ) -> IndexEvaluation:
     """Measure an index on one split of a data set. Images whose class is not in the index count as unknown.
 
@@ -127,37 +115,28 @@ def evaluate_index(
     The others are those of `glsim.inference.index:build_index`.
 
     Raises:
-        ConfigError: without faiss, or for another model than that of the index.
+        ConfigError: for another model than that of the index.
         DataError: for data or a split that is not there, images that are in the index themselves, and where no image
             is of a class of the index; BadImage for an image that cannot be read.
     """
-    with pixel_limit(max_megapixels):
-        stored, predictor = open_index(index, source, batch_size, workers, device)
-        images = find_split(predictor.model, data, dataset, split)
-        inside = {str(path.absolute()) for path in images.paths} & set(stored.paths)
-        if inside:
-            raise DataError(f"{len(inside)} of the {len(images)} images are in the index themselves, as {min(inside)}")
-        encoded = encode(predictor, images.paths, stored.embedding, skip_bad, progress)
-    queries = match_classes(stored, predictor, images, encoded)
+    stored, model = open_index(index, source)
+    images = find_split(model, data, dataset, split)
+    inside = {str(path.absolute()) for path in images.paths} & set(stored.paths)
+    if inside:
+        raise DataError(f"{len(inside)} of the {len(images)} images are in the index themselves, as {min(inside)}")
+    encoded = encode(model, images.paths, stored.embedding, **loading)
+    queries = match_classes(stored, model, images, encoded)
     if not queries.known.any():
         raise DataError(f"{data}: no image of a class of the index, {', '.join(stored.classes[:5])}, ..")
-    return IndexEvaluation(
-        index=str(index),
-        data=str(data),
-        split=split,
-        images=len(stored.paths),
-        classes=len(stored.classes),
-        embedding=stored.embedding,
-        **vars(measure_index(stored, queries, neighbours)),
-        skipped=encoded.skipped,
-    )
+    measured = vars(measure_index(stored, queries, neighbours))
+    return IndexEvaluation.of(index, stored, encoded.skipped, data=str(data), split=split, **measured)
 
 
-def match_classes(index: Index, predictor: Predictor, images: ImageList, encoded: Encoded) -> Queries:
+def match_classes(index: Index, model: Model, images: ImageList, encoded: Encoded) -> Queries:
     """The classes of encoded `images`, and those that the head answers, among the classes of `index`, by name."""
     number = {name: i for i, name in enumerate(index.classes)}
     names = [images.classes[images.labels[i]] for i in encoded.places]
-    head = np.array([number.get(label, -1) for label in predictor.labels], np.int64)
+    head = np.array([number.get(label, -1) for label in labels_of(model)], np.int64)
     return Queries(
         encoded,
         truth=np.array([number.get(name, -1) for name in names], np.int64),
@@ -175,7 +154,7 @@ def measure_index(index: Index, queries: Queries, k: int) -> IndexMeasurements:
     return IndexMeasurements(
         count=len(y),
         recall={str(n): float(right[:, :n].any(axis=1).mean()) for n in RECALLS},
-        **found._asdict(),
+        **vars(found),
         unknown=tell_unknown(index, queries.encoded, known),
     )
 

@@ -7,8 +7,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, TypeVar, Unpack
 
 import torch
 from PIL import Image
@@ -20,15 +21,19 @@ from glsim.checkpoints.bundle import labels_of, load, preprocessing_of, temperat
 from glsim.data.hierarchy import decide, flat, read_taxonomy
 from glsim.data.image_files import find_images
 from glsim.data.images import BadImage
-from glsim.data.limits import MAX_MEGAPIXELS, pixel_limit, sharing
+from glsim.data.limits import MAX_MEGAPIXELS, sharing
 from glsim.data.loaders import ImageDataset
 from glsim.data.transforms import Preprocessing, eval_transform
 from glsim.environment import pick_device
 from glsim.files import expand, make_parent, write_text
 from glsim.inference.formats import FORMATS, format_of
+from glsim.interpret.heatmaps import Photograph
 from glsim.models.base import EarlyExitModel, Model
 from glsim.models.heads import NO_ANSWER, are_answers, top2_margin
 from glsim.types import ConfigError, Output, choose
+
+T = TypeVar("T")
+Size = tuple[int, int]  # width, height of the upright image
 
 
 class Verdict(NamedTuple):
@@ -57,6 +62,17 @@ class Prediction(NamedTuple):
         told: dict[str, Any] = {"path": self.path, "answers": answers, "box": box, "second_pass": self.second_pass}
         told |= {"verdict": self.verdict._asdict()} if self.verdict is not None else {}
         return told | ({"embedding": list(self.embedding)} if self.embedding is not None else {})
+
+
+class Loading(TypedDict, total=False):
+    """How image files are loaded and answered: keywords of all that does so, whose defaults `answer_files` has."""
+
+    batch_size: int  # images at a time
+    workers: int  # processes that load images
+    skip_bad: bool  # leave unreadable images out; they are listed in `skipped`
+    max_megapixels: float  # larger images are bad files
+    device: str | None  # cpu, cuda, ..; None: the best there is
+    progress: bool  # draw a progress bar
 
 
 @dataclass(frozen=True)
@@ -109,38 +125,38 @@ class Predictor:
         self.threshold = threshold_of(model) if reject else None
         self.taxonomy = read_taxonomy(taxonomy, self.labels) if taxonomy is not None else flat(self.labels)
 
-    def __call__(self, images: str | Path | Image.Image | Sequence[str | Path | Image.Image]) -> list[Prediction]:
+    def __call__(self, images: Photograph | Sequence[Photograph]) -> list[Prediction]:
         """One `Prediction` an image, in order. Raises BadImage, naming the file, for one that cannot be read."""
-        predictions = []
-        for answer in self.stream([images] if isinstance(images, str | Path | Image.Image) else images):
-            if isinstance(answer, BadImage):
-                raise answer
-            predictions.append(answer)
-        return predictions
+        answers = self.stream([images] if isinstance(images, Photograph) else images)
+        return list(sift(answers)[0].values())
 
-    def stream(self, images: Sequence[str | Path | Image.Image]) -> Iterator[Prediction | BadImage]:
+    def stream(self, images: Sequence[Photograph]) -> Iterator[Prediction | BadImage]:
         """The same one by one, without stopping at a bad file: its BadImage stands in the place of the answer."""
-        paths = iter([None if isinstance(image, Image.Image) else str(image) for image in images])
+        for image, answer in zip(images, self.each(images, self.predictions), strict=True):
+            path = None if isinstance(image, Image.Image) else str(image)
+            yield answer if isinstance(answer, BadImage) else answer._replace(path=path)
+
+    def each(
+        self, images: Sequence[Photograph], read: Callable[[Output, Sequence[Size]], Sequence[T | None]]
+    ) -> Iterator[T | BadImage]:
+        """One by one what `read` makes of the model's output for some images and their sizes, None for an answer that
+        is no number; or what is bad about the image."""
+        rest = iter(images)
         for output, items in self.outputs(images):
             sizes = [item for item in items if not isinstance(item, BadImage)]
-            predictions = iter(self.predictions(output, sizes) if output is not None else ())
-            for item, path in zip(items, paths, strict=False):
-                answer = item if isinstance(item, BadImage) else next(predictions)
-                if isinstance(answer, Prediction):
-                    yield answer._replace(path=path)
-                else:
-                    yield item if isinstance(item, BadImage) else BadImage(path or "image", answer.reason)
+            rows = iter(read(output, sizes) if output is not None else ())
+            for item, image in zip(items, rest, strict=False):
+                row = item if isinstance(item, BadImage) else next(rows)
+                name = "image" if isinstance(image, Image.Image) else image
+                yield row if row is not None else BadImage(name, NO_ANSWER)
 
-    def outputs(
-        self, images: Sequence[str | Path | Image.Image]
-    ) -> Iterator[tuple[Output | None, list[tuple[int, int] | BadImage]]]:
+    def outputs(self, images: Sequence[Photograph]) -> Iterator[tuple[Output | None, list[Size | BadImage]]]:
         """In order, some images at a time: what the model says of those that could be read (None: none could), and for
-        every one its size (width, height), or what is bad about it."""
-        loader = self.loader(images)
-        read: deque[tuple[int, int] | BadImage] = deque()  # images that wait for their answer
+        every one its size, or what is bad about it."""
+        read: deque[Size | BadImage] = deque()  # images that wait for their answer
 
         def batches() -> Iterator[Tensor]:
-            for batch, items in loader:
+            for batch, items in self.loader(images):
                 read.extend(items)
                 if batch is not None:
                     yield batch.to(self.device)
@@ -154,10 +170,10 @@ class Predictor:
         if read:
             yield None, list(read)
 
-    def loader(self, images: Sequence[str | Path | Image.Image]) -> DataLoader:
-        """Batches (B, 3, H, W) of what can be read, with every image's size (width, height) or its BadImage."""
+    def loader(self, images: Sequence[Photograph]) -> DataLoader:
+        """Batches (B, 3, H, W) of what can be read, with every image's size or its BadImage."""
         images = [expand(image) if isinstance(image, str) else image for image in images]
-        transform = _WithSize(eval_transform(self.preprocessing))
+        transform = partial(_with_size, eval_transform(self.preprocessing))
         dataset: Any = ImageDataset(images, transform, keep_bad=True, max_pixels=self.max_pixels)
         workers = max(0, min(self.workers, len(images) - 1))
         return DataLoader(
@@ -169,39 +185,21 @@ class Predictor:
             pin_memory=self.device.type != "cpu",
         )
 
-    def predictions(self, output: Output, sizes: Sequence[tuple[int, int]]) -> list[Prediction | BadImage]:
-        """The answers that the model's `output` for a batch stands for; `sizes` (width, height) are of its images.
-
-        A BadImage stands in the place of an answer that is no number.
-        """
+    def predictions(self, output: Output, sizes: Sequence[Size]) -> list[Prediction | None]:
+        """The answers that the model's `output` for images of these `sizes` stands for; None: it is no number."""
         probabilities = (output.logits.float() / self.temperature).softmax(dim=1)
         real = are_answers(output.logits, self.temperature)
         if self.embedding:
             real &= embedding_of(output, self.embedding).isfinite().all(dim=1)
-        top = probabilities.topk(self.top_k)
-        nothing = [None] * len(sizes)
-        verdicts = self.verdicts(probabilities, self.threshold) if self.threshold is not None else nothing
-        boxes = output.selection.boxes.tolist() if output.selection is not None else nothing
+        top, nothing = probabilities.topk(self.top_k), [None] * len(sizes)
+        labels = [tuple(self.labels[i] for i in row) for row in top.indices.tolist()]
+        boxes = nothing if output.selection is None else output.selection.boxes.tolist()
+        crops = [box and to_original(box, size, self.preprocessing) for box, size in zip(boxes, sizes, strict=True)]
         unsure = nothing if output.needs_second_pass is None else output.needs_second_pass.tolist()
         vectors = map(tuple, embedding_of(output, self.embedding).tolist()) if self.embedding else nothing
-        return [
-            Prediction(
-                None,
-                tuple(self.labels[i] for i in indices),
-                tuple(values),
-                to_original(box, size, self.preprocessing) if box else None,
-                again,
-                vector,
-                verdict,
-            )
-            if answered
-            else BadImage("image", NO_ANSWER)
-            for answered, indices, values, box, size, again, vector, verdict in zip(
-                *(real.tolist(), top.indices.tolist(), top.values.tolist()),
-                *(boxes, sizes, unsure, vectors, verdicts),
-                strict=True,
-            )
-        ]
+        verdicts = self.verdicts(probabilities, self.threshold) if self.threshold is not None else nothing
+        rows = zip(labels, map(tuple, top.values.tolist()), crops, unsure, vectors, verdicts, strict=True)
+        return [Prediction(None, *row) if told else None for row, told in zip(rows, real.tolist(), strict=True)]
 
     def verdicts(self, probabilities: Tensor, threshold: float) -> list[Verdict]:
         """The finest sure answers, of (B, C)."""
@@ -226,12 +224,7 @@ def predict_images(
     embedding: str | None = None,
     format: str | None = None,  # noqa: A002
     out: str | Path | None = None,
-    batch_size: int = 32,
-    workers: int = 2,
-    skip_bad: bool = False,
-    max_megapixels: float = MAX_MEGAPIXELS,
-    device: str | None = None,
-    progress: bool = False,
+    **loading: Unpack[Loading],
 ) -> Predictions:
     """Answer files, folders and globs with a model, and write the answers to a file where one is named.
 
@@ -241,9 +234,7 @@ def predict_images(
         options: options of the method to change.
         format: of `out`, a name of `glsim.inference.formats:FORMATS`; by default by the ending of `out`.
         out: file for the answers.
-        skip_bad: leave unreadable images out; they are listed in `skipped`.
-        max_megapixels: larger images are bad files.
-        progress: draw a progress bar.
+        loading: see `Loading`.
 
     The others are those of `Predictor`.
 
@@ -254,23 +245,62 @@ def predict_images(
     to_text = choose(format or format_of(out), FORMATS, "format")
     if out is not None:
         make_parent(out)  # first: what cannot be made must not come late
-    predictions: list[Prediction] = []
-    skipped: list[str] = []
-    with pixel_limit(max_megapixels):
-        paths = find_images(images)
-        model = load(source, **options or {})
-        predictor = Predictor(model, top_k, batch_size, workers, device, flip, embedding, reject, taxonomy)
-        for answer in tqdm(predictor.stream(paths), total=len(paths), unit="image", disable=not progress):
-            if not isinstance(answer, BadImage):
-                predictions.append(answer)
-            elif skip_bad:
-                skipped.append(str(answer))
-            else:
-                raise answer
+    paths = find_images(images)
+    asked: dict[str, Any] = {
+        "top_k": top_k,
+        "flip": flip,
+        "embedding": embedding,
+        "reject": reject,
+        "taxonomy": taxonomy,
+    }
+    found, skipped = answer_files(load(source, **options or {}), paths, **asked, **loading)
+    predictions: list[Prediction] = list(found.values())
     if out is not None:
         write_text(out, to_text(predictions))
     again = [a.second_pass for a in predictions if a.second_pass is not None]
     return Predictions(str(source), predictions, skipped, sum(again) / len(again) if again else None)
+
+
+def answer_files(
+    model: Model,
+    paths: Sequence[Path],
+    read: Callable[[Output, Sequence[Size]], Sequence[Any]] | None = None,
+    *,
+    batch_size: int = 32,
+    workers: int = 2,
+    skip_bad: bool = False,
+    max_megapixels: float = MAX_MEGAPIXELS,
+    device: str | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> tuple[dict[int, Any], list[str]]:
+    """What `sift` returns of what a `Predictor` with these options says of files: predictions, or what `read` makes of
+    outputs (`Predictor.each`). The keywords are told by `Loading`."""
+    options |= {"batch_size": batch_size, "workers": workers, "device": device, "max_megapixels": max_megapixels}
+    predictor = Predictor(model, **options)
+    answers = predictor.each(paths, read) if read else predictor.stream(paths)
+    return sift(tqdm(answers, total=len(paths), unit="image", disable=not progress), skip_bad)
+
+
+def sift(answers: Iterable[T | BadImage], skip_bad: bool = False) -> tuple[dict[int, T], list[str]]:
+    """Answers by their places, and what is bad about other images; without `skip_bad` the first such is raised."""
+    found: dict[int, T] = {}
+    skipped = []
+    for place, answer in enumerate(answers):
+        if not isinstance(answer, BadImage):
+            found[place] = answer
+        elif skip_bad:
+            skipped.append(str(answer))
+        else:
+            raise answer
+    return found, skipped
+
+
+@torch.inference_mode()
+def probe(model: Model) -> Output:
+    """What `model` says of a blank image."""
+    height, width = preprocessing_of(model).image_size
+    return model(torch.zeros(1, 3, height, width, device=next(model.parameters()).device))
 
 
 @torch.inference_mode()
@@ -338,8 +368,13 @@ def without_early_exit(model: Model, embedding: str | None) -> Model:
     """`model`, or where it may spare the second pass that an embedding needs, one of the same weights that does not."""
     if embedding in (None, "global") or not isinstance(model, EarlyExitModel) or model.margin is None:
         return model
+    return altered(model, margin=None)
+
+
+def altered(model: Model, **values: Any) -> Model:
+    """A model of the same weights where attributes of `model`, which stays as it is, have other values."""
     model = copy(model)
-    model.margin = None
+    vars(model).update(values)
     return model
 
 
@@ -352,17 +387,11 @@ def to_original(box: Sequence[int], size: tuple[int, int], p: Preprocessing) -> 
     return left, top, right, bottom
 
 
-class _WithSize:
-    """A transform that also tells the size (width, height) of the image it was given."""
-
-    def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
-        self.transform = transform
-
-    def __call__(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
-        return self.transform(image), image.size
+def _with_size(transform: Callable[[Image.Image], Tensor], image: Image.Image) -> tuple[Tensor, Size]:
+    return transform(image), image.size
 
 
-def _collate(items: list[Any]) -> tuple[Tensor | None, list[tuple[int, int] | BadImage]]:
+def _collate(items: list[Any]) -> tuple[Tensor | None, list[Size | BadImage]]:
     """Stack what could be read, None where nothing could; each image's size, or what is bad about it."""
     good = [item[0][0] for item in items if not isinstance(item, BadImage)]
     marks = [item if isinstance(item, BadImage) else item[0][1] for item in items]

@@ -2,7 +2,7 @@
 
 The list of images is cut into parts. A worker is an actor that holds the model; it answers one part at a time and
 writes it. Ray gives the part of a killed worker to another one. A job that was stopped goes on with the parts that are
-not finished (`bulk_parts`).
+not finished (`bulk_files`).
 """
 
 from __future__ import annotations
@@ -30,22 +30,7 @@ from glsim.checkpoints.bundle import load
 from glsim.data.images import BadImage
 from glsim.data.limits import MAX_MEGAPIXELS
 from glsim.files import one_line, printable, shorten
-from glsim.inference.bulk_inputs import find_paths
-from glsim.inference.bulk_parts import (
-    JOB,
-    OWNER,
-    as_row,
-    describe_job,
-    finished_parts,
-    folder_uri,
-    job_hash,
-    lock_folder,
-    part_name,
-    read_job,
-    read_part,
-    schema,
-    write_file,
-)
+from glsim.inference import bulk_files as files
 from glsim.inference.predictor import Prediction, Predictor
 from glsim.models.base import Model
 from glsim.types import ConfigError, DataError, GlsimError
@@ -112,19 +97,17 @@ def predict_bulk(
         GlsimError: when Ray gave up.
     """
     ray = need_ray()
-    paths = find_paths(images)
+    paths = files.find_paths(images)
     model = load(source, **options or {})
-    asked = {"top_k": top_k, "flip": flip, "embedding": embedding}
-    predictor = Predictor(model, top_k, batch_size, device="cpu", embedding=embedding)
+    asked: dict[str, Any] = {"top_k": top_k, "flip": flip, "embedding": embedding}
+    predictor = Predictor(model, **asked, batch_size=batch_size, device="cpu")
     predictor(Image.new("RGB", (64, 64)))  # says what is wrong with the settings, before any worker
-    folder = folder_uri(str(out))
+    folder = files.folder_uri(str(out))
     parts = [paths[i : i + part_size] for i in range(0, len(paths), part_size)]
-    start, looked_at = time.perf_counter(), 0  # images, in this run
-    first = (0, 0.0)  # images, and seconds, when the first part was done
-    last = 0.0
-    job = describe_job(model, paths, {"options": dict(options or {}), **asked, "part_size": part_size})
-    with lock_folder(folder, job):
-        done, again = finished_parts(folder, parts, job)
+    start, ticks = time.perf_counter(), []  # when a part was done in this run, and its images
+    job = files.describe_job(model, paths, {"options": dict(options or {}), **asked, "part_size": part_size})
+    with files.lock_folder(folder, job):
+        done, again = files.finished_parts(folder, parts, job)
         errors = sum(done.values())
         todo = [{"part": i, "paths": part} for i, part in enumerate(parts) if i not in done]
         before = sum(len(parts[i]) for i in done)
@@ -135,11 +118,9 @@ def predict_bulk(
             predicting = {**asked, "batch_size": batch_size, "max_megapixels": max_megapixels}
             try:
                 for batch in answer_parts(ray, model, folder, todo, workers, device, predicting) if todo else ():
-                    looked_at += int(batch["images"].sum())
+                    ticks.append((time.perf_counter() - start, int(batch["images"].sum())))
                     errors += int(batch["errors"].sum())
-                    bar.update(int(batch["images"].sum()))
-                    last = time.perf_counter() - start
-                    first = first if first[0] else (looked_at, last)
+                    bar.update(ticks[-1][1])
             except ray.exceptions.RayError as error:
                 lines = [line for line in str(error).splitlines() if line.strip()]
                 why = printable(shorten(lines[-1])) if lines else type(error).__name__
@@ -147,6 +128,7 @@ def predict_bulk(
                     f"Ray stopped: {why}; finished parts stay in {out}, the same command goes on"
                 ) from error
     seconds = time.perf_counter() - start
+    later = sum(count for _, count in ticks[1:])
     return BulkPrediction(
         source=str(source),
         out=str(out),
@@ -158,10 +140,8 @@ def predict_bulk(
         errors=errors,
         workers=workers,
         seconds=round(seconds, 2),
-        images_per_second=round(looked_at / seconds, 2),
-        steady_images_per_second=(
-            round((looked_at - first[0]) / (last - first[1]), 2) if looked_at > first[0] else None
-        ),
+        images_per_second=round(sum(count for _, count in ticks) / seconds, 2),
+        steady_images_per_second=round(later / (ticks[-1][0] - ticks[0][0]), 2) if later else None,
     )
 
 
@@ -315,18 +295,18 @@ class Worker:
         import pyarrow as pa
         from pyarrow import parquet
 
-        job = read_job(self.out)
+        job = files.read_job(self.out)
         if job is None:
-            raise DataError(f"{self.out}: {JOB} has gone, which says whose the parts are")
+            raise DataError(f"{self.out}: {files.JOB} has gone, which says whose the parts are")
         with suppress(FileNotFoundError, DataError):  # written by a worker that was killed before it could say so
-            return len(paths), read_part(self.out, part, len(paths), job)
-        rows = [as_row(path, a) for path, a in zip(paths, self.answers(paths), strict=True)]
+            return len(paths), files.read_part(self.out, part, len(paths), job)
+        rows = [files.as_row(path, a) for path, a in zip(paths, self.answers(paths), strict=True)]
         errors = sum("error" in row for row in rows)
-        told = json.dumps({"job": job_hash(job), "part": part, "errors": errors}).encode()
-        columns = schema(self.embedding is not None).with_metadata({OWNER: told})
+        told = json.dumps({"job": files.job_hash(job), "part": part, "errors": errors}).encode()
+        columns = files.schema(self.embedding is not None).with_metadata({files.OWNER: told})
         sink = pa.BufferOutputStream()
         parquet.write_table(pa.Table.from_pylist(rows, columns), sink)
-        write_file(self.out, part_name(part), memoryview(sink.getvalue()))
+        files.write_file(self.out, files.part_name(part), memoryview(sink.getvalue()))
         return len(rows), errors
 
     def answers(self, paths: list[str]) -> list[Prediction | BadImage]:

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -39,9 +39,8 @@ try:
     from starlette.routing import Route
     from starlette.types import ASGIApp
 
-    from glsim.inference.server_limits import Connection, Guard, limits_of
-    from glsim.inference.server_replies import Json, log_error, say
-    from glsim.inference.server_requests import drain, read_files, read_query
+    from glsim.inference.server_limits import Connection, Guard
+    from glsim.inference.server_messages import Json, drain, log_error, read_files, read_query, say
 except ImportError as error:
     raise ConfigError(f"serve needs more libraries ({error}): pip install 'glsim[demo]'") from error
 
@@ -55,28 +54,20 @@ PAGE = {
 STATUS = {"too large": 413, "not an image": 415}  # by what the reason of a BadImage begins with; others: 400
 
 
+@dataclass(eq=False)
 class Site:
-    """Answers of the server, by path.
+    """Answers of the server, by path."""
 
-    `names` are those it may be called by, besides addresses and localhost. It takes in `queue` images at most, and
-    `max_bytes` in a request. `drawn` says that its examples are drawn birds.
-    """
+    service: Service
+    name: str
+    names: Iterable[str]  # it may be called by, besides addresses and localhost
+    queue: int  # images taken in at most
+    max_bytes: int  # of a request
+    examples: list[Example]
+    drawn: bool  # whether these are drawn birds
 
-    def __init__(
-        self,
-        service: Service,
-        name: str,
-        names: Iterable[str],
-        queue: int,
-        max_bytes: int,
-        examples: list[Example],
-        drawn: bool,
-    ) -> None:
-        self.service, self.name, self.names, self.examples, self.drawn = service, name, set(names), examples, drawn
-        self.queue, self.max_bytes = queue, max_bytes
-        self.room = queue  # images that can still be taken in; only the event loop's thread touches it
-        folder = Path(__file__).parent / "page"
-        self.page = {path: ((folder / name).read_bytes(), kind) for path, (name, kind) in PAGE.items()}
+    def __post_init__(self) -> None:
+        self.room = self.queue  # images that can still be taken in; only the event loop's thread touches it
 
     def app(self) -> ASGIApp:
         """The ASGI application."""
@@ -103,26 +94,21 @@ class Site:
             files = await read_files(request, self.queue, self.max_bytes)
         except ClientDisconnect:
             return Response(status_code=400)  # nobody reads it
-        held = self.hold(len(files))  # not before the body is there: who sends slowly takes nobody's place
+        if len(files) > self.room:  # not before the body is there: who sends slowly takes nobody's place
+            raise HTTPException(503, "too much to do; try again in a moment", {"Retry-After": "1"})
+        self.room -= len(files)
         try:
-            found = await asyncio.gather(*(self.answer(*file, asked) for file in files), return_exceptions=True)
+            found: list[Any] = await asyncio.gather(
+                *(self.answer(*file, asked) for file in files), return_exceptions=True
+            )
         finally:
-            self.room += held
-        rows = []
+            self.room += len(files)
         for row in found:  # all have ended: the room is free again
             if isinstance(row, BaseException):
                 raise row
-            rows.append(row)
-        if len(rows) == 1 and "error" in rows[0]:
-            return Json(rows[0], rows[0]["status"])
-        return Json({"predictions": rows})
-
-    def hold(self, images: int) -> int:
-        """Take up room for `images` and return how many; refused where there is not enough."""
-        if images > self.room:
-            raise HTTPException(503, "too much to do; try again in a moment", {"Retry-After": "1"})
-        self.room -= images
-        return images
+        if len(found) == 1 and "error" in found[0]:
+            return Json(found[0], found[0]["status"])
+        return Json({"predictions": found})
 
     async def answer(self, name: str | None, content: bytes, asked: PredictRequest) -> dict[str, Any]:
         """One image's row of the response."""
@@ -205,15 +191,15 @@ class Site:
 
     def find(self, request: Request) -> Example:
         """The example that a path names."""
-        found = {str(index): example for index, example in enumerate(self.examples)}.get(request.path_params["index"])
-        if found is None:
+        found = [e for i, e in enumerate(self.examples) if str(i) == request.path_params["index"]]
+        if not found:
             raise HTTPException(404, f"there are {len(self.examples)} examples, counted from 0")
-        return found
+        return found[0]
 
     async def file(self, request: Request) -> Response:
         """The page, its style, its script."""
-        content, kind = self.page[request.url.path]
-        return Response(content, media_type=kind)
+        name, kind = PAGE[request.url.path]
+        return Response((Path(__file__).parent / "page" / name).read_bytes(), media_type=kind)
 
 
 def about(metric: str) -> str:
@@ -311,21 +297,20 @@ def open_server(
         ConfigError: for an address or a port that cannot be had, or an exported graph.
         DataError: for a model or examples that are not there.
     """
-    max_pixels = int(max_megapixels * 1e6)
+    max_pixels, max_bytes = int(max_megapixels * 1e6), int(max_mb * 1e6)
     with listen(host, port) as listener:
         model = load(source)
         if isinstance(model, GraphModel):
             raise ConfigError(f"{source} only answers, the page shows why too; serve the bundle it was exported from")
-        service = Service(model, device, batch_size, max_wait_ms / 1000, workers, max_pixels)
-        try:
+        with closing(Service(model, device, batch_size, max_wait_ms / 1000, workers, max_pixels)) as service:
             name = str(source) if str(source).startswith("hf-hub:") else real(source).name
             found = find_examples(examples, max_pixels)
-            names, max_bytes = [host, *(allowed_hosts or [])], int(max_mb * 1e6)
+            names = [host, *(allowed_hosts or [])]
             site = Site(service, name, names, queue, max_bytes, found, drawn=examples is None)
-            limits = limits_of(queue, max_bytes)
+            protocol: Any = partial(Connection, queue=queue, max_bytes=max_bytes, others=set())
             config = uvicorn.Config(
                 site.app(),
-                http=partial(Connection, limits=limits, others=set()),  # type: ignore[arg-type]
+                http=protocol,
                 ws="none",
                 lifespan="off",
                 interface="asgi3",
@@ -339,8 +324,6 @@ def open_server(
             host, port = listener.getsockname()[:2]
             host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
             yield site, uvicorn.Server(config), listener, f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        finally:
-            service.close()
 
 
 def listen(host: str, port: int) -> socket.socket:

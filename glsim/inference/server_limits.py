@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 import h11
@@ -17,7 +17,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
-from glsim.inference.server_replies import HEADERS, log_error, quoted, say
+from glsim.inference.server_messages import HEADERS, log_error, quoted, say
 
 HEAD_SECONDS = 10  # for the head of a request to come in
 READ_SECONDS = 30  # for its body
@@ -60,45 +60,30 @@ class Guard:
     def wrong(self, headers: Headers) -> str | None:
         """Why a request is not meant for us."""
         host, origin = headers.get("host", ""), headers.get("origin")
-        try:
+        name, same = "", origin is None
+        with contextlib.suppress(ValueError):
             name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
-            name = ""
+        with contextlib.suppress(ValueError):
+            same = same or urlsplit(origin or "").netloc == host
         if name not in self.names and not is_address(name):
             return f"called by the name {quoted(name)}; allow it with --allowed-hosts, or call by address or localhost"
-        try:
-            same = origin is None or urlsplit(origin).netloc == host
-        except ValueError:
-            same = False
-        if not same:
-            return f"sent by a page of {quoted(origin or '')}; only the page of this server may"
-        return None
-
-
-class Limits(NamedTuple):
-    """How much all connections may take together."""
-
-    connections: int
-    bytes: int  # of bodies that come in and of answers that are not fetched yet
-    request: int  # bytes of one body; what comes after them is not kept
-
-
-def limits_of(queue: int, request: int) -> Limits:
-    """The limits of a server that takes in `queue` images, and `request` bytes in a request."""
-    return Limits(CONNECTIONS + queue, max(REQUESTS, queue) * request, request)
+        return None if same else f"sent by a page of {quoted(origin or '')}; only the page of this server may"
 
 
 class Connection(H11Protocol):
     """A connection that is ended where its client takes too long, or where there are too many.
 
     A client's part is the head of a request, its body, and fetching the answer; each has a time limit, however busily
-    bytes trickle. Above `limits`, the connection goes that waits longest for its client, of the address that has most
-    such. One whose request is being answered is left alone.
+    bytes trickle. The server takes in `queue` images, and `max_bytes` in a request; what comes after them is not kept.
+    Where all connections are too many, or hold too many bytes of bodies and of answers that are not fetched yet, that
+    one goes that waits longest for its client, of the address that has most such. One whose request is being answered
+    is left alone.
     """
 
-    def __init__(self, *args: Any, limits: Limits, others: set[Connection], **options: Any) -> None:
+    def __init__(self, *args: Any, queue: int, max_bytes: int, others: set[Connection], **options: Any) -> None:
         super().__init__(*args, **options)
-        self.limits, self.others = limits, others
+        self.max_bytes, self.others = max_bytes, others
+        self.most, self.most_bytes = CONNECTIONS + queue, max(REQUESTS, queue) * max_bytes
         self.stage: tuple[Any, float | None] = ((None, ""), None)  # which part of which request, seconds it may take
         self.ended = False
         self.since, self.received = 0.0, 0  # when that began, bytes that have come in it
@@ -110,7 +95,7 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self.others.add(self)
         self.look()
-        if len(self.others) > self.limits.connections:
+        if len(self.others) > self.most:
             self.drop_one()
         self.timer = self.loop.call_later(TICK_SECONDS, self.tick)
 
@@ -127,7 +112,7 @@ class Connection(H11Protocol):
         self.received += len(data)
         super().data_received(data)
         self.look()
-        if sum(other.weight for other in self.others) > self.limits.bytes:
+        if sum(other.weight for other in self.others) > self.most_bytes:
             self.drop_one()
 
     def send_400_response(self, msg: str) -> None:
@@ -165,7 +150,7 @@ class Connection(H11Protocol):
     @property
     def weight(self) -> int:
         """Bytes that are kept for this client until it has done its part."""
-        return min(self.received, self.limits.request) + self.transport.get_write_buffer_size()
+        return min(self.received, self.max_bytes) + self.transport.get_write_buffer_size()
 
     def tick(self) -> None:
         """End the connection where its client has taken too long."""

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import NamedTuple, Unpack, overload
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.colors import to_rgb
-from PIL import Image
 from torch import Tensor
 
-from glsim.checkpoints.bundle import labels_of, load, preprocessing_of, temperature_of
-from glsim.data.image_files import find_images
-from glsim.data.images import BadImage, read_any
-from glsim.data.limits import MAX_MEGAPIXELS, pixel_limit
+from glsim.checkpoints.bundle import labels_of, preprocessing_of, temperature_of
+from glsim.data.images import BadImage
 from glsim.data.names import clean_label
-from glsim.data.transforms import eval_transform
-from glsim.environment import pick_device
-from glsim.interpret.drawing import GREY, SIDE, Page, cell, view_of
-from glsim.interpret.heatmaps import Photograph, to_photograph
-from glsim.interpret.pictures import photographs, targets_of
+from glsim.interpret.drawing import GREY, SIDE, Page, cell
+from glsim.interpret.heatmaps import Photographs, over_photographs
+from glsim.interpret.pictures import Gallery, Looking
 from glsim.models.base import Model
 from glsim.models.heads import NO_ANSWER
 from glsim.types import ConfigError
@@ -47,12 +42,10 @@ def contrast(model: Model, images: Tensor, a: str, b: str) -> np.ndarray: ...
 
 
 @overload
-def contrast(model: Model, images: Photograph | Sequence[Photograph], a: str, b: str) -> list[np.ndarray]: ...
+def contrast(model: Model, images: Photographs, a: str, b: str) -> list[np.ndarray]: ...
 
 
-def contrast(
-    model: Model, images: Tensor | Photograph | Sequence[Photograph], a: str, b: str
-) -> np.ndarray | list[np.ndarray]:
+def contrast(model: Model, images: Tensor | Photographs, a: str, b: str) -> np.ndarray | list[np.ndarray]:
     """What speaks for class `a` (above 0) against class `b` (below 0), as signed float32 maps.
 
     Integrated gradients (arXiv 1703.01365): the gradient of logit A less logit B, through the whole model, crops
@@ -77,15 +70,8 @@ def contrast(
     """
     if isinstance(images, Tensor):
         return attribute(model, images, *classes_of(model, a, b)).maps
-    p = preprocessing_of(model)
-    transform = eval_transform(p)
-    maps = []
-    for image in [images] if isinstance(images, Photograph) else images:
-        view, size = read_any(image, lambda photograph: (transform(photograph), photograph.size))
-        smooth = to_signed(contrast(model, view[None], a, b)[0], p.image_size)
-        above, below = (to_photograph(part.clip(0, 1), size, p) for part in (smooth, -smooth))
-        maps.append(above - below)
-    return maps
+    size = preprocessing_of(model).image_size
+    return over_photographs(model, images, lambda view: to_signed(contrast(model, view, a, b)[0], size))
 
 
 def attribute(model: Model, images: Tensor, a: int, b: int, steps: int = STEPS) -> Contrast:
@@ -176,13 +162,9 @@ def contrast_images(
     out: str | Path,
     *,
     classes: Sequence[str],
-    options: Mapping[str, Any] | None = None,
     alpha: float = 0.7,
     power: float = 1.0,
-    limit: int = 100,
-    skip_bad: bool = False,
-    max_megapixels: float = MAX_MEGAPIXELS,
-    device: str | None = None,
+    **looking: Unpack[Looking],
 ) -> ContrastPictures:
     """Draw what speaks for the first of two `classes` against the second: one PNG an image, with the map beside it.
 
@@ -191,12 +173,9 @@ def contrast_images(
         images: files, folders or globs.
         out: folder for the pictures.
         classes: names of two classes of the model.
-        options: options of the method to change.
         alpha: opacity of the map where it is strongest, 0 to 1.
         power: exponent on the strength of the map in [0, 1].
-        limit: draw at most this many images.
-        skip_bad: leave images out that cannot be read, or have no finite answer; they are listed in `skipped`.
-        max_megapixels: larger images are bad files.
+        looking: see `glsim.interpret.pictures:Looking`.
 
     Returns:
         The paths of what was drawn, with maps and probabilities.
@@ -205,30 +184,19 @@ def contrast_images(
         ConfigError: for an unknown class, or a folder where a picture would replace an image.
         DataError: for images that are not there or cannot be read.
     """
-    with pixel_limit(max_megapixels):
-        paths = find_images(images)[:limit]
-        model = load(source, **options or {}).to(pick_device(device))
-        a, b = classes_of(model, *classes)
-        targets, p = targets_of(out, paths), preprocessing_of(model)
-        transform = eval_transform(p)
-        pictures: list[ContrastPicture] = []
-        skipped: list[str] = []
-
-        def views_of(image: Image.Image) -> tuple[Tensor, np.ndarray]:
-            return transform(image), view_of(image, p)
-
-        for path, (seen, view), target in photographs(paths, targets, views_of, skip_bad, skipped):
-            c = attribute(model, seen[None], a, b)
-            if not (np.isfinite(c.maps).all() and np.isfinite(c.probabilities).all()):
-                bad = BadImage(path, NO_ANSWER)
-                if not skip_bad:
-                    raise bad
-                skipped.append(str(bad))
-                continue
-            draw(view, c, classes, "/".join(path.parts[-2:]), target, alpha, power)
-            numbers = float(c.differences[0]), float(c.start[0]), c.probabilities[0].tolist(), c.maps[0].tolist()
-            pictures.append(ContrastPicture(str(path), str(target), *numbers))
-    return ContrastPictures(str(source), str(out), list(classes), pictures, skipped)
+    gallery = Gallery(source, images, **looking)
+    model = gallery.model
+    a, b = classes_of(model, *classes)
+    pictures = []
+    for path, (seen, view), target in gallery.show(out, gallery.views_of):
+        c = attribute(model, seen[None], a, b)
+        if not (np.isfinite(c.maps).all() and np.isfinite(c.probabilities).all()):
+            gallery.leave_out(BadImage(path, NO_ANSWER))
+            continue
+        draw(view, c, classes, "/".join(path.parts[-2:]), target, alpha, power)
+        numbers = float(c.differences[0]), float(c.start[0]), c.probabilities[0].tolist(), c.maps[0].tolist()
+        pictures.append(ContrastPicture(str(path), str(target), *numbers))
+    return ContrastPictures(str(source), str(out), list(classes), pictures, gallery.skipped)
 
 
 def draw(

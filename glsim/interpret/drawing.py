@@ -18,7 +18,7 @@ from PIL import Image
 
 from glsim.data.images import fit_size
 from glsim.data.transforms import Preprocessing, eval_transform, to_picture
-from glsim.files import printable
+from glsim.files import printable, replacing
 from glsim.interpret.heatmaps import Explanation
 from glsim.models import METHODS, find_method
 from glsim.models.scores import TITLES
@@ -38,12 +38,9 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 120) -> None:
         path: of the PNG.
         dpi: dots an inch.
     """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with warnings.catch_warnings():
+    with replacing(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a script the font lacks shows as boxes
         FigureCanvasAgg(figure).figure.savefig(temporary, format="png", dpi=dpi)
-    temporary.replace(path)
 
 
 def overlay(image: np.ndarray, heatmap: np.ndarray, alpha: float = 0.7, colormap: str = "turbo") -> np.ndarray:
@@ -194,9 +191,7 @@ def draw_sheet(rows: Sequence[Row], path: str | Path, alpha: float = 0.7, colorm
         alpha: opacity of a heat-map where it is 1.
         colormap: a name of matplotlib's.
     """
-    metrics = [e.metric for e in rows[0].found]
-    single = len(metrics) == 1
-    columns = 3 if single else 1 + len(metrics)
+    single, columns = len(rows[0].found) == 1, max(3, 1 + len(rows[0].found))
     side = min(
         1.4 * SIDE if single else SIDE, WIDEST / (columns * 1.03), math.sqrt(SHEET_PIXELS / (columns * len(rows)))
     )
@@ -204,24 +199,23 @@ def draw_sheet(rows: Sequence[Row], path: str | Path, alpha: float = 0.7, colorm
     gap, font = round(0.03 * side), 0.07 * side if single else 0.11 * side
     head, caption = 1.7 * font, 2.0 * font
     page = Page(columns * (width + gap) + gap, head + len(rows) * (height + caption) + gap)
-    xs = [gap + i * (width + gap) for i in range(columns)]
-    titles = ["Image and box", title_of(metrics[0]), "Crop"] if single else ["Image", *map(title_of, metrics)]
-    for x, title in zip(xs, titles, strict=True):
-        page.words(title, x + width / 2, 1.35 * font, width, font, ha="center", fontweight="bold")
+    whole = page.pixels.shape[1] - 2 * gap
     for i, row in enumerate(rows):
         y = head + i * (height + caption)
         baseline = y + 1.45 * font
-        used = page.words(row.answer(), gap, baseline, 0.7 * (page.pixels.shape[1] - 2 * gap), 0.9 * font)
-        room = page.pixels.shape[1] - 3 * gap - used - font
-        page.words(row.name, gap + used + font, baseline, room, 0.75 * font, color=GREY)
-        y += caption
-        page.picture(row.view, xs[0], y, width, height)
-        for x, e in zip(xs[1:], row.found, strict=False):
-            page.picture(overlay(row.view, e.heatmap, alpha, colormap), x, y, width, height)
-            page.box(e, x, y, width, height)
-        if single:
-            page.box(row.found[0], xs[0], y, width, height)
-            page.picture(row.crop(row.found[0]), xs[2], y, width, height)
+        used = page.words(row.answer(), gap, baseline, 0.7 * whole, 0.9 * font)
+        page.words(row.name, gap + used + font, baseline, whole - gap - used - font, 0.75 * font, color=GREY)
+        first = row.found[0]
+        cells = [(title_of(e.metric), overlay(row.view, e.heatmap, alpha, colormap), e) for e in row.found]
+        crop = [("Crop", row.crop(first), None)] if single else []
+        image = ("Image and box", row.view, first) if single else ("Image", row.view, None)
+        for column, (title, picture, box) in enumerate([image, *cells, *crop]):
+            x = gap + column * (width + gap)
+            page.picture(picture, x, y + caption, width, height)
+            if box is not None:
+                page.box(box, x, y + caption, width, height)
+            if i == 0:
+                page.words(title, x + width / 2, 1.35 * font, width, font, ha="center", fontweight="bold")
     page.write(path)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, overload
 
@@ -21,6 +21,7 @@ from glsim.models.scores import METRICS, check_metric, check_top, needs_attentio
 from glsim.types import ConfigError, Output, Selection
 
 Photograph = str | Path | Image.Image
+Photographs = Photograph | Sequence[Photograph]
 
 
 class Explanation(NamedTuple):
@@ -43,18 +44,13 @@ def explain(
 
 @overload
 def explain(
-    model: Model,
-    images: Photograph | Sequence[Photograph],
-    metric: str | None = None,
-    *,
-    top_o: int | None = None,
-    power: float = 1.0,
+    model: Model, images: Photographs, metric: str | None = None, *, top_o: int | None = None, power: float = 1.0
 ) -> list[np.ndarray]: ...
 
 
 def explain(
     model: Model,
-    images: Tensor | Photograph | Sequence[Photograph],
+    images: Tensor | Photographs,
     metric: str | None = None,
     *,
     top_o: int | None = None,
@@ -81,14 +77,17 @@ def explain(
     """
     if isinstance(images, Tensor):
         ((_, selection, _),) = selections_of(model, images, [metric])[1]
-        return _heatmaps(selection, images, top_o, power)
+        return heatmaps_of(selection, images, top_o, power)
+    return over_photographs(model, images, lambda view: explain(model, view, metric, top_o=top_o, power=power)[0])
+
+
+def over_photographs(model: Model, images: Photographs, use: Callable[[Tensor], np.ndarray]) -> list[np.ndarray]:
+    """The map (H, W) that `use` makes of what the network is shown of each image (1, 3, H, W), over its photograph."""
     p = preprocessing_of(model)
-    transform = eval_transform(p)
-    maps = []
+    transform, maps = eval_transform(p), []
     for image in [images] if isinstance(images, Photograph) else images:
         view, size = read_any(image, lambda photograph: (transform(photograph), photograph.size))
-        heatmap = explain(model, view[None], metric, top_o=top_o, power=power)[0]
-        maps.append(to_photograph(heatmap, size, p))
+        maps.append(to_photograph(use(view[None]), size, p))
     return maps
 
 
@@ -127,21 +126,13 @@ def explain_by(
     p, labels = preprocessing_of(model), labels_of(model)
     output, selections = selections_of(model, images, metrics)
     answers = (output.logits.float() / temperature_of(model)).softmax(dim=1).max(dim=1)
-    return [
-        [
-            Explanation(image, heatmap, tuple(box), crop, metric, labels[answer], probability)
-            for image, heatmap, box, crop, answer, probability in zip(
-                to_picture(images, p),
-                _heatmaps(selection, images, top_o, power),
-                selection.boxes.tolist(),
-                to_picture(crops, p),
-                answers.indices.tolist(),
-                answers.values.tolist(),
-                strict=True,
-            )
-        ]
-        for metric, selection, crops in selections
-    ]
+    said = [(labels[i], x) for i, x in zip(answers.indices.tolist(), answers.values.tolist(), strict=True)]
+    views, found = to_picture(images, p), []
+    for metric, selection, crops in selections:
+        maps, boxes = heatmaps_of(selection, images, top_o, power), map(tuple, selection.boxes.tolist())
+        rows = zip(views, maps, boxes, to_picture(crops, p), said, strict=True)
+        found.append([Explanation(view, heat, box, crop, metric, *answer) for view, heat, box, crop, answer in rows])
+    return found
 
 
 @torch.inference_mode()
@@ -179,7 +170,8 @@ def selections_of(
     return output, found
 
 
-def _heatmaps(selection: Selection, images: Tensor, top_o: int | None, power: float) -> np.ndarray:
+def heatmaps_of(selection: Selection, images: Tensor, top_o: int | None = None, power: float = 1.0) -> np.ndarray:
+    """`to_heatmap` of the scores of `selection`, over its `images` (B, 3, H, W): float32 (B, H, W)."""
     size = (images.shape[-2], images.shape[-1])
     return to_heatmap(selection.scores, selection.grid, size, top_o, power).cpu().numpy()
 
@@ -216,7 +208,7 @@ def to_heatmap(
 
 
 def to_photograph(heatmap: np.ndarray, size: tuple[int, int], p: Preprocessing) -> np.ndarray:
-    """A map over the network's view as one over the upright photograph; 0 where the network was not shown it.
+    """A map in [-1, 1] over the network's view (H, W) as one over the upright photograph of `size` (width, height).
 
     Args:
         heatmap: (H, W).
@@ -229,7 +221,7 @@ def to_photograph(heatmap: np.ndarray, size: tuple[int, int], p: Preprocessing) 
     middle = p.middle(size)
     canvas = _centred(torch.from_numpy(heatmap)[None, None], p.resized(middle))
     maps = F.interpolate(canvas, middle[::-1], mode="bilinear", align_corners=False, antialias=True)
-    return _centred(maps, size[::-1])[0, 0].clamp(0, 1).numpy()
+    return _centred(maps, size[::-1])[0, 0].clamp(-1, 1).numpy()
 
 
 def _centred(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -241,12 +233,16 @@ def _centred(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.pad(maps, pads)
 
 
+def metrics_of(model: Model) -> list[str]:
+    """The metrics that the backbone of `model` can serve."""
+    return [name for name in METRICS if model.backbone.has_attention or not needs_attention(name)]
+
+
 def spell_out(names: Sequence[str] | None, model: Model) -> list[str | None]:
     """Spell out "all": the model's own (None), and every other that it can take; ConfigError for what it cannot."""
-    every = [name for name in METRICS if model.backbone.has_attention or not needs_attention(name)]
     metrics: list[str | None] = []
     for name in names or []:
         if name not in ("all", model.config.method):
             check_metric(name, model.backbone.has_attention)
-        metrics += [None, *every] if name == "all" else [name]
+        metrics += [None, *metrics_of(model)] if name == "all" else [name]
     return metrics or [None]

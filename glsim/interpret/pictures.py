@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import numpy as np
 from PIL import Image
@@ -53,21 +53,71 @@ class Pictures:
     skipped: list[str]  # files that cannot be read, and why
 
 
+class Looking(TypedDict, total=False):
+    """How a model is shown images: keywords of all that draws some. The defaults are those of `Gallery`."""
+
+    options: Mapping[str, Any] | None  # options of the method to change
+    limit: int  # take at most this many images
+    skip_bad: bool  # leave images out that cannot be read, or have no finite answer; they are listed in `skipped`
+    max_megapixels: float  # larger images are bad files
+    device: str | None  # cpu, cuda, ..; None: the best there is
+
+
+@dataclass(eq=False)
+class Gallery:
+    """A model from `source`, and images that it is shown one by one; `Looking` tells of the others.
+
+    Raises DataError for a model or images that are not there.
+    """
+
+    source: str | Path
+    images: Sequence[str | Path]
+    _: KW_ONLY
+    options: Mapping[str, Any] | None = None
+    limit: int = 100
+    skip_bad: bool = False
+    max_megapixels: float = MAX_MEGAPIXELS
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        self.paths = find_images(self.images)[: self.limit]
+        self.model = load(self.source, **self.options or {}).to(pick_device(self.device))
+        self.preprocessing = preprocessing_of(self.model)
+        self.skipped: list[str] = []
+
+    def views_of(self, image: Image.Image) -> tuple[Tensor, np.ndarray]:
+        """What the network is shown of `image` (3, H, W), and the same for people, as `view_of`."""
+        return eval_transform(self.preprocessing)(image), view_of(image, self.preprocessing)
+
+    def show(self, out: str | Path, use: Callable[[Image.Image], T]) -> Iterator[tuple[Path, T, Path]]:
+        """Path, what `use` makes of it, and file for its picture in the folder `out` of each image that can be read."""
+        for path, target in zip(self.paths, targets_of(out, self.paths), strict=True):
+            try:
+                with pixel_limit(self.max_megapixels):
+                    made = read_image(path, use)
+            except BadImage as error:
+                self.leave_out(error)
+            else:
+                yield path, made, target
+
+    def leave_out(self, bad: BadImage) -> None:
+        """Raise it, or tell it in `skipped`."""
+        if not self.skip_bad:
+            raise bad
+        self.skipped.append(str(bad))
+
+
 def explain_images(
     source: str | Path,
     images: Sequence[str | Path],
     out: str | Path,
     *,
-    options: Mapping[str, Any] | None = None,
     metrics: Sequence[str] | None = None,
     alpha: float = 0.7,
     colormap: str = "turbo",
     top_only: int = 0,
     power: float = 1.0,
-    limit: int = 100,
-    skip_bad: bool = False,
-    max_megapixels: float = MAX_MEGAPIXELS,
-    device: str | None = None,
+    **looking: Unpack[Looking],
 ) -> Pictures:
     """Draw why a model answers as it does: one PNG an image, and `sheet.png` with up to 24 of them where it is several.
 
@@ -75,15 +125,12 @@ def explain_images(
         source: what `glsim.load` takes.
         images: files, folders or globs.
         out: folder for the pictures.
-        options: options of the method to change.
         metrics: scores to draw, or "all"; None: the model's own, gls_cos where the method selects nothing.
         alpha: opacity of the heat-map where it is highest, 0 to 1.
         colormap: a name of matplotlib's.
         top_only: show the scores of only so many best patches (0: all).
         power: exponent on the heat-map in [0, 1].
-        limit: draw at most this many images.
-        skip_bad: leave unreadable images out; they are listed in `skipped`.
-        max_megapixels: larger images are bad files.
+        looking: see `Looking`.
 
     Returns:
         The paths of what was drawn, with answers and boxes.
@@ -92,41 +139,32 @@ def explain_images(
         ConfigError: for an option or metric that does not fit, or a folder where a picture would replace an image.
         DataError: for images that are not there or cannot be read.
     """
-    with pixel_limit(max_megapixels):
-        check_colormap(colormap)
-        paths = find_images(images)[:limit]
-        model = load(source, **options or {}).to(pick_device(device))
-        names = spell_out(metrics, model)
-        if top_only:
-            check_top(top_only, model.backbone.grid, "top_only")
-        targets, p = targets_of(out, paths), preprocessing_of(model)
-        transform = eval_transform(p)
-        rows: list[Row] = []
-        pictures: list[Picture] = []
-        skipped: list[str] = []
-
-        def views_of(image: Image.Image) -> tuple[Tensor, np.ndarray]:
-            return transform(image), view_of(image, p)
-
-        drawn: list[str] = []
-        for path, (seen, view), target in photographs(paths, targets, views_of, skip_bad, skipped):
-            found = [e for (e,) in explain_by(model, seen[None], names, top_only or None, power)]
-            row = Row(view, found, "/".join(path.parts[-2:]))  # with the folder, which is often the class
-            boxes = {e.metric: list(e.box) for e in found}
-            answer = (str(path), str(target), found[0].label, found[0].probability)
-            if len(found) == 1:
-                draw_sheet([row], target, alpha, colormap)
-                pictures.append(Picture(*answer, box=list(found[0].box)))
-            else:
-                draw_mechanisms(row, target, alpha, colormap)
-                pictures.append(Picture(*answer, boxes=boxes))
-            if len(rows) < SHEET_ROWS:
-                rows.append(row)
-            drawn = list(boxes)
-        sheet = str(Path(out) / SHEET) if len(pictures) > 1 else None
-        if sheet:
-            draw_sheet(rows, sheet, alpha, colormap)
-    return Pictures(str(source), str(out), drawn, sheet, pictures, skipped)
+    check_colormap(colormap)
+    gallery = Gallery(source, images, **looking)
+    model = gallery.model
+    names = spell_out(metrics, model)
+    if top_only:
+        check_top(top_only, model.backbone.grid, "top_only")
+    rows: list[Row] = []
+    pictures: list[Picture] = []
+    boxes: dict[str, list[int]] = {}
+    for path, (seen, view), target in gallery.show(out, gallery.views_of):
+        found = [e for (e,) in explain_by(model, seen[None], names, top_only or None, power)]
+        row = Row(view, found, "/".join(path.parts[-2:]))  # with the folder, which is often the class
+        boxes = {e.metric: list(e.box) for e in found}
+        single = len(found) == 1
+        if single:
+            draw_sheet([row], target, alpha, colormap)
+        else:
+            draw_mechanisms(row, target, alpha, colormap)
+        told = {"box": list(found[0].box)} if single else {"boxes": boxes}
+        pictures.append(Picture(str(path), str(target), found[0].label, found[0].probability, **told))
+        if len(rows) < SHEET_ROWS:
+            rows.append(row)
+    sheet = str(Path(out) / SHEET) if len(pictures) > 1 else None
+    if sheet:
+        draw_sheet(rows, sheet, alpha, colormap)
+    return Pictures(str(source), str(out), list(boxes), sheet, pictures, gallery.skipped)
 
 
 def targets_of(out: str | Path, paths: Sequence[Path]) -> list[Path]:
@@ -140,39 +178,6 @@ def targets_of(out: str | Path, paths: Sequence[Path]) -> list[Path]:
     if taken:
         raise ConfigError(f"out={folder} would overwrite the image {min(taken)}; name another folder")
     return targets
-
-
-def photographs(
-    paths: Sequence[Path],
-    targets: Sequence[Path],
-    use: Callable[[Image.Image], T],
-    skip_bad: bool,
-    skipped: list[str],
-) -> Iterator[tuple[Path, T, Path]]:
-    """Read images one by one.
-
-    Args:
-        paths: of the images.
-        targets: of what is made of each.
-        use: what is kept of an image.
-        skip_bad: leave unreadable ones out, told in `skipped`; else they are raised.
-        skipped: receives a line each.
-
-    Returns:
-        Path, what `use` made, and target.
-
-    Raises:
-        BadImage: for one that cannot be read.
-    """
-    for path, target in zip(paths, targets, strict=True):
-        try:
-            made = read_image(path, use)
-        except BadImage as error:
-            if not skip_bad:
-                raise
-            skipped.append(str(error))
-            continue
-        yield path, made, target
 
 
 def _unique_names(paths: Sequence[Path]) -> list[str]:

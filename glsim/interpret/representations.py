@@ -6,24 +6,20 @@ first estimate is biased towards 1, so HSIC is estimated without bias (Nguyen et
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from glsim.checkpoints.bundle import load, preprocessing_of
-from glsim.data.image_files import find_images
-from glsim.data.limits import MAX_MEGAPIXELS, pixel_limit
 from glsim.data.transforms import eval_transform
-from glsim.environment import pick_device
 from glsim.files import document, write_json
 from glsim.interpret.drawing import save_figure
-from glsim.interpret.pictures import photographs, targets_of
+from glsim.interpret.pictures import Gallery, Looking
 from glsim.models.backbone import Backbone
 from glsim.models.base import Model
 from glsim.types import ConfigError, DataError
@@ -32,6 +28,13 @@ LEAST = 4  # images, for the estimate of HSIC
 ROUNDING = 1e-10  # relative, of a square: tokens are float32
 PICTURE, TABLE = "layers.png", "layers.json"
 KINDS = {"whole": "all tokens of an image", "pooled": "mean of its tokens"}
+PANELS = {  # of the picture: the measures of `Layers`, and what they are called
+    "Length of tokens": {"norm_cls": "class token", "norm_patch": "patches, mean", "norm_patch_max": "longest patch"},
+    "Distance": {"distance": "two patches", "cls_distance": "class token and patch"},
+    "Cosine of two patches": {"similarity": "mean over pairs"},
+    "Cosine of class token and patch": {"cls_similarity": "mean patch", "cls_similarity_max": "most similar patch"},
+}
+MEASURES = [name for lines in PANELS.values() for name in lines]
 
 
 @dataclass(frozen=True)
@@ -132,22 +135,20 @@ def analyse(model: Model, batches: Iterable[Tensor]) -> Layers:
     """
     check_layers(model)
     device = next(model.parameters()).device
-    held: list[list[Tensor]] = []  # a batch, a layer: (B, n D)
     rows: list[Tensor] = []  # a batch: (B, layers, measures)
-    pooled: list[list[Tensor]] = []
+    held: dict[str, list[list[Tensor]]] = {kind: [] for kind in KINDS}  # a batch, a layer: (B, n D) and (B, D)
     for images in batches:
         layers = model.backbone.layers(images.to(device))
-        held.append([tokens.flatten(1).cpu() for tokens in layers])
-        pooled.append([tokens.mean(dim=1).cpu() for tokens in layers])
+        held["whole"].append([tokens.flatten(1).cpu() for tokens in layers])
+        held["pooled"].append([tokens.mean(dim=1).cpu() for tokens in layers])
         rows.append(torch.stack([measures(model.backbone, tokens).cpu() for tokens in layers], dim=1))
     count = sum(len(row) for row in rows)
     if count < LEAST:
         raise DataError(f"layers: {count} images; {LEAST} or more are needed to compare layers")
     means = torch.cat(rows).double().mean(dim=0)
-    by_kind = {"whole": held, "pooled": pooled}
     grams = {
-        kind: torch.stack([gram(torch.cat([batch[i] for batch in parts])) for i in range(len(means))])
-        for kind, parts in by_kind.items()
+        kind: torch.stack([gram(torch.cat(layer)) for layer in zip(*parts, strict=True)])
+        for kind, parts in held.items()
     }
     return Layers(
         images=count,
@@ -155,18 +156,6 @@ def analyse(model: Model, batches: Iterable[Tensor]) -> Layers:
         **{name: means[:, i].tolist() for i, name in enumerate(MEASURES)},
         cka=Similarities(**{kind: cka(g).tolist() for kind, g in grams.items()}),
     )
-
-
-MEASURES = (
-    "norm_cls",
-    "norm_patch",
-    "norm_patch_max",
-    "distance",
-    "similarity",
-    "cls_distance",
-    "cls_similarity",
-    "cls_similarity_max",
-)
 
 
 def measures(backbone: Backbone, tokens: Tensor) -> Tensor:
@@ -185,8 +174,8 @@ def measures(backbone: Backbone, tokens: Tensor) -> Tensor:
             lengths.mean(dim=1),
             lengths.amax(dim=1),
             torch.cdist(patches, patches, compute_mode="donot_use_mm_for_euclid_dist").sum(dim=(1, 2)) / pairs,
-            alike,
             (patches - cls[:, None]).norm(dim=2).mean(dim=1),
+            alike,
             to_cls.mean(dim=1),
             to_cls.amax(dim=1),
         ),
@@ -195,15 +184,7 @@ def measures(backbone: Backbone, tokens: Tensor) -> Tensor:
 
 
 def trace_representations(
-    source: str | Path,
-    images: Sequence[str | Path],
-    out: str | Path,
-    *,
-    options: Mapping[str, Any] | None = None,
-    limit: int = 100,
-    skip_bad: bool = False,
-    max_megapixels: float = MAX_MEGAPIXELS,
-    device: str | None = None,
+    source: str | Path, images: Sequence[str | Path], out: str | Path, **looking: Unpack[Looking]
 ) -> LayerTrace:
     """Measure what becomes of the tokens from block to block, and write layers.png and layers.json.
 
@@ -211,10 +192,7 @@ def trace_representations(
         source: what `glsim.load` takes.
         images: files, folders or globs; four images or more in all.
         out: folder for both files.
-        options: options of the method to change.
-        limit: take at most this many images.
-        skip_bad: leave unreadable images out; they are listed in `skipped`.
-        max_megapixels: larger images are bad files.
+        looking: see `glsim.interpret.pictures:Looking`.
 
     Returns:
         The measurements, and the paths of both files.
@@ -223,47 +201,33 @@ def trace_representations(
         ConfigError: for a network without blocks over one grid of tokens.
         DataError: for images that are not there or cannot be read, fewer than four, or all the same.
     """
-    with pixel_limit(max_megapixels):
-        paths = find_images(images)[:limit]
-        model = load(source, **options or {}).to(pick_device(device))
-        check_layers(model)
-        folder, targets = Path(out), targets_of(out, paths)
-        skipped: list[str] = []
-        views = photographs(paths, targets, eval_transform(preprocessing_of(model)), skip_bad, skipped)
-        found = analyse(model, (view[None] for _, view, _ in views))
+    gallery, folder = Gallery(source, images, **looking), Path(out)
+    check_layers(gallery.model)
+    views = gallery.show(out, eval_transform(gallery.preprocessing))
+    found = analyse(gallery.model, (view[None] for _, view, _ in views))
     write_json(folder / TABLE, document(found))
     draw(found, folder / PICTURE)
     drawn = DrawnLayers(**vars(found), picture=str(folder / PICTURE), table=str(folder / TABLE))
-    return LayerTrace(str(source), str(out), drawn, [], skipped)
+    return LayerTrace(str(source), str(out), drawn, [], gallery.skipped)
 
 
 def draw(found: Layers, path: Path) -> None:
     """Both CKA matrices, and the other measures over the layers, as PNG."""
     figure = Figure(figsize=(15, 8.5), layout="constrained")
     axes = figure.subplots(2, 3)
-    names = found.layers
-    places = range(len(names))
+    places = range(len(found.layers))
+    for place in axes.flat:
+        place.set_xticks(places, found.layers, fontsize=7)
+        place.set_xlabel("block")
     for place, kind in zip(axes[:, 0], KINDS, strict=True):
         image = place.imshow(getattr(found.cka, kind), vmin=0, vmax=1, cmap="magma", origin="lower")
-        place.set(title=f"CKA, {KINDS[kind]}", xlabel="block", ylabel="block")
-        place.set_xticks(places, names, fontsize=7)
-        place.set_yticks(places, names, fontsize=7)
+        place.set(title=f"CKA, {KINDS[kind]}", ylabel="block")
+        place.set_yticks(places, found.layers, fontsize=7)
         figure.colorbar(image, ax=place, shrink=0.8)
-    panels = {
-        "Length of tokens": {
-            "norm_cls": "class token",
-            "norm_patch": "patches, mean",
-            "norm_patch_max": "longest patch",
-        },
-        "Distance": {"distance": "two patches", "cls_distance": "class token and patch"},
-        "Cosine of two patches": {"similarity": "mean over pairs"},
-        "Cosine of class token and patch": {"cls_similarity": "mean patch", "cls_similarity_max": "most similar patch"},
-    }
-    for place, (title, lines) in zip(axes[:, 1:].flat, panels.items(), strict=True):
+    for place, (title, lines) in zip(axes[:, 1:].flat, PANELS.items(), strict=True):
         for name, label in lines.items():
             place.plot(places, getattr(found, name), marker=".", label=label)
-        place.set(title=title, xlabel="block")
-        place.set_xticks(places, names, fontsize=7)
+        place.set_title(title)
         place.grid(alpha=0.3)
         place.legend()
     save_figure(figure, path)

@@ -26,6 +26,8 @@ EMBEDDINGS = ("global", "crop", "fused")
 class AFTrans(Model):
     """Attention of all blocks, each weighted by how much it says, marks a region; the region is encoded again."""
 
+    top_o = None
+
     def __init__(self, backbone: Backbone, excite: nn.Module, head: nn.Module, metric: str, threshold: float) -> None:
         super().__init__()
         self.backbone, self.excite, self.head = backbone, excite, head

@@ -13,8 +13,6 @@ from glsim.models.boxes import select
 from glsim.models.config import ModelConfig
 from glsim.types import ConfigError, Features, Output, Selection
 
-BEST = 8  # patches that a box is drawn around where the method has no number of its own
-
 
 class Model(nn.Module):
     """What every method has: a backbone, and in `config` the plain values that `create_model` made it from."""
@@ -22,7 +20,7 @@ class Model(nn.Module):
     backbone: Backbone
     config: ModelConfig
     metric: Any = None  # name of the metric whose scores choose patches; None: nothing does, or scores of its own
-    top_o: Any = None  # how many patches it chooses; None: that is no option of the method
+    top_o: Any = 8  # how many best patches `select` draws a box around; None: its rule takes no number
     box = "exclusive"  # rule by which `select` draws a box
     conversion: Any = None  # of an official checkpoint: what became of its keys
 
@@ -34,9 +32,9 @@ class Model(nn.Module):
         """What the method chooses of `images` (B, 3, H, W) by a metric's `scores` (B, g, N): its own rule.
 
         Pictures, localisation and the server draw all scores by it. Here, for methods that draw no single box by
-        scores: the box around the `top_o` best patches, 8 where there is no such option.
+        scores: the box around the `top_o` best patches. A rule that takes no such number declares `top_o = None`.
         """
-        best = self.top_o or min(BEST, scores.shape[-1])
+        best = min(self.top_o, scores.shape[-1])
         return select(scores, best, self.backbone.grid_of(images), images.shape[-2:], self.box)
 
     def no_weight_decay(self) -> set[str]:

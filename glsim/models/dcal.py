@@ -22,6 +22,8 @@ EMBEDDINGS = ("global", "fused")
 class DCAL(Model):
     """The best patches ask all tokens once more; in training every image is distracted by another one."""
 
+    top_o = None
+
     def __init__(self, backbone: Backbone, cross: nn.Module, heads: nn.ModuleList, metric: str, share: float) -> None:
         super().__init__()
         self.backbone, self.cross, self.heads, self.metric, self.share = backbone, cross, heads, metric, share

@@ -22,6 +22,8 @@ EMBEDDINGS = ("global", "crop", "fused")
 class RAMS(Model):
     """Attention rolled out over all blocks marks a region, which is encoded again with a class token of its own."""
 
+    top_o = None
+
     def __init__(self, backbone: Backbone, head: nn.Module, metric: str, threshold: float) -> None:
         super().__init__()
         self.backbone, self.head, self.metric, self.threshold = backbone, head, metric, threshold

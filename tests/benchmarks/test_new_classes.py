@@ -9,11 +9,9 @@ import pytest
 from conftest import ROOT, TINY
 
 from glsim.checkpoints.bundle import labels_of, load
+from glsim.inference.index import Encoded
 from glsim.inference.index_evaluation import Queries
-from glsim.inference.index_search import Encoded
-from glsim.inference.index_storage import Index
-
-pytest.importorskip("faiss", reason="the extra `index` is not installed", exc_type=ImportError)
+from glsim.inference.index_vectors import Index
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
@@ -22,15 +21,12 @@ from glsim.checkpoints.bundle import digest
 from glsim.checkpoints.onnx_runtime import GraphModel, as_output
 from glsim.data.images import BadImage, open_image
 from glsim.evaluation import evaluate
-from glsim.inference import index, index_search, index_storage
-from glsim.inference.index import add_to_index, build_index, query_index
+from glsim.inference import index, index_vectors
+from glsim.inference.index import Encoded, add_to_index, build_index, encode, query_index
 from glsim.inference.index_evaluation import ScoreAuroc, auroc, evaluate_index, tell_unknown
-from glsim.inference.index_search import Encoded, encode, nearest, prototypes, unit, vote
-from glsim.inference.index_storage import Index, read_index
+from glsim.inference.index_vectors import Index, nearest, prototypes, read_index, unit, vote
 from glsim.inference.predictor import embedding_of
 from glsim.types import ConfigError, DataError, GlsimError
-
-faiss = pytest.importorskip("faiss", reason="the extra `index` is not installed", exc_type=ImportError)
 
 
 def cloud(count, width=8, seed=0):
@@ -45,7 +41,11 @@ def make(vectors, labels, classes):
 # --- searching, against loops -----------------------------------------------------------------------------------------
 
 
-def test_nearest_is_what_a_loop_over_cosines_finds():
+@pytest.mark.parametrize("at_a_time", [None, (1, 3), (2, 39), (7, 40), (8, 7)])
+def test_nearest_is_what_a_loop_over_cosines_finds(monkeypatch, at_a_time):
+    if at_a_time:
+        monkeypatch.setattr(index_vectors, "QUERIES", at_a_time[0])
+        monkeypatch.setattr(index_vectors, "ROWS", at_a_time[1])
     gallery, queries = cloud(40), cloud(7, seed=1)
     similarities, rows = nearest(gallery, queries, 5)
     for q, found, values in zip(queries, rows, similarities, strict=True):
@@ -72,7 +72,7 @@ def test_neighbours_vote_by_their_similarity():
     for row in range(2):
         weight = {}
         for s, label in zip(similarities[row], labels[row], strict=True):
-            weight[label] = weight.get(label, 0) + np.exp(s / index_search.TEMPERATURE)
+            weight[label] = weight.get(label, 0) + np.exp(s / index_vectors.TEMPERATURE)
         best = max(weight, key=weight.get)
         assert winners[row] == best
         assert shares[row] == pytest.approx(weight[best] / sum(weight.values()), abs=1e-4)
@@ -192,7 +192,7 @@ def test_an_interrupted_change_leaves_the_older_state(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(index_storage, "write_text", full)
+    monkeypatch.setattr(index_vectors, "write_text", full)
     with pytest.raises(OSError):
         old.add(["c"], ["/n"], cloud(1)).save(tmp_path)
     monkeypatch.undo()
@@ -221,14 +221,14 @@ def test_two_changes_at_once_do_not_lose_one(tmp_path):
 def test_a_change_waits_until_another_one_is_written(tmp_path, monkeypatch):
     make(cloud(3), [0, 1, 1], ["a", "b"]).save(tmp_path)
     mine, theirs = read_index(tmp_path), read_index(tmp_path)
-    begun, going, real = Event(), Event(), index_storage.write_text
+    begun, going, real = Event(), Event(), index_vectors.write_text
 
     def slow(*arguments):
         begun.set()
         assert going.wait(20)
         real(*arguments)
 
-    monkeypatch.setattr(index_storage, "write_text", slow)
+    monkeypatch.setattr(index_vectors, "write_text", slow)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(theirs.add(["c"], ["/t"], cloud(1)).save, tmp_path)
         assert begun.wait(20)
@@ -349,19 +349,18 @@ def test_vectors_of_another_width_are_refused(here, birds):
 
 def test_an_answer_that_is_no_number_gives_no_vector(here, birds, monkeypatch):
     paths = sorted((birds / "test").rglob("*.jpg"))[:3]
-    predictor = glsim.Predictor(here / "run", embedding="fused")
-    outputs = predictor.outputs
+    model, outputs = glsim.load(here / "run"), glsim.Predictor.outputs
 
-    def spoilt(images):
-        for output, items in outputs(images):
+    def spoilt(self, images):
+        for output, items in outputs(self, images):
             logits = output.logits.clone()
             logits[1] = torch.nan
             yield output._replace(logits=logits), items
 
-    monkeypatch.setattr(predictor, "outputs", spoilt)
+    monkeypatch.setattr(glsim.Predictor, "outputs", spoilt)
     with pytest.raises(BadImage, match=f"{paths[1].name}: the model's answer is no number"):
-        encode(predictor, paths, "fused")
-    encoded = encode(predictor, paths, "fused", skip_bad=True)
+        encode(model, paths, "fused")
+    encoded = encode(model, paths, "fused", skip_bad=True)
     assert encoded.places == [0, 2] and len(encoded.vectors) == len(encoded.guesses) == 2
     assert len(encoded.skipped) == 1 and np.isfinite(encoded.confidences).all()
 
@@ -508,12 +507,6 @@ def test_an_exported_graph_has_no_vectors(tmp_path):
         index.start_index(GraphModel([], {}, Path("m.onnx")), "m.onnx", tmp_path, None)
     with pytest.raises(ConfigError, match="embedding=fused: this model gives none"):
         embedding_of(as_output(torch.zeros(1, 3)), "fused")
-
-
-def test_without_faiss_it_says_what_to_install(monkeypatch, capsys, here):
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    code = cli.main(["index", "query", str(here / "run" / "index"), "x.jpg"])
-    assert code == 2 and "pip install 'glsim[index]'" in capsys.readouterr().err
 
 
 def test_the_command_line(here, birds, capsys):

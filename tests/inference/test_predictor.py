@@ -16,7 +16,7 @@ from glsim.cli import predict, predict_bulk
 from glsim.data.images import BadImage, open_image
 from glsim.data.transforms import Preprocessing, eval_transform, mask_transform, to_picture, train_transform
 from glsim.files import document
-from glsim.inference.bulk_parts import as_row, schema
+from glsim.inference.bulk_files import as_row, schema
 from glsim.inference.formats import FORMATS
 from glsim.inference.predictor import Prediction, predict_images, to_original
 from glsim.types import ConfigError

@@ -21,8 +21,8 @@ import glsim
 from glsim import cli
 from glsim.checkpoints.bundle import amend, load
 from glsim.cli import predict_bulk as verb
-from glsim.inference import bulk_parts, ray_bulk
-from glsim.inference.bulk_inputs import find_paths
+from glsim.inference import bulk_files, ray_bulk
+from glsim.inference.bulk_files import find_paths
 from glsim.types import ConfigError, DataError
 
 pytest.importorskip("pyarrow", reason="the extra `scale` is not installed", exc_type=ImportError)
@@ -104,7 +104,7 @@ def test_rows_are_the_answers_of_the_local_engine(run_folder, photos, tmp_path, 
         else:
             same(row, answer)
             assert row["embedding"] == pytest.approx(answer.embedding, abs=1e-4)
-    assert "embedding" not in bulk_parts.schema(False).names
+    assert "embedding" not in bulk_files.schema(False).names
 
 
 def test_a_stopped_job_goes_on_with_what_is_missing(run_folder, photos, tmp_path, here):
@@ -123,7 +123,7 @@ def test_a_stopped_job_goes_on_with_what_is_missing(run_folder, photos, tmp_path
     here.clear()
     result = job(run_folder, [photos], out)
     assert (result.answered, result.errors, result.images_per_second) == (6, 1, 0) and not here
-    worker = ray_bulk.Worker(load(run_folder), bulk_parts.folder_uri(str(out)), None)
+    worker = ray_bulk.Worker(load(run_folder), bulk_files.folder_uri(str(out)), None)
     assert worker.answer(1, ["never looked at"] * 3) == (3, 1)  # Ray asks again for a part that was just finished
 
 
@@ -152,7 +152,7 @@ def swapped(file):
 def short(file):
     shutil.copy(file.with_name("part-000002.parquet"), file)
     table = parquet.read_table(file)
-    told = {bulk_parts.OWNER: table.schema.metadata[bulk_parts.OWNER].replace(b'"part": 2', b'"part": 1')}
+    told = {bulk_files.OWNER: table.schema.metadata[bulk_files.OWNER].replace(b'"part": 2', b'"part": 1')}
     parquet.write_table(table.replace_schema_metadata(told), file)
 
 
@@ -288,8 +288,8 @@ def test_a_job_has_its_folder_alone(run_folder, photos, tmp_path, here):
 
 def test_in_a_store_only_old_leftovers_are_removed(monkeypatch):
     """A store that is in memory; it has no locks either."""
-    system, _ = bulk_parts.locate("mock:///")
-    bulk_parts.claim_folder("mock:///out", {"format": 1})
+    system, _ = bulk_files.locate("mock:///")
+    bulk_files.claim_folder("mock:///out", {"format": 1})
     for name in (".part-000000.parquet.0123", "part-000001.parquet"):
         with system.open_output_stream(f"out/{name}") as stream:
             stream.write(b"half a fil")
@@ -297,11 +297,11 @@ def test_in_a_store_only_old_leftovers_are_removed(monkeypatch):
     def names():
         return sorted(info.base_name for info in system.get_file_info(FileSelector("out")))
 
-    with bulk_parts.lock_folder("mock:///out", {"format": 1}), bulk_parts.lock_folder("mock:///out", {"format": 1}):
+    with bulk_files.lock_folder("mock:///out", {"format": 1}), bulk_files.lock_folder("mock:///out", {"format": 1}):
         assert names() == [".part-000000.parquet.0123", "job.json", "part-000001.parquet"]
     now = time.time()
-    monkeypatch.setattr(bulk_parts.time, "time", lambda: now + bulk_parts.STALE + 60)
-    bulk_parts.claim_folder("mock:///out", {"format": 1})
+    monkeypatch.setattr(bulk_files.time, "time", lambda: now + bulk_files.STALE + 60)
+    bulk_files.claim_folder("mock:///out", {"format": 1})
     assert names() == ["job.json", "part-000001.parquet"]
 
 

@@ -33,14 +33,16 @@ from glsim import cli
 from glsim.checkpoints.onnx_runtime import GraphModel
 from glsim.cli import serve as verb
 from glsim.data.images import open_image
-from glsim.inference.predictor import Predictor
+from glsim.inference.predictor import Predictor, altered
+from glsim.models.boxes import select_component
+from glsim.models.plain import Plain
 from glsim.models.scores import METRICS, needs_attention
 
 serve = pytest.importorskip(
     "glsim.inference.server", reason="the extra demo is not installed", exc_type=glsim.ConfigError
 )
 from glsim.inference import server_limits  # noqa: E402
-from glsim.inference.batcher import LOWEST, PredictRequest, Service, changed  # noqa: E402
+from glsim.inference.batcher import LOWEST, PredictRequest, Service  # noqa: E402
 
 JPEG = {"Content-Type": "image/jpeg"}
 _file = io.BytesIO()
@@ -264,7 +266,7 @@ def test_the_box_of_an_answer_after_one_pass_is_only_drawn(margin):
 
 @pytest.mark.parametrize("method", ["glsim", "plain", "cal"])
 def test_what_can_be_asked_does_not_depend_on_what_is_being_answered(method):
-    """Requests are checked in other threads than the one that changes the model for a while."""
+    """Requests are checked in other threads than the one that answers by another metric."""
     service = Service(small_model(method, "resnet18" if method == "cal" else "vit_tiny_patch16_224"), "cpu")
 
     def state():
@@ -275,9 +277,30 @@ def test_what_can_be_asked_does_not_depend_on_what_is_being_answered(method):
         )
 
     try:
-        before = state()
-        with changed(service.model, metric="random", top_o=1):
-            assert state() == before and vars(service.model)["top_o"] == 1
+        before, own = state(), service.model.top_o
+        other = altered(service.model, metric="random", top_o=1)
+        assert state() == before and (other.metric, other.top_o) == ("random", 1) and service.model.top_o == own
+    finally:
+        service.close()
+
+
+class OwnRule(Plain):
+    """A method that draws scores by a rule of its own, with no number of patches."""
+
+    top_o = None
+
+    def select(self, scores, images):
+        return select_component(scores, 1.0, self.backbone.grid_of(images), images.shape[-2:])
+
+
+def test_a_method_declares_whether_its_rule_takes_a_number_of_patches():
+    model = small_model("plain")
+    model.__class__ = OwnRule
+    service = Service(model, "cpu")
+    try:
+        assert not service.decides("gls_l2") and not service.takes_top_o("gls_l2")
+        with pytest.raises(glsim.ConfigError, match="top_o: 'plain' chooses its patches by another rule"):
+            service.check(PredictRequest(metric="gls_l2", top_o=3))
     finally:
         service.close()
 

@@ -834,9 +834,8 @@ def test_nothing_is_measured_on_an_empty_split(single, tmp_path, capsys):
         ["reproduce", str(recipe), *data, "--out", str(tmp_path / "x"), "--lrs", "0.1", "0.2"],
         ["eval", str(run), *data, "--split", "val"],
         ["calibrate", str(run), *data],
+        ["index", "build", str(run), *data, "--split", "val", "--out", str(tmp_path / "x")],
     ]
-    if importlib.util.find_spec("faiss"):
-        words.append(["index", "build", str(run), *data, "--split", "val", "--out", str(tmp_path / "x")])
     for given in words:
         capsys.readouterr()
         assert cli.main([*given, "--json"]) == 3, given

@@ -1,7 +1,8 @@
-"""Storage of an index: a folder with vectors of images, their classes and their paths.
+"""Storage of an index, a folder with vectors of images, their classes and their paths; and exact search among vectors.
 
 `index.json` (classes, images, the hash of the model's weights) names the `vectors-*.safetensors` that belongs to it and
-is replaced last, so that an interrupted change leaves the older state. Vectors have unit length.
+is replaced last, so that an interrupted change leaves the older state. Vectors have unit length: similarity is the
+cosine.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors import SafetensorError
@@ -24,6 +26,8 @@ from glsim.files import make_folder, one_line, read_bytes, read_json, to_json, w
 from glsim.types import EMBEDDINGS, DataError, GlsimError
 
 FORMAT = 1
+TEMPERATURE = 0.07  # of the neighbours' votes (Wu et al., arXiv 1805.01978, section 3.4)
+QUERIES, ROWS = 1024, 16384  # compared at a time: 64 MiB of similarities
 LARGEST_TABLE = 2**30  # bytes of index.json: ten million images
 TABLE, VECTORS, LOCK = "index.json", "vectors", ".lock"
 
@@ -68,23 +72,22 @@ class Index:
         Raises DataError for one that is there with another class.
         """
         spelt = {clean_label(name): name for name in self.classes}
-        names = [spelt.get(clean_label(name), clean_label(name)) for name in names]
-        known = dict(zip(self.paths, self.labels, strict=True))
-        new: dict[str, int] = {}  # path -> place among those given
-        for place, (name, path) in enumerate(zip(names, paths, strict=True)):
-            old = self.classes[known[path]] if path in known else names[new[path]] if path in new else None
-            if old not in (None, name):
-                raise DataError(f"{path} is in the index as {old!r} already; it cannot be {name!r} too")
-            if old is None:
-                new[path] = place
-        places = list(new.values())
-        classes = tuple(dict.fromkeys((*self.classes, *(names[i] for i in places))))
+        label_of = dict(zip(self.paths, (self.classes[label] for label in self.labels), strict=True))
+        places = []  # of the new images, among those given
+        for place, (given, path) in enumerate(zip(names, paths, strict=True)):
+            name = spelt.get(clean_label(given), clean_label(given))
+            if path not in label_of:
+                label_of[path] = name
+                places.append(place)
+            elif label_of[path] != name:
+                raise DataError(f"{path} is in the index as {label_of[path]!r} already; it cannot be {name!r} too")
+        classes = tuple(dict.fromkeys((*self.classes, *label_of.values())))
         number = {name: i for i, name in enumerate(classes)}
         return replace(
             self,
             classes=classes,
-            labels=np.concatenate((self.labels, np.array([number[names[i]] for i in places], np.int64))),
-            paths=(*self.paths, *new),
+            labels=np.array([number[name] for name in label_of.values()], np.int64),
+            paths=tuple(label_of),
             vectors=np.concatenate((self.vectors, vectors[places])),
         )
 
@@ -159,3 +162,45 @@ def read_index(folder: str | Path) -> Index:
         vectors=vectors,
         stored=name,
     )
+
+
+# --- search -----------------------------------------------------------------------------------------------------------
+
+
+def unit(vectors: Floats) -> Floats:
+    """Rows (n, D) at unit length; rows of zeros stay."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def nearest(gallery: Floats, queries: Floats, k: int) -> tuple[Floats, Ints]:
+    """The `k` rows of `gallery` (n, D) most similar to each of `queries` (q, D): similarities and rows, (q, min(k, n)),
+    best first. Exact; the memory it takes beside them does not grow with n or q."""
+    rows, found = torch.from_numpy(gallery), []
+    for asked in torch.from_numpy(queries).split(QUERIES):
+        best, at = asked.new_empty(len(asked), 0), torch.empty(len(asked), 0, dtype=torch.long)
+        for start in range(0, len(rows), ROWS):
+            near = asked @ rows[start : start + ROWS].T
+            near, here = near.topk(min(k, near.shape[1]))
+            best, at = torch.cat((best, near), dim=1), torch.cat((at, here + start), dim=1)
+            best, order = best.topk(min(k, best.shape[1]))
+            at = at.gather(1, order)
+        found.append((best, at))
+    similarities, places = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
+    return similarities, places
+
+
+def prototypes(vectors: Floats, labels: Ints) -> tuple[Floats, Ints]:
+    """The mean direction of each class that has images: (C, D) at unit length, and which class it is (C,)."""
+    there, place = np.unique(labels, return_inverse=True)
+    sums = np.zeros((len(there), vectors.shape[1]), np.float32)
+    np.add.at(sums, place, vectors)
+    return unit(sums), there
+
+
+def vote(similarities: Floats, labels: Ints) -> tuple[Ints, Floats]:
+    """What neighbours (q, k) with those labels (q, k) say together: the class (q,) and its share of the votes (q,)."""
+    weights = np.exp((similarities - similarities.max(axis=1, keepdims=True)) / TEMPERATURE)
+    same = labels[:, :, None] == labels[:, None, :]
+    shares = (same * weights[:, None, :]).sum(axis=2) / weights.sum(axis=1, keepdims=True)
+    best = shares.argmax(axis=1)[:, None]
+    return np.take_along_axis(labels, best, 1)[:, 0], np.take_along_axis(shares, best, 1)[:, 0]

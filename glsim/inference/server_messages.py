@@ -1,9 +1,11 @@
-"""Requests to the server: options in the query, images in the body."""
+"""Requests to the server, options in the query and images in the body; its replies, JSON whatever stands in it."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+import logging
+import traceback
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -12,14 +14,23 @@ from starlette.datastructures import QueryParams
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
 
-from glsim.files import one_line, printable, shorten
+from glsim.files import one_line, printable, shorten, to_json
 from glsim.inference.batcher import PredictRequest
-from glsim.inference.server_replies import quoted
 from glsim.types import ConfigError
 
 DRAIN_SECONDS = 5  # how long a request that is refused is still read
 NAME_LENGTH = 255  # characters of a file's name that an answer repeats
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+log = logging.getLogger(__name__)
 
 
 async def read_files(request: Request, most: int, max_bytes: int) -> list[tuple[str | None, bytes]]:
@@ -109,3 +120,30 @@ def yes_or_no(value: str) -> bool:
     if value.lower() not in ("1", "true", "0", "false"):
         raise ConfigError(f"query: {quoted(value)} is neither true nor false")
     return value.lower() in ("1", "true")
+
+
+# --- replies ----------------------------------------------------------------------------------------------------------
+
+
+class Json(JSONResponse):
+    """A value as JSON that is valid whatever stands in it."""
+
+    def render(self, content: Any) -> bytes:
+        """The bytes."""
+        return to_json(content).encode("utf-8", "backslashreplace")
+
+
+def say(status: int, error: str, headers: Mapping[str, str] | None = None) -> Json:
+    """An error as every client gets it: JSON, and short whatever the client sent."""
+    return Json({"error": printable(shorten(error))}, status, headers)
+
+
+def quoted(text: object) -> str:
+    """What a client sent, in a sentence to it whose end it is to see."""
+    return repr(shorten(text, 100))
+
+
+def log_error(what: str, error: Exception) -> None:
+    """Say on the server's side what failed and where; a client's text cannot act on a terminal."""
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    log.error("%s", "\n".join([what, *map(printable, lines)]))

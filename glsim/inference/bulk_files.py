@@ -1,4 +1,5 @@
-"""Output folder of a bulk job: Parquet files of answers (parts), and the file that says which job they belong to.
+"""Files of a bulk job: its images (files and folders, object stores by URI, lists in CSV and Parquet), and its folder
+of Parquet files of answers (parts), with the one that says which job they belong to.
 
 A part is written whole or not at all. Its footer names its job; a part of another job, or a damaged one, does not
 count as finished.
@@ -15,15 +16,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
 from glsim.checkpoints.bundle import digest, labels_of, preprocessing_of, temperature_of
 from glsim.checkpoints.config import MODEL_KEYS
-from glsim.data.images import BadImage
+from glsim.data.image_files import LISTS, find_images, is_image
+from glsim.data.images import EXTENSIONS, BadImage
+from glsim.data.lists import as_listed, read_columns
 from glsim.data.uri import is_uri, locate, open_uri
-from glsim.files import make_folder, one_line, open_regular, parse_json, printable, read_bytes, shorten, write_bytes
+from glsim.files import make_folder, one_line, open_regular, parse_json, printable, shorten, write_bytes
 from glsim.inference.predictor import Prediction
 from glsim.models.base import Model
 from glsim.types import ConfigError, DataError
@@ -33,7 +36,83 @@ FORMAT = 2  # in 1, parts did not name their job
 OWNER = b"glsim"  # the key in a part's footer: job, number of the part, how many of its images could not be read
 LEFTOVER = re.compile(r"\.(part-\d+\.parquet|job\.json)\..+")  # a file that was not finished
 READERS = 32  # threads that read footers, each of which is a wait for a store
+LIST = "a list needs a column path"
 STALE = 3600  # seconds after which a file that a worker began in a store is taken to be of a dead one
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def find_paths(inputs: Sequence[str]) -> list[str]:
+    """The images: files, folders, globs, URIs of files or folders, and lists (CSV, Parquet) with a column `path`, whose
+    relative paths count from the list's folder. Each comes once, local ones as absolute paths.
+
+    Raises DataError naming the first input that yields nothing.
+    """
+    found: dict[str, None] = {}
+    for given in inputs:
+        if given.lower().endswith(LISTS):
+            paths = read_list(given)
+        elif is_uri(given):
+            paths = images_below(given)
+        else:
+            paths = [str(path.absolute()) for path in find_images(given)]
+        if not paths:
+            raise DataError(f"{given}: no image found; known endings: {' '.join(EXTENSIONS)}")
+        found |= dict.fromkeys(paths)
+    return list(found)
+
+
+def read_list(file: str) -> list[str]:
+    """The column `path` of a list (CSV as `glsim.files:read_table` takes it, or Parquet), local or by URI."""
+    uri = is_uri(file)
+    try:
+        stream = open_uri(file) if uri else open_regular(file)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({one_line(error)})") from error
+    if file.lower().endswith(".parquet"):
+        paths = _parquet_paths(file, stream)
+    else:
+        (column,), rows = read_columns(file, ("path",), ("dir",), stream=stream, wanted=LIST)
+        paths = [cells[column] for _, cells in rows]
+    paths = [p if is_uri(p) else as_listed(p) for p in paths]
+    if uri:
+        return [p if is_uri(p) else f"{file.rpartition('/')[0]}/{p}" for p in paths]
+    return [p if is_uri(p) else str((Path(file).parent / p).absolute()) for p in paths]
+
+
+def _parquet_paths(file: str, stream: BinaryIO) -> list[str]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        with stream:
+            paths = parquet.read_table(stream, columns=["path"]).column("path").to_pylist()
+    except (OSError, ArrowException, KeyError) as error:
+        raise DataError(f"{file}: not readable as a Parquet file ({one_line(error)}); {LIST}") from error
+    for row, path in enumerate(paths, start=1):
+        if not isinstance(path, str) or not path:
+            raise DataError(f"{file}: row {row} has no path")
+    return paths
+
+
+def images_below(uri: str) -> list[str]:
+    """The image files in a folder of a store, or the file itself, as URIs, sorted."""
+    from pyarrow.fs import FileSelector, FileType
+
+    try:
+        system, path = locate(uri)
+        info = system.get_file_info(path.rstrip("/"))
+        if info.type == FileType.File:
+            return [uri]
+        inside = system.get_file_info(FileSelector(path.rstrip("/"), recursive=True))
+    except OSError as error:
+        raise DataError(f"{uri}: {one_line(error)}") from error
+    files = [f.path for f in inside if f.type == FileType.File]
+    below = [f[len(path.rstrip("/")) :] for f in files]
+    return sorted(uri.rstrip("/") + f for f in below if is_image(f))
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
 
 
 def schema(embedding: bool) -> Any:
@@ -58,15 +137,7 @@ def as_row(path: str, answer: Prediction | BadImage) -> dict[str, Any]:
     path = path.encode("utf-8", "backslashreplace").decode()
     if isinstance(answer, BadImage):
         return {"path": path, "error": printable(answer.reason)}
-    return {
-        "path": path,
-        "labels": answer.labels,
-        "probabilities": answer.probabilities,
-        "confidence": answer.probabilities[0],
-        "box": answer.box,
-        "second_pass": answer.second_pass,
-        "embedding": answer.embedding,
-    }
+    return answer._asdict() | {"path": path, "confidence": answer.probabilities[0]}
 
 
 def folder_uri(out: str) -> str:
@@ -86,25 +157,20 @@ def finished_parts(
 
     A folder in the way of one is put aside, under a name that says so.
     """
-    done: dict[int, int] = {}
-    again: dict[str, str] = {}
 
-    def look(part: int) -> int | DataError | None:
+    def look(part: int) -> int | str | None:
         try:
             return read_part(out, part, len(parts[part]), job)
         except FileNotFoundError:
             return None
         except DataError as error:
-            return error
+            return f"{error}{put_aside(out, part_name(part))}"
 
     there = sorted(part_numbers(out) & set(range(len(parts))))
     with ThreadPoolExecutor(READERS) as pool:
-        for part, found in zip(there, pool.map(look, there), strict=True):
-            if isinstance(found, DataError):
-                again[part_name(part)] = str(found) + put_aside(out, part_name(part))
-            elif found is not None:
-                done[part] = found
-    return done, again
+        found = list(zip(there, pool.map(look, there), strict=True))
+    done = {part: errors for part, errors in found if isinstance(errors, int)}
+    return done, {part_name(part): why for part, why in found if isinstance(why, str)}
 
 
 def part_numbers(out: str) -> set[int]:
@@ -169,24 +235,23 @@ def describe_job(model: Model, paths: Sequence[str], settings: Mapping[str, Any]
     """What has to be the same for a job to go on: the model, the images, and the `settings` that answers depend on."""
     listed = hashlib.sha256("\n".join(paths).encode("utf-8", "surrogateescape")).hexdigest()
     config = {key: getattr(model.config, key) for key in MODEL_KEYS} | {
-        "preprocessing": preprocessing_of(model).as_dict()
+        "preprocessing": preprocessing_of(model).as_dict(),
+        "labels": labels_of(model),
+        "temperature": temperature_of(model),
     }
-    config |= {"labels": labels_of(model), "temperature": temperature_of(model)}
-    hashed = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-    told = {"model": digest(model.state_dict()), "config": hashed, "images": len(paths), "list": listed}
+    told = {"model": digest(model.state_dict()), "config": job_hash(config), "images": len(paths), "list": listed}
     return {"format": FORMAT, **told, **settings}
 
 
 def job_hash(job: dict[str, Any]) -> str:
-    """A job in a few characters, the same for equal ones."""
+    """A job, or a part of what describes it, in a few characters, the same for equal ones."""
     return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
 
 
 def read_job(out: str) -> dict[str, Any] | None:
     """The job whose folder `out` is; None where no file says so. Raises DataError where it is damaged."""
-    system, path = locate(f"{out}/{JOB}")
     try:
-        return parse_json(read_bytes(path) if system.type_name == "local" else open_uri(f"{out}/{JOB}").read())
+        return parse_json(open_uri(f"{out}/{JOB}").read())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
