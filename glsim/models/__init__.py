@@ -99,9 +99,9 @@ def create_model(
     options = {**defaults, **options}
     backbone = backbone or made.backbone
     first_size = options.get("first_size")  # what the encoder sees, where the model shrinks what it is given
+    size = image_size if first_size is None else first_size
     if first_size is not None and image_size is None:
         raise ConfigError(f"first_size={first_size}: image_size is needed too, the pixels that crops are cut out of")
-    size = image_size if first_size is None else first_size
     net = build_backbone(backbone, size, pretrained, backbone_args, **{k: options[k] for k in encoder})
     net.check_needs(method, made.needs)
     model = made.build(net, num_classes, **{k: options[k] for k in own})
@@ -109,7 +109,7 @@ def create_model(
         method=method,
         backbone=backbone,
         num_classes=num_classes,
-        image_size=list(net.image_size if first_size is None else to_pair(image_size)),
+        image_size=list(net.image_size if first_size is None or image_size is None else to_pair(image_size)),
         backbone_args=dict(backbone_args or {}),
         options=options,
     )

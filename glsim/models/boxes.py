@@ -102,9 +102,9 @@ def boxes_from_moments(scores: Tensor, grid: tuple[int, int], image_size: Sequen
 
 # A rule draws boxes (B, 4) by scores (B, N), the selected patches (B, K), their grid and the image's (H, W).
 BOX_RULES: dict[str, Callable[[Tensor, Tensor, tuple[int, int], Sequence[int]], Tensor]] = {
-    "exclusive": lambda _, *patches: boxes_from_indices(*patches, "exclusive"),
-    "inclusive": lambda _, *patches: boxes_from_indices(*patches, "inclusive"),
-    "moments": lambda scores, _, *image: boxes_from_moments(scores, *image),
+    "exclusive": lambda _, indices, grid, size: boxes_from_indices(indices, grid, size, "exclusive"),
+    "inclusive": lambda _, indices, grid, size: boxes_from_indices(indices, grid, size, "inclusive"),
+    "moments": lambda scores, _, grid, size: boxes_from_moments(scores, grid, size),
 }
 
 
