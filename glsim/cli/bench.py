@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from glsim.cli.options import Decoding, Device, dataclass, setting
+from glsim.cli.options import Decoding, Device, setting
 from glsim.models import METHODS
 from glsim.types import ConfigError, choose
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from glsim.evaluation.speed import SpeedComparison, SpeedRow
 
 PURPOSE = "Measure"
+CALL = "glsim.evaluation.speed:compare_speed"
 DTYPES = ("float32", "bfloat16", "float16")
 LISTS = ("methods", "sources", "backbones", "sizes", "batch_sizes", "dtypes")
 SETTINGS = ("method", "backbone", "image_size", "batch_size", "dtype", "compile")  # of a row
@@ -27,7 +28,6 @@ COLUMNS = {  # numbers of a row: head, how one is written
 }
 
 
-@dataclass(frozen=True, kw_only=True)
 class Options(Decoding, Device):
     """Time models in turn: answers, training steps, images a second, peak memory, and their ratios."""
 
@@ -81,13 +81,6 @@ class Options(Decoding, Device):
                     raise ConfigError(f"{name}={getattr(self, name)}: not with --sources, which have their own")
             if self.images < max(self.batch_sizes):
                 raise ConfigError(f"images={self.images}: at least the largest of batch_sizes, {max(self.batch_sizes)}")
-
-
-def run(options: Options, progress: bool) -> SpeedComparison:
-    """Measure them."""
-    from glsim.evaluation.speed import compare_speed
-
-    return compare_speed(**vars(options), progress=progress)
 
 
 def show(r: SpeedComparison, options: Options) -> str:

@@ -204,27 +204,16 @@ def evaluate(
             best = probabilities.max(dim=1)
             true = probabilities.gather(1, labels[:, None])[:, 0]
             in_top5 = (logits.topk(min(5, num_classes)).indices == labels[:, None]).any(dim=1)
-            columns.append([best.indices, best.values, true, labels, in_top5, *taxonomy.best(probabilities), *again])
+            columns.append([in_top5, labels, best.indices, best.values, true, *taxonomy.best(probabilities), *again])
     dataset: Any = getattr(loader, "dataset", ())
     count = len(dataset) or None  # processes fill up their last batches with the first images
-    wrong = (~torch.cat(answered)[:count]).nonzero()[:, 0].tolist()
-    if wrong:
+    real = torch.cat(answered)[:count]
+    if wrong := (~real).nonzero()[:, 0].tolist():
         first = getattr(dataset, "images", {wrong[0]: f"image {wrong[0]}"})[wrong[0]]
-        raise DataError(f"{first}: {NO_ANSWER}; so for {len(wrong)} of {len(torch.cat(answered)[:count])} images")
-    predictions, confidences, true_confidences, labels, in_top5, groups, group_confidences, *again = (
-        torch.cat(column)[:count] for column in zip(*columns, strict=True)
-    )
-    return Evaluation(
-        int(in_top5.sum()),
-        labels,
-        predictions,
-        confidences,
-        true_confidences,
-        time.perf_counter() - start,
-        groups,
-        group_confidences,
-        *again,
-    )
+        raise DataError(f"{first}: {NO_ANSWER}; so for {len(wrong)} of {len(real)} images")
+    in_top5, *told = (torch.cat(column)[:count] for column in zip(*columns, strict=True))
+    said: list[Any] = [int(in_top5.sum()), *told[:4], time.perf_counter() - start, *told[4:]]
+    return Evaluation(*said)
 
 
 def read_split(model: Model, data: str | Path, split: str) -> tuple[ImageList, dict[str, ImageList]]:
@@ -287,8 +276,7 @@ def evaluate_bundle(
         images, splits = read_split(model, place, split)
         labels = list(images.classes)  # an unnamed model's classes are taken to be in the order of the data's
         groups = read_taxonomy(taxonomy, labels) if taxonomy is not None else flat(labels)
-        bad = find_bad(images.paths) if skip_bad else []
-        if bad:
+        if bad := find_bad(images.paths) if skip_bad else []:
             images = drop_bad(images, bad)
         accelerator = make_accelerator(device)
         loader: Any = make_loader(images, eval_transform(preprocessing_of(model)), batch_size, workers)
