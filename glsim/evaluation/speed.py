@@ -9,9 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,7 +29,8 @@ from glsim.models.base import Model
 from glsim.types import GlsimError, optional
 
 FAILURES = (GlsimError, RuntimeError, OSError)  # of one row: a combination that does not fit, too little memory, ..
-ALIKE = Job._fields[1:]  # what two rows share that are compared; of sources, which have their own network:
+SETTINGS = tuple(f.name for f in fields(Job))
+ALIKE = SETTINGS[1:]  # what two rows share that are compared; of sources, which have their own network:
 ALIKE_SOURCES = ("batch_size", "dtype", "compile")
 RATIOS = {
     "latency": "latency_ms",
@@ -40,15 +41,9 @@ RATIOS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeedRow:
+class SpeedRow(Job):
     """What was measured of one model, or why it could not be."""
 
-    method: str  # with its options: glsim:crop_size=112; or a source
-    backbone: str
-    image_size: int | list[int]  # side, or height and width; pixels
-    batch_size: int
-    dtype: str
-    compile: bool
     parameters: int | None = optional()  # None: an exported graph does not tell
     accuracy: float | None = optional()  # test top-1 of a source, out of its metrics.json
     memory_mib: float | None = optional()  # at the peak of an answer
@@ -63,15 +58,9 @@ class SpeedRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeedRatio:
+class SpeedRatio(Job):
     """What a row took, divided by what the row of `against` took."""
 
-    method: str
-    backbone: str
-    image_size: int | list[int]
-    batch_size: int
-    dtype: str
-    compile: bool
     against: str
     latency: float | None = optional()
     training: float | None = optional()
@@ -87,18 +76,6 @@ class SpeedComparison:
     ratio: list[SpeedRatio] | None  # with `against`
     environment: dict[str, Any]
     exit_code: int | None = optional()  # 1 where no row could be measured
-
-
-class Plan(NamedTuple):
-    """What is measured of every row."""
-
-    training: bool = True
-    memory: bool = True
-    data: str | None = None
-    images: int = 128
-    workers: int = 2
-    repeats: int = 10
-    warmup: int = 2
 
 
 def compare_speed(
@@ -153,8 +130,8 @@ def compare_speed(
         DataError: for `data` that is not there. What goes wrong with a row is its `error`.
     """
     place = pick_device(device)
-    setup = Setup(bool(sources), num_classes, backbone_args, device)
-    plan = Plan(training, memory, data, images, workers, repeats, warmup)
+    planned = training, memory, data, images, workers, repeats, warmup
+    setup = Setup(bool(sources), num_classes, backbone_args, device, *planned)
     compiled = {"no": [False], "yes": [True], "both": [False, True]}[compile]
     networks: Any = [("", 0)] if sources else product(backbones, sizes)
     settings = [(*net, *rest) for net, rest in product(networks, product(batch_sizes, dtypes, compiled))]
@@ -167,7 +144,7 @@ def compare_speed(
         with tqdm(total=len(settings) * len(names) * rounds, unit="turn", disable=not progress) as bar:
             for setting in settings:
                 bar.set_description(" ".join(map(printable, filter(None, setting[:4]))))
-                rows += measure([Job(name, *setting) for name in names], setup, plan, place, bar.update)
+                rows += measure([Job(name, *setting) for name in names], setup, place, bar.update)
     ratio = ratios(rows, against, ALIKE_SOURCES if sources else ALIKE) if against is not None else None
     nothing = all(row.error is not None for row in rows)
     result = SpeedComparison(rows, ratio, environment(place), 1 if nothing else None)
@@ -187,13 +164,11 @@ def write_speed(out: str, result: SpeedComparison, trained: bool) -> None:
         draw(result.rows, "batch_size", "image_size", folder / "throughput.png")
 
 
-def measure(
-    jobs: list[Job], setup: Setup, plan: Plan, device: torch.device, tick: Callable[[], object]
-) -> list[SpeedRow]:
+def measure(jobs: list[Job], setup: Setup, device: torch.device, tick: Callable[[], object]) -> list[SpeedRow]:
     """A row for each of `jobs`, which differ in the method alone: memory one by one, then times in turn."""
-    rows: dict[Job, dict[str, Any]] = {job: job._asdict() for job in jobs}
+    rows: dict[Job, dict[str, Any]] = {job: {**vars(job)} for job in jobs}
     models: dict[Job, Model] = {}
-    data, trained = plan.data, setup.trained
+    data, trained = setup.data, setup.trained
     for job, row in rows.items():
         with noted(row):
             models[job] = build(job, setup)
@@ -202,17 +177,17 @@ def measure(
             if trained:
                 row |= about_source(job.method, models[job])
                 if data is not None:
-                    test_images(models[job], data, plan.images, plan.workers)  # before minutes are spent on the rest
-            if plan.memory:
-                row |= peaks_elsewhere(job, setup, plan.training)
+                    test_images(models[job], data, setup.images, setup.workers)  # before minutes are spent on the rest
+            if setup.memory:
+                row |= peaks_elsewhere(job, setup, setup.training)
                 tick()
-    kinds: dict[str, Callable[..., Work]] = {"training": training} if plan.training else {}
+    kinds: dict[str, Callable[..., Work]] = {"training": training} if setup.training else {}
     kinds["latency"] = answering
     batches = 1
     if trained and data is not None:
-        batches = plan.images // jobs[0].batch_size
+        batches = setup.images // jobs[0].batch_size
         kinds["latency"] = lambda model, job, device: answering(
-            model, job, device, test_images(model, data, plan.images, plan.workers)
+            model, job, device, test_images(model, data, setup.images, setup.workers)
         )
     for kind, prepare in kinds.items():
         works: dict[Job, Work] = {}
@@ -220,7 +195,7 @@ def measure(
             if "error" not in row and (kind != "training" or not isinstance(models[job], GraphModel)):
                 with noted(row):
                     works[job] = prepare(models[job], job, device)
-        for job, times in in_turn(works, plan.warmup, plan.repeats, tick).items():
+        for job, times in in_turn(works, setup.warmup, setup.repeats, tick).items():
             if isinstance(times, Exception):
                 rows[job]["error"] = one_line(times)
             else:
@@ -232,7 +207,9 @@ def measure(
             row["images_per_second"] = 1000 * job.batch_size / row["latency_ms"]
             if data is not None and not trained:
                 with noted(row):
-                    row["loaded_images_per_second"] = loaded(models[job], job, device, data, plan.repeats, plan.workers)
+                    row["loaded_images_per_second"] = loaded(
+                        models[job], job, device, data, setup.repeats, setup.workers
+                    )
                 tick()
     return [SpeedRow(**row) for row in rows.values()]
 
@@ -278,5 +255,5 @@ def ratios(rows: list[SpeedRow], against: str, alike: tuple[str, ...] = ALIKE) -
         if base.method == against != row.method and all(getattr(row, k) == getattr(base, k) for k in alike):
             both = {name: (getattr(row, key), getattr(base, key)) for name, key in RATIOS.items()}
             parts = {name: a / b for name, (a, b) in both.items() if a is not None and b is not None}
-            found.append(SpeedRatio(**{k: getattr(row, k) for k in Job._fields}, against=against, **parts))
+            found.append(SpeedRatio(**{k: getattr(row, k) for k in SETTINGS}, against=against, **parts))
     return found

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,24 +33,32 @@ from glsim.types import ConfigError, DataError
 AS_EXPORTED = ("float32", False, "cpu")  # dtype of the images, compiled, device
 
 
-class Job(NamedTuple):
+@dataclass(frozen=True)
+class Job:
     """What a row measures."""
 
     method: str  # with its options: glsim:crop_size=112; or a source
-    backbone: str  # "" and 0 for a source: it has its own, which its row tells
-    image_size: int
+    backbone: str  # "" and 0 for a source that is yet to be read: it has its own
+    image_size: int | list[int]  # side, or height and width; pixels
     batch_size: int
     dtype: str
     compile: bool
 
 
 class Setup(NamedTuple):
-    """What all rows share of how their models are built."""
+    """What all rows share: how their models are built, and what is measured of them."""
 
     trained: bool  # the methods are sources: bundles, or exported graphs
     num_classes: int = 200
     backbone_args: dict[str, Any] | None = None
     device: str | None = None
+    training: bool = True
+    memory: bool = True
+    data: str | None = None
+    images: int = 128
+    workers: int = 2
+    repeats: int = 10
+    warmup: int = 2
 
 
 Work = Callable[[], object]
@@ -107,9 +116,14 @@ def _test_images(
     if len(found) < count:
         raise DataError(f"{data} has {len(found)} test images, {count} were asked for; fewer: --images")
     paths = [found[i * len(found) // count] for i in range(count)]
+    return torch.cat(list(read(paths, preprocessing, 32, workers)))
+
+
+def read(paths: Sequence[Path], preprocessing: Preprocessing, size: int, workers: int) -> Iterable[Tensor]:
+    """Batches of images (B, 3, H, W) as they are prepared for a model."""
     dataset: Any = ImageDataset(paths, eval_transform(preprocessing))
     start = sharing() if workers else None
-    return torch.cat([images for images, _ in DataLoader(dataset, 32, num_workers=workers, worker_init_fn=start)])
+    return (images for images, _ in DataLoader(dataset, size, num_workers=workers, worker_init_fn=start))
 
 
 def answering(model: Model, job: Job, device: torch.device, images: Tensor | None = None) -> Work:
@@ -118,8 +132,7 @@ def answering(model: Model, job: Job, device: torch.device, images: Tensor | Non
     With `images` (.., 3, H, W) an answer to each whole batch of them, second passes regrouped as `predict` does it;
     else the batch is noise.
     """
-    dtype = getattr(torch, job.dtype)
-    net = compiled(model.eval().to(device, dtype), job)
+    net, dtype = compiled(model.eval(), job, device)
     if images is None:
         images = torch.randn(job.batch_size, 3, *model.config.image_size)
     batches = [batch for batch in images.to(device, dtype).split(job.batch_size) if len(batch) == job.batch_size]
@@ -135,8 +148,7 @@ def answering(model: Model, job: Job, device: torch.device, images: Tensor | Non
 
 def training(model: Model, job: Job, device: torch.device) -> Work:
     """A step on a batch with arbitrary labels: forward (autocast where the dtype is not float32), backward, SGD."""
-    dtype = getattr(torch, job.dtype)
-    net = compiled(model.train().to(device), job)
+    net, dtype = compiled(model.train(), job, device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, nesterov=True)
     images = torch.randn(job.batch_size, 3, *model.config.image_size, device=device)
     labels = torch.arange(job.batch_size, device=device) % model.config.num_classes
@@ -152,9 +164,11 @@ def training(model: Model, job: Job, device: torch.device) -> Work:
     return work
 
 
-def compiled(model: Model, job: Job) -> Any:
-    """The model, compiled where the row says so."""
-    return torch.compile(model) if job.compile else model
+def compiled(model: Model, job: Job, device: torch.device) -> tuple[Any, torch.dtype]:
+    """The model on its device, one that answers in the dtype of the row, compiled where that says so; and the dtype."""
+    dtype = getattr(torch, job.dtype)
+    model = model.to(device) if model.training else model.to(device, dtype)
+    return (torch.compile(model) if job.compile else model), dtype
 
 
 def wait(device: torch.device) -> None:
@@ -168,14 +182,11 @@ def loaded(model: Model, job: Job, device: torch.device, data: str, batches: int
 
     The start of the processes that load is part of it.
     """
-    dtype = getattr(torch, job.dtype)
-    net = compiled(model.eval().to(device, dtype), job)
+    net, dtype = compiled(model.eval(), job, device)
     paths = find_images(data)[: batches * job.batch_size]
-    dataset: Any = ImageDataset(paths, eval_transform(preprocessing_of(model)))
-    share = sharing() if workers else None
     start = time.perf_counter()
     with torch.inference_mode():
-        for images, _ in DataLoader(dataset, job.batch_size, num_workers=workers, worker_init_fn=share):
+        for images in read(paths, preprocessing_of(model), job.batch_size, workers):
             net(images.to(device, dtype))
         wait(device)
     return len(paths) / (time.perf_counter() - start)

@@ -32,7 +32,7 @@ TIMES = {"latency_ms", "latency_quartiles_ms", "images_per_second", "training_ms
 
 
 def as_row(job, **measured):
-    return SpeedRow(**job._asdict(), **measured)
+    return SpeedRow(**vars(job), **measured)
 
 
 class Clock:
@@ -92,7 +92,7 @@ def test_medians_spread_and_ratios(monkeypatch):
     assert plain.latency_ms == 2000 and plain.latency_quartiles_ms == [1500, 7000]
     assert plain.images_per_second == 1 and glsim.latency_ms == 5000
     (ratio,) = result.ratio
-    assert ratio.latency == 2.5 and set(document(ratio)) == {*Job._fields, "against", "latency"}
+    assert ratio.latency == 2.5 and set(document(ratio)) == {*speed.SETTINGS, "against", "latency"}
     assert (ratio.method, ratio.against, ratio.batch_size) == ("glsim:top_o=4", "plain", 2)
     text = show(result, Options())
     assert "2,000.0 ±2,750.0" in text and "2.500" in text and "divided by plain" in text
@@ -141,7 +141,7 @@ def test_one_json_document_with_everything(capsys, tmp_path, monkeypatch):
     assert [row["method"] for row in result["rows"]] == ["plain", "glsim:top_o=4"]
     for row in result["rows"]:
         more = {"parameters", "memory_mib", "training_memory_mib", "loaded_images_per_second"}
-        assert set(row) == {*Job._fields, *TIMES, *more}
+        assert set(row) == {*speed.SETTINGS, *TIMES, *more}
         low, high = row["latency_quartiles_ms"]
         assert 0 < low <= row["latency_ms"] <= high
         assert row["images_per_second"] == pytest.approx(2000 / row["latency_ms"])

@@ -77,7 +77,7 @@ def ask(recipe, birds, out, **changes):
 
 
 def reproduced(options):
-    return verb.run(options, progress=False)
+    return reproduce.reproduce_recipe(**vars(options), progress=False)
 
 
 def test_the_lr_is_chosen_on_val_and_every_seed_measured_on_test(recipe, birds, tmp_path, monkeypatch):
