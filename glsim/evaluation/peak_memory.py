@@ -13,17 +13,18 @@ import torch
 
 from glsim.checkpoints.onnx_runtime import GraphModel
 from glsim.environment import pick_device
-from glsim.evaluation.workloads import Job, Setup, answering, build, training
+from glsim.evaluation.speed_settings import SpeedSettings
+from glsim.evaluation.workloads import Job, answering, build, training
 
 CHILD = """import json, sys
-from glsim.evaluation.peak_memory import Job, Setup, peaks_here
-job, setup, train = json.loads(sys.argv[1])
-print(json.dumps(peaks_here(Job(**job), Setup(*setup), train)))"""
+from glsim.evaluation.peak_memory import Job, SpeedSettings, peaks_here
+job, settings = json.loads(sys.argv[1])
+print(json.dumps(peaks_here(Job(**job), SpeedSettings(**settings))))"""
 
 
-def peaks_elsewhere(job: Job, setup: Setup, train: bool = True) -> dict[str, float]:
+def peaks_elsewhere(job: Job, s: SpeedSettings) -> dict[str, float]:
     """`peaks_here` in a process of its own, which inherits nobody's peak; raises RuntimeError with its last words."""
-    words = [sys.executable, "-c", CHILD, json.dumps([vars(job), setup, train])]
+    words = [sys.executable, "-c", CHILD, json.dumps([vars(job), vars(s)])]
     child = subprocess.run(words, capture_output=True, text=True)
     if child.returncode:
         said = child.stderr.strip().splitlines()
@@ -34,20 +35,20 @@ def peaks_elsewhere(job: Job, setup: Setup, train: bool = True) -> dict[str, flo
     return json.loads(child.stdout.splitlines()[-1])
 
 
-def peaks_here(job: Job, setup: Setup, train: bool) -> dict[str, float]:
+def peaks_here(job: Job, s: SpeedSettings) -> dict[str, float]:
     """MiB that a model and a batch took at their peak, by the names `memory_mib` and `training_memory_mib`.
 
-    Without `train` only answers are measured. On an accelerator what was allocated; on a CPU what became resident after
-    the libraries were in.
+    Without `s.training` only answers are measured. On an accelerator what was allocated; on a CPU what became resident
+    after the libraries were in.
     """
-    device = pick_device(setup.device)
+    device = pick_device(s.device)
     if job.method.endswith(".onnx"):
         import_module("onnxruntime")  # a library too
     before = resident(peak=False) if device.type == "cpu" else 0
-    model = build(job, setup)
+    model = build(job, s)
     found = {}
     for name, prepare in (("memory_mib", answering), ("training_memory_mib", training)):
-        if prepare is training and (isinstance(model, GraphModel) or not train):
+        if prepare is training and (isinstance(model, GraphModel) or not s.training):
             break
         work = prepare(model.float(), job, device)
         work()  # the optimiser's buffers and a compiler's own memory come with the first one

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml
@@ -24,6 +24,7 @@ from glsim.data.loaders import ImageDataset
 from glsim.data.readers import read_data
 from glsim.data.transforms import Preprocessing, eval_transform
 from glsim.environment import pick_device
+from glsim.evaluation.speed_settings import SpeedSettings
 from glsim.inference.predictor import answers
 from glsim.models import create_model
 from glsim.models.base import EarlyExitModel, Model
@@ -45,40 +46,24 @@ class Job:
     compile: bool
 
 
-class Setup(NamedTuple):
-    """What all rows share: how their models are built, and what is measured of them."""
-
-    trained: bool  # the methods are sources: bundles, or exported graphs
-    num_classes: int = 200
-    backbone_args: dict[str, Any] | None = None
-    device: str | None = None
-    training: bool = True
-    memory: bool = True
-    data: str | None = None
-    images: int = 128
-    workers: int = 2
-    repeats: int = 10
-    warmup: int = 2
-
-
 Work = Callable[[], object]
 
 
-def build(job: Job, setup: Setup) -> Model:
+def build(job: Job, s: SpeedSettings) -> Model:
     """The model of a row: a trained one out of a source, else one whose weights are random.
 
     Raises ConfigError for an exported graph that is to be anything but what it is, and for a compiled model with a
     margin, whose two passes `answers` calls one by one.
     """
-    model = load(job.method) if setup.trained else untrained(job, setup)
-    if isinstance(model, GraphModel) and (job.dtype, job.compile, pick_device(setup.device).type) != AS_EXPORTED:
+    model = load(job.method) if s.sources else untrained(job, s)
+    if isinstance(model, GraphModel) and (job.dtype, job.compile, pick_device(s.device).type) != AS_EXPORTED:
         raise ConfigError(f"{job.method} is exported and runs as it is: --device cpu --dtypes float32 --compile no")
     if isinstance(model, EarlyExitModel) and model.margin is not None and job.compile:
         raise ConfigError(f"{job.method} answers early (margin {model.margin:g}), which is not compiled: --compile no")
     return model
 
 
-def untrained(job: Job, setup: Setup) -> Model:
+def untrained(job: Job, s: SpeedSettings) -> Model:
     """The method of a row with its options, random weights."""
     method, _, given = job.method.partition(":")
     options = {}
@@ -86,7 +71,7 @@ def untrained(job: Job, setup: Setup) -> Model:
         key, _, value = part.partition("=")
         options[key.strip()] = yaml.safe_load(value)
     torch.manual_seed(0)
-    return create_model(method, job.backbone, setup.num_classes, job.image_size, False, setup.backbone_args, **options)
+    return create_model(method, job.backbone, s.num_classes, job.image_size, False, s.backbone_args, **options)
 
 
 def about_source(source: str, model: Model) -> dict[str, Any]:
