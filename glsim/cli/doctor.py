@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from glsim.cli.options import Decoding, Device, Lines, PlannedModel, positional, setting
 from glsim.models import METHODS
 from glsim.types import ConfigError
 
 if TYPE_CHECKING:
-    from glsim.data.audit import ClassCounts, Finding, ImageSizes
+    from glsim.data.audit import Audit
     from glsim.data.audit_page import MemorySection
     from glsim.training.memory import MemoryEstimate
 
@@ -45,19 +45,16 @@ class Options(Decoding, Device, PlannedModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """The audit (`glsim.data.audit:Audit`), the memory of the planned run, and where the page is."""
+    """The audit, the memory of the planned run, and where the page is."""
 
-    data: str
-    exit_code: int
-    counts: dict[str, int]
-    split_drawn: bool
-    classes: ClassCounts
-    sizes: ImageSizes
-    findings: list[Finding]
-    near_search_stopped: bool
+    audit: Audit
     memory: MemoryEstimate
     out: str
     seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it on one level."""
+        return vars(self.audit) | {name: value for name, value in vars(self).items() if name != "audit"}
 
 
 def run(options: Options, progress: bool) -> Diagnosis:
@@ -79,7 +76,7 @@ def run(options: Options, progress: bool) -> Diagnosis:
     seconds = round(time.perf_counter() - began, 1)
     with pixel_limit(options.max_megapixels):
         write_text(out, as_html(audit, memory.image_size, memory_section(memory)))
-    return Diagnosis(**vars(audit), memory=memory, out=str(out), seconds=seconds)
+    return Diagnosis(audit=audit, memory=memory, out=str(out), seconds=seconds)
 
 
 def memory_section(m: MemoryEstimate) -> MemorySection:
@@ -108,9 +105,10 @@ def show(r: Diagnosis, options: Options) -> Lines:
     """What was found, every problem by name; the memory of the planned run; where the page is."""
     from glsim.training.memory import as_gib
 
-    images = ", ".join(f"{count} {split}" for split, count in r.counts.items())
-    yield f"{r.data}: {images} images of {r.classes.count} classes, {r.seconds} s"
-    for f in r.findings:
+    audit, m = r.audit, r.memory
+    images = ", ".join(f"{count} {split}" for split, count in audit.counts.items())
+    yield f"{audit.data}: {images} images of {audit.classes.count} classes, {r.seconds} s"
+    for f in audit.findings:
         yield f"{f.severity}: {f.title}: {f.count}. {f.advice}"
         most = 5 if f.severity == "warning" else f.count
         for item in f.items[:most]:
@@ -118,10 +116,9 @@ def show(r: Diagnosis, options: Options) -> Lines:
             yield "  " + ": ".join(part for part in (paths, item.note) if part)
         if f.count > most:
             yield f"  .. and {f.count - most} more (--json lists all)"
-    m = r.memory
     verdict = f"batches up to {m.largest_batch_size} fit" if m.fits else "it will not fit; what helps:"
     yield f"memory of a step: about {as_gib(m.total)}, free on {m.device}: {as_gib(m.free)}; {verdict}"
     yield from (f"  {advice}" for advice in m.advice)
-    if not r.findings:
+    if not audit.findings:
         yield "nothing found"
     yield f"page: {r.out}"

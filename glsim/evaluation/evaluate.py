@@ -182,9 +182,9 @@ def evaluate(
     model.eval()
     taxonomy = taxonomy or flat(range(num_classes))
     start = time.perf_counter()
-    truth: deque[Tensor] = deque()
     columns: list[list[Tensor]] = []
     answered: list[Tensor] = []
+    truth: deque[Tensor] = deque()  # of the batches whose answers are to come; their images are not kept
 
     def batches() -> Iterator[Tensor]:
         for images, labels in read(loader):
@@ -209,8 +209,8 @@ def evaluate(
         first = getattr(dataset, "images", {wrong[0]: f"image {wrong[0]}"})[wrong[0]]
         raise DataError(f"{first}: {NO_ANSWER}; so for {len(wrong)} of {len(real)} images")
     in_top5, *told = (torch.cat(column)[:count] for column in zip(*columns, strict=True))
-    said: list[Any] = [int(in_top5.sum()), *told[:4], time.perf_counter() - start, *told[4:]]
-    return Evaluation(*said)
+    found: list[Any] = [int(in_top5.sum()), *told[:4], time.perf_counter() - start, *told[4:]]
+    return Evaluation(*found)
 
 
 def read_split(model: Model, data: str | Path, split: str) -> tuple[ImageList, dict[str, ImageList]]:

@@ -107,19 +107,14 @@ def compare_speed(s: SpeedSettings, progress: bool = False) -> SpeedComparison:
     nothing = all(row.error is not None for row in rows)
     result = SpeedComparison(rows, ratio, environment(place), 1 if nothing else None)
     if s.out is not None:
-        write_speed(s.out, result, bool(s.sources))
+        folder = make_folder(s.out)
+        write_json(folder / "bench.json", document(result))
+        if s.sources:
+            draw_accuracy(rows, folder / "accuracy.png")
+        else:
+            draw_speed(rows, "image_size", "batch_size", folder / "cost.png")
+            draw_speed(rows, "batch_size", "image_size", folder / "throughput.png")
     return result
-
-
-def write_speed(out: str, result: SpeedComparison, trained: bool) -> None:
-    """Write bench.json and plots into a folder."""
-    folder = make_folder(out)
-    write_json(folder / "bench.json", document(result))
-    if trained:
-        draw_accuracy(result.rows, folder / "accuracy.png")
-    else:
-        draw_speed(result.rows, "image_size", "batch_size", folder / "cost.png")
-        draw_speed(result.rows, "batch_size", "image_size", folder / "throughput.png")
 
 
 def measure(jobs: list[Job], s: SpeedSettings, device: torch.device, tick: Callable[[], object]) -> list[SpeedRow]:
