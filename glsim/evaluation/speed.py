@@ -129,18 +129,16 @@ def measure(jobs: list[Job], s: SpeedSettings, device: torch.device, tick: Calla
             if s.sources:
                 row |= about_source(job.method, models[job])
                 if s.data is not None:
-                    test_images(models[job], s.data, s.images, s.workers)  # before minutes are spent on the rest
+                    test_images(models[job], s)  # before minutes are spent on the rest
             if s.memory:
                 row |= peaks_elsewhere(job, s)
                 tick()
     kinds: dict[str, Callable[..., Work]] = {"training": training} if s.training else {}
     kinds["latency"] = answering
-    batches, data = 1, s.data
-    if s.sources and data is not None:
+    batches = 1
+    if s.sources and s.data is not None:
         batches = s.images // jobs[0].batch_size
-        kinds["latency"] = lambda model, job, device: answering(
-            model, job, device, test_images(model, data, s.images, s.workers)
-        )
+        kinds["latency"] = lambda model, job, device: answering(model, job, device, test_images(model, s))
     for kind, prepare in kinds.items():
         works: dict[Job, Work] = {}
         for job, row in rows.items():
@@ -159,7 +157,7 @@ def measure(jobs: list[Job], s: SpeedSettings, device: torch.device, tick: Calla
             row["images_per_second"] = 1000 * job.batch_size / row["latency_ms"]
             if s.data is not None and not s.sources:
                 with noted(row):
-                    row["loaded_images_per_second"] = loaded(models[job], job, device, s.data, s.repeats, s.workers)
+                    row["loaded_images_per_second"] = loaded(models[job], job, device, s)
                 tick()
     return [SpeedRow(**row) for row in rows.values()]
 

@@ -86,10 +86,11 @@ def about_source(source: str, model: Model) -> dict[str, Any]:
     return row | {"accuracy": test["top1"]} if isinstance(test, dict) and "top1" in test else row
 
 
-def test_images(model: Model, data: str, count: int, workers: int) -> Tensor:
-    """`count` images, drawn evenly from the test split of `data` as `model` was trained, prepared for it."""
+def test_images(model: Model, s: SpeedSettings) -> Tensor:
+    """Images drawn evenly from the test split of `s.data` as `model` was trained, prepared for it."""
     seen = {"split_seed": 0, "test_fraction": 0.2} | model.config.data
-    return _test_images(data, seen["split_seed"], seen["test_fraction"], preprocessing_of(model), count, workers)
+    assert s.data is not None
+    return _test_images(s.data, seen["split_seed"], seen["test_fraction"], preprocessing_of(model), s.images, s.workers)
 
 
 @lru_cache(maxsize=2)
@@ -162,16 +163,17 @@ def wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def loaded(model: Model, job: Job, device: torch.device, data: str, batches: int, workers: int) -> float:
-    """Images a second of one pass over the images of `data`, at most so many batches: read, prepared, answered.
+def loaded(model: Model, job: Job, device: torch.device, s: SpeedSettings) -> float:
+    """Images a second of one pass over those of `s.data`, at most `s.repeats` batches: read, prepared, answered.
 
     The start of the processes that load is part of it.
     """
     net, dtype = compiled(model.eval(), job, device)
-    paths = find_images(data)[: batches * job.batch_size]
+    assert s.data is not None
+    paths = find_images(s.data)[: s.repeats * job.batch_size]
     start = time.perf_counter()
     with torch.inference_mode():
-        for images in read(paths, preprocessing_of(model), job.batch_size, workers):
+        for images in read(paths, preprocessing_of(model), job.batch_size, s.workers):
             net(images.to(device, dtype))
         wait(device)
     return len(paths) / (time.perf_counter() - start)
