@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import operator
 import re
 import typing
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from glsim.types import ConfigError, choose
 
 Size = int | list[int] | None
 Role = Literal["reads", "file", "folder"]  # of a path: it is read, or a file or folder is written there
+LIMITS = {"least": operator.ge, "above": operator.gt, "most": operator.le, "below": operator.lt}
 
 
 def setting(
@@ -26,14 +28,18 @@ def setting(
     path: Role | None = None,
     choices: Any = None,
     least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
     below: float | None = None,
 ) -> Any:
     """A dataclass field with a default and its one-line help.
 
     `path` where its text names a file or folder; `choices` a collection of the values it may have, where its type is no
-    Literal; `least` and `below` limits of a number, or of each in a list. None is always allowed as the default.
+    Literal; `least` or `above`, and beside it `most` or `below`, limits of a number, or of each in a list. None is
+    always allowed as the default.
     """
-    stated = {"help": help, "path": path, "choices": choices, "least": least, "below": below}
+    stated = {"help": help, "path": path, "choices": choices}
+    stated |= {"least": least, "above": above, "most": most, "below": below}
     if isinstance(default, dict | list):
         return field(default_factory=lambda: type(default)(default), metadata=stated)
     return field(default=default, metadata=stated)
@@ -44,17 +50,22 @@ def required(help: str, *, path: Role | None = None, choices: Any = None) -> Any
     return field(metadata={"help": help, "path": path, "choices": choices})
 
 
-def positional(default: Any, help: str, *, path: Role | None = None, choices: Any = None) -> Any:  # noqa: A002
-    """A dataclass field that stands on the command line without its name; `MISSING` makes it mandatory."""
+def positional(help: str, default: Any = MISSING, *, path: Role | None = None, choices: Any = None) -> Any:  # noqa: A002
+    """A dataclass field that stands on the command line without its name; without a default it is mandatory."""
     return field(default=default, metadata={"help": help, "positional": True, "path": path, "choices": choices})
 
 
+@typing.dataclass_transform(frozen_default=True, kw_only_default=True)
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Settings whose fields are checked by what they state; `check` adds what concerns several of them.
 
+    A class that inherits is a frozen dataclass by that alone; to decorate it would lose what its fields state.
     In paths `~` is the home folder. Raises ConfigError naming the setting, its value and what would work.
     """
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True, kw_only=True)(cls)
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -97,12 +108,12 @@ def _check(f: dataclasses.Field, hint: Any, value: Any) -> None:
     choices = f.metadata.get("choices") or choices_of(hint)
     for one in several if choices else ():
         choose(one, dict.fromkeys(choices), what)
-    least, below = f.metadata.get("least"), f.metadata.get("below")
-    for number in several if (least, below) != (None, None) else ():
-        if not (math.isfinite(number) and (least is None or number >= least) and (below is None or number < below)):
-            if below is None:
-                raise ConfigError(f"{f.name}={value}: at least {least} is needed")
-            raise ConfigError(f"{f.name}={value}: from {least or 0} to below {below}")
+    limits = {name: f.metadata[name] for name in LIMITS if f.metadata.get(name) is not None}
+    if not all(LIMITS[name](number, limit) for name, limit in limits.items() for number in several):
+        (kind, low), *high = limits.items()
+        if not high:
+            raise ConfigError(f"{f.name}={value}: {'above' if kind == 'above' else 'at least'} {low} is needed")
+        raise ConfigError(f"{f.name}={value}: from {low} to {'below ' if 'below' in limits else ''}{high[0][1]}")
 
 
 def choices_of(hint: Any) -> tuple[Any, ...]:

@@ -1,8 +1,9 @@
 """The command line: verbs, options, exit codes. torch is imported only once the options are valid.
 
 A verb is a file of this folder: `index_build.py` is `glsim index build`. It holds `PURPOSE` (its heading in the help),
-`Options` (a dataclass of `glsim.settings`; its docstring is the help), `run(options, progress)`, which assembles what
-the library does and returns its result, and `show(result, options)`, the same for people.
+`Options` (settings of `glsim.settings`; its docstring is the help), `CALL`, the function of the library that takes the
+options and returns the result, or where that is not one call, `run(options, progress)`, which assembles it; and
+`show(result, options)`, the same for people: a text, or its lines.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout, suppress
+from functools import partial
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
+from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -39,7 +43,7 @@ class Verb(NamedTuple):
     purpose: str
     options: type
     run: Callable[[Any, bool], Any]  # options and whether to draw a progress bar; returns the result
-    show: Callable[[Any, Any], str]  # result and options, with every text in them made safe to print
+    show: Callable[[Any, Any], str | Iterable[str]]  # result and options, every text in them made safe to print
     recipe: Callable[[str], Path] | None = None  # finds and checks the file of --recipe, for a verb that has it
     raw: bool = False  # `show` writes for programs too: it gets the texts as they are, and escapes them itself
 
@@ -54,7 +58,15 @@ def load_verb(name: str) -> Verb:
     """A verb by its name."""
     module = import_module(f"glsim.cli.{name.replace(' ', '_')}")
     more = {field: getattr(module, field.upper()) for field in ("recipe", "raw") if hasattr(module, field.upper())}
-    return Verb(module.PURPOSE, module.Options, module.run, module.show, **more)
+    run = partial(call_library, module.CALL) if hasattr(module, "CALL") else module.run
+    return Verb(module.PURPOSE, module.Options, run, module.show, **more)
+
+
+def call_library(name: str, options: Any, progress: bool) -> Any:
+    """What a function of the library, `module:name`, makes of options; `progress` is for one that draws a bar."""
+    function = resolve_name(name)
+    bar = {"progress": progress} if "progress" in signature(function).parameters else {}
+    return function(**vars(options), **bar)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -140,9 +152,11 @@ class Call:
             return code, ""
         if self.as_json:
             return code, self.document(said | {"notes": self.notes} if self.notes else said)
-        if verb.raw:
-            return code, verb.show(result, self.settings)
-        return code, verb.show(shown(result), SimpleNamespace(**shown(vars(self.settings))))
+        settings = self.settings
+        if not verb.raw:
+            result, settings = shown(result), SimpleNamespace(**shown(vars(settings)))
+        text = verb.show(result, settings)
+        return code, text if isinstance(text, str) else "\n".join(text)
 
     def document(self, value: dict[str, Any]) -> str:
         """The JSON document; of ASCII where stdout cannot say everything."""
@@ -170,8 +184,9 @@ class Call:
         """Say on stderr what went wrong; returns the status, and with --json the document for stdout."""
         lines, code = explain_error(error, self.settings)
         self.tell(*lines)
-        document = {"error": "\n  ".join(map(bounded, lines)), "exit_code": code}
-        return code, self.document(document) if self.as_json and self.speaks else ""
+        if not (self.as_json and self.speaks):
+            return code, ""
+        return code, self.document({"error": "\n  ".join(map(bounded, lines)), "exit_code": code})
 
 
 def split_verb(words: Sequence[str]) -> tuple[str, list[str]]:
@@ -196,21 +211,13 @@ def part_processes() -> None:
 def usage(first: str = "") -> str:
     """What `glsim --help` prints, or `glsim FIRST --help` for the first word of a family of verbs."""
     names = _family(first, verb_names()) if first else verb_names()
-    known = {name: load_verb(name) for name in names}
     width = max(map(len, names))
-    lines = ["usage: glsim VERB [options]", "", "Fine-grained image recognition."]
-    for purpose in PURPOSES:
-        rows = [
-            f"  {name:{width}}  {(v.options.__doc__ or '').splitlines()[0]}"
-            for name, v in known.items()
-            if v.purpose == purpose
-        ]
-        lines += ["", f"{purpose}:", *rows] if rows else []
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "glsim VERB --help tells the options of a verb; --json prints one JSON document,",
-            "--traceback where an error arose.",
-        ]
-    )
+    rows: dict[str, list[str]] = {purpose: [] for purpose in PURPOSES}
+    for name in names:
+        verb = load_verb(name)
+        rows[verb.purpose].append(f"  {name:{width}}  {(verb.options.__doc__ or '').splitlines()[0]}")
+    lines = ["usage: glsim VERB [options]", "", "Fine-grained image recognition.", ""]
+    for purpose in filter(rows.get, PURPOSES):
+        lines += [f"{purpose}:", *rows[purpose], ""]
+    lines.append("glsim VERB --help tells the options of a verb; --json prints one JSON document,")
+    return "\n".join([*lines, "--traceback where an error arose."])

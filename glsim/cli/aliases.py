@@ -33,42 +33,32 @@ def translate(words: Sequence[str]) -> tuple[list[str], str | None]:
     Nothing is translated to a verb that is not there, nor behind `--`.
     """
     words = list(words)
+    end = words.index("--") if "--" in words else len(words)
     for alias in ALIASES:
-        if words[:1] == [alias.verb] and words[:2] != alias.now.split() and _is_verb(alias.now):
-            found = _find(alias, words)
-            if found:
-                start, end = found
-                _, equals, value = words[start].partition("=")
+        if words[:1] != [alias.verb] or words[:2] == alias.now.split() or not _is_verb(alias.now):
+            continue
+        for i, word in enumerate(words[:end]):
+            option, equals, value = word.partition("=")
+            if option == alias.option and alias.value in (None, value if equals else "".join(words[i + 1 : i + 2])):
                 kept = [f"{alias.renamed}{equals}{value}"] if alias.renamed else []
+                behind = i + 1 if equals or alias.value is None else i + 2
                 said = " ".join(filter(None, (alias.verb, alias.option, alias.value)))
-                new = [*alias.now.split(), *words[1:start], *kept, *words[end:]]
+                new = [*alias.now.split(), *words[1:i], *kept, *words[behind:]]
                 return new, f"{said} is now: glsim {alias.now}"
-    if words[:2] == ["index", "eval"] and (kept := _without_numbers(words, STEPS)) != words:
-        return kept, f"index eval takes no {', '.join(STEPS)} any more; benchmarks/new_classes.py adds classes in steps"
+    if words[:2] == ["index", "eval"] and (kept := _without_numbers(words[:end], STEPS)) != words[:end]:
+        note = f"index eval takes no {', '.join(STEPS)} any more; benchmarks/new_classes.py adds classes in steps"
+        return kept + words[end:], note
     return words, None
 
 
-def _find(alias: Alias, words: list[str]) -> tuple[int, int] | None:
-    """Where the option of `alias` stands, and where the words behind it begin; None where it does not stand there."""
-    for i, word in enumerate(words[: words.index("--")] if "--" in words else words):
-        option, equals, value = word.partition("=")
-        if option == alias.option:
-            if alias.value is None:
-                return i, i + 1
-            if (value if equals else "".join(words[i + 1 : i + 2])) == alias.value:
-                return i, i + (1 if equals else 2)
-    return None
-
-
 def _without_numbers(words: list[str], options: Sequence[str]) -> list[str]:
-    """The words without `options` and the numbers that follow each; what stands behind `--` stays."""
-    end = words.index("--") if "--" in words else len(words)
+    """The words without `options` and the numbers that follow each."""
     kept, inside = [], False
-    for word in words[:end]:
+    for word in words:
         inside = word.partition("=")[0] in options or (inside and word.replace(",", "").isdigit())
         if not inside:
             kept.append(word)
-    return kept + words[end:]
+    return kept
 
 
 def _is_verb(name: str) -> bool:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from glsim.cli.options import Decoding, Device, dataclass, setting
-from glsim.models import METHODS
-from glsim.types import ConfigError, choose
+from glsim.evaluation.speed_settings import SpeedSettings as Options
 
 if TYPE_CHECKING:
     from glsim.evaluation.speed import SpeedComparison, SpeedRow
 
 PURPOSE = "Measure"
-DTYPES = ("float32", "bfloat16", "float16")
-LISTS = ("methods", "sources", "backbones", "sizes", "batch_sizes", "dtypes")
 SETTINGS = ("method", "backbone", "image_size", "batch_size", "dtype", "compile")  # of a row
 RATIOS = ("latency", "training", "memory", "training_memory")
 COLUMNS = {  # numbers of a row: head, how one is written
@@ -27,67 +23,11 @@ COLUMNS = {  # numbers of a row: head, how one is written
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options(Decoding, Device):
-    """Time models in turn: answers, training steps, images a second, peak memory, and their ratios."""
-
-    methods: list[str] = setting(["plain", "glsim"], "what to measure; options after a colon: glsim:crop_size=112")
-    sources: list[str] = setting(
-        [], "trained bundles or exported .onnx to measure instead, at their own image size", path="reads"
-    )
-    backbones: list[str] = setting(["vit_base_patch16_224"], "timm model names")
-    sizes: list[int] = setting([224], "sides of the images in pixels", least=1)
-    batch_sizes: list[int] = setting([1, 8], "images at a time", least=1)
-    dtypes: list[str] = setting(["float32"], "float32, bfloat16, float16: of the weights; in training, of autocast")
-    compile: Literal["no", "yes", "both"] = setting("no", "compile the models with torch.compile")
-    against: str | None = setting(
-        None, "a method (or source): divide what the others took by what this one took", path="reads"
-    )
-    training: bool = setting(True, "time training steps too: forward, backward, SGD")
-    memory: bool = setting(True, "measure peak memory too, each row in a process of its own")
-    data: str | None = setting(
-        None,
-        "images (folder or glob): how many a second are read, prepared and answered; with --sources a data set as "
-        "for train, whose test images are what is answered (the cost of a model may depend on them)",
-        path="reads",
-    )
-    images: int = setting(128, "with --sources and --data: test images in every turn, in memory beforehand")
-    workers: int = setting(2, "processes that load images", least=0)
-    repeats: int = setting(10, "rounds in which every model has its turn; median and quartiles are over these", least=1)
-    warmup: int = setting(2, "rounds before those, not counted", least=0)
-    num_classes: int = setting(200, "outputs of the last layer", least=1)
-    backbone_args: dict[str, Any] = setting({}, "handed to timm, as --backbone-args.depth 6")
-    out: str | None = setting(None, "folder for bench.json and plots", path="folder")
-
-    def check(self) -> None:
-        """Known names, each once, and nothing that sources have of their own."""
-        super().check()
-        for method in self.methods:
-            choose(method.partition(":")[0], METHODS, "method")
-        for dtype in self.dtypes:
-            choose(dtype, dict.fromkeys(DTYPES), "dtype")
-        if self.against is not None:
-            choose(self.against, dict.fromkeys(self.sources or self.methods), "method to compare against")
-        for name in LISTS:
-            values = getattr(self, name)
-            if len(set(values)) < len(values):
-                raise ConfigError(f"{name}={values}: each only once")
-            if not values and name != "sources":
-                raise ConfigError(f"{name}={values}: one or more")
-        if self.sources:
-            usual = Options()
-            for name in ("methods", "backbones", "sizes", "num_classes", "backbone_args"):
-                if getattr(self, name) != getattr(usual, name):
-                    raise ConfigError(f"{name}={getattr(self, name)}: not with --sources, which have their own")
-            if self.images < max(self.batch_sizes):
-                raise ConfigError(f"images={self.images}: at least the largest of batch_sizes, {max(self.batch_sizes)}")
-
-
 def run(options: Options, progress: bool) -> SpeedComparison:
     """Measure them."""
     from glsim.evaluation.speed import compare_speed
 
-    return compare_speed(**vars(options), progress=progress)
+    return compare_speed(options, progress)
 
 
 def show(r: SpeedComparison, options: Options) -> str:

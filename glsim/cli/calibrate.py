@@ -5,20 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from glsim.cli.eval import show_answered
-from glsim.cli.options import MISSING, DataSplit, Loading, dataclass, positional, setting
+from glsim.cli.options import DataSplit, Lines, Loading, positional, setting
 from glsim.types import ConfigError
 
 if TYPE_CHECKING:
     from glsim.evaluation.calibration import Calibration
 
 PURPOSE = "Measure"
+CALL = "glsim.evaluation.calibration:calibrate_bundle"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Options(Loading, DataSplit):
     """Fit confidences on validation images, and when a first pass may answer alone; changes the bundle."""
 
-    source: str = positional(MISSING, "bundle folder", path="folder")
+    source: str = positional("bundle folder", path="folder")
     split: Literal["train", "val", "test", "all"] = setting(
         "val", "which images, as eval takes them; none that the model was trained on; all: every one there is"
     )
@@ -36,35 +36,22 @@ class Options(Loading, DataSplit):
             raise ConfigError(f"max_error={self.max_error}: points of 100, from 0 to below 100")
 
 
-def run(options: Options, progress: bool) -> Calibration:
-    """Fit them, and write them into the bundle."""
-    from glsim.evaluation.calibration import calibrate_bundle
-
-    return calibrate_bundle(**vars(options), progress=progress)
-
-
-def show(r: Calibration, options: Options) -> str:
+def show(r: Calibration, options: Options) -> Lines:
     """What the fit changed."""
-    lines = [f"{r.count} images of {r.split}: temperature {r.temperature:.3f}"]
-    if r.temperature_interval is None:
-        lines[0] += f", kept at 1: {r.temperature_kept}; calibrate on more images"
-    else:
-        low, high = r.temperature_interval
-        lines[0] += f" ({low:.3f} to {high:.3f}, 95 %)"
-    lines.append(
-        f"expected calibration error {r.ece[0]:.2%} -> {r.ece[1]:.2%}, mean log-loss {r.nll[0]:.4f} -> {r.nll[1]:.4f}"
-    )
+    how = f", kept at 1: {r.temperature_kept}; calibrate on more images"
+    if r.temperature_interval is not None:
+        how = " ({:.3f} to {:.3f}, 95 %)".format(*r.temperature_interval)
+    yield f"{r.count} images of {r.split}: temperature {r.temperature:.3f}{how}"
+    (ece, ece_after), (nll, nll_after) = r.ece, r.nll
+    yield f"expected calibration error {ece:.2%} -> {ece_after:.2%}, mean log-loss {nll:.4f} -> {nll_after:.4f}"
     if r.correct_first is not None and r.correct_second is not None:
-        lines += [
-            f"first pass alone {r.correct_first / r.count:.2%} ({r.correct_first}), "
-            f"always both {r.correct_second / r.count:.2%} ({r.correct_second}), "
-            f"as calibrated {r.correct / r.count:.2%} ({r.correct})",
-            f"second pass for {r.second_pass_share:.1%} of the images, margin {r.margin}",
-        ]
+        rights = {"first pass alone": r.correct_first, "always both": r.correct_second, "as calibrated": r.correct}
+        yield ", ".join(f"{name} {right / r.count:.2%} ({right})" for name, right in rights.items())
+        yield f"second pass for {r.second_pass_share:.1%} of the images, margin {r.margin}"
     if r.threshold is not None:
         assert r.coverage is not None and r.answered is not None and r.answered_correct is not None
-        lines.append(show_answered(r.threshold, r.coverage, r.answered, r.answered_correct))
-        lines.append(f"that rests on {r.count} images: up to {r.error_at_most:.1%} of such answers may be wrong (95 %)")
+        yield show_answered(r.threshold, r.coverage, r.answered, r.answered_correct)
+        yield f"that rests on {r.count} images: up to {r.error_at_most:.1%} of such answers may be wrong (95 %)"
     elif r.max_error is not None:
-        lines.append(f"no threshold keeps the error at {r.max_error:g} points: --reject will not work")
-    return "\n".join([*lines, f"written: {r.bundle}"])
+        yield f"no threshold keeps the error at {r.max_error:g} points: --reject will not work"
+    yield f"written: {r.bundle}"

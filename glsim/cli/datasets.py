@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from glsim.cli.options import Settings, dataclass, positional, setting
+from glsim.cli.options import Lines, Settings, positional, setting
 from glsim.types import ConfigError
 
 if TYPE_CHECKING:
@@ -13,12 +13,11 @@ if TYPE_CHECKING:
 PURPOSE = "Data"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Options(Settings):
     """List the data sets glsim knows by name, or prepare one in a folder for --dataset NAME."""
 
-    action: Literal["list", "prepare"] = positional("list", "list, or prepare NAME")
-    name: str | None = positional(None, "synthetic, or a name of the list")
+    action: Literal["list", "prepare"] = positional("list, or prepare NAME", "list")
+    name: str | None = positional("synthetic, or a name of the list", None)
     root: str | None = setting(None, "folder to make, or to fill", path="folder")
     source: list[str] | None = setting(
         None, "the publisher's archives, or the folder they were unpacked in", path="reads"
@@ -49,30 +48,23 @@ def run(options: Options, progress: bool) -> DataSetInfo | dict[str, list[DataSe
     return prepare_dataset(**{name: value for name, value in vars(options).items() if name != "action"})
 
 
-def show(r: Any, options: Options) -> str:
-    """The names, or what was made."""
-    return show_list(r["datasets"]) if options.action == "list" else show_prepared(r)
-
-
-def show_list(datasets: list[DataSetInfo]) -> str:
-    """A data set with its counts, protocol, licence and address, one after the other."""
-    lines = []
-    for d in datasets:
-        lines.append(f"{d.name:10} {d.about}")
-        if d.counts is not None:
-            lines[-1] += f": {d.classes} classes, {show_counts(d.counts) or 'counts not stated'}"
+def show(r: Any, options: Options) -> Lines:
+    """Each name with counts, protocol, licence and address; or what lies in the folder now, and what comes next."""
+    if options.action == "prepare":
+        yield f"{r.name}: {r.classes} classes, {show_counts(r.counts or {})} images in {r.root}"
+        if r.csv is not None:
+            yield f"list: {r.csv}, split {r.split_hash}"
+            yield f"licence: {r.licence}"
+            yield f"next: glsim train --dataset {r.name} --data {r.root} --out RUN"
+        return
+    for d in r["datasets"]:
+        if d.counts is None:
+            yield f"{d.name:10} {d.about}"
+        else:
             how = "downloaded by prepare" if d.download else "download it yourself, then prepare --source"
-            lines += [f"{'':10} {d.protocol}", f"{'':10} licence: {d.licence}; {d.homepage} ({how})"]
-    return "\n".join(lines)
-
-
-def show_prepared(r: DataSetInfo) -> str:
-    """What lies in the folder now, and what comes next."""
-    lines = [f"{r.name}: {r.classes} classes, {show_counts(r.counts or {})} images in {r.root}"]
-    if r.csv is not None:
-        lines += [f"list: {r.csv}, split {r.split_hash}", f"licence: {r.licence}"]
-        lines.append(f"next: glsim train --dataset {r.name} --data {r.root} --out RUN")
-    return "\n".join(lines)
+            yield f"{d.name:10} {d.about}: {d.classes} classes, {show_counts(d.counts) or 'counts not stated'}"
+            yield f"{'':10} {d.protocol}"
+            yield f"{'':10} licence: {d.licence}; {d.homepage} ({how})"
 
 
 def show_counts(counts: dict[str, int]) -> str:

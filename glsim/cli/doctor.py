@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from glsim.cli.options import MISSING, Decoding, Device, PlannedModel, dataclass, positional, setting
+from glsim.cli.options import Decoding, Device, Lines, PlannedModel, positional, setting
 from glsim.models import METHODS
 from glsim.types import ConfigError
 
 if TYPE_CHECKING:
-    from glsim.data.audit import ClassCounts, Finding, ImageSizes
+    from glsim.data.audit import Audit
     from glsim.data.audit_page import MemorySection
     from glsim.training.memory import MemoryEstimate
 
 PURPOSE = "Data"
+RUN = ("method", "backbone", "image_size", "options", "backbone_args", "batch_size", "optimizer", "precision", "device")
+READING = ("near", "min_images", "workers", "max_megapixels")
 
 
-@dataclass(frozen=True, kw_only=True)
 class Options(Decoding, Device, PlannedModel):
     """Look through a data set before training: bad files, duplicates, leaks, labels, sizes, memory; writes a page."""
 
-    data: str = positional(MISSING, "folder or CSV, as for train", path="reads")
+    data: str = positional("folder or CSV, as for train", path="reads")
     out: str = setting("doctor.html", "page to write; an older one is replaced", path="file")
     near: int = setting(
         32, "pictures are nearly the same when at most so many of the 256 bits of their hash differ", least=0
@@ -43,19 +45,16 @@ class Options(Decoding, Device, PlannedModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """The audit (`glsim.data.audit:Audit`), the memory of the planned run, and where the page is."""
+    """The audit, the memory of the planned run, and where the page is."""
 
-    data: str
-    exit_code: int
-    counts: dict[str, int]
-    split_drawn: bool
-    classes: ClassCounts
-    sizes: ImageSizes
-    findings: list[Finding]
-    near_search_stopped: bool
+    audit: Audit
     memory: MemoryEstimate
     out: str
     seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it on one level."""
+        return vars(self.audit) | {name: value for name, value in vars(self).items() if name != "audit"}
 
 
 def run(options: Options, progress: bool) -> Diagnosis:
@@ -70,31 +69,14 @@ def run(options: Options, progress: bool) -> Diagnosis:
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise ConfigError(f"out={options.out}: name a file, in a folder that is there")
     listing = list_images(options.data, split_seed=options.split_seed, test_fraction=options.test_fraction)
-    memory = estimate_memory(  # before the images are read, for a wrong setting must not wait for them
-        len(listing.classes),
-        method=options.method,
-        backbone=options.backbone,
-        image_size=options.image_size,
-        options=options.options,
-        backbone_args=options.backbone_args,
-        batch_size=options.batch_size,
-        optimizer=options.optimizer,
-        precision=options.precision,
-        device=options.device,
-    )
-    audit = audit_images(
-        listing,
-        image_size=memory.image_size,
-        near=options.near,
-        min_images=options.min_images,
-        workers=options.workers,
-        max_megapixels=options.max_megapixels,
-        progress=progress,
-    )
+    # Before the images are read, for a wrong setting must not wait for them.
+    memory = estimate_memory(len(listing.classes), **{name: getattr(options, name) for name in RUN})
+    reading = {name: getattr(options, name) for name in READING}
+    audit = audit_images(listing, image_size=memory.image_size, **reading, progress=progress)
     seconds = round(time.perf_counter() - began, 1)
     with pixel_limit(options.max_megapixels):
         write_text(out, as_html(audit, memory.image_size, memory_section(memory)))
-    return Diagnosis(**vars(audit), memory=memory, out=str(out), seconds=seconds)
+    return Diagnosis(audit=audit, memory=memory, out=str(out), seconds=seconds)
 
 
 def memory_section(m: MemoryEstimate) -> MemorySection:
@@ -119,25 +101,24 @@ def memory_section(m: MemoryEstimate) -> MemorySection:
     )
 
 
-def show(r: Diagnosis, options: Options) -> str:
+def show(r: Diagnosis, options: Options) -> Lines:
     """What was found, every problem by name; the memory of the planned run; where the page is."""
     from glsim.training.memory import as_gib
 
-    images = ", ".join(f"{count} {split}" for split, count in r.counts.items())
-    lines = [f"{r.data}: {images} images of {r.classes.count} classes, {r.seconds} s"]
-    for f in r.findings:
-        lines.append(f"{f.severity}: {f.title}: {f.count}. {f.advice}")
+    audit, m = r.audit, r.memory
+    images = ", ".join(f"{count} {split}" for split, count in audit.counts.items())
+    yield f"{audit.data}: {images} images of {audit.classes.count} classes, {r.seconds} s"
+    for f in audit.findings:
+        yield f"{f.severity}: {f.title}: {f.count}. {f.advice}"
         most = 5 if f.severity == "warning" else f.count
         for item in f.items[:most]:
             paths = " = ".join(image.path for image in item.images)
-            lines.append("  " + ": ".join(part for part in (paths, item.note) if part))
+            yield "  " + ": ".join(part for part in (paths, item.note) if part)
         if f.count > most:
-            lines.append(f"  .. and {f.count - most} more (--json lists all)")
-    m = r.memory
+            yield f"  .. and {f.count - most} more (--json lists all)"
     verdict = f"batches up to {m.largest_batch_size} fit" if m.fits else "it will not fit; what helps:"
-    lines.append(f"memory of a step: about {as_gib(m.total)}, free on {m.device}: {as_gib(m.free)}; {verdict}")
-    lines += [f"  {advice}" for advice in m.advice]
-    if not r.findings:
-        lines.append("nothing found")
-    lines.append(f"page: {r.out}")
-    return "\n".join(lines)
+    yield f"memory of a step: about {as_gib(m.total)}, free on {m.device}: {as_gib(m.free)}; {verdict}"
+    yield from (f"  {advice}" for advice in m.advice)
+    if not audit.findings:
+        yield "nothing found"
+    yield f"page: {r.out}"

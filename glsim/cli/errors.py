@@ -14,6 +14,13 @@ MEMORY = (
     *("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "unable to mmap"),
     *("insufficient shared memory", "alloc_failed", "bad_alloc"),
 )
+PLAIN: tuple[tuple[type[BaseException], str, int], ...] = (  # what each is told as, and the status
+    (UnicodeError, "a text is in another encoding than UTF-8: ", 3),
+    (OSError, "", 1),  # a full disk, a folder that cannot be written
+    (RecursionError, "something is nested too deeply: ", 1),
+    (ImportError, "a library is missing or broken: ", 1),
+    (SystemExit, "a library ended the program, with ", 1),
+)
 COSTLY = ("batch_size", "batch_sizes", "workers", "image_size", "sizes")  # settings that memory depends on
 
 
@@ -29,12 +36,9 @@ def explain_error(error: BaseException, settings: Any) -> tuple[list[str], int]:
         if "dataloader worker" in text and ("killed" in text or "exited unexpectedly" in text):
             advice = lower(settings, "workers", "batch_size")
             return [f"a process that loads images has died, mostly for want of memory: {said(cause)}; {advice}"], 1
-        if (
-            kind.__name__ == "OutOfMemoryError"
-            or isinstance(cause, MemoryError)
-            or (isinstance(cause, OSError) and cause.errno == errno.ENOMEM)
-            or (isinstance(cause, RuntimeError) and any(sign in text for sign in MEMORY))
-        ):
+        full = isinstance(cause, RuntimeError) and any(sign in text for sign in MEMORY)
+        full = full or (isinstance(cause, OSError) and cause.errno == errno.ENOMEM)
+        if full or isinstance(cause, MemoryError) or kind.__name__ == "OutOfMemoryError":
             return [f"memory has run out: {said(cause)}; {lower(settings, *COSTLY)}"], 1
         if kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
             return [f"torch.compile does not work here: {said(cause)}; leave out --compile"], 1
@@ -43,16 +47,9 @@ def explain_error(error: BaseException, settings: Any) -> tuple[list[str], int]:
             return [f"batch norm has only one value a channel: {said(cause)}; {advice}"], 1
         if kind.__name__ == "AcceleratorError":
             return [f"the device failed: {said(cause)}; see whether it works with --device cpu"], 1
-    if isinstance(error, UnicodeError):
-        return [f"a text is in another encoding than UTF-8: {said(error)}"], 3
-    if isinstance(error, OSError):  # a full disk, a folder that cannot be written
-        return [said(error)], 1
-    if isinstance(error, RecursionError):
-        return [f"something is nested too deeply: {said(error)}"], 1
-    if isinstance(error, ImportError):
-        return [f"a library is missing or broken: {said(error)}"], 1
-    if isinstance(error, SystemExit):
-        return [f"a library ended the program, with {said(error)}"], 1
+    for wanted, told, code in PLAIN:
+        if isinstance(error, wanted):
+            return [told + said(error)], code
     advice = "please report it, with what --traceback (or GLSIM_TRACEBACK=1) shows"
     return [f"internal error: {type(error).__name__}: {said(error)}; {advice}"], 1
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from glsim.cli.options import DataSplit, Loading, SkipBad, Source, dataclass, setting, show_skipped
+from glsim.cli.options import DataSplit, Lines, Loading, SkipBad, Source, setting, show_skipped
 
 if TYPE_CHECKING:
     from glsim.evaluation.evaluate import BundleEvaluation
 
 PURPOSE = "Measure"
+CALL = "glsim.evaluation.evaluate:evaluate_bundle"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Options(SkipBad, Loading, DataSplit, Source):
     """Measure a model on one split: top-1, top-5, mean over classes, exact counts; a page of the mistakes."""
 
@@ -27,48 +27,38 @@ class Options(SkipBad, Loading, DataSplit, Source):
     taxonomy: str | None = setting(None, "CSV label,genus,.. from fine to coarse: measure every level", path="reads")
 
 
-def run(options: Options, progress: bool) -> BundleEvaluation:
-    """Measure it."""
-    from glsim.evaluation.evaluate import evaluate_bundle
-
-    return evaluate_bundle(**vars(options))
-
-
-def show(r: BundleEvaluation, options: Options) -> str:
+def show(r: BundleEvaluation, options: Options) -> Lines:
     """Accuracies, class by class where there are few."""
-    lines = [
-        f"{r.split}: {r.count} images, {r.images_per_second} images/s",
-        f"top-1 {r.top1:.2%} ({r.correct})   top-5 {r.top5:.2%} ({r.correct_top5})   "
-        f"mean over classes {r.per_class_mean:.2%}, standard deviation {r.per_class_std:.2%}",
-        show_confidence(r.ece, r.aurc, r.risk_coverage),
-    ]
+    yield f"{r.split}: {r.count} images, {r.images_per_second} images/s"
+    spread = f"mean over classes {r.per_class_mean:.2%}, standard deviation {r.per_class_std:.2%}"
+    yield f"top-1 {r.top1:.2%} ({r.correct})   top-5 {r.top5:.2%} ({r.correct_top5})   {spread}"
+    yield show_confidence(r.ece, r.aurc, r.risk_coverage)
     if r.answered:
-        lines.append(show_answered(r.answered.threshold, r.answered.coverage, r.answered.count, r.answered.correct))
+        yield show_answered(r.answered.threshold, r.answered.coverage, r.answered.count, r.answered.correct)
     width = max((len(level.level) for level in r.levels or ()), default=0)
     for i, level in enumerate(r.levels or ()):
-        lines.append(f"  {level.level:{width}}  {level.groups:5d} groups, top-1 {level.top1:.2%}")
+        answered = ""
         if r.answered:
             said = r.answered.levels[i]
             error = f", {said.error:.2%} of that wrong" if said.error is not None else ""
-            lines[-1] += f"; answered {said.coverage:.1%}{error}"
+            answered = f"; answered {said.coverage:.1%}{error}"
+        yield f"  {level.level:{width}}  {level.groups:5d} groups, top-1 {level.top1:.2%}{answered}"
     if r.second_pass_share is not None:
-        lines.append(f"second pass for {r.second_pass_share:.1%} of the images")
+        yield f"second pass for {r.second_pass_share:.1%} of the images"
     if r.split_drawn:
-        lines.append(f"({r.data} has no splits of its own: these images were drawn; --split all measures every one)")
+        yield f"({r.data} has no splits of its own: these images were drawn; --split all measures every one)"
     if len(r.per_class) <= 30:
         width = max(len(name) for name in r.per_class)
-        lines += [f"  {name:{width}}  {right:4d} of {count}" for name, (right, count) in r.per_class.items()]
+        yield from (f"  {name:{width}}  {right:4d} of {count}" for name, (right, count) in r.per_class.items())
     if r.confused:
-        lines.append("most often confused:")
-        lines += [f"  {x.label} taken for {x.prediction}: {x.count} of {x.of}" for x in r.confused[:5]]
-    lines += show_skipped(r.skipped)
+        yield "most often confused:"
+        yield from (f"  {x.label} taken for {x.prediction}: {x.count} of {x.of}" for x in r.confused[:5])
+    yield from show_skipped(r.skipped)
     if r.errors:
-        lines.append(f"mistakes: {r.errors}")
+        yield f"mistakes: {r.errors}"
     if options.out is not None:
-        lines.append(f"written: {options.out}")
-        if "confusion.png" not in r.written:
-            lines[-1] += f" (confusion.csv, but no confusion.png: {len(r.per_class)} classes cannot be read in it)"
-    return "\n".join(lines)
+        missing = f" (confusion.csv, but no confusion.png: {len(r.per_class)} classes cannot be read in it)"
+        yield f"written: {options.out}{'' if 'confusion.png' in r.written else missing}"
 
 
 def show_confidence(ece: float, aurc: float, curve: list[dict[str, float]]) -> str:

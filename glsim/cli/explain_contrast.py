@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from glsim.cli.explain import Coloured
-from glsim.cli.options import dataclass, required, show_skipped
+from glsim.cli.options import required, show_skipped
 from glsim.types import ConfigError
 
 if TYPE_CHECKING:
     from glsim.interpret.contrast import ContrastPictures
 
 PURPOSE = "Explain"
+CALL = "glsim.interpret.contrast:contrast_images"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Options(Coloured):
     """Draw what in an image speaks for one class against another, as PNG."""
 
@@ -25,13 +25,6 @@ class Options(Coloured):
         super().check()
         if len(self.classes) != 2 or self.classes[0] == self.classes[1]:
             raise ConfigError(f"classes: two different classes are needed, got: {' '.join(self.classes)}")
-
-
-def run(options: Options, progress: bool) -> ContrastPictures:
-    """Draw them."""
-    from glsim.interpret.contrast import contrast_images
-
-    return contrast_images(**vars(options))
 
 
 def show(r: ContrastPictures, options: Options) -> str:

@@ -5,24 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from glsim.cli.explain import Looked
-from glsim.cli.options import dataclass, show_skipped
+from glsim.cli.options import show_skipped
 
 if TYPE_CHECKING:
     from glsim.interpret.representations import LayerTrace
 
 PURPOSE = "Explain"
+CALL = "glsim.interpret.representations:trace_representations"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Options(Looked):
     """Measure what becomes of the tokens from block to block (CKA, lengths, distances): layers.png, layers.json."""
-
-
-def run(options: Options, progress: bool) -> LayerTrace:
-    """Measure it."""
-    from glsim.interpret.representations import trace_representations
-
-    return trace_representations(**vars(options))
 
 
 def show(r: LayerTrace, options: Options) -> str:

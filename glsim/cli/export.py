@@ -5,20 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from glsim.cli.options import MISSING, Settings, dataclass, positional, required, setting
+from glsim.cli.options import Lines, Settings, positional, required, setting
 from glsim.types import ConfigError
 
 if TYPE_CHECKING:
     from glsim.checkpoints.export import ExportedModel
 
 PURPOSE = "Share"
+CALL = "glsim.checkpoints.export:export_model"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Options(Settings):
     """Write a model as one graph that runs without glsim (ONNX, torch.export), and hold it to the model's answers."""
 
-    source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth", path="reads")
+    source: str = positional("bundle, hf-hub:owner/name or official .pth", path="reads")
     out: str = required("file to write: model.onnx, or model.pt2 for torch.export", path="file")
     format: Literal["onnx", "torch"] | None = setting(None, "default: by the ending of --out")
     precision: Literal["float32", "int8"] = setting(
@@ -36,21 +36,13 @@ class Options(Settings):
             raise ConfigError(f"precision=int8 is for ONNX; name an --out that ends in .onnx, not {self.out}")
 
 
-def run(options: Options, progress: bool) -> ExportedModel:
-    """Export it."""
-    from glsim.checkpoints.export import export_model
-
-    return export_model(**vars(options))
-
-
-def show(r: ExportedModel, options: Options) -> str:
+def show(r: ExportedModel, options: Options) -> Lines:
     """How near the export is to the model at every batch size, and where it is."""
-    lines = []
     for c in r.checks:
-        line = (
-            f"batch {c.batch}: logits differ by at most {c.difference:.1e}, same answer {c.same_answers} of {c.batch}"
-        )
-        lines.append(line if c.same_boxes is None else f"{line}, same box {c.same_boxes} of {c.batch}")
+        boxes = "" if c.same_boxes is None else f", same box {c.same_boxes} of {c.batch}"
+        answers = f"same answer {c.same_answers} of {c.batch}"
+        yield f"batch {c.batch}: logits differ by at most {c.difference:.1e}, {answers}{boxes}"
     if r.exit_code:
-        return "\n".join([*lines, f"more than {r.tolerance}: nothing was written to {r.out}"])
-    return "\n".join([*lines, f"written: {', '.join(r.files)} ({r.bytes / 2**20:.1f} MiB, {r.precision})"])
+        yield f"more than {r.tolerance}: nothing was written to {r.out}"
+    else:
+        yield f"written: {', '.join(r.files)} ({r.bytes / 2**20:.1f} MiB, {r.precision})"

@@ -4,29 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from glsim.cli.options import PlannedModel, dataclass, setting
+from glsim.cli.options import PlannedModel, setting
 from glsim.models import METHODS
 
 if TYPE_CHECKING:
     from glsim.evaluation.flops import FlopsComparison
 
 PURPOSE = "Measure"
+CALL = "glsim.evaluation.flops:compare_flops"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Options(PlannedModel):
     """Count parameters and floating point operations of a model; nothing is timed."""
 
     method: str = setting("glsim", f"shown beside plain; one of: {', '.join(METHODS)}", choices=METHODS)
     num_classes: int = setting(200, "outputs of the last layer", least=1)
     options: dict[str, Any] = setting({}, "options of the method, as --options.crop_size 112")
-
-
-def run(options: Options, progress: bool) -> FlopsComparison:
-    """Count them."""
-    from glsim.evaluation.flops import compare_flops
-
-    return compare_flops(**vars(options))
 
 
 def show(r: FlopsComparison, options: Options) -> str:

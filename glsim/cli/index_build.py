@@ -4,41 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from glsim.cli.options import (
-    MISSING,
-    DataSplit,
-    Loading,
-    SkipBad,
-    dataclass,
-    positional,
-    required,
-    setting,
-    show_skipped,
-)
+from glsim.cli.options import DataSplit, Loading, SkipBad, positional, required, setting, show_skipped
 
 if TYPE_CHECKING:
     from glsim.inference.index import IndexSize
 
 PURPOSE = "Answer"
+CALL = "glsim.inference.index:build_index"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Options(SkipBad, Loading, DataSplit):
     """Keep the images of a data set as vectors, so that more classes can be added without training."""
 
-    source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth", path="reads")
+    source: str = positional("bundle, hf-hub:owner/name or official .pth", path="reads")
     out: str = required("folder to make, say RUN/index", path="folder")
     split: Literal["train", "val", "test"] = setting("train", "which images")
     embedding: Literal["global", "crop", "fused"] | None = setting(
         None, "vector of the image, of the crop, or what the head reads; default: what the head reads"
     )
-
-
-def run(options: Options, progress: bool) -> IndexSize:
-    """Build it."""
-    from glsim.inference.index import build_index
-
-    return build_index(**vars(options), progress=progress)
 
 
 def show(r: IndexSize, options: Options) -> str:

@@ -4,17 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from glsim.cli.options import (
-    MISSING,
-    Device,
-    SkipBad,
-    Source,
-    dataclass,
-    positional,
-    required,
-    setting,
-    show_skipped,
-)
+from glsim.cli.options import Device, SkipBad, Source, positional, required, setting, show_skipped
 
 if TYPE_CHECKING:
     from glsim.evaluation.localization import Localization, Numbers
@@ -34,11 +24,10 @@ HEADS = {  # columns of the table, in their order
 }
 
 
-@dataclass(frozen=True, kw_only=True)
 class Options(Device, SkipBad, Source):
     """Measure where the model looks against masks: scores and boxes of every mechanism, beside controls."""
 
-    source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth", path="reads")
+    source: str = positional("bundle, hf-hub:owner/name or official .pth", path="reads")
     images: str = required("folder (or file, or glob) of images", path="reads")
     masks: str = required(
         "folder of masks, one an image: PNG, trimap or PASCAL VOC XML; or with body/ and part/", path="reads"

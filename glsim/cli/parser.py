@@ -38,9 +38,8 @@ def parse(name: str, options: type, words: list[str], recipe: Callable[[str], Pa
         print_config="--print-recipe",
     )
     if recipe is not None:
-        parser.add_argument(
-            "--recipe", action=ReadRecipe, help="YAML file with options below, or a name: glsim recipes"
-        )
+        text = "YAML file with options below, or a name: glsim recipes"
+        parser.add_argument("--recipe", action=ReadRecipe, help=text)
     hints = typing.get_type_hints(options)
     for f in fields:
         add_option(parser, f, hints[f.name], recipe is not None)
@@ -54,9 +53,8 @@ def parse(name: str, options: type, words: list[str], recipe: Callable[[str], Pa
         given = [word.partition("=")[0] for word in words if word.startswith("--")]
         wrong = [word for word in given if word.partition(".")[0] not in known]
         close = [f"did you mean {match}?" for word in wrong for match in get_close_matches(word, known, n=1)]
-        raise ConfigError(
-            "; ".join([" ".join(str(error).split()), *close, f"glsim {name} --help lists the options"])
-        ) from None
+        said = [" ".join(str(error).split()), *close, f"glsim {name} --help lists the options"]
+        raise ConfigError("; ".join(said)) from None
     return options(**{f.name: values[f.name] for f in fields})
 
 
@@ -83,31 +81,21 @@ def add_option(parser: Any, f: dataclasses.Field, hint: Any, recipes: bool) -> N
 
     What is on already, by default or where `recipes` may say so, has an option that turns it off.
     """
-    text = f.metadata["help"]
-    needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-    hint = str if hint == str | None else hint  # a text is never YAML: `null` is a name
+    given: dict[str, Any] = {"help": f.metadata["help"]}
+    if hint is bool:
+        given["action"] = "store_true"
+    elif hint in (list[int], list[float], list[str], list[str] | None):
+        given |= {"nargs": "+", "type": str if hint == list[str] | None else typing.get_args(hint)[0]}
+    else:
+        given["type"] = str if hint == str | None else hint  # a text is never YAML: `null` is a name
+    needed = f.default is f.default_factory is dataclasses.MISSING
+    if not needed:
+        given["default"] = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
     if f.metadata.get("positional"):
-        if hint == list[str]:
-            parser.add_argument(f.name, nargs="+", type=str, help=text)
-        elif needed:
-            parser.add_argument(f.name, type=hint, help=text)
-        else:
-            parser.add_argument(f.name, type=hint, nargs="?", default=default, help=text)
+        parser.add_argument(f.name, **given if needed else {"nargs": "?", **given})
         return
     option = f"--{f.name.replace('_', '-')}"
-    if hint is bool:
-        parser.add_argument(option, action="store_true", default=default, help=text)
-        if default or recipes:
-            off = f"--no-{option[2:]}"
-            parser.add_argument(off, dest=f.name, action="store_false", default=SUPPRESS, help=f"not {option}")
-    elif hint == list[str] | None:
-        parser.add_argument(option, nargs="+", type=str, default=default, help=text)
-    elif hint in (list[int], list[float], list[str]):
-        kind = typing.get_args(hint)[0]
-        given: dict[str, Any] = {"required": True} if needed else {"default": default}
-        parser.add_argument(option, nargs="+", type=kind, help=text, **given)
-    elif needed:
-        parser.add_argument(option, type=hint, required=True, help=text)
-    else:
-        parser.add_argument(option, type=hint, default=default, help=text)
+    parser.add_argument(option, **{"required": True, **given} if needed else given)
+    if hint is bool and (given["default"] or recipes):
+        off = f"--no-{option[2:]}"
+        parser.add_argument(off, dest=f.name, action="store_false", default=SUPPRESS, help=f"not {option}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Literal
 
-from glsim.cli.options import Images, Loading, SkipBad, Source, dataclass, setting, show_skipped
+from glsim.cli.options import Images, Loading, SkipBad, Source, setting, show_skipped
 from glsim.cli.output import put
 from glsim.data.image_files import LISTS
 from glsim.data.uri import is_uri
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from glsim.inference.predictor import Predictions
 
 PURPOSE = "Answer"
+CALL = "glsim.inference.predictor:predict_images"
 RAW = True
 
 
-@dataclass(frozen=True, kw_only=True)
 class Options(SkipBad, Loading, Images, Source):
     """Name what is in images: top-k classes with probabilities, and the crop box."""
 
@@ -49,13 +49,6 @@ class Options(SkipBad, Loading, Images, Source):
             self.fill(format=format_of(self.out))
         if self.embedding is not None and self.out is not None and self.format != "jsonl":
             raise ConfigError(f"embedding={self.embedding}: format {self.format} has no place for it; take jsonl")
-
-
-def run(options: Options, progress: bool) -> Predictions:
-    """Answer them."""
-    from glsim.inference.predictor import predict_images
-
-    return predict_images(**vars(options), progress=progress)
 
 
 def show(r: Predictions, options: Options) -> str:

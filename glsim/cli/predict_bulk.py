@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Literal
 
-from glsim.cli.options import MISSING, Decoding, Device, Source, dataclass, positional, required, setting
+from glsim.cli.options import Decoding, Device, Source, positional, required, setting
 from glsim.cli.output import put
 from glsim.files import printable
 
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
     from glsim.inference.ray_bulk import BulkPrediction
 
 PURPOSE = "Answer"
+CALL = "glsim.inference.ray_bulk:predict_bulk"
 RAW = True
 
 
-@dataclass(frozen=True, kw_only=True)
 class Options(Decoding, Device, Source):
     """Name what is in very many images with Ray: lists and object stores too, Parquet out. Needs glsim[scale].
 
     The same command goes on where a job stopped. An image that cannot be read is a row that says why.
     """
 
-    source: str = positional(MISSING, "bundle, hf-hub:owner/name, official .pth or exported .onnx", path="reads")
+    source: str = positional("bundle, hf-hub:owner/name, official .pth or exported .onnx", path="reads")
     images: list[str] = positional(
-        MISSING, "files, folders, globs, URIs (s3://..), or lists (.csv, .parquet) with a column path", path="reads"
+        "files, folders, globs, URIs (s3://..), or lists (.csv, .parquet) with a column path", path="reads"
     )
     out: str = required("folder or s3://.. for the Parquet files", path="folder")
     top_k: int = setting(5, "answers per image", least=1)
@@ -37,13 +37,6 @@ class Options(Decoding, Device, Source):
     part_size: int = setting(1000, "images in each Parquet file", least=1)
     batch_size: int = setting(32, "images at a time", least=1)
     workers: int = setting(2, "workers, each with the model and one core", least=1)
-
-
-def run(options: Options, progress: bool) -> BulkPrediction:
-    """Answer them."""
-    from glsim.inference.ray_bulk import predict_bulk
-
-    return predict_bulk(**vars(options), progress=progress)
 
 
 def show(r: BulkPrediction, options: Options) -> str:

@@ -5,21 +5,21 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from glsim.cli.options import MISSING, Settings, dataclass, positional, setting
+from glsim.cli.options import Settings, positional, setting
 from glsim.types import ConfigError
 
 if TYPE_CHECKING:
     from glsim.checkpoints.push import PushedBundle
 
 PURPOSE = "Share"
+CALL = "glsim.checkpoints.push:push_bundle"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Options(Settings):
     """Send a bundle to the Hugging Face Hub, with its licence; load it there as hf-hub:owner/name."""
 
-    run: str = positional(MISSING, "bundle folder", path="reads")
-    repository: str = positional(MISSING, "owner/name; made where it is not there yet")
+    run: str = positional("bundle folder", path="reads")
+    repository: str = positional("owner/name; made where it is not there yet")
     licence: str | None = setting(None, "of the weights, by the Hub's name for it: apache-2.0, cc-by-nc-4.0, ..")
     data_licence: str | None = setting(None, "of the images; default: what the bundle says")
     backbone_licence: str | None = setting(None, "of the weights it started from; default: what the bundle says")
@@ -34,13 +34,6 @@ class Options(Settings):
             value = getattr(self, name)
             if value is not None and (not value.strip() or (name == "licence" and value == "unknown")):
                 raise ConfigError(f"{name}={value!r}: name the licence, for example apache-2.0")
-
-
-def run(options: Options, progress: bool) -> PushedBundle:
-    """Send it."""
-    from glsim.checkpoints.push import push_bundle
-
-    return push_bundle(**vars(options))
 
 
 def show(r: PushedBundle, options: Options) -> str:

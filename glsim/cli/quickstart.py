@@ -4,41 +4,18 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glsim.cli.options import Settings, dataclass, setting
+from glsim.cli.options import Lines, Settings, setting
 from glsim.types import ConfigError
 
 PURPOSE = "Start"
-SIZE = 96  # pixels; small enough for two cores, large enough to see a wing bar
-BIRDS: dict[str, Any] = dict(classes=5, size=SIZE, part_scale=1.4, clutter=0.5)  # easy enough for so few epochs
-RECIPE: dict[str, Any] = dict(  # as recipes/synthetic_glsim.yaml and recipes/synthetic_plain.yaml
-    backbone="vit_tiny_r_s16_p8_224",
-    pretrained=False,
-    backbone_args={
-        "depth": 4,
-        "embed_dim": 128,
-        "num_heads": 4,
-        "patch_size": 3,
-        "class_token": False,
-        "global_pool": "avg",
-    },
-    image_size=SIZE,
-    resize_ratio=1.0,
-    augment="weak",
-    crop="resized",
-    crop_scale=0.6,
-    batch_size=16,
-    optimizer="adamw",
-    lr=5e-4,
-    weight_decay=0.05,
-    warmup_steps=50,
-    test=True,
-)
+# Small enough for two cores, large enough to see a wing bar; easy enough for so few epochs.
+BIRDS: dict[str, Any] = dict(classes=5, size=96, part_scale=1.4, clutter=0.5)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Options(Settings):
     """Train plain ViT and GLSim on the embedded synthetic birds, evaluate and explain them, write a report."""
 
@@ -80,7 +57,7 @@ def run(options: Options, progress: bool) -> Quickstart:
     from glsim.evaluation.evaluate import evaluate_bundle
     from glsim.files import document, make_folder, read_json, write_json, write_text
     from glsim.interpret.pictures import explain_images
-    from glsim.training.config import Train
+    from glsim.training.config import change_recipe
     from glsim.training.runs import CURVE, RUN
     from glsim.training.train import train
 
@@ -93,16 +70,8 @@ def run(options: Options, progress: bool) -> Quickstart:
     accuracy, seconds = {}, {}
     for method in ("plain", "glsim"):
         folder, began = out / method, time.perf_counter()
-        settings = Train(
-            data=str(data),
-            out=str(folder),
-            method=method,
-            epochs=options.epochs,
-            workers=options.workers,
-            cache="ram",
-            **RECIPE,
-        )
-        train(settings, progress)
+        own = {"epochs": options.epochs, "workers": options.workers, "cache": "ram"}
+        train(change_recipe(f"synthetic_{method}", own, data=str(data), out=str(folder)), progress)
         seconds[method] = round(time.perf_counter() - began, 1)
         accuracy[method] = evaluate_bundle(folder, data, out=report / method, workers=options.workers).top1
         (report / method / CURVE).write_bytes((folder / CURVE).read_bytes())
@@ -140,29 +109,25 @@ def measure_crops(source: str | Path, data: Path) -> CropShares:
 
     rows = measure(load(source), find_masks(data / "test", data / "masks"), [None], controls=True).targets["part"]
     (own,) = {name.removesuffix("/random") for name in rows if name.endswith("/random")}
+    means = {row: {name: float(v.double().nanmean()) for name, v in columns.items()} for row, columns in rows.items()}
     return CropShares(
-        glsim=float(rows[own]["holds"].double().nanmean()),
-        random=float(rows[f"{own}/random"]["holds"].double().nanmean()),
-        centre=float(rows[f"{own}/centre"]["holds"].double().nanmean()),
+        glsim=means[own]["holds"],
+        random=means[f"{own}/random"]["holds"],
+        centre=means[f"{own}/centre"]["holds"],
         threshold=HOLDS,
-        area=float(rows[own]["area"].double().nanmean()),
-        coverage=float(rows[own]["box_recall"].double().nanmean()),
+        area=means[own]["area"],
+        coverage=means[own]["box_recall"],
     )
 
 
-def show(r: Quickstart, options: Options) -> str:
+def show(r: Quickstart, options: Options) -> Lines:
     """Both accuracies, what the crops hold, where the report is."""
     c = r.crops
-    return "\n".join(
-        [
-            f"{'':8}  test top-1",
-            *(f"{name:8}  {value:8.1%}" for name, value in r.test_top1.items()),
-            "",
-            f"crops that hold the part that tells the species ({c.threshold:.0%} of its pixels or more):",
-            f"  GLSim {c.glsim:.1%}   random box of the same area {c.random:.1%}   "
-            f"centre box of the same area {c.centre:.1%}   (mean area {c.area:.0%} of the image)",
-            "",
-            f"report:   {r.report}",
-            f"pictures: {r.pictures}",
-        ]
-    )
+    yield f"{'':8}  test top-1"
+    yield from (f"{name:8}  {value:8.1%}" for name, value in r.test_top1.items())
+    yield f"\ncrops that hold the part that tells the species ({c.threshold:.0%} of its pixels or more):"
+    shares = {"GLSim": c.glsim, "random box of the same area": c.random, "centre box of the same area": c.centre}
+    said = "   ".join(f"{name} {share:.1%}" for name, share in shares.items())
+    yield f"  {said}   (mean area {c.area:.0%} of the image)"
+    yield f"\nreport:   {r.report}"
+    yield f"pictures: {r.pictures}"

@@ -4,30 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from glsim.cli.options import MISSING, Settings, dataclass, positional, setting
+from glsim.cli.options import Settings, positional, setting
 
 if TYPE_CHECKING:
     from glsim.training.report import RunReport
 
 PURPOSE = "Measure"
+CALL = "glsim.training.report:report_runs"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Options(Settings):
     """Tables of finished runs: mean and std over seeds, one table a data set, McNemar between pairs of runs."""
 
-    runs: list[str] = positional(MISSING, "run folders, folders of glsim reproduce, or globs of them", path="reads")
+    runs: list[str] = positional("run folders, folders of glsim reproduce, or globs of them", path="reads")
     against: str | None = setting(
         None, "method or run folder: pair every other row with this one (exact McNemar)", path="reads"
     )
     out: str | None = setting(None, "folder for report.md, report.csv and report.png", path="folder")
-
-
-def run(options: Options, progress: bool) -> RunReport:
-    """Collect and compare them."""
-    from glsim.training.report import report_runs
-
-    return report_runs(**vars(options))
 
 
 def show(r: RunReport, options: Options) -> str:

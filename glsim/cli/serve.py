@@ -6,8 +6,7 @@ import ipaddress
 import sys
 from typing import TYPE_CHECKING
 
-from glsim.cli.options import MISSING, Decoding, Device, dataclass, positional, setting
-from glsim.types import ConfigError
+from glsim.cli.options import Decoding, Device, positional, setting
 
 if TYPE_CHECKING:
     from glsim.inference.server import Served
@@ -15,13 +14,12 @@ if TYPE_CHECKING:
 PURPOSE = "Answer"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Options(Decoding, Device):
     """A web page and a JSON API on this machine: drop an image, see the answer and why. Needs glsim[demo]."""
 
-    source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth", path="reads")
+    source: str = positional("bundle, hf-hub:owner/name or official .pth", path="reads")
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0: every network this machine is in")
-    port: int = setting(7860, "port to listen on (0: any that is free)", least=0)
+    port: int = setting(7860, "port to listen on (0: any that is free)", least=0, most=65535)
     allowed_hosts: list[str] | None = setting(None, "names it may be called by, besides addresses and localhost")
     batch_size: int = setting(16, "images answered together at most", least=1)
     max_wait_ms: float = setting(10.0, "milliseconds an image waits at most for others to be answered with", least=0)
@@ -34,12 +32,6 @@ class Options(Decoding, Device):
     examples: str | None = setting(
         None, "folder or glob of images to try on the page; default: drawn birds", path="reads"
     )
-
-    def check(self) -> None:
-        """A port is a number of 16 bits."""
-        super().check()
-        if self.port > 65535:
-            raise ConfigError(f"port={self.port}: 0 to 65535")
 
 
 def run(options: Options, progress: bool) -> Served:
@@ -66,11 +58,6 @@ def is_public(host: str) -> bool:
 
 def show(r: Served, options: Options) -> str:
     """What was done until it was stopped."""
-    text = f"stopped: {r.answered} images answered"
-    if r.batches:
-        text += f", {r.answered / r.batches:.1f} at a time"
-    if r.refused:
-        text += f", {r.refused} refused"
-    if r.failed:
-        text += f", {r.failed} failed"
-    return text
+    at_a_time = f", {r.answered / r.batches:.1f} at a time" if r.batches else ""
+    others = "".join(f", {count} {what}" for what, count in (("refused", r.refused), ("failed", r.failed)) if count)
+    return f"stopped: {r.answered} images answered{at_a_time}{others}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from glsim.cli.options import show_skipped
+from glsim.cli.options import Lines, show_skipped
 from glsim.training.config import Train as Options
 from glsim.training.config import find_checked_recipe
 
@@ -22,17 +22,16 @@ def run(options: Options, progress: bool) -> TrainedRun:
     return train(options, progress)
 
 
-def show(r: TrainedRun, options: Options) -> str:
+def show(r: TrainedRun, options: Options) -> Lines:
     """Accuracies and where the bundle is."""
-    lines = [f"trained {r.epoch} epochs: loss {r.train_loss:.3f}, {r.images_per_second} images/s"]
+    yield f"trained {r.epoch} epochs: loss {r.train_loss:.3f}, {r.images_per_second} images/s"
     if r.batch_size < options.batch_size:
-        lines.append(f"batch_size {options.batch_size} was cut to {r.batch_size}: train has no more images for a step")
+        yield f"batch_size {options.batch_size} was cut to {r.batch_size}: train has no more images for a step"
     for name, measured in (("val", r.val), ("test", r.test)):
         if measured is not None:
-            lines.append(f"{name}: top-1 {measured.top1:.2%} ({measured.correct} of {measured.count})")
-    lines += show_skipped(r.skipped)
-    lines.append(f"bundle: {r.out} (curve.png, log.jsonl, metrics.json beside it)")
+            yield f"{name}: top-1 {measured.top1:.2%} ({measured.correct} of {measured.count})"
+    yield from show_skipped(r.skipped)
+    yield f"bundle: {r.out} (curve.png, log.jsonl, metrics.json beside it)"
     if "test" in r.splits and r.test is None:
         named = f" --dataset {options.dataset}" if options.dataset is not None else ""
-        lines.append(f"next: glsim eval {r.out} --data {options.data}{named}")
-    return "\n".join(lines)
+        yield f"next: glsim eval {r.out} --data {options.data}{named}"

@@ -114,49 +114,39 @@ def calibrate_bundle(
         images, _ = read_split(model, place, split)
         loader = make_loader(images, eval_transform(preprocessing_of(model)), batch_size, workers)
         said = ask(model.to(pick_device(device)).eval(), loader, progress)
-    logits, early_exit = said.logits, dict[str, Any]()
+    logits, chosen = said.logits, dict[str, Any]()
     if said.first is not None:
         margin, unsure = find_margin(said.first, said.logits, said.labels, max_loss)
         logits = torch.where(unsure[:, None], said.logits, said.first)
-        early_exit = {
-            "margin": margin,
-            "second_pass_share": float(unsure.float().mean()),
-            "max_loss": max_loss,
-            "correct_first": count_right(said.first, said.labels),
-            "correct_second": count_right(said.logits, said.labels),
-        }
-    fitted = fit_temperature(logits, said.labels)
-    temperature = fitted.value
+        chosen = {"margin": margin, "second_pass_share": float(unsure.float().mean()), "max_loss": max_loss}
+        chosen["correct_first"] = count_right(said.first, said.labels)
+        chosen["correct_second"] = count_right(said.logits, said.labels)
+    temperature, interval, why_not = fit_temperature(logits, said.labels)
+    before, after = (graded(logits / t, said.labels) for t in (1.0, temperature))
+    if max_error is not None:
+        chosen |= rejection(*after, max_error)
     found = Calibration(
         bundle=str(folder),
-        **early_exit,
+        **chosen,
         data=Path(data).name,
         split=split,
         split_hash=split_hash({split: images}, place),
         count=len(said.labels),
         correct=count_right(logits, said.labels),
         temperature=temperature,
-        temperature_interval=fitted.interval,
-        temperature_kept=fitted.why_not,
+        temperature_interval=interval,
+        temperature_kept=why_not,
         nll=[float(F.cross_entropy(logits / t, said.labels)) for t in (1.0, temperature)],
-        ece=[calibration_error(*graded(logits / t, said.labels)) for t in (1.0, temperature)],
-        **(rejection(logits / temperature, said.labels, max_error) if max_error is not None else {}),
+        ece=[calibration_error(*before), calibration_error(*after)],
     )
     kept = document(found)
     del kept["bundle"]
-    amend(folder, {"margin": found.margin} if early_exit else {}, calibration=kept)
+    amend(folder, {"margin": found.margin} if said.first is not None else {}, calibration=kept)
     return found
 
 
-def rejection(logits: Tensor, labels: Tensor, max_error: float) -> dict[str, Any]:
-    """The fields of `Calibration` about rejection.
-
-    Args:
-        logits: (images, C).
-        labels: (images,).
-        max_error: points (of 100) of the answers that may be wrong.
-    """
-    confidences, right = graded(logits, labels)
+def rejection(confidences: Tensor, right: Tensor, max_error: float) -> dict[str, Any]:
+    """The fields of `Calibration` about the threshold that keeps the error of the answers at `max_error` points."""
     threshold, answered = find_threshold(confidences, right, max_error)
     return {
         "max_error": max_error,
@@ -186,12 +176,12 @@ def ask(model: Model, loader: Any, progress: bool = False) -> Answers:
         images = images.to(device)
         if isinstance(model, EarlyExitModel):
             given, first, selection = model.first_pass(images)
-            second = model.second_pass(images, given, selection.boxes).logits
-            rows.append((labels, second.float().cpu(), first.float().cpu()))
+            told = [model.second_pass(images, given, selection.boxes).logits, first]
         else:
-            rows.append((labels, model(images).logits.float().cpu()))
+            told = [model(images).logits]
+        rows.append((labels, *(logits.float().cpu() for logits in told)))
     said = Answers(*(torch.cat(column) for column in zip(*rows, strict=True)))
-    real = are_answers(said.logits) if said.first is None else are_answers(said.logits) & are_answers(said.first)
+    real = torch.stack([are_answers(logits) for logits in said[1:] if logits is not None]).all(dim=0)
     if wrong := int((~real).sum()):
         raise DataError(f"{wrong} of {len(said.labels)} images: {NO_ANSWER}")
     return said
@@ -247,35 +237,25 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> Temperature:
         means = (p * gaps).sum(dim=1)
         return float(means.sum()), float((p * gaps**2).sum() - (means**2).sum())
 
-    count = len(labels)
+    count, least, most = len(labels), math.exp(-COLDEST), math.exp(COLDEST)
     if not bool((gaps > 0).any()):
-        return Temperature(
-            1.0, None, f"all {count} images are answered right, and the likelihood only grows as it falls to 0"
-        )
-    if slope(0.0)[0] >= 0:
-        return Temperature(
-            1.0,
-            None,
-            f"labels of {count} images have no more than the mean logit, and the likelihood only grows with it",
-        )
-    low, high = -COLDEST, COLDEST  # logarithms of the inverse
-    if slope(math.exp(low))[0] >= 0 or slope(math.exp(high))[0] <= 0:
-        return Temperature(
-            1.0, None, f"the best one for {count} images is not in {math.exp(-COLDEST):.4f} to {math.exp(COLDEST):.0f}"
-        )
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if slope(math.exp(middle))[0] < 0 else (low, middle)
-    inverse = math.exp(low)
-    information = slope(inverse)[1] * inverse**2  # of the logarithm of the temperature
-    off = 1.96 / math.sqrt(information) if information > 0 else math.inf
-    if off > math.log(WIDEST):
-        return Temperature(
-            1.0,
-            None,
-            f"{count} images are too few: it may be {WIDEST:g} times the best one, {1 / inverse:.3g}, or less",
-        )
-    return Temperature(1 / inverse, (math.exp(-off) / inverse, math.exp(off) / inverse))
+        why = f"all {count} images are answered right, and the likelihood only grows as it falls to 0"
+    elif slope(0.0)[0] >= 0:
+        why = f"labels of {count} images have no more than the mean logit, and the likelihood only grows with it"
+    elif slope(least)[0] >= 0 or slope(most)[0] <= 0:
+        why = f"the best one for {count} images is not in {least:.4f} to {most:.0f}"
+    else:
+        low, high = -COLDEST, COLDEST  # logarithms of the inverse
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if slope(math.exp(middle))[0] < 0 else (low, middle)
+        inverse = math.exp(low)
+        information = slope(inverse)[1] * inverse**2  # of the logarithm of the temperature
+        off = 1.96 / math.sqrt(information) if information > 0 else math.inf
+        if off <= math.log(WIDEST):
+            return Temperature(1 / inverse, (math.exp(-off) / inverse, math.exp(off) / inverse))
+        why = f"{count} images are too few: it may be {WIDEST:g} times the best one, {1 / inverse:.3g}, or less"
+    return Temperature(1.0, None, why)
 
 
 def count_right(logits: Tensor, labels: Tensor) -> int:

@@ -22,6 +22,7 @@ from glsim.files import data_url, write_text
 from glsim.inference.predictor import to_original
 from glsim.interpret.drawing import BOX_COLOUR, overlay, title_of
 from glsim.interpret.heatmaps import Explanation, explanations, to_photograph
+from glsim.models import find_method
 from glsim.models.base import Model
 
 if TYPE_CHECKING:
@@ -59,23 +60,6 @@ def find_mistakes(
     return sorted(wrong, key=lambda m: (-m.confidence, str(m.path)))
 
 
-class ConfusedPair(NamedTuple):
-    """Two classes that are taken for each other, as the page shows them."""
-
-    classes: tuple[int, int]
-    counts: list[tuple[int, int, int, int]]  # class, the class it was taken for, how often, images of the class
-    links: list[int]  # numbers of the mistakes below
-
-
-class Card(NamedTuple):
-    """A mistake as the page shows it."""
-
-    number: int
-    mistake: Mistake
-    path: str  # below the data set where it lies there
-    pictures: list[tuple[str, str]]  # title, address
-
-
 def write_page(
     folder: Path,
     model: Model,
@@ -105,44 +89,29 @@ def write_page(
         wrong=len(mistakes),
         shown=len(shown),
         method=model.config.method,
-        crops=looks_again(model, shown[0].path) if shown else False,
+        crops=find_method(model.config.method).crops,
         names=[name.replace("_", " ") for name in classes],
         examples=draw_examples(train, wanted),
-        pairs=[as_pair(pair, shown, list(about.per_class.values())) for pair in pairs[:PAIRS]],
+        images=[images for _, images in about.per_class.values()],
+        pairs=[
+            (*pair, [number for number, m in enumerate(shown, 1) if {m.truth, m.answer} == set(pair[0])])
+            for pair in pairs[:PAIRS]
+        ],
         more_pairs=max(0, len(pairs) - PAIRS),
         cards=(  # one by one: the pictures of all would fill the memory twice
-            Card(number, m, str(m.path.relative_to(root) if m.path.is_relative_to(root) else m.path), pictures)
-            for number, (m, pictures) in enumerate(draw(model, shown), start=1)
+            (m, str(m.path.relative_to(root) if m.path.is_relative_to(root) else m.path), pictures)
+            for m, pictures in draw(model, shown)
         ),
     )
     write_text(folder / PAGE, page)
     return folder / PAGE
 
 
-def as_pair(
-    pair: tuple[tuple[int, int], tuple[int, int]], shown: Sequence[Mistake], per_class: Sequence[Sequence[int]]
-) -> ConfusedPair:
-    """A row of `confused_pairs` with what the page tells of it."""
-    (a, b), (there, back) = pair
-    counts = [(x, y, count, per_class[x][1]) for x, y, count in ((a, b, there), (b, a, back)) if count]
-    return ConfusedPair((a, b), counts, [i for i, m in enumerate(shown, 1) if {m.truth, m.answer} == {a, b}])
-
-
-def looks_again(model: Model, path: Path) -> bool:
-    """Whether the method encodes a crop of the image once more."""
-    image = read_image(path, eval_transform(preprocessing_of(model)))[None]
-    with torch.inference_mode():
-        return model(image.to(next(model.parameters()).device)).crops is not None
-
-
 def confused_pairs(mistakes: Sequence[Mistake]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """Pairs of classes (a, b) with how often (a was taken for b, b for a); most often first, a the one more often."""
     counts = Counter((m.truth, m.answer) for m in mistakes)
-    found = []
-    for a, b in counts:
-        there, back = counts[a, b], counts[b, a]
-        if (there, -a) > (back, -b):
-            found.append(((a, b), (there, back)))
+    both = {(a, b): (count, counts.get((b, a), 0)) for (a, b), count in counts.items()}
+    found = [((a, b), (there, back)) for (a, b), (there, back) in both.items() if (there, -a) > (back, -b)]
     return sorted(found, key=lambda pair: (-sum(pair[1]), pair[0]))
 
 
@@ -161,7 +130,7 @@ def draw(model: Model, mistakes: Sequence[Mistake]) -> Iterator[tuple[Mistake, l
 
 
 def _pictures(photograph: Image.Image, e: Explanation, p: Preprocessing) -> list[tuple[str, str]]:
-    small = photograph.resize(fit_size(photograph.size, SIDE), Image.Resampling.LANCZOS)
+    small = _small(photograph)
     heat = overlay(np.asarray(small), to_photograph(e.heatmap, small.size, p))
     left, top, right, bottom = to_original(e.box, photograph.size, p)
     crop = photograph.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
@@ -190,11 +159,11 @@ def draw_examples(train: ImageList | None, wanted: set[int]) -> dict[int, str]:
     for path, label in zip(train.paths, train.labels, strict=True) if train else ():
         if label in wanted and label not in first:
             try:
-                first[label] = read_image(path, _small)
+                first[label] = data_url(read_image(path, _small))
             except BadImage:
                 continue
     return first
 
 
-def _small(photograph: Image.Image) -> str:
-    return data_url(photograph.resize(fit_size(photograph.size, SIDE), Image.Resampling.LANCZOS))
+def _small(photograph: Image.Image) -> Image.Image:
+    return photograph.resize(fit_size(photograph.size, SIDE), Image.Resampling.LANCZOS)

@@ -6,7 +6,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from glsim.data.splits import drop_bad, read_splits, take_split
 from glsim.data.transforms import eval_transform
 from glsim.environment import make_accelerator
 from glsim.evaluation.confidence import calibration_error, reliability, risk_coverage
-from glsim.evaluation.error_page import find_mistakes, write_page
+from glsim.evaluation.error_page import PAGE, find_mistakes, write_page
 from glsim.evaluation.plots import draw_confidence, draw_confusion
 from glsim.files import csv_text, document, make_folder, write_json, write_text
 from glsim.inference.predictor import answers
@@ -35,6 +35,7 @@ from glsim.models.base import Model
 from glsim.models.heads import NO_ANSWER, are_answers
 from glsim.types import DataError, optional
 
+FILES = ("evaluation.json", "predictions.csv", "confidence.png", "confusion.csv", "confusion.png")
 MOST_CLASSES_DRAWN = 60  # in confusion.png; more names and numbers cannot be read
 MOST_CONFUSED = 20  # pairs of classes that the summary names
 
@@ -68,15 +69,11 @@ class Answered:
     level: str | None = optional()  # of the taxonomy, where the answers are of one level
 
 
-@dataclass(frozen=True)
-class SureAnswers:
-    """`Answered` at a threshold: in all, and by the level of the taxonomy that answers, from fine to coarse."""
+@dataclass(frozen=True, kw_only=True)
+class SureAnswers(Answered):
+    """What is answered in all, and by the level of the taxonomy that answers, from fine to coarse."""
 
     threshold: float
-    count: int
-    coverage: float
-    correct: int
-    error: float | None
     levels: list[Answered]
 
 
@@ -194,9 +191,9 @@ def evaluate(
     model.eval()
     taxonomy = taxonomy or flat(range(num_classes))
     start = time.perf_counter()
-    truth: deque[Tensor] = deque()
     columns: list[list[Tensor]] = []
     answered: list[Tensor] = []
+    truth: deque[Tensor] = deque()  # of the batches whose answers are to come; their images are not kept
 
     def batches() -> Iterator[Tensor]:
         for images, labels in read(loader):
@@ -213,27 +210,16 @@ def evaluate(
             best = probabilities.max(dim=1)
             true = probabilities.gather(1, labels[:, None])[:, 0]
             in_top5 = (logits.topk(min(5, num_classes)).indices == labels[:, None]).any(dim=1)
-            columns.append([best.indices, best.values, true, labels, in_top5, *taxonomy.best(probabilities), *again])
+            columns.append([in_top5, labels, best.indices, best.values, true, *taxonomy.best(probabilities), *again])
     dataset: Any = getattr(loader, "dataset", ())
     count = len(dataset) or None  # processes fill up their last batches with the first images
-    wrong = (~torch.cat(answered)[:count]).nonzero()[:, 0].tolist()
-    if wrong:
+    real = torch.cat(answered)[:count]
+    if wrong := (~real).nonzero()[:, 0].tolist():
         first = getattr(dataset, "images", {wrong[0]: f"image {wrong[0]}"})[wrong[0]]
-        raise DataError(f"{first}: {NO_ANSWER}; so for {len(wrong)} of {len(torch.cat(answered)[:count])} images")
-    predictions, confidences, true_confidences, labels, in_top5, groups, group_confidences, *again = (
-        torch.cat(column)[:count] for column in zip(*columns, strict=True)
-    )
-    return Evaluation(
-        int(in_top5.sum()),
-        labels,
-        predictions,
-        confidences,
-        true_confidences,
-        time.perf_counter() - start,
-        groups,
-        group_confidences,
-        *again,
-    )
+        raise DataError(f"{first}: {NO_ANSWER}; so for {len(wrong)} of {len(real)} images")
+    in_top5, *told = (torch.cat(column)[:count] for column in zip(*columns, strict=True))
+    found: list[Any] = [int(in_top5.sum()), *told[:4], time.perf_counter() - start, *told[4:]]
+    return Evaluation(*found)
 
 
 def read_split(model: Model, data: str | Path, split: str) -> tuple[ImageList, dict[str, ImageList]]:
@@ -305,8 +291,7 @@ def evaluate_bundle(
         images, splits = read_split(model, place, split)
         labels = list(images.classes)  # an unnamed model's classes are taken to be in the order of the data's
         groups = read_taxonomy(taxonomy, labels) if taxonomy is not None else flat(labels)
-        bad = find_bad(images.paths) if skip_bad else []
-        if bad:
+        if bad := find_bad(images.paths) if skip_bad else []:
             images = drop_bad(images, bad)
         accelerator = make_accelerator(device)
         loader: Any = make_loader(images, eval_transform(preprocessing_of(model)), batch_size, workers)
@@ -327,37 +312,29 @@ def evaluate_bundle(
             levels=by_level(measured, groups) if taxonomy is not None else None,
             confused=most_confused(measured, labels),
             skipped=[str(b) for b in bad],
-            errors=None,
-            written=[],
+            errors=str(Path(errors) / PAGE) if errors is not None else None,
+            written=[] if out is None else list(FILES) if len(labels) <= MOST_CLASSES_DRAWN else list(FILES[:-1]),
         )
         if errors is not None and accelerator.is_main_process:
             numbers = (t.tolist() for t in (measured.predictions, measured.confidences, measured.true_confidences))
-            mistakes = find_mistakes(images, *numbers)
-            page = write_page(Path(errors), model, mistakes, labels, splits.get("train"), result)
-            result = replace(result, errors=str(page))
+            write_page(Path(errors), model, find_mistakes(images, *numbers), labels, splits.get("train"), result)
     if out is not None and accelerator.is_main_process:
-        result = write_evaluation(Path(out), result, measured, images, threshold)
+        write_evaluation(Path(out), result, measured, images)
     return result
 
 
-def write_evaluation(
-    folder: Path, result: BundleEvaluation, measured: Evaluation, images: ImageList, threshold: float | None
-) -> BundleEvaluation:
-    """Write evaluation.json, tables and plots; returns `result` with their names."""
-    labels = list(images.classes)
-    drawn = ["confusion.png"] if len(labels) <= MOST_CLASSES_DRAWN else []
-    names = ["evaluation.json", "predictions.csv", "confidence.png", "confusion.csv", *drawn]
-    result = replace(result, written=names)
+def write_evaluation(folder: Path, result: BundleEvaluation, measured: Evaluation, images: ImageList) -> None:
+    """Write those of FILES that `result` names."""
+    labels, threshold = list(images.classes), result.answered.threshold if result.answered else None
     write_json(folder / "evaluation.json", document(result))
     write_text(folder / "predictions.csv", predictions_table(images, measured))
     write_text(folder / "confusion.csv", confusion_table(measured, labels))
     bins = reliability(measured.confidences, measured.right)
     curve = risk_coverage(measured.confidences, measured.right)
     draw_confidence(bins, curve, result.ece, threshold, folder / "confidence.png")
-    if drawn:
+    if "confusion.png" in result.written:
         confusion = multiclass_confusion_matrix(measured.predictions, measured.labels, len(labels))
         draw_confusion(confusion, labels, folder / "confusion.png")
-    return result
 
 
 def by_level(result: Evaluation, taxonomy: Taxonomy) -> list[LevelAccuracy]:
@@ -379,7 +356,7 @@ def sure_answers(result: Evaluation, taxonomy: Taxonomy, threshold: float) -> Su
 
     by_level = [counted(levels == i, right[:, i], name) for i, name in enumerate(taxonomy.levels)]
     chosen = counted(levels >= 0, right.gather(1, levels.clamp(min=0)[:, None])[:, 0])
-    return SureAnswers(threshold, chosen.count, chosen.coverage, chosen.correct, chosen.error, by_level)
+    return SureAnswers(**vars(chosen), threshold=threshold, levels=by_level)
 
 
 def most_confused(result: Evaluation, labels: Sequence[str]) -> list[Confusion]:
@@ -408,10 +385,7 @@ def predictions_table(images: ImageList, result: Evaluation, root: str | Path | 
     if root is not None:
         root = located(root)
         root = root.parent if root.is_file() else root
-    rows: list[list[object]] = [["path", "label", "prediction", "confidence"]]
-    for path, label, guess, p in zip(
-        images.paths, images.labels, result.predictions.tolist(), result.confidences.tolist(), strict=True
-    ):
-        shown = path if root is None else Path(os.path.relpath(path, root)).as_posix()
-        rows.append([shown, labels[label], labels[guess], f"{p:.6f}"])
-    return csv_text(rows)
+    paths = [path if root is None else Path(os.path.relpath(path, root)).as_posix() for path in images.paths]
+    columns = images.labels, result.predictions.tolist(), result.confidences.tolist()
+    rows = [(path, labels[y], labels[x], f"{p:.6f}") for path, y, x, p in zip(paths, *columns, strict=True)]
+    return csv_text([("path", "label", "prediction", "confidence"), *rows])

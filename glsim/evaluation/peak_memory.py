@@ -6,30 +6,25 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from glsim.checkpoints.onnx_runtime import GraphModel
 from glsim.environment import pick_device
-from glsim.evaluation.workloads import Job, Setup, answering, build, training
+from glsim.evaluation.speed_settings import SpeedSettings
+from glsim.evaluation.workloads import Job, answering, build, training
 
-CHILD = (
-    "import json, sys; from glsim.evaluation.peak_memory import peaks_here; "
-    "print(json.dumps(peaks_here(*json.loads(sys.argv[1]))))"
-)
+CHILD = """import json, sys
+from glsim.evaluation.peak_memory import Job, SpeedSettings, peaks_here
+job, settings = json.loads(sys.argv[1])
+print(json.dumps(peaks_here(Job(**job), SpeedSettings(**settings))))"""
 
 
-def peaks_elsewhere(job: Job, setup: Setup, train: bool = True) -> dict[str, float]:
-    """`peaks_here` in a process of its own, which inherits nobody's peak. Arguments as there.
-
-    Raises:
-        RuntimeError: with the last words of a process that failed.
-    """
-    words = [sys.executable, "-c", CHILD, json.dumps([job, setup, train])]
+def peaks_elsewhere(job: Job, s: SpeedSettings) -> dict[str, float]:
+    """`peaks_here` in a process of its own, which inherits nobody's peak; raises RuntimeError with its last words."""
+    words = [sys.executable, "-c", CHILD, json.dumps([vars(job), vars(s)])]
     child = subprocess.run(words, capture_output=True, text=True)
     if child.returncode:
         said = child.stderr.strip().splitlines()
@@ -40,26 +35,22 @@ def peaks_elsewhere(job: Job, setup: Setup, train: bool = True) -> dict[str, flo
     return json.loads(child.stdout.splitlines()[-1])
 
 
-def peaks_here(job: Sequence[Any], setup: Sequence[Any], train: bool) -> dict[str, float]:
+def peaks_here(job: Job, s: SpeedSettings) -> dict[str, float]:
     """MiB that a model and a batch took at their peak, by the names `memory_mib` and `training_memory_mib`.
 
-    On an accelerator what was allocated; on a CPU what became resident after the libraries were in.
-
-    Args:
-        job: the fields of a `Job`.
-        setup: the fields of a `Setup`.
-        train: measure a training step too.
+    Without `s.training` only answers are measured. On an accelerator what was allocated; on a CPU what became resident
+    after the libraries were in.
     """
-    wanted, shared = Job(*job), Setup(*setup)
-    device = pick_device(shared.device)
-    if wanted.method.endswith(".onnx"):
+    device = pick_device(s.device)
+    if job.method.endswith(".onnx"):
         import_module("onnxruntime")  # a library too
     before = resident(peak=False) if device.type == "cpu" else 0
-    model = build(wanted, shared)
+    model = build(job, s)
     found = {}
-    kinds = {"memory_mib": answering, "training_memory_mib": training}
-    for name, prepare in list(kinds.items())[: 1 + (train and not isinstance(model, GraphModel))]:
-        work = prepare(model.float(), wanted, device)
+    for name, prepare in (("memory_mib", answering), ("training_memory_mib", training)):
+        if prepare is training and (isinstance(model, GraphModel) or not s.training):
+            break
+        work = prepare(model.float(), job, device)
         work()  # the optimiser's buffers and a compiler's own memory come with the first one
         forget_peak(device)
         work()

@@ -7,29 +7,31 @@ be built or run becomes a row that says why, and the others go on.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from glsim.checkpoints.onnx_runtime import GraphModel
-from glsim.data.limits import MAX_MEGAPIXELS, pixel_limit
+from glsim.data.limits import pixel_limit
 from glsim.data.readers import read_data
 from glsim.environment import environment, pick_device
 from glsim.evaluation.peak_memory import peaks_elsewhere
-from glsim.evaluation.speed_plots import draw, draw_accuracy
-from glsim.evaluation.workloads import Job, Setup, Work, about_source, answering, build, loaded, test_images, training
+from glsim.evaluation.plots import draw_accuracy, draw_speed
+from glsim.evaluation.speed_settings import SpeedSettings
+from glsim.evaluation.workloads import Job, Work, about_source, answering, build, loaded, test_images, training
 from glsim.files import document, make_folder, one_line, printable, write_json
 from glsim.models.base import Model
 from glsim.types import GlsimError, optional
 
 FAILURES = (GlsimError, RuntimeError, OSError)  # of one row: a combination that does not fit, too little memory, ..
-ALIKE = Job._fields[1:]  # what two rows share that are compared; of sources, which have their own network:
+SETTINGS = tuple(f.name for f in fields(Job))
+ALIKE = SETTINGS[1:]  # what two rows share that are compared; of sources, which have their own network:
 ALIKE_SOURCES = ("batch_size", "dtype", "compile")
 RATIOS = {
     "latency": "latency_ms",
@@ -40,15 +42,9 @@ RATIOS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeedRow:
+class SpeedRow(Job):
     """What was measured of one model, or why it could not be."""
 
-    method: str  # with its options: glsim:crop_size=112; or a source
-    backbone: str
-    image_size: int | list[int]  # side, or height and width; pixels
-    batch_size: int
-    dtype: str
-    compile: bool
     parameters: int | None = optional()  # None: an exported graph does not tell
     accuracy: float | None = optional()  # test top-1 of a source, out of its metrics.json
     memory_mib: float | None = optional()  # at the peak of an answer
@@ -63,15 +59,9 @@ class SpeedRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeedRatio:
+class SpeedRatio(Job):
     """What a row took, divided by what the row of `against` took."""
 
-    method: str
-    backbone: str
-    image_size: int | list[int]
-    batch_size: int
-    dtype: str
-    compile: bool
     against: str
     latency: float | None = optional()
     training: float | None = optional()
@@ -89,146 +79,73 @@ class SpeedComparison:
     exit_code: int | None = optional()  # 1 where no row could be measured
 
 
-class Plan(NamedTuple):
-    """What is measured of every row."""
-
-    training: bool = True
-    memory: bool = True
-    data: str | None = None
-    images: int = 128
-    workers: int = 2
-    repeats: int = 10
-    warmup: int = 2
-
-
-def compare_speed(
-    methods: Sequence[str] = ("plain", "glsim"),
-    *,
-    sources: Sequence[str] = (),
-    backbones: Sequence[str] = ("vit_base_patch16_224",),
-    sizes: Sequence[int] = (224,),
-    batch_sizes: Sequence[int] = (1, 8),
-    dtypes: Sequence[str] = ("float32",),
-    compile: Literal["no", "yes", "both"] = "no",  # noqa: A002
-    against: str | None = None,
-    training: bool = True,
-    memory: bool = True,
-    data: str | None = None,
-    images: int = 128,
-    workers: int = 2,
-    max_megapixels: float = MAX_MEGAPIXELS,
-    repeats: int = 10,
-    warmup: int = 2,
-    num_classes: int = 200,
-    backbone_args: dict[str, Any] | None = None,
-    out: str | None = None,
-    device: str | None = None,
-    progress: bool = False,
-) -> SpeedComparison:
+def compare_speed(s: SpeedSettings, progress: bool = False) -> SpeedComparison:
     """Time models in turn: answers, training steps, images a second, peak memory, and their ratios.
 
     Args:
-        methods: names, with options after a colon: glsim:crop_size=112.
-        sources: trained bundles or exported graphs to measure instead, at their own image size.
-        backbones: timm model names.
-        sizes: sides of the images, pixels.
-        batch_sizes: images at a time.
-        dtypes: of the weights; in training, of autocast.
-        compile: with torch.compile: no, yes, or both.
-        against: one of `methods` or `sources`: what the others took is divided by what this one took.
-        training: time training steps too.
-        memory: measure peak memory too, each row in a process of its own.
-        data: images that are read, prepared and answered; with `sources` a data set whose test images are answered.
-        images: test images in every turn, with `sources` and `data`.
-        workers: processes that load images.
-        max_megapixels: larger images are bad files.
-        repeats: rounds in which every model has its turn; median and quartiles are over these.
-        warmup: rounds before those, not counted.
-        num_classes: outputs of the last layer.
-        backbone_args: handed to timm.
-        out: folder for bench.json and plots.
+        s: what is measured, and how; every setting says what it is.
         progress: draw a progress bar.
 
     Raises:
         DataError: for `data` that is not there. What goes wrong with a row is its `error`.
     """
-    place = pick_device(device)
-    setup = Setup(bool(sources), num_classes, backbone_args, device)
-    plan = Plan(training, memory, data, images, workers, repeats, warmup)
-    compiled = {"no": [False], "yes": [True], "both": [False, True]}[compile]
-    networks: Any = [("", 0)] if sources else product(backbones, sizes)
-    settings = [(*net, *rest) for net, rest in product(networks, product(batch_sizes, dtypes, compiled))]
-    names = sources or methods
-    rounds = (warmup + repeats) * (1 + training) + memory + (data is not None and not sources)
+    place = pick_device(s.device)
+    compiled = {"no": [False], "yes": [True], "both": [False, True]}[s.compile]
+    networks: Any = [("", 0)] if s.sources else product(s.backbones, s.sizes)
+    shared = [(*net, *rest) for net, rest in product(networks, product(s.batch_sizes, s.dtypes, compiled))]
+    names = s.sources or s.methods
+    rounds = (s.warmup + s.repeats) * (1 + s.training) + s.memory + (s.data is not None and not s.sources)
     rows: list[SpeedRow] = []
-    with pixel_limit(max_megapixels):
-        if sources and data is not None:
-            read_data(data)  # what is not there is no failure of a row
-        with tqdm(total=len(settings) * len(names) * rounds, unit="turn", disable=not progress) as bar:
-            for setting in settings:
-                bar.set_description(" ".join(map(printable, filter(None, setting[:4]))))
-                rows += measure([Job(name, *setting) for name in names], setup, plan, place, bar.update)
-    ratio = ratios(rows, against, ALIKE_SOURCES if sources else ALIKE) if against is not None else None
+    with pixel_limit(s.max_megapixels):
+        if s.sources and s.data is not None:
+            read_data(s.data)  # what is not there is no failure of a row
+        with tqdm(total=len(shared) * len(names) * rounds, unit="turn", disable=not progress) as bar:
+            for values in shared:
+                bar.set_description(" ".join(map(printable, filter(None, values[:4]))))
+                rows += measure([Job(name, *values) for name in names], s, place, bar.update)
+    ratio = ratios(rows, s.against, ALIKE_SOURCES if s.sources else ALIKE) if s.against is not None else None
     nothing = all(row.error is not None for row in rows)
     result = SpeedComparison(rows, ratio, environment(place), 1 if nothing else None)
-    if out is not None:
-        write_speed(out, result, bool(sources))
+    if s.out is not None:
+        folder = make_folder(s.out)
+        write_json(folder / "bench.json", document(result))
+        if s.sources:
+            draw_accuracy(rows, folder / "accuracy.png")
+        else:
+            draw_speed(rows, "image_size", "batch_size", folder / "cost.png")
+            draw_speed(rows, "batch_size", "image_size", folder / "throughput.png")
     return result
 
 
-def write_speed(out: str, result: SpeedComparison, trained: bool) -> None:
-    """Write bench.json and plots into a folder."""
-    folder = make_folder(out)
-    write_json(folder / "bench.json", document(result))
-    if trained:
-        draw_accuracy(result.rows, folder / "accuracy.png")
-    else:
-        draw(result.rows, "image_size", "batch_size", folder / "cost.png")
-        draw(result.rows, "batch_size", "image_size", folder / "throughput.png")
-
-
-def measure(
-    jobs: list[Job], setup: Setup, plan: Plan, device: torch.device, tick: Callable[[], object]
-) -> list[SpeedRow]:
-    """Measure models that differ in the method alone: memory one by one, then times in turn.
-
-    Args:
-        jobs: what to measure, a row each.
-        setup: what they share.
-        plan: what is measured, and how often.
-        device: where they run.
-        tick: called after every piece of work.
-    """
-    rows: dict[Job, dict[str, Any]] = {job: job._asdict() for job in jobs}
+def measure(jobs: list[Job], s: SpeedSettings, device: torch.device, tick: Callable[[], object]) -> list[SpeedRow]:
+    """A row for each of `jobs`, which differ in the method alone: memory one by one, then times in turn."""
+    rows: dict[Job, dict[str, Any]] = {job: {**vars(job)} for job in jobs}
     models: dict[Job, Model] = {}
-    data, trained = plan.data, setup.trained
     for job, row in rows.items():
         with noted(row):
-            models[job] = build(job, setup)
+            models[job] = build(job, s)
             if not isinstance(models[job], GraphModel):
                 row["parameters"] = sum(p.numel() for p in models[job].parameters())
-            if trained:
+            if s.sources:
                 row |= about_source(job.method, models[job])
-                if data is not None:
-                    test_images(models[job], data, plan.images, plan.workers)  # before minutes are spent on the rest
-            if plan.memory:
-                row |= peaks_elsewhere(job, setup, plan.training)
+                if s.data is not None:
+                    test_images(models[job], s)  # before minutes are spent on the rest
+            if s.memory:
+                row |= peaks_elsewhere(job, s)
                 tick()
-    kinds: dict[str, Callable[..., Work]] = {"training": training} if plan.training else {}
+    kinds: dict[str, Callable[..., Work]] = {"training": training} if s.training else {}
     kinds["latency"] = answering
     batches = 1
-    if trained and data is not None:
-        batches = plan.images // jobs[0].batch_size
-        kinds["latency"] = lambda model, job, device: answering(
-            model, job, device, test_images(model, data, plan.images, plan.workers)
-        )
+    if s.sources and s.data is not None:
+        batches = s.images // jobs[0].batch_size
+        kinds["latency"] = lambda model, job, device: answering(model, job, device, test_images(model, s))
     for kind, prepare in kinds.items():
         works: dict[Job, Work] = {}
         for job, row in rows.items():
             if "error" not in row and (kind != "training" or not isinstance(models[job], GraphModel)):
                 with noted(row):
                     works[job] = prepare(models[job], job, device)
-        for job, times in in_turn(works, plan.warmup, plan.repeats, tick).items():
+        for job, times in in_turn(works, s.warmup, s.repeats, tick).items():
             if isinstance(times, Exception):
                 rows[job]["error"] = one_line(times)
             else:
@@ -238,9 +155,9 @@ def measure(
     for job, row in rows.items():
         if "error" not in row:
             row["images_per_second"] = 1000 * job.batch_size / row["latency_ms"]
-            if data is not None and not trained:
+            if s.data is not None and not s.sources:
                 with noted(row):
-                    row["loaded_images_per_second"] = loaded(models[job], job, device, data, plan.repeats, plan.workers)
+                    row["loaded_images_per_second"] = loaded(models[job], job, device, s)
                 tick()
     return [SpeedRow(**row) for row in rows.values()]
 
@@ -303,5 +220,5 @@ def ratios(rows: list[SpeedRow], against: str, alike: tuple[str, ...] = ALIKE) -
         if base.method == against != row.method and all(getattr(row, k) == getattr(base, k) for k in alike):
             both = {name: (getattr(row, key), getattr(base, key)) for name, key in RATIOS.items()}
             parts = {name: a / b for name, (a, b) in both.items() if a is not None and b is not None}
-            found.append(SpeedRatio(**{k: getattr(row, k) for k in Job._fields}, against=against, **parts))
+            found.append(SpeedRatio(**{k: getattr(row, k) for k in SETTINGS}, against=against, **parts))
     return found

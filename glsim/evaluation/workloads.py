@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml
@@ -23,6 +24,7 @@ from glsim.data.loaders import ImageDataset
 from glsim.data.readers import read_data
 from glsim.data.transforms import Preprocessing, eval_transform
 from glsim.environment import pick_device
+from glsim.evaluation.speed_settings import SpeedSettings
 from glsim.inference.predictor import answers
 from glsim.models import create_model
 from glsim.models.base import EarlyExitModel, Model
@@ -32,44 +34,36 @@ from glsim.types import ConfigError, DataError
 AS_EXPORTED = ("float32", False, "cpu")  # dtype of the images, compiled, device
 
 
-class Job(NamedTuple):
+@dataclass(frozen=True)
+class Job:
     """What a row measures."""
 
     method: str  # with its options: glsim:crop_size=112; or a source
-    backbone: str  # "" and 0 for a source: it has its own, which its row tells
-    image_size: int
+    backbone: str  # "" and 0 for a source that is yet to be read: it has its own
+    image_size: int | list[int]  # side, or height and width; pixels
     batch_size: int
     dtype: str
     compile: bool
 
 
-class Setup(NamedTuple):
-    """What all rows share of how their models are built."""
-
-    trained: bool  # the methods are sources: bundles, or exported graphs
-    num_classes: int = 200
-    backbone_args: dict[str, Any] | None = None
-    device: str | None = None
-
-
 Work = Callable[[], object]
 
 
-def build(job: Job, setup: Setup) -> Model:
+def build(job: Job, s: SpeedSettings) -> Model:
     """The model of a row: a trained one out of a source, else one whose weights are random.
 
     Raises ConfigError for an exported graph that is to be anything but what it is, and for a compiled model with a
     margin, whose two passes `answers` calls one by one.
     """
-    model = load(job.method) if setup.trained else untrained(job, setup)
-    if isinstance(model, GraphModel) and (job.dtype, job.compile, pick_device(setup.device).type) != AS_EXPORTED:
+    model = load(job.method) if s.sources else untrained(job, s)
+    if isinstance(model, GraphModel) and (job.dtype, job.compile, pick_device(s.device).type) != AS_EXPORTED:
         raise ConfigError(f"{job.method} is exported and runs as it is: --device cpu --dtypes float32 --compile no")
     if isinstance(model, EarlyExitModel) and model.margin is not None and job.compile:
         raise ConfigError(f"{job.method} answers early (margin {model.margin:g}), which is not compiled: --compile no")
     return model
 
 
-def untrained(job: Job, setup: Setup) -> Model:
+def untrained(job: Job, s: SpeedSettings) -> Model:
     """The method of a row with its options, random weights."""
     method, _, given = job.method.partition(":")
     options = {}
@@ -77,7 +71,7 @@ def untrained(job: Job, setup: Setup) -> Model:
         key, _, value = part.partition("=")
         options[key.strip()] = yaml.safe_load(value)
     torch.manual_seed(0)
-    return create_model(method, job.backbone, setup.num_classes, job.image_size, False, setup.backbone_args, **options)
+    return create_model(method, job.backbone, s.num_classes, job.image_size, False, s.backbone_args, **options)
 
 
 def about_source(source: str, model: Model) -> dict[str, Any]:
@@ -92,20 +86,11 @@ def about_source(source: str, model: Model) -> dict[str, Any]:
     return row | {"accuracy": test["top1"]} if isinstance(test, dict) and "top1" in test else row
 
 
-def test_images(model: Model, data: str, count: int, workers: int) -> Tensor:
-    """Images of a test split, drawn evenly and prepared for a model.
-
-    Args:
-        model: whose run says how the split was drawn.
-        data: a folder, list, shards or Hugging Face data.
-        count: images.
-        workers: processes that load them.
-
-    Returns:
-        (count, 3, H, W).
-    """
+def test_images(model: Model, s: SpeedSettings) -> Tensor:
+    """Images drawn evenly from the test split of `s.data` as `model` was trained, prepared for it."""
     seen = {"split_seed": 0, "test_fraction": 0.2} | model.config.data
-    return _test_images(data, seen["split_seed"], seen["test_fraction"], preprocessing_of(model), count, workers)
+    assert s.data is not None
+    return _test_images(s.data, seen["split_seed"], seen["test_fraction"], preprocessing_of(model), s.images, s.workers)
 
 
 @lru_cache(maxsize=2)
@@ -117,9 +102,14 @@ def _test_images(
     if len(found) < count:
         raise DataError(f"{data} has {len(found)} test images, {count} were asked for; fewer: --images")
     paths = [found[i * len(found) // count] for i in range(count)]
+    return torch.cat(list(read(paths, preprocessing, 32, workers)))
+
+
+def read(paths: Sequence[Path], preprocessing: Preprocessing, size: int, workers: int) -> Iterable[Tensor]:
+    """Batches of images (B, 3, H, W) as they are prepared for a model."""
     dataset: Any = ImageDataset(paths, eval_transform(preprocessing))
     start = sharing() if workers else None
-    return torch.cat([images for images, _ in DataLoader(dataset, 32, num_workers=workers, worker_init_fn=start)])
+    return (images for images, _ in DataLoader(dataset, size, num_workers=workers, worker_init_fn=start))
 
 
 def answering(model: Model, job: Job, device: torch.device, images: Tensor | None = None) -> Work:
@@ -132,8 +122,7 @@ def answering(model: Model, job: Job, device: torch.device, images: Tensor | Non
         images: (.., 3, H, W): answer each whole batch of them, second passes regrouped as `predict` does it; None:
             noise.
     """
-    dtype = getattr(torch, job.dtype)
-    net = compiled(model.eval().to(device, dtype), job)
+    net, dtype = compiled(model.eval(), job, device)
     if images is None:
         images = torch.randn(job.batch_size, 3, *model.config.image_size)
     batches = [batch for batch in images.to(device, dtype).split(job.batch_size) if len(batch) == job.batch_size]
@@ -148,15 +137,8 @@ def answering(model: Model, job: Job, device: torch.device, images: Tensor | Non
 
 
 def training(model: Model, job: Job, device: torch.device) -> Work:
-    """A step on a batch with arbitrary labels: forward (autocast where the dtype is not float32), backward, SGD.
-
-    Args:
-        model: which is trained.
-        job: batch, image size, dtype, compiled or not.
-        device: where it runs.
-    """
-    dtype = getattr(torch, job.dtype)
-    net = compiled(model.train().to(device), job)
+    """A step on a batch with arbitrary labels: forward (autocast where the dtype is not float32), backward, SGD."""
+    net, dtype = compiled(model.train(), job, device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, nesterov=True)
     images = torch.randn(job.batch_size, 3, *model.config.image_size, device=device)
     labels = torch.arange(job.batch_size, device=device) % model.config.num_classes
@@ -172,9 +154,11 @@ def training(model: Model, job: Job, device: torch.device) -> Work:
     return work
 
 
-def compiled(model: Model, job: Job) -> Any:
-    """The model, compiled where the row says so."""
-    return torch.compile(model) if job.compile else model
+def compiled(model: Model, job: Job, device: torch.device) -> tuple[Any, torch.dtype]:
+    """The model on its device, one that answers in the dtype of the row, compiled where that says so; and the dtype."""
+    dtype = getattr(torch, job.dtype)
+    model = model.to(device) if model.training else model.to(device, dtype)
+    return (torch.compile(model) if job.compile else model), dtype
 
 
 def wait(device: torch.device) -> None:
@@ -183,25 +167,21 @@ def wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def loaded(model: Model, job: Job, device: torch.device, data: str, batches: int, workers: int) -> float:
-    """Images a second of one pass over a data set: read, prepared, answered; the start of the processes is part of it.
+def loaded(model: Model, job: Job, device: torch.device, s: SpeedSettings) -> float:
+    """Images a second of one pass over those of `s.data`, at most `s.repeats` batches: read, prepared, answered.
 
     Args:
         model: which answers.
         job: batch, image size, dtype, compiled or not.
         device: where it runs.
-        data: a folder, list, shards or Hugging Face data.
-        batches: to stop after.
-        workers: processes that load.
+        s: which images, and how many processes load them.
     """
-    dtype = getattr(torch, job.dtype)
-    net = compiled(model.eval().to(device, dtype), job)
-    paths = find_images(data)[: batches * job.batch_size]
-    dataset: Any = ImageDataset(paths, eval_transform(preprocessing_of(model)))
-    share = sharing() if workers else None
+    net, dtype = compiled(model.eval(), job, device)
+    assert s.data is not None
+    paths = find_images(s.data)[: s.repeats * job.batch_size]
     start = time.perf_counter()
     with torch.inference_mode():
-        for images, _ in DataLoader(dataset, job.batch_size, num_workers=workers, worker_init_fn=share):
+        for images in read(paths, preprocessing_of(model), job.batch_size, s.workers):
             net(images.to(device, dtype))
         wait(device)
     return len(paths) / (time.perf_counter() - start)

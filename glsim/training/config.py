@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +22,6 @@ from glsim.types import ConfigError
 WITHOUT_EFFECT = {"workers", "out", "data", "cache", "tracker", "data_licence", "max_megapixels"}
 
 
-@dataclass(frozen=True, kw_only=True)
 class Train(Settings):
     """Train a model on a folder or CSV of images. OUT becomes a bundle: load it, evaluate it, predict with it."""
 

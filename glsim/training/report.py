@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from glsim.evaluation.statistics import mcnemar
 from glsim.files import csv_text, make_folder, markdown, read_json, real, write_text
 from glsim.interpret.drawing import save_figure
 from glsim.training.config import WITHOUT_EFFECT, Train, plain_values, read_recipe
-from glsim.training.reproduce import STATE, SeedSummary, Spread, summarise
+from glsim.training.reproduce import STATE, SeedSummary, summarise
 from glsim.training.runs import RECIPE, Measured, read_measured, read_predictions
 from glsim.types import ConfigError, DataError
 
@@ -133,7 +134,7 @@ def find_runs(given: Sequence[str]) -> tuple[list[FinishedRun], list[str]]:
         for folder in found:
             inner = [folder]
             if (folder / STATE).is_file():
-                rows = _read_json(folder / STATE).get("runs")
+                rows = read_json(folder / STATE).get("runs")
                 if not isinstance(rows, dict):
                     raise DataError(f"{folder / STATE} is damaged: it has no runs")
                 inner = [folder / name for name in rows if name.startswith("seed_")]
@@ -143,13 +144,15 @@ def find_runs(given: Sequence[str]) -> tuple[list[FinishedRun], list[str]]:
         if not (folder / RECIPE).is_file() or not (folder / METRICS_FILE).is_file():
             left_out.append(f"{folder}: no run, or one without a finished epoch")
             continue
-        settings, metrics = Train(**read_recipe(folder / RECIPE)), _read_json(folder / METRICS_FILE)
+        settings, metrics = Train(**read_recipe(folder / RECIPE)), read_json(folder / METRICS_FILE)
         if "test" not in metrics:
             left_out.append(f"{folder}: not measured on test (not finished, no test split, or trained without --test)")
             continue
-        data: dict[str, Any] = _read_json(folder / CONFIG).get("data", {})
-        test = read_measured(metrics["test"])
-        if test is None or not _is_told(data):
+        if not (folder / CONFIG).is_file():
+            raise DataError(f"{folder / CONFIG} is missing")
+        data, test = read_json(folder / CONFIG).get("data"), read_measured(metrics["test"])
+        told = isinstance(data, dict) and all(isinstance(data.get(name), str) for name in ("source", "split_hash"))
+        if test is None or not told:
             raise DataError(f"{folder} is damaged: its {METRICS_FILE} or {CONFIG} is not what training writes")
         kept = plain_values(settings, *WITHOUT_EFFECT, "seed") | {"split": data["split_hash"][:8]}
         runs.append(FinishedRun(folder, settings.dataset or data["source"], settings.seed, kept, test))
@@ -229,21 +232,19 @@ def compare(base: list[FinishedRun], other: list[FinishedRun]) -> list[Pair]:
         pairs = [(base[0], other[0])]
     if not pairs:
         raise ConfigError(f"{base[0].folder} and {other[0].folder} belong to groups without a seed in common")
-    rows = []
+    rows: list[tuple[str, int, int, int]] = []
     for a, b in pairs:
         ours, theirs = (read_predictions(run.folder, run.test) for run in (a, b))
         if {k: label for k, (label, _) in ours.items()} != {k: label for k, (label, _) in theirs.items()}:
             raise DataError(f"{a.folder} and {b.folder} were measured on other images or labels; they cannot be paired")
-        only_base = sum(ours[k][0] == ours[k][1] and theirs[k][0] != theirs[k][1] for k in ours)
-        only_other = sum(ours[k][0] != ours[k][1] and theirs[k][0] == theirs[k][1] for k in ours)
+        right = Counter((ours[k][0] == ours[k][1], theirs[k][0] == theirs[k][1]) for k in ours)
         seed = str(a.seed) if a.seed == b.seed else f"{a.seed}, {b.seed}"
-        rows.append(Pair(seed, len(ours), only_base, only_other, mcnemar(only_base, only_other)))
+        rows.append((seed, len(ours), right[True, False], right[False, True]))
     if len(rows) > 1:
-        images, only_base, only_other = (
-            sum(counts) for counts in zip(*((r.images, r.only_baseline, r.only_other) for r in rows), strict=True)
-        )
-        rows.append(Pair("pooled", images, only_base, only_other, mcnemar(only_base, only_other)))
-    return rows
+        _, *counts = zip(*rows, strict=True)
+        images, only_base, only_other = map(sum, counts)
+        rows.append(("pooled", images, only_base, only_other))
+    return [Pair(*row, mcnemar(*row[2:])) for row in rows]
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -257,19 +258,14 @@ def as_markdown(report: RunReport) -> str:
     for data in report.data:
         counts = sorted({row.count for row in data.rows})
         lines += ["", f"## {markdown(data.name)} ({' or '.join(map(str, counts))} test images)", ""]
-        columns = ["method", "backbone", "lr", "settings", "seeds", "top-1", "per-class mean", "right"]
         cells = [_cells(row) for row in data.rows]
-        if not any(c["settings"] for c in cells):
-            columns.remove("settings")
+        columns = [name for name in cells[0] if name != "settings" or any(c[name] for c in cells)]
         lines += table(columns, [[c[name] for name in columns] for c in cells])
         if data.comparisons:
             base = data.comparisons[0].baseline
             lines += ["", f"### Against {markdown(base)}", ""]
-            rows = [
-                [pair.other, x.seed, x.only_other, x.only_baseline, f"{x.p:.3g}"]
-                for pair in data.comparisons
-                for x in pair.rows
-            ]
+            pairs = [(other.other, x) for other in data.comparisons for x in other.rows]
+            rows = [[name, x.seed, x.only_other, x.only_baseline, f"{x.p:.3g}"] for name, x in pairs]
             lines += table(["row", "seed", "only it right", f"only {base} right", "p"], rows)
     if any(data.comparisons for data in report.data):
         lines += [
@@ -304,7 +300,7 @@ def draw(report: RunReport, path: Path) -> None:
             axes.errorbar(mean, y, xerr=std or None, fmt="o", color="C0", capsize=4, markersize=6)
             seeds = [100 * correct / row.count for correct in row.correct]
             axes.plot(seeds, [y + 0.22] * len(seeds), ".", color="0.55", markersize=5)
-            axes.annotate(_percent(row.top1), (mean, y), (0, 8), textcoords="offset points", ha="center", fontsize=8)
+            axes.annotate(str(row.top1), (mean, y), (0, 8), textcoords="offset points", ha="center", fontsize=8)
         axes.set_yticks(range(len(data.rows)), label(data.rows), parse_math=False)
         axes.set_ylim(len(data.rows) - 0.4, -0.7)
         axes.margins(x=0.15)
@@ -322,15 +318,10 @@ def _cells(row: Row) -> dict[str, str]:
         "lr": str(row.lr),
         "settings": _settings(row),
         "seeds": ", ".join(map(str, row.seeds)),
-        "top-1": _percent(row.top1),
-        "per-class mean": _percent(row.per_class_mean),
+        "top-1": str(row.top1),
+        "per-class mean": str(row.per_class_mean),
         "right": f"{', '.join(map(str, row.correct))} of {row.count}",
     }
-
-
-def _percent(value: Spread) -> str:
-    spread = f" +- {100 * value.std:.2f}" if value.std is not None else ""
-    return f"{100 * value.mean:.2f}{spread}"
 
 
 def _settings(row: Row) -> str:
@@ -345,14 +336,3 @@ def table(columns: list[str], rows: list[list[Any]]) -> list[str]:
     """The lines of a Markdown table."""
     head, *lines = [f"| {' | '.join(map(markdown, line))} |" for line in [columns, *rows]]
     return [head, f"|{' --- |' * len(columns)}", *lines]
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return read_json(file)
-    except FileNotFoundError as error:
-        raise DataError(f"{file} is missing") from error
-
-
-def _is_told(data: Any) -> bool:
-    return isinstance(data, dict) and all(isinstance(data.get(name), str) for name in ("source", "split_hash"))

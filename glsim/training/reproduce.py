@@ -62,6 +62,10 @@ class Spread(NamedTuple):
     mean: float
     std: float | None  # sample standard deviation; None of one run
 
+    def __str__(self) -> str:  # in percent
+        spread = f" +- {100 * self.std:.2f}" if self.std is not None else ""
+        return f"{100 * self.mean:.2f}{spread}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SeedSummary:
@@ -156,15 +160,9 @@ def _follow(plan: Plan, base: Train, out: Path, accelerator: Accelerator, progre
         assert row.lr is not None
         keep(state)
         folder = out / name
-        settings = replace(
-            base,
-            lr=row.lr,
-            seed=row.seed,
-            val_fraction=plan.val_fraction if chooses else 0.0,
-            test=not chooses,
-            out=str(folder),
-            resume=(folder / RECIPE).exists(),
-        )
+        settings = replace(base, lr=row.lr, seed=row.seed, out=str(folder), resume=(folder / RECIPE).exists())
+        if chooses:
+            settings = replace(settings, val_fraction=plan.val_fraction, test=False)
         try:
             result = training.train(settings, progress)
         except (Interrupted, KeyboardInterrupt) as stop:
@@ -174,11 +172,9 @@ def _follow(plan: Plan, base: Train, out: Path, accelerator: Accelerator, progre
                 raise
             state.runs[name] = replace(row, state="diverged", why=str(error))
         else:
-            measured = result.val if chooses else result.test
-            assert measured is not None
-            kept = Measured(measured.count, measured.correct, measured.top1, measured.per_class_mean)
-            done = replace(row, state="done")
-            state.runs[name] = replace(done, val=kept) if chooses else replace(done, test=kept)
+            split = "val" if chooses else "test"
+            measured: dict[str, Any] = {split: read_measured(vars(getattr(result, split)))}
+            state.runs[name] = replace(row, state="done", **measured)
         keep(state)
     return keep(replace(state, test=summarise([row.test for row in state.runs.values() if row.test is not None])))
 

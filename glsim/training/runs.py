@@ -29,6 +29,7 @@ RUN = "run.json"  # seed, split hash, and the machine and versions of every star
 LOG = "log.jsonl"  # a line an epoch
 CURVE = "curve.png"  # loss and accuracy over the epochs
 BAD_IMAGES = "bad_images.txt"  # files that cannot be read
+TOLD = ("epochs", "optimizer", "lr")  # settings that the config of the bundle repeats
 PREDICTIONS = "predictions_test.csv"  # the answer for every test image
 
 
@@ -149,14 +150,7 @@ def provenance(s: Train, model: Model, step: int) -> dict[str, Any]:
         start, licence = "weights named in backbone_args", UNKNOWN
     named = SETS[s.dataset].licence if s.dataset is not None else UNKNOWN
     return {
-        "training": {
-            "start": start,
-            "epochs": s.epochs,
-            "optimizer": s.optimizer,
-            "lr": s.lr,
-            "batch_size": step,
-            "seed": s.seed,
-        },
+        "training": {"start": start, **{n: getattr(s, n) for n in TOLD}, "batch_size": step, "seed": s.seed},
         "licence": {"data": s.data_licence or named, "backbone": licence},
     }
 

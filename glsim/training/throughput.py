@@ -21,10 +21,8 @@ from glsim.models import create_model
 from glsim.models.losses import objective
 from glsim.training.adapt import adapt
 from glsim.training.components import make_optimizer, make_preprocessing, read_splits, train_images
-from glsim.training.config import change_recipe
+from glsim.training.config import Train, change_recipe
 from glsim.training.train import explain_failures
-
-KINDS = ("loading", "model", "together")
 
 
 @dataclass(frozen=True)
@@ -79,24 +77,18 @@ def measure_throughput(
         ConfigError: for a recipe or settings that do not fit.
         DataError: for data that cannot be read.
     """
+    fixed: dict[str, Any] = {"data": str(data), "out": "-", "pretrained": False, "resume": False, "test": False}
+    if workers is not None:
+        fixed["workers"] = workers
+    t = change_recipe(recipe, dict(train or {}), **fixed)
     with pixel_limit(max_megapixels):
-        result = _measure(str(recipe), str(data), dict(train or {}), seconds, workers, device, progress)
+        result = _measure(t, seconds, device, progress)
     if out is not None:
         write_json(make_folder(out) / "bench.json", document(result))
     return result
 
 
-def _measure(
-    recipe: str,
-    data: str,
-    train: dict[str, Any],
-    seconds: float,
-    workers: int | None,
-    device: str | None,
-    progress: bool,
-) -> Throughput:
-    more = {} if workers is None else {"workers": workers}
-    t = change_recipe(recipe, train, data=data, out="-", pretrained=False, resume=False, test=False, **more)
+def _measure(t: Train, seconds: float, device: str | None, progress: bool) -> Throughput:
     images = read_splits(t)[0]["train"]
     accelerator = make_accelerator(device, t.precision)
     classes = len(images.classes)
@@ -133,8 +125,7 @@ def _measure(
         "together": (epochs, step),
     }
     rates = {}
-    for kind in tqdm(KINDS, disable=not progress):
-        source, use = works[kind]
+    for kind, (source, use) in tqdm(works.items(), disable=not progress):
         with explain_failures(batches, t.workers):
             rates[kind] = images_per_second(source(), use, seconds)
     return Throughput(

@@ -24,7 +24,7 @@ from glsim.data.images import BadImage
 from glsim.evaluation.evaluate import evaluate_bundle
 from glsim.evaluation.peak_memory import peaks_here
 from glsim.evaluation.speed import compare_speed
-from glsim.evaluation.workloads import Job, Setup
+from glsim.evaluation.workloads import Job
 from glsim.files import document
 from glsim.inference.predictor import predict_images
 from glsim.models.heads import NO_ANSWER, top2_margin
@@ -139,7 +139,7 @@ def test_bench_takes_a_graph_beside_its_bundle(file, birds, tmp_path):
     bundle = str(file.parent / "bundle")
     given = {"sources": [bundle, str(file)], "against": bundle, "batch_sizes": [2], "repeats": 1, "warmup": 0}
     given |= {"data": str(birds), "images": 5, "workers": 0, "memory": False, "device": "cpu", "out": str(tmp_path)}
-    result = compare_speed(**given)
+    result = compare_speed(bench.Options(**given))
     mine, graph = result.rows
     assert document(mine).keys() - document(graph).keys() == {"parameters", "training_ms", "training_quartiles_ms"}
     assert (graph.backbone, graph.image_size) == (mine.backbone, mine.image_size)
@@ -147,10 +147,10 @@ def test_bench_takes_a_graph_beside_its_bundle(file, birds, tmp_path):
     (ratio,) = result.ratio
     assert ratio.latency == graph.latency_ms / mine.latency_ms and ratio.training is None
     assert "x latency" in bench.show(result, bench.Options())
-    found = peaks_here(Job(str(file), "", 0, 1, "float32", False), Setup(True, device="cpu"), True)
+    found = peaks_here(Job(str(file), "", 0, 1, "float32", False), bench.Options(sources=[str(file)], device="cpu"))
     assert list(found) == ["memory_mib"]  # there is nothing to train
     given |= {"sources": [str(file)], "against": None, "dtypes": ["bfloat16"], "compile": "both"}
-    rows = compare_speed(**given).rows
+    rows = compare_speed(bench.Options(**given)).rows
     assert all("is exported and runs as it is: --device cpu --dtypes float32" in row.error for row in rows)
 
 

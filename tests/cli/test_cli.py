@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import inspect
 import io
 import json
 import os
@@ -14,7 +15,9 @@ import time
 import types
 import typing
 import warnings
+from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 from conftest import ROOT, TINY, choices, parsed
@@ -25,7 +28,7 @@ from glsim.cli.parser import in_order
 from glsim.data.catalog import SETS
 from glsim.models import METHODS
 from glsim.settings import outputs
-from glsim.training.config import Train, change_recipe
+from glsim.training.config import Train, change_recipe, read_recipe
 from glsim.types import ConfigError, DataError, DataWarning
 
 LOAD_VERB = cli.load_verb
@@ -208,6 +211,9 @@ def test_quickstart_end_to_end(capsys, tmp_path):
     assert f"Trained on {measured['device']} with torch {measured['versions']['torch']}, " in page
     pictures = [part.split('"')[0] for part in page.split('src="')[1:]]
     assert len(pictures) == 5 and all((out / "report" / p).is_file() for p in pictures)
+    for method in ("plain", "glsim"):  # trained by the recipe
+        recipe, trained_by = read_recipe(f"synthetic_{method}"), read_recipe(out / method / "train.yaml")
+        assert {name: trained_by[name] for name in recipe} == {**recipe, "epochs": 1}
     assert call(capsys, "quickstart", "--out", out, *words)[0] == 2  # never into a folder that holds something
 
 
@@ -222,10 +228,10 @@ def test_quickstart_end_to_end(capsys, tmp_path):
 def test_train_says_how_to_measure_test(splits, dataset, hint):
     done = trained(splits=splits)
     s = Train(data="d", out="r", dataset=dataset)
-    last = train_verb.show(done, s).splitlines()[-1]
+    *_, last = train_verb.show(done, s)
     assert last == hint if hint else last.startswith("bundle: r")
     measured = types.SimpleNamespace(top1=0.5, correct=1, count=2)
-    assert "next:" not in train_verb.show(dataclasses.replace(done, test=measured), s)
+    assert "next:" not in "\n".join(train_verb.show(dataclasses.replace(done, test=measured), s))
 
 
 def trained(**changes):
@@ -541,6 +547,17 @@ def test_the_page_of_errors_quotes_what_is_said():
     source = "".join(path.read_text() for path in sorted((ROOT / "glsim").rglob("*.py")))
     said = source + "No space left on device"  # the system
     assert len(quoted) > 10 and not [text for text in quoted if text not in said]
+
+
+CALLS = {name: import_module(f"glsim.cli.{name.replace(' ', '_')}") for name in cli.verb_names()}
+
+
+@pytest.mark.parametrize("name", [name for name, module in CALLS.items() if hasattr(module, "CALL")])
+def test_the_library_takes_the_options_of_a_verb_and_returns_what_it_shows(name):
+    module, function = CALLS[name], resolve_name(CALLS[name].CALL)
+    taken, shown = inspect.signature(function), inspect.signature(module.show)
+    assert {f.name for f in dataclasses.fields(module.Options)} <= set(taken.parameters)
+    assert taken.return_annotation == shown.parameters["r"].annotation
 
 
 # --- streams ----------------------------------------------------------------------------------------------------------

@@ -20,19 +20,19 @@ from glsim.data.readers import read_data
 from glsim.data.transforms import eval_transform
 from glsim.evaluation import peak_memory, speed, workloads
 from glsim.evaluation.speed import SpeedComparison, SpeedRow, compare_speed, in_turn, ratios
-from glsim.evaluation.workloads import Job, Setup
+from glsim.evaluation.workloads import Job
 from glsim.files import document
 from glsim.models.boxes import select
 from glsim.types import ConfigError
 
 TINY = {"backbones": ["vit_tiny_patch16_224"], "sizes": [64], "batch_sizes": [2], "backbone_args": SMALL}
 TINY |= {"methods": ["plain", "glsim:top_o=4"], "repeats": 2, "warmup": 1, "num_classes": 5, "device": "cpu"}
-SETUP = Setup(False, 5, SMALL, "cpu")
+SETUP = Options(num_classes=5, backbone_args=SMALL, device="cpu")
 TIMES = {"latency_ms", "latency_quartiles_ms", "images_per_second", "training_ms", "training_quartiles_ms"}
 
 
 def as_row(job, **measured):
-    return SpeedRow(**job._asdict(), **measured)
+    return SpeedRow(**vars(job), **measured)
 
 
 class Clock:
@@ -87,12 +87,12 @@ def test_medians_spread_and_ratios(monkeypatch):
     original = speed.in_turn
     monkeypatch.setattr(speed, "in_turn", lambda *given: original(*given, clock=clock))
     settings = TINY | {"repeats": 3, "training": False, "memory": False, "against": "plain"}
-    result = compare_speed(**settings)
+    result = compare_speed(Options(**settings))
     plain, glsim = result.rows
     assert plain.latency_ms == 2000 and plain.latency_quartiles_ms == [1500, 7000]
     assert plain.images_per_second == 1 and glsim.latency_ms == 5000
     (ratio,) = result.ratio
-    assert ratio.latency == 2.5 and set(document(ratio)) == {*Job._fields, "against", "latency"}
+    assert ratio.latency == 2.5 and set(document(ratio)) == {*speed.SETTINGS, "against", "latency"}
     assert (ratio.method, ratio.against, ratio.batch_size) == ("glsim:top_o=4", "plain", 2)
     text = show(result, Options())
     assert "2,000.0 ±2,750.0" in text and "2.500" in text and "divided by plain" in text
@@ -141,7 +141,7 @@ def test_one_json_document_with_everything(capsys, tmp_path, monkeypatch):
     assert [row["method"] for row in result["rows"]] == ["plain", "glsim:top_o=4"]
     for row in result["rows"]:
         more = {"parameters", "memory_mib", "training_memory_mib", "loaded_images_per_second"}
-        assert set(row) == {*Job._fields, *TIMES, *more}
+        assert set(row) == {*speed.SETTINGS, *TIMES, *more}
         low, high = row["latency_quartiles_ms"]
         assert 0 < low <= row["latency_ms"] <= high
         assert row["images_per_second"] == pytest.approx(2000 / row["latency_ms"])
@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_a_row_that_says_why(capsys):
         "against": "plain",
     }
     settings |= {"backbone_args": {}, "memory": False, "training": False, "repeats": 1}
-    result = compare_speed(**settings)
+    result = compare_speed(Options(**settings))
     errors = [row.error for row in result.rows]
     assert errors[0] is None and "only the patches of ViT and DeiT can overlap, not those of 'resnet18'" in errors[1]
     assert "timm has no model 'vit_tiny_patch16_2'" in errors[2] and "vit_tiny_patch16_224" in errors[3]
@@ -174,7 +174,7 @@ def test_what_does_not_fit_is_a_row_that_says_why(capsys):
     assert json.loads(capsys.readouterr().out)["exit_code"] == 1
     assert cli.main(words) == 1 and " 1 failed: stride=0.75: only" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(ConfigError, match="could not|no option"):
-        workloads.build(Job("glsim:crop=3", "vit_tiny_patch16_224", 64, 1, "float32", False), Setup(False))
+        workloads.build(Job("glsim:crop=3", "vit_tiny_patch16_224", 64, 1, "float32", False), Options())
 
 
 def test_a_row_that_fails_while_running_does_not_stop_the_others(monkeypatch):
@@ -186,7 +186,7 @@ def test_a_row_that_fails_while_running_does_not_stop_the_others(monkeypatch):
         return original(model, job, device)
 
     monkeypatch.setattr(speed, "training", training)
-    plain, glsim = compare_speed(**TINY | {"memory": False}).rows
+    plain, glsim = compare_speed(Options(**TINY | {"memory": False})).rows
     assert set(document(plain)) >= TIMES
     assert glsim.error == "CUDA out of memory." and glsim.latency_ms is None
 
@@ -194,7 +194,7 @@ def test_a_row_that_fails_while_running_does_not_stop_the_others(monkeypatch):
 def test_what_answers_early_is_not_compiled():
     """`answers` would not see through the compiled model that it may regroup the second passes."""
     settings = TINY | {"methods": ["glsim:top_o=4,early_loss=1.0,margin=0.5"], "compile": "yes", "memory": False}
-    (row,) = compare_speed(**settings).rows
+    (row,) = compare_speed(Options(**settings)).rows
     assert "answers early (margin 0.5), which is not compiled: --compile no" in row.error
 
 
@@ -219,7 +219,7 @@ def test_dtype_compile_and_lists_span_the_rows(monkeypatch):
     asked = []
     monkeypatch.setattr(speed, "measure", lambda jobs, *rest: asked.append(jobs) or [as_row(j) for j in jobs])
     lists = {"sizes": [64, 96], "batch_sizes": [1, 2], "dtypes": ["float32", "bfloat16"], "compile": "both"}
-    result = compare_speed(**TINY | lists)
+    result = compare_speed(Options(**TINY | lists))
     assert len(asked) == 16 and all([job.method for job in jobs] == TINY["methods"] for jobs in asked)
     assert len(set(result.rows)) == 32
 
@@ -362,7 +362,7 @@ def test_bundles_are_rows_with_their_accuracy_and_answer_test_images(run_folder,
     names = [str(run_folder), str(second)]
     given = {"sources": names, "against": names[0], "data": str(birds), "images": 4, "batch_sizes": [2], "workers": 0}
     given |= {"training": False, "memory": False, "repeats": 2, "warmup": 0, "device": "cpu", "out": str(tmp_path)}
-    result = compare_speed(**given)
+    result = compare_speed(Options(**given))
     first, other = result.rows
     measured = json.loads((run_folder / "metrics.json").read_text())["test"]["top1"]
     assert first.accuracy == measured and other.accuracy is None
@@ -389,24 +389,26 @@ def test_the_time_of_a_batch_is_that_of_a_turn_divided_by_its_batches(run_folder
     monkeypatch.setattr(speed, "in_turn", lambda *given: original(*given, clock=clock))
     given = {"sources": [str(run_folder)], "data": str(birds), "images": 7, "batch_sizes": [2], "workers": 0}
     given |= {"training": False, "memory": False, "repeats": 1, "warmup": 1, "device": "cpu"}
-    (row,) = compare_speed(**given).rows
+    (row,) = compare_speed(Options(**given)).rows
     assert row.latency_ms == 1000 and row.images_per_second == 2  # 3 whole batches of 7 images in 3 s
 
 
 def test_bundles_that_cannot_be_measured(run_folder, birds, tmp_path, capsys):
     fast = {"training": False, "memory": False, "repeats": 1, "warmup": 0, "device": "cpu", "workers": 0}
-    rows = compare_speed(sources=[str(tmp_path / "gone"), str(run_folder)], batch_sizes=[1], **fast).rows
+    rows = compare_speed(Options(sources=[str(tmp_path / "gone"), str(run_folder)], batch_sizes=[1], **fast)).rows
     assert "gone does not exist; give a bundle folder" in rows[0].error and rows[1].error is None
-    (row,) = compare_speed(sources=[str(run_folder)], data=str(birds), images=99, batch_sizes=[1], **fast).rows
+    (row,) = compare_speed(Options(sources=[str(run_folder)], data=str(birds), images=99, batch_sizes=[1], **fast)).rows
     assert "has 9 test images, 99 were asked for" in row.error
     assert cli.main(["bench", "--sources", str(run_folder), "--data", str(tmp_path / "gone")]) == 3
     damaged = tmp_path / "damaged"
     glsim.save(glsim.load(run_folder), damaged)
     (damaged / "metrics.json").write_text("{")
-    (row,) = compare_speed(sources=[str(damaged)], batch_sizes=[1], **fast).rows
+    (row,) = compare_speed(Options(sources=[str(damaged)], batch_sizes=[1], **fast)).rows
     assert "metrics.json is damaged or cannot be read" in row.error
 
 
 def test_memory_of_a_bundle_is_measured_in_a_process_of_its_own(run_folder):
-    found = peak_memory.peaks_elsewhere(Job(str(run_folder), "", 0, 1, "float32", False), Setup(True, device="cpu"))
+    found = peak_memory.peaks_elsewhere(
+        Job(str(run_folder), "", 0, 1, "float32", False), Options(sources=[str(run_folder)], device="cpu")
+    )
     assert 0 < found["memory_mib"] <= found["training_memory_mib"]

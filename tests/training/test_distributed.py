@@ -152,11 +152,12 @@ def test_a_signal_to_the_launcher_saves_in_all_processes_and_the_run_goes_on(dat
 REPRODUCE = """
 import json, os, sys
 from pathlib import Path
-from glsim import reproduce
-from glsim.cli import VERBS, parse, part_processes
+from glsim.cli import load_verb, parse, part_processes
+from glsim.files import document
+verb = load_verb("reproduce")
 try:
-    result = reproduce.run(parse("reproduce", VERBS["reproduce"], sys.argv[2:]), progress=False)
-    Path(sys.argv[1], "rank" + os.environ["RANK"] + ".json").write_text(json.dumps(result))
+    result = verb.run(parse("reproduce", verb.options, sys.argv[2:]), False)
+    Path(sys.argv[1], "rank" + os.environ["RANK"] + ".json").write_text(json.dumps(document(result)))
 finally:
     part_processes()
 """

@@ -1,6 +1,5 @@
 """A recipe states its claim, builds, and is found by its name wherever the package is installed."""
 
-import dataclasses
 import json
 import os
 import re
@@ -13,9 +12,8 @@ from conftest import ROOT, parsed
 
 import glsim
 from glsim import cli
-from glsim.cli import quickstart
 from glsim.training.components import make_optimizer
-from glsim.training.config import Train, read_recipe
+from glsim.training.config import read_recipe
 from glsim.training.recipes import PARTS, describe, find_recipe, recipes
 from glsim.types import ConfigError
 
@@ -141,11 +139,3 @@ def test_a_wheel_holds_all_that_the_package_reads(tmp_path):
     assert all(r["path"].startswith(str(tmp_path / "installed")) for r in listed)
     words = ("train", "--recipe", "cub_glsim_vit_b16", "--data", "CUB", "--out", "runs", "--print-recipe")
     assert "backbone: vit_base_patch16_224.orig_in21k\n" in installed(*words)
-
-
-@pytest.mark.parametrize("method", ["plain", "glsim"])
-def test_quickstart_trains_what_the_recipe_says(method):
-    names = {f.name for f in dataclasses.fields(Train)}
-    recipe = read_recipe(f"synthetic_{method}")
-    assert set(quickstart.RECIPE) <= names
-    assert {**quickstart.RECIPE, "method": method, "epochs": recipe["epochs"]} == recipe

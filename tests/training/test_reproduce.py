@@ -77,7 +77,7 @@ def ask(recipe, birds, out, **changes):
 
 
 def reproduced(options):
-    return verb.run(options, progress=False)
+    return reproduce.reproduce_recipe(**vars(options), progress=False)
 
 
 def test_the_lr_is_chosen_on_val_and_every_seed_measured_on_test(recipe, birds, tmp_path, monkeypatch):
@@ -146,7 +146,7 @@ def test_an_lr_that_diverges_is_not_chosen(recipe, birds, tmp_path, monkeypatch,
     FakeTraining(monkeypatch, diverge=[0.01, 0.03])
     result = reproduced(ask(recipe, birds, tmp_path / "r"))
     assert result.lr == 0.1 and result.runs["lr_0.01"].state == "diverged"
-    assert "lr 0.01: the loss is not a number" in verb.show(result, None)
+    assert "lr 0.01: the loss is not a number" in "\n".join(verb.show(result, None))
     FakeTraining(monkeypatch, diverge=VAL)
     s = ask(recipe, birds, tmp_path / "s")
     for _ in range(2):  # asked again, it says the same
