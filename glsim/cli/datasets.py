@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from glsim.cli.options import Lines, Settings, positional, setting
 from glsim.types import ConfigError
@@ -48,9 +48,9 @@ def run(options: Options, progress: bool) -> DataSetInfo | dict[str, list[DataSe
     return prepare_dataset(**{name: value for name, value in vars(options).items() if name != "action"})
 
 
-def show(r: Any, options: Options) -> Lines:
+def show(r: DataSetInfo | dict[str, list[DataSetInfo]], options: Options) -> Lines:
     """Each name with counts, protocol, licence and address; or what lies in the folder now, and what comes next."""
-    if options.action == "prepare":
+    if not isinstance(r, dict):
         yield f"{r.name}: {r.classes} classes, {show_counts(r.counts or {})} images in {r.root}"
         if r.csv is not None:
             yield f"list: {r.csv}, split {r.split_hash}"
