@@ -1,7 +1,8 @@
-"""`glsim localize`: scores and boxes of a model against object masks."""
+"""`glsim localize`: scores and boxes of a model against masks, boxes and points."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from glsim.cli.options import (
@@ -15,6 +16,7 @@ from glsim.cli.options import (
     setting,
     show_skipped,
 )
+from glsim.types import ConfigError
 
 if TYPE_CHECKING:
     from glsim.evaluation.localization import Localization, Numbers
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 PURPOSE = "Measure"
 HEADS = {  # columns of the table, in their order
     "pointing": "pointing",
+    "pointing_centre": "best centre",
     "energy": "energy",
     "auc": "ROC-AUC",
     "area": "area",
@@ -29,6 +32,7 @@ HEADS = {  # columns of the table, in their order
     "holds": "holds",
     "purity": "purity",
     "iou": "IoU",
+    "parts": "parts",
     "deletion": "deletion",
     "insertion": "insertion",
 }
@@ -36,12 +40,18 @@ HEADS = {  # columns of the table, in their order
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Device, SkipBad, Source):
-    """Measure where the model looks against masks: scores and boxes of every mechanism, beside controls."""
+    """Measure where the model looks against masks, boxes, points: scores and boxes of every mechanism and controls."""
 
     source: str = positional(MISSING, "bundle, hf-hub:owner/name or official .pth", path="reads")
     images: str = required("folder (or file, or glob) of images", path="reads")
-    masks: str = required(
-        "folder of masks, one an image: PNG, trimap or PASCAL VOC XML; or with body/ and part/", path="reads"
+    masks: str | None = setting(
+        None, "folder of masks, one an image: PNG, trimap or PASCAL VOC XML; or with body/ and part/", path="reads"
+    )
+    boxes: str | None = setting(
+        None, "boxes: CSV (path,left,top,right,bottom), COCO .json, folder of PASCAL VOC XML or of CUB", path="reads"
+    )
+    points: str | None = setting(
+        None, "points: CSV (path,part,x,y), COCO .json, folder of CUB; default: those of --boxes", path="reads"
     )
     metrics: list[str] | None = setting(None, "mechanisms, or all; default: the model's own, gls_cos for plain")
     controls: bool = setting(False, "boxes of the same size too: centre, random place; random patches; whole image")
@@ -53,6 +63,12 @@ class Options(Device, SkipBad, Source):
     batch_size: int = setting(32, "images at a time", least=1)
     skip_bad: bool = setting(False, "leave unreadable images, and bad masks with theirs, out and list them")
     out: str | None = setting(None, "file for the result as JSON", path="file")
+
+    def check(self) -> None:
+        """Something has to say where the objects are."""
+        super().check()
+        if self.masks is None and self.boxes is None:
+            raise ConfigError("masks, boxes: one of them is needed, to say where the objects are")
 
 
 def run(options: Options, progress: bool) -> Localization:
@@ -82,10 +98,31 @@ def show(r: Localization, options: Options) -> str:
             more = gains["coverage - random"]
             if more is not None:
                 lines.append(f"coverage of {title_of(row)} - random box: {signed(*_percent(more))}")
-    lines += show_skipped(r.skipped, "images")
+    row, values = next(iter(found.rows.items()))  # of all targets the same
+    held = [
+        (name.removeprefix("parts/"), _percent(v)[0]) for name, v in values.items() if name.startswith("parts/") and v
+    ]
+    if held:
+        shares = ", ".join(f"{name} {mean:.0f}" for name, mean in sorted(held, key=lambda part: -part[1]))
+        lines += ["", f"parts inside the box of {titles[row]}: {shares}"]
+    lines += [*_remarks(r), *show_skipped(r.skipped, "images")]
     if options.out is not None:
         lines.append(f"written: {options.out}")
     return "\n".join(lines)
+
+
+def _remarks(r: Localization) -> Iterator[str]:
+    """What a person should know of the files of boxes and points."""
+    for file, images in (r.without or {}).items():
+        if images:
+            what = "no box, and are left out" if file == r.boxes else "no point"
+            yield f"{len(images):,} images have {what}: {', '.join(images[:3])}{', ..' if images[3:] else ''} ({file})"
+        if count := (r.unused or {})[file]:
+            yield f"{count:,} images of {file} are not among these"
+    if r.scaled:
+        yield f"annotations of {r.scaled:,} images were drawn on copies in another size, and are scaled"
+    if r.cut:
+        yield f"boxes of {r.cut:,} images reach over the edge of the image, and are cut"
 
 
 def _title(row: str) -> str:
