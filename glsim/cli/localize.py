@@ -36,6 +36,7 @@ HEADS = {  # columns of the table, in their order
     "deletion": "deletion",
     "insertion": "insertion",
 }
+PART = "parts/"  # before the name of one
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -258,5 +258,5 @@ def points_to_view(points: Annotation | None, names: list[tuple[str, int]], p: P
     Those that are cropped away lie outside of (W, H).
     """
     seen = points.visible() if points is not None else {}
-    places = torch.tensor([seen.get(name, (torch.nan, torch.nan)) for name in names], dtype=torch.double)
+    places = torch.tensor([seen.get(name, (torch.nan,) * 2) for name in names], dtype=torch.double).view(len(names), 2)
     return places_to_view(places, cast("Size", points.size), p) if points is not None else places
