@@ -100,11 +100,9 @@ def show(r: Localization, options: Options) -> str:
             if more is not None:
                 lines.append(f"coverage of {title_of(row)} - random box: {signed(*_percent(more))}")
     row, values = next(iter(found.rows.items()))  # of all targets the same
-    held = [
-        (name.removeprefix("parts/"), _percent(v)[0]) for name, v in values.items() if name.startswith("parts/") and v
-    ]
-    if held:
-        shares = ", ".join(f"{name} {mean:.0f}" for name, mean in sorted(held, key=lambda part: -part[1]))
+    parts = {name[len(PART) :]: _percent(v)[0] for name, v in values.items() if name.startswith(PART) and v}
+    if parts:
+        shares = ", ".join(f"{name} {mean:.0f}" for name, mean in sorted(parts.items(), key=lambda part: -part[1]))
         lines += ["", f"parts inside the box of {titles[row]}: {shares}"]
     lines += [*_remarks(r), *show_skipped(r.skipped, "images")]
     if options.out is not None:
@@ -114,11 +112,12 @@ def show(r: Localization, options: Options) -> str:
 
 def _remarks(r: Localization) -> Iterator[str]:
     """What a person should know of the files of boxes and points."""
-    for file, images in (r.without or {}).items():
+    for kind, images in (r.without or {}).items():
+        file = r.boxes if kind == "boxes" else r.points
         if images:
-            what = "no box, and are left out" if file == r.boxes else "no point"
-            yield f"{len(images):,} images have {what}: {', '.join(images[:3])}{', ..' if images[3:] else ''} ({file})"
-        if count := (r.unused or {})[file]:
+            what = f"no {kind} in {file}{', and are left out' if kind == 'boxes' else ''}"
+            yield f"{len(images):,} images have {what}: {', '.join(images[:3])}{', ..' if images[3:] else ''}"
+        if count := (r.unused or {})[kind]:
             yield f"{count:,} images of {file} are not among these"
     if r.scaled:
         yield f"annotations of {r.scaled:,} images were drawn on copies in another size, and are scaled"

@@ -39,8 +39,8 @@ class Found(NamedTuple):
     """Images with masks or boxes, and what a person should know of the lists of boxes and points."""
 
     images: list[Masked]
-    without: dict[str, list[str]]  # images that a list has nothing of; without boxes they are left out
-    unused: dict[str, int]  # images that a list has, and that are not among these
+    without: dict[str, list[str]]  # by "boxes", "points": images that the list has none of; without boxes, left out
+    unused: dict[str, int]  # the same: images that the list has, and that are not among these
 
 
 def find_annotated(
@@ -67,8 +67,8 @@ def find_annotated(
                 f"{source}: no {kind} of any of the {len(found)} images: none of their paths, as {found[0].path}, ends "
                 f"in what it has {kind} of, as {next(iter(e for e in table if _marked(table[e], kind)), 'none')}"
             )
-        without[str(source)] = [str(image.path) for image in found if image.path not in entries[kind]]
-        unused[str(source)] = len(table) - len(known)
+        without[kind] = [str(image.path) for image in found if image.path not in entries[kind]]
+        unused[kind] = len(table) - len(known)
     if boxes is not None:
         found = [image for image in found if image.path in entries["boxes"]]
         for image in found:
@@ -87,8 +87,8 @@ def _match(
 ) -> dict[Path, Annotation | Path]:
     """What a list has of each image, by the end of its path, with its ending before without."""
     keys, loose = {key.lstrip("/"): key for key in table}, dict[str, set[str]]()
-    for name, key in keys.items():
-        loose.setdefault(str(PurePosixPath(name).with_suffix("")), set()).add(key)
+    for name, listed in keys.items():
+        loose.setdefault(str(PurePosixPath(name).with_suffix("")), set()).add(listed)
     keys = {name: next(iter(of)) for name, of in loose.items() if len(of) == 1} | keys
     found, taken = dict[Path, Annotation | Path](), dict[str, Path]()
     for path in images:

@@ -70,8 +70,8 @@ class Localization:
     skipped: list[str]  # images and masks that cannot be taken, and why
     boxes: str | None = optional()
     points: str | None = optional()
-    without: dict[str, list[str]] | None = optional()  # images that a file of boxes or points has nothing of
-    unused: dict[str, int] | None = optional()  # images of which it has something, and that are not measured
+    without: dict[str, list[str]] | None = optional()  # by "boxes", "points": images that the list has none of
+    unused: dict[str, int] | None = optional()  # the same: images that the list has, and that were not given
     scaled: int | None = optional()  # images whose boxes or points were drawn on a copy in another size
     cut: int | None = optional()  # images with a box that reaches over their edge by more than a pixel
 

@@ -114,10 +114,10 @@ def test_images_and_lists_that_do_not_meet_are_counted(tmp_path):
     found = find_annotated(images, None, boxes, parts)
     assert [image.path for image in found.images] == [images / "a/x.jpg"]
     assert found.without == {
-        str(boxes): [str(images / "c/x.jpg"), str(images / "z.jpg")],
-        str(parts): [str(images / "c/x.jpg")],
+        "boxes": [str(images / "c/x.jpg"), str(images / "z.jpg")],
+        "points": [str(images / "c/x.jpg")],
     }
-    assert found.unused == {str(boxes): 1, str(parts): 0}
+    assert found.unused == {"boxes": 1, "points": 0}
     write(boxes, "path,left,top,right,bottom", "x.jpg,1,1,5,5")
     with pytest.raises(glsim.DataError, match=r"boxes.csv: x.jpg is .*a/x.jpg and .*c/x.jpg; list images with"):
         find_annotated(images, None, boxes, None)
