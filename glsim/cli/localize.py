@@ -16,7 +16,6 @@ from glsim.cli.options import (
     setting,
     show_skipped,
 )
-from glsim.types import ConfigError
 
 if TYPE_CHECKING:
     from glsim.evaluation.localization import Localization, Numbers
@@ -64,12 +63,6 @@ class Options(Device, SkipBad, Source):
     batch_size: int = setting(32, "images at a time", least=1)
     skip_bad: bool = setting(False, "leave unreadable images, and bad masks with theirs, out and list them")
     out: str | None = setting(None, "file for the result as JSON", path="file")
-
-    def check(self) -> None:
-        """Something has to say where the objects are."""
-        super().check()
-        if self.masks is None and self.boxes is None:
-            raise ConfigError("masks, boxes: one of them is needed, to say where the objects are")
 
 
 def run(options: Options, progress: bool) -> Localization:

@@ -122,7 +122,7 @@ def evaluate_localization(
         DataError: before the model is loaded: for an image without mask, and for bad files unless `skip_bad`.
     """
     if masks is None and boxes is None:
-        raise ConfigError("masks, boxes: one of them is needed, to say where the objects are")
+        raise ConfigError(f"{images}: nothing says where the objects of these images are; give masks or boxes")
     if out is not None:
         if Path(out).is_dir():
             raise DataError(f"out={out} is a folder; name a file")

@@ -169,8 +169,8 @@ def test_the_verb_with_boxes_and_points(source, birds, tmp_path, capsys):
     assert f"2 images have no boxes in {boxes}, and are left out: {birds / 'test'}" in text
     assert f"1 images of {boxes} are not among these" in text and "parts inside the box of GLS cos: " in text
     assert cli.main(["localize", source, "--images", str(birds / "test"), "--points", str(parts)]) == 2
-    assert "masks, boxes: one of them is needed" in capsys.readouterr().err
-    with pytest.raises(glsim.ConfigError, match="masks, boxes: one of them is needed"):
+    assert "nothing says where the objects of these images are; give masks or boxes" in capsys.readouterr().err
+    with pytest.raises(glsim.ConfigError, match="give masks or boxes"):
         evaluate_localization(source, birds / "test")
 
 
