@@ -1,7 +1,8 @@
-"""`glsim localize`: scores and boxes of a model against object masks."""
+"""`glsim localize`: scores and boxes of a model against masks, boxes and points."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from glsim.cli.options import Device, SkipBad, Source, positional, required, setting, show_skipped
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 PURPOSE = "Measure"
 HEADS = {  # columns of the table, in their order
     "pointing": "pointing",
+    "pointing_centre": "best centre",
     "energy": "energy",
     "auc": "ROC-AUC",
     "area": "area",
@@ -19,18 +21,26 @@ HEADS = {  # columns of the table, in their order
     "holds": "holds",
     "purity": "purity",
     "iou": "IoU",
+    "parts": "parts",
     "deletion": "deletion",
     "insertion": "insertion",
 }
+PART = "parts/"  # before the name of one
 
 
 class Options(Device, SkipBad, Source):
-    """Measure where the model looks against masks: scores and boxes of every mechanism, beside controls."""
+    """Measure where the model looks against masks, boxes, points: scores and boxes of every mechanism and controls."""
 
     source: str = positional("bundle, hf-hub:owner/name or official .pth", path="reads")
     images: str = required("folder (or file, or glob) of images", path="reads")
-    masks: str = required(
-        "folder of masks, one an image: PNG, trimap or PASCAL VOC XML; or with body/ and part/", path="reads"
+    masks: str | None = setting(
+        None, "folder of masks, one an image: PNG, trimap or PASCAL VOC XML; or with body/ and part/", path="reads"
+    )
+    boxes: str | None = setting(
+        None, "boxes: CSV (path,left,top,right,bottom), COCO .json, folder of PASCAL VOC XML or of CUB", path="reads"
+    )
+    points: str | None = setting(
+        None, "points: CSV (path,part,x,y), COCO .json, folder of CUB; default: those of --boxes", path="reads"
     )
     metrics: list[str] | None = setting(None, "mechanisms, or all; default: the model's own, gls_cos for plain")
     controls: bool = setting(False, "boxes of the same size too: centre, random place; random patches; whole image")
@@ -71,10 +81,30 @@ def show(r: Localization, options: Options) -> str:
             more = gains["coverage - random"]
             if more is not None:
                 lines.append(f"coverage of {title_of(row)} - random box: {signed(*_percent(more))}")
-    lines += show_skipped(r.skipped, "images")
+    row, values = next(iter(found.rows.items()))  # of all targets the same
+    parts = {name[len(PART) :]: _percent(v)[0] for name, v in values.items() if name.startswith(PART) and v}
+    if parts:
+        shares = ", ".join(f"{name} {mean:.0f}" for name, mean in sorted(parts.items(), key=lambda part: -part[1]))
+        lines += ["", f"parts inside the box of {titles[row]}: {shares}"]
+    lines += [*_remarks(r), *show_skipped(r.skipped, "images")]
     if options.out is not None:
         lines.append(f"written: {options.out}")
     return "\n".join(lines)
+
+
+def _remarks(r: Localization) -> Iterator[str]:
+    """What a person should know of the files of boxes and points."""
+    for kind, images in (r.without or {}).items():
+        file = r.boxes if kind == "boxes" else r.points
+        if images:
+            what = f"no {kind} in {file}{', and are left out' if kind == 'boxes' else ''}"
+            yield f"{len(images):,} images have {what}: {', '.join(images[:3])}{', ..' if images[3:] else ''}"
+        if count := (r.unused or {})[kind]:
+            yield f"{count:,} images of {file} are not among these"
+    if r.scaled:
+        yield f"annotations of {r.scaled:,} images were drawn on copies in another size, and are scaled"
+    if r.cut:
+        yield f"boxes of {r.cut:,} images reach over the edge of the image, and are cut"
 
 
 def _title(row: str) -> str:

@@ -176,6 +176,16 @@ def mask_transform(p: Preprocessing) -> Callable[[Image.Image], Tensor]:
     return v2.Compose([*steps, v2.PILToTensor(), v2.Lambda(lambda mask: mask[0] > 0)])
 
 
+def places_to_view(places: Tensor, size: tuple[int, int], p: Preprocessing) -> Tensor:
+    """Places x, y (n, 2) in an image of `size` (width, height), in pixels of what `eval_transform` makes of it.
+
+    What is cropped away lies below 0 or beyond `p.image_size`.
+    """
+    middle = p.middle(size)
+    whole, kept, resized, view = map(torch.tensor, (size, middle, p.resized(middle)[::-1], p.image_size[::-1]))
+    return (places - (whole - kept) / 2) * resized / kept - ((resized - view) / 2).round()
+
+
 class Resize:
     """A whole image by the resize rule of `p`; of one that is far too long, the middle."""
 

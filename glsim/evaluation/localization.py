@@ -1,9 +1,10 @@
-"""Localisation: patch scores and boxes of every method against object masks, beside controls."""
+"""Localisation: patch scores and boxes of every method against masks, boxes and points, beside controls."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,18 +14,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glsim.checkpoints.bundle import load, preprocessing_of, temperature_of
+from glsim.data.annotations import Annotation
 from glsim.data.limits import MAX_MEGAPIXELS, pixel_limit
-from glsim.data.masks import Masked, check_masks, find_masks, read_masked, to_view
+from glsim.data.masks import Masked, check_masks, find_annotated, points_to_view, read_masked, to_view
 from glsim.data.transforms import Preprocessing, eval_transform
 from glsim.environment import pick_device
 from glsim.evaluation.faithfulness import NOISE, SHARES, removal_curves, under
-from glsim.evaluation.localization_metrics import BOX_MEASURES, measure_boxes, measure_scores
+from glsim.evaluation.localization_metrics import measure_boxes, measure_points, measure_scores
 from glsim.evaluation.statistics import RESAMPLES, as_numbers
 from glsim.files import document, make_parent, write_json
 from glsim.interpret.heatmaps import selections_of, spell_out
 from glsim.models.base import Model
 from glsim.models.boxes import place_boxes
-from glsim.types import DataError, Output
+from glsim.types import ConfigError, DataError, Output, optional
 
 KEYS = {"box_recall": "coverage", "box_precision": "purity"}  # what a result calls them
 DRAWS = 16  # random places of a box, of which the mean counts
@@ -58,7 +60,7 @@ class Localization:
 
     source: str
     images: str
-    masks: str
+    masks: str | None
     count: int
     interval: str
     resamples: int
@@ -66,13 +68,21 @@ class Localization:
     targets: dict[str, TargetMeasures]
     curves: dict[str, Curves]
     skipped: list[str]  # images and masks that cannot be taken, and why
+    boxes: str | None = optional()
+    points: str | None = optional()
+    without: dict[str, list[str]] | None = optional()  # by "boxes", "points": images that the list has none of
+    unused: dict[str, int] | None = optional()  # the same: images that the list has, and that were not given
+    scaled: int | None = optional()  # images whose boxes or points were drawn on a copy in another size
+    cut: int | None = optional()  # images with a box that reaches over their edge by more than a pixel
 
 
 def evaluate_localization(
     source: str | Path,
     images: str | Path,
-    masks: str | Path,
+    masks: str | Path | None = None,
     *,
+    boxes: str | Path | None = None,
+    points: str | Path | None = None,
     metrics: list[str] | None = None,
     controls: bool = False,
     faithfulness: bool = False,
@@ -87,12 +97,14 @@ def evaluate_localization(
     device: str | None = None,
     progress: bool = False,
 ) -> Localization:
-    """Measure scores and boxes of every mechanism against masks, with 95 % intervals.
+    """Measure scores and boxes of every mechanism against masks, boxes and points, with 95 % intervals.
 
     Args:
         source: what `glsim.load` takes.
         images: folder, file or glob.
         masks: folder that `glsim.data.masks:find_masks` looks in.
+        boxes: file or folder that `glsim.data.annotations:read_annotations` reads; with `masks`, a target beside them.
+        points: the same, for points; by default those that stand with the boxes.
         metrics: mechanisms, or all; by default the model's own.
         controls: measure boxes of the same size in the centre and at random places, random patches, and the image too.
         faithfulness: measure deletion and insertion too.
@@ -106,15 +118,17 @@ def evaluate_localization(
         progress: draw progress bars.
 
     Raises:
-        ConfigError: for an option or a metric that does not fit.
+        ConfigError: for an option or a metric that does not fit, and without masks and boxes.
         DataError: before the model is loaded: for an image without mask, and for bad files unless `skip_bad`.
     """
+    if masks is None and boxes is None:
+        raise ConfigError(f"{images}: nothing says where the objects of these images are; give masks or boxes")
     if out is not None:
         if Path(out).is_dir():
             raise DataError(f"out={out} is a folder; name a file")
         make_parent(out)  # first: what cannot be made must not come late
     with pixel_limit(max_megapixels):
-        found = find_masks(images, masks)
+        found, without, unused = find_annotated(images, masks, boxes, points)
         count = min(limit or len(found), len(found))
         found = [found[i * len(found) // count] for i in range(count)]  # of every class some
         with tqdm(total=count, desc="masks", unit="image", disable=not progress) as bar:
@@ -125,10 +139,18 @@ def evaluate_localization(
             names.append("random")
         with tqdm(total=len(masked), desc="images", unit="image", disable=not progress) as bar:
             measured = measure(model, masked, names, controls, faithfulness, batch_size, seed, bar.update)
+    changed = [
+        {c for m in (*i.masks.values(), i.points) if isinstance(m, Annotation) for c in m.changes} for i in masked
+    ]
+    told = {name: sum(name in changes for changes in changed) for name in ("scaled", "cut")}
+    listed: dict[str, Any] = {"without": without, "unused": unused, **told} if without else {}
     result = Localization(
         source=str(source),
         images=str(images),
-        masks=str(masks),
+        masks=None if masks is None else str(masks),
+        boxes=None if boxes is None else str(boxes),
+        points=None if points is None else str(points),
+        **listed,
         count=len(masked),
         interval="95 %, bootstrap over images",
         resamples=resamples,
@@ -192,7 +214,9 @@ def measure(
     def answer(pixels: Tensor) -> Tensor:
         return probabilities(model(pixels))
 
-    for number, (pixels, masks) in enumerate(_batches(images, preprocessing_of(model), batch_size)):
+    names = sorted({name for image in images if image.points for name in image.points.visible()})
+    batches = _batches(images, preprocessing_of(model), batch_size, names)
+    for number, (pixels, masks, points) in enumerate(batches):
         output, found = selections_of(model, pixels, metrics)
         draws = [np.random.default_rng([seed, number * batch_size + i]) for i in range(len(pixels))]
         shares = torch.stack([torch.from_numpy(draw.random((DRAWS, 2))) for draw in draws])
@@ -207,7 +231,8 @@ def measure(
                     curves.setdefault(name, {}).setdefault(curve, []).append(heights.cpu())
         for target, (inside, counted) in masks.items():
             lost = ~inside.flatten(1).any(dim=1)
-            for row, values in _rows(found, inside, counted, shares if controls else None):
+            boxed = partial(_measure_boxes, inside, counted, points, [name for name, _ in names])
+            for row, values in _rows(found, inside, counted, boxed, shares if controls else None):
                 columns = parts.setdefault(target, {}).setdefault(row, {})
                 for name, value in (values | areas.get(row, {})).items():
                     columns.setdefault(name, []).append(value.masked_fill(lost, torch.nan))
@@ -225,18 +250,19 @@ def measure(
 
 
 def _batches(
-    images: list[Masked], p: Preprocessing, size: int
-) -> Iterator[tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]]:
-    """Images (B, 3, H, W), and for each target both maps of its masks (B, H, W)."""
+    images: list[Masked], p: Preprocessing, size: int, names: list[tuple[str, int]]
+) -> Iterator[tuple[Tensor, dict[str, tuple[Tensor, Tensor]], Tensor]]:
+    """Images (B, 3, H, W), for each target both maps of its masks (B, H, W), and the points of these names."""
     transform = eval_transform(p)
     for start in range(0, len(images), size):
-        pixels, masks = [], dict[str, list[tuple[Tensor, Tensor]]]()
+        pixels, masks, points = [], dict[str, list[tuple[Tensor, Tensor]]](), []
         for image in images[start : start + size]:
-            view, read = read_masked(image, transform)
+            view, read, marks = read_masked(image, transform)
             pixels.append(view)
+            points.append(points_to_view(marks, names, p))
             for target, mask in read.items():
                 masks.setdefault(target, []).append(to_view(mask, p))
-        yield torch.stack(pixels), {target: _stack(views) for target, views in masks.items()}
+        yield torch.stack(pixels), {target: _stack(views) for target, views in masks.items()}, torch.stack(points)
 
 
 def _stack(views: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -245,22 +271,29 @@ def _stack(views: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _rows(
-    found: Iterable[tuple[str, Any, Tensor]], inside: Tensor, counted: Tensor, shares: Tensor | None
+    found: Iterable[tuple[str, Any, Tensor]],
+    inside: Tensor,
+    counted: Tensor,
+    boxed: Callable[[Tensor], dict[str, Tensor]],
+    shares: Tensor | None,
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The rows of one batch, each measure (B,)."""
     size = inside.shape[-2:]
     for name, selection, _ in found:
         boxes = selection.boxes.cpu()[:, None]
-        values = measure_scores(selection.scores.float().cpu(), selection.grid, inside, counted)
-        yield name, values | _mean(measure_boxes(boxes, inside, counted))
+        yield name, measure_scores(selection.scores.float().cpu(), selection.grid, inside, counted) | boxed(boxes)
         if shares is not None:
-            middle = place_boxes(boxes, size, torch.full((len(boxes), 1, 2), 0.5))
-            yield f"{name}/centre", _mean(measure_boxes(middle, inside, counted))
-            moved = place_boxes(boxes.expand(-1, DRAWS, -1), size, shares)
-            yield f"{name}/random", _mean(measure_boxes(moved, inside, counted))
+            yield f"{name}/centre", boxed(place_boxes(boxes, size, torch.full((len(boxes), 1, 2), 0.5)))
+            yield f"{name}/random", boxed(place_boxes(boxes.expand(-1, DRAWS, -1), size, shares))
     if shares is not None:
-        image = torch.tensor([[0, 0, size[1], size[0]]]).expand(len(inside), 1, 4)
-        yield "whole", _mean(measure_boxes(image, inside, counted))
+        yield "whole", boxed(torch.tensor([[0, 0, size[1], size[0]]]).expand(len(inside), 1, 4))
+
+
+def _measure_boxes(
+    inside: Tensor, counted: Tensor, points: Tensor, names: list[str], boxes: Tensor
+) -> dict[str, Tensor]:
+    """The measures of `boxes` (B, R, 4), each the mean (B,) over the R places of a box."""
+    return _mean(measure_boxes(boxes, inside, counted) | measure_points(boxes, points, names))
 
 
 def _mean(values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -278,9 +311,10 @@ def summarise(rows: Rows, resamples: int, seed: int) -> TargetMeasures:
     some = next(iter(rows.values()))["box_recall"]
     gains = {
         row: {
-            f"{KEYS.get(measure, measure)} - {control}": columns[measure] - rows[f"{row}/{control}"][measure]
+            f"{KEYS.get(measure, measure)} - {control}": columns[measure] - values
             for control in ("centre", "random")
-            for measure in BOX_MEASURES[1:]
+            for measure, values in rows[f"{row}/{control}"].items()
+            if measure != "area"
         }
         for row, columns in rows.items()
         if f"{row}/random" in rows

@@ -1,4 +1,4 @@
-"""Localisation metrics of patch scores and boxes against object masks.
+"""Localisation metrics of patch scores and boxes against object masks and points.
 
 A mask is two bool maps (B, H, W): `inside`, the pixels of the object, and `counted`, those that are object or
 background (the border of a trimap is neither). Every measure is one number an image (B,) or a box (B, R), NaN where it
@@ -46,8 +46,13 @@ def pointing_game(scores: Tensor, inside: Tensor, counted: Tensor) -> Tensor:
     Returns:
         (B,).
     """
+    return _known(_best_of(scores, inside > 0), scores, inside)
+
+
+def _best_of(scores: Tensor, hits: Tensor) -> Tensor:
+    """Whether the best patch is one of `hits` (B, N)."""
     best = (scores == scores.amax(dim=1, keepdim=True)).float()
-    return _known((best * (inside > 0)).sum(dim=1) / best.sum(dim=1), scores, inside)
+    return (best * hits).sum(dim=1) / best.sum(dim=1)
 
 
 def energy_inside(scores: Tensor, inside: Tensor, counted: Tensor) -> Tensor:
@@ -86,7 +91,7 @@ SCORE_MEASURES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def measure_scores(scores: Tensor, grid: tuple[int, int], inside: Tensor, counted: Tensor) -> dict[str, Tensor]:
-    """All of `SCORE_MEASURES` by name, each (B,).
+    """All of `SCORE_MEASURES` by name, each (B,), and `pointing_centre`: 1 where the best patch's middle is object.
 
     Args:
         scores: (B, N).
@@ -94,8 +99,14 @@ def measure_scores(scores: Tensor, grid: tuple[int, int], inside: Tensor, counte
         inside: (B, H, W), the object.
         counted: (B, H, W), the pixels that count.
     """
-    parts = per_patch(inside, grid), per_patch(counted, grid)
-    return {name: measure(scores.float(), *parts) for name, measure in SCORE_MEASURES.items()}
+    parts, scores = (per_patch(inside, grid), per_patch(counted, grid)), scores.float()
+    rows, cols = (
+        grid_line(2 * torch.arange(count, device=inside.device) + 1, 2 * count, side)
+        for side, count in zip(inside.shape[1:], grid, strict=True)
+    )
+    middles = inside[:, rows][:, :, cols].flatten(1)
+    found = {name: measure(scores, *parts) for name, measure in SCORE_MEASURES.items()}
+    return found | {"pointing_centre": _known(_best_of(scores, middles), scores, parts[0])}
 
 
 # --- boxes ------------------------------------------------------------------------------------------------------------
@@ -147,3 +158,17 @@ def _count(mask: Tensor, boxes: Tensor) -> Tensor:
         return sums.flatten(1).gather(1, row * (width + 1) + col)
 
     return (at(bottom, right) - at(top, right) - at(bottom, left) + at(top, left)).float()
+
+
+def measure_points(boxes: Tensor, points: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """`parts`: the share of an image's `points` (B, P, 2), x, y, that lie in each of `boxes` (B, R, 4): (B, R).
+
+    `parts/NAME` is that of the points of one of the `names`, of which each point has one. NaN where there is no point;
+    points that are NaN are none.
+    """
+    places = points[:, None]
+    held = ((places >= boxes[:, :, None, :2]) & (places < boxes[:, :, None, 2:])).all(dim=-1).float()
+    held = held.masked_fill(places.isnan().any(dim=-1), torch.nan)  # B R P
+    columns = {name: [i for i, other in enumerate(names) if other == name] for name in dict.fromkeys(names)}
+    found = {"parts": held} | {f"parts/{name}": held[..., which] for name, which in columns.items()}
+    return {name: shares.nanmean(dim=-1) for name, shares in found.items()} if names else {}

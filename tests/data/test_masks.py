@@ -49,18 +49,19 @@ def test_masks_are_read_by_what_they_hold(tmp_path):
     labels = trimap.copy()
     labels[0, 0] = 0  # no trimap: it has a background of its own
     assert (np.asarray(read_mask(png(tmp_path / "l.png", labels), (40, 30))) == 255).sum() == 30 * 40 - 1
-    boxes = np.asarray(read_mask(voc(tmp_path / "v.xml", (9, 6, 20, 10), (40, 30, 40, 30)), (40, 30)))
+    as_it_is = Preprocessing((30, 40), 1.0, (0.5,) * 3, (0.5,) * 3)
+    boxes = to_view(read_mask(voc(tmp_path / "v.xml", (9, 6, 20, 10), (40, 30, 40, 30)), (40, 30)), as_it_is)
     expected = values > 0
     expected[29, 39] = True
-    assert np.array_equal(boxes == 255, expected)
+    assert np.array_equal(boxes[0], expected) and boxes[1].all()
     for encoding in ("ISO-8859-1", "UTF-16"):
         text = f'<?xml version="1.0" encoding="{encoding}"?>' + (tmp_path / "v.xml").read_text().replace("dog", "Dächs")
         (tmp_path / "e.xml").write_bytes(text.encode(encoding))
-        assert np.array_equal(np.asarray(read_mask(tmp_path / "e.xml", (40, 30))) == 255, expected)
-    beyond = np.asarray(read_mask(voc(tmp_path / "b.xml", (-7, 6, "1e30", 10)), (40, 30)))
+        assert np.array_equal(to_view(read_mask(tmp_path / "e.xml", (40, 30)), as_it_is)[0], expected)
+    beyond = read_mask(voc(tmp_path / "b.xml", (-7, 6, "1e30", 10)), (40, 30))
     expected = np.zeros((30, 40), bool)
     expected[5:10] = True
-    assert np.array_equal(beyond == 255, expected)
+    assert np.array_equal(to_view(beyond, as_it_is)[0], expected)
 
 
 def test_bad_masks_are_named(tmp_path):

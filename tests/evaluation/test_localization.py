@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import small_model
+from conftest import small_model, write
 from PIL import Image
 
 import glsim
@@ -125,6 +125,69 @@ def test_the_verb(source, birds, tmp_path, capsys):
     assert few.count == 8 and list(few.targets) == ["object"] and list(few.targets["object"].gains) == []
     assert cli.main([*words[:4], "--masks", str(tmp_path)]) == 3
     assert "has no mask in" in capsys.readouterr().err
+
+
+def test_the_verb_with_boxes_and_points(source, birds, tmp_path, capsys):
+    """Boxes around the masks of the part: in every measure of a box against it, what the masks of these boxes give."""
+    rows, points, centred = [], [], tmp_path / "masks"
+    for image in find_masks(birds / "test", birds / "masks" / "part")[:7]:
+        levels, key = np.asarray(read_mask(image.masks["object"], (64, 64))), image.path.relative_to(birds)
+        left, top, right, bottom = Image.fromarray(levels).getbbox()
+        rows.append(f"{key},{left},{top},{right},{bottom}")
+        points += [f"{key},low,{left},{top}", f"{key},high,{right - 0.5},{bottom - 0.5}", f"{key},away,0,0"]
+        levels = np.zeros((64, 64))
+        levels[top:bottom, left:right] = 255
+        png(centred / key.with_suffix(".png"), levels)
+    boxes = write(tmp_path / "boxes.csv", "path,left,top,right,bottom", *rows, "gone.jpg,1,1,5,5")
+    parts = write(tmp_path / "parts.csv", "path,part,x,y", *points)
+    words = ["localize", source, "--images", str(birds / "test"), "--resamples", "100", "--controls"]
+    words += ["--boxes", str(boxes), "--points", str(parts)]
+    assert cli.main([*words, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["count"] == 7 and result["masks"] is None and result["boxes"] == str(boxes)
+    assert [len(images) for images in result["without"].values()] == [2, 2]
+    assert result["unused"] == {"boxes": 1, "points": 0} and result["scaled"] == result["cut"] == 0
+    found = result["targets"]["box"]
+    kept = [line.split(",")[0] for line in rows]
+    drawn = {image.path.relative_to(birds).as_posix(): image for image in find_masks(birds / "test", birds / "masks")}
+    images = [Masked(drawn[key].path, {"box": centred / f"{key[:-4]}.png"}) for key in kept]
+    expected = localization.summarise(
+        measure(glsim.load(source), images, [None, "random"], True).targets["box"], 100, 0
+    )
+    for row, values in expected.rows.items():
+        for name, value in values.items():
+            assert found["rows"][row][name] == pytest.approx(value, abs=1e-6), (row, name)
+        assert set(found["rows"][row]) - set(values) == {"parts", "parts/low", "parts/high", "parts/away"}
+    assert found["rows"]["whole"]["parts/away"][0] == 0  # cut off by the centre crop: in no box
+    assert found["rows"]["whole"]["parts"][0] < 1
+    assert found["rows"]["whole"]["parts/low"][0] == 1
+    gain = found["gains"]["gls_cos"]["parts - random"][0]
+    own, control = (found["rows"][name]["parts"][0] for name in ("gls_cos", "gls_cos/random"))
+    assert gain == pytest.approx(own - control)
+    assert cli.main(words) == 0
+    text = capsys.readouterr().out
+    assert f"2 images have no boxes in {boxes}, and are left out: {birds / 'test'}" in text
+    assert f"1 images of {boxes} are not among these" in text and "parts inside the box of GLS cos: " in text
+    assert cli.main(["localize", source, "--images", str(birds / "test"), "--points", str(parts)]) == 2
+    assert "nothing says where the objects of these images are; give masks or boxes" in capsys.readouterr().err
+    with pytest.raises(glsim.ConfigError, match="give masks or boxes"):
+        evaluate_localization(source, birds / "test")
+
+
+def test_what_was_done_to_boxes_is_told(source, birds, tmp_path):
+    first, second = (image.path for image in find_masks(birds / "test", birds / "masks")[:2])
+    head = "path,left,top,right,bottom,width,height"
+    boxes = write(tmp_path / "b.csv", head, f"{first},20,20,90,99,128,128", f"{second},20,20,50,99,64,64")
+    found = evaluate_localization(source, birds / "test", boxes=boxes)
+    assert (found.count, found.scaled, found.cut, found.targets["box"].left_out) == (2, 1, 1, 0)
+    text = show(found, Options(source=source, images="i", boxes="b"))
+    assert "annotations of 1 images were drawn on copies in another size, and are scaled" in text
+    assert "boxes of 1 images reach over the edge of the image, and are cut" in text and "parts" not in text
+    write(boxes, head, f"{first},20,20,20,30,64,64", f"{second},20,20,50,99,64,64")
+    with pytest.raises(glsim.DataError, match=r"b.csv, line 2: box 20,20,20,30 is empty or turned round"):
+        evaluate_localization(source, birds / "test", boxes=boxes)
+    left = evaluate_localization(source, birds / "test", boxes=boxes, skip_bad=True)
+    assert left.count == 1 and "line 2: box 20,20,20,30 is empty" in left.skipped[0]
 
 
 def test_a_place_that_says_nothing_is_left_out_of_the_mean_over_places():

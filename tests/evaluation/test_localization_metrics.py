@@ -11,6 +11,7 @@ from torchmetrics.functional.classification import binary_auroc
 from glsim.evaluation.localization_metrics import (
     BOX_MEASURES,
     measure_boxes,
+    measure_points,
     measure_scores,
     per_patch,
     roc_auc,
@@ -77,6 +78,10 @@ def test_scores_agree_with_loops_and_with_torchmetrics():
     for b in range(len(inside)):
         pointing, energy = naive_scores(scores[b], inside[b], counted[b])
         assert found["pointing"][b].item() == pytest.approx(pointing)
+        best = [i for i, v in enumerate(scores[b].tolist()) if v == scores[b].max()]
+        middles = [(10 * (i // 4) + 5, int((11, 23, 34, 46)[i % 4] + (0, 11, 23, 34)[i % 4]) // 2) for i in best]
+        centred = sum(inside[b, y, x].item() for y, x in middles) / len(best)
+        assert found["pointing_centre"][b].item() == pytest.approx(centred)
         assert found["energy"][b].item() == pytest.approx(energy, abs=1e-6)
         kept = counted[b].flatten()
         auc = binary_auroc(scores[b][places][kept].sigmoid(), inside[b].flatten()[kept].long())
@@ -163,6 +168,7 @@ def test_a_perfect_map_and_box():
         "pointing": 1.0,
         "energy": 1.0,
         "auc": 1.0,
+        "pointing_centre": 1.0,
     }
     found = measure_boxes(torch.tensor([[[11, 10, 23, 20]]]), inside, counted)
     assert [round(found[k].item(), 6) for k in BOX_MEASURES] == [round(120 / 1380, 6), 1, 1, 1, 1]
@@ -176,6 +182,7 @@ def test_an_inverted_map_is_the_worst_there_is():
         "pointing": 0.0,
         "energy": 0.0,
         "auc": 0.0,
+        "pointing_centre": 0.0,
     }
     random = torch.rand(1, 12, generator=generator())
     auc, inverse = (measure_scores(s, GRID, inside, counted)["auc"].item() for s in (random, -random))
@@ -233,3 +240,24 @@ def test_places_are_inside_uniform_and_in_the_middle():
     same = torch.tensor([[0, 0, SIZE[1] - 4, SIZE[0]]]).expand(5000, -1)
     counts = place_boxes(same, SIZE, torch.rand(5000, 2, generator=generator(1)))[:, 0].bincount(minlength=5)
     assert len(counts) == 5 and (counts - 1000).abs().max() < 150
+
+
+def test_parts_are_those_inside_of_each_box():
+    boxes = some_boxes(6, seed=3).view(2, 3, 4)
+    points = torch.tensor(np.random.default_rng(1).uniform(-5, 50, (2, 5, 2)))
+    points[0, 2] = torch.nan
+    points[1, 3:] = torch.nan
+    names = ["beak", "eye", "eye", "tail", "tail"]
+    found = measure_points(boxes, points, names)
+    assert list(found) == ["parts", "parts/beak", "parts/eye", "parts/tail"]
+    for key, value in found.items():
+        wanted = [i for i, name in enumerate(names) if key in ("parts", f"parts/{name}")]
+        for b in range(2):
+            for r, (left, top, right, bottom) in enumerate(boxes[b].tolist()):
+                places = [points[b, i].tolist() for i in wanted if not points[b, i].isnan().any()]
+                held = [left <= x < right and top <= y < bottom for x, y in places]
+                expected = sum(held) / len(held) if held else math.nan
+                assert value[b, r].item() == pytest.approx(expected, nan_ok=True)
+    edges = torch.tensor([[[11.0, 10], [22.9, 19.9], [23, 15], [15, 20], [10.9, 15]]])
+    assert measure_points(torch.tensor([[[11, 10, 23, 20]]]), edges, names)["parts"].item() == pytest.approx(0.4)
+    assert measure_points(boxes, torch.zeros(2, 0, 2), []) == {}

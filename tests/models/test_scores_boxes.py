@@ -520,7 +520,7 @@ def test_boxes_agree_with_a_loop(rule, patches):
 
 
 def test_unknown_box_rule_lists_the_rules():
-    with pytest.raises(ConfigError, match=f"unknown box rule 'round'; {choices(BOX_RULES)}$"):
+    with pytest.raises(ConfigError, match=f"unknown box rule 'round'; {choices(ENDS)}$"):
         boxes_from_indices(torch.zeros(1, 1, dtype=torch.long), (2, 2), (32, 32), "round")
 
 
