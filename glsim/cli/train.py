@@ -24,7 +24,8 @@ def run(options: Options, progress: bool) -> TrainedRun:
 
 def show(r: TrainedRun, options: Options) -> str:
     """Accuracies and where the bundle is."""
-    lines = [f"trained {r.epoch} epochs: loss {r.train_loss:.3f}, {r.images_per_second} images/s"]
+    lines = [f"started from {r.start}"] if r.start is not None else []
+    lines.append(f"trained {r.epoch} epochs: loss {r.train_loss:.3f}, {r.images_per_second} images/s")
     if r.batch_size < options.batch_size:
         lines.append(f"batch_size {options.batch_size} was cut to {r.batch_size}: train has no more images for a step")
     for name, measured in (("val", r.val), ("test", r.test)):
