@@ -116,6 +116,7 @@ GLSIM_AUTHORS: Table = (
     (r"^encoder_norm", "norm"),
     (r"^aggregator_norm", "aggregator.norm"),
     (r"^head\.", "head.linear."),
+    (r"(blocks\.\d+\.)proj\.", r"\1attn.proj."),
     (r"attn\.proj_([qkv])", r"attn.\1"),
     (r"pwff\.", "mlp."),
 )
@@ -286,19 +287,10 @@ def read_weights(path: str | Path) -> Weights:
 
 def recognise(stored: dict[str, Tensor], wrappers: list[str], path: Path) -> Weights:
     """The convention of tensors that were read from `path`, below `wrappers`, and their names in it."""
-    if any(name.startswith(NET) for name in stored):  # a bundle of this package: what is beside the network, it made
-        inner = {k: v for k, v in stored.items() if k.startswith(NET)}
-        parts = {k: traced(v, k) for k, v in stored.items() if k not in inner}
-        found = recognise(inner, wrappers, path)
-        convention = found.convention._replace(name=f"glsim bundle ({found.convention.name})", parts=True)
-        return found._replace(convention=convention, parts=parts, stored=stored)
-    convention, prefix = UNKNOWN, ""
-    for candidate in CONVENTIONS:
-        first, *others = candidate.known_by
-        prefixes = [p for p in find_prefixes(stored, first) if all(_is_there(p, name, stored) for name in others)]
-        if prefixes:
-            convention, prefix = candidate, min(prefixes, key=_rank)
-            break
+    ours = {k: v for k, v in stored.items() if k.startswith(NET)}
+    convention, prefix = find_convention(ours or stored)
+    if ours:
+        convention, prefix = convention._replace(name=f"glsim bundle ({convention.name})", parts=True), NET
     inside = {key: traced(tensor, key) for key, tensor in stored.items() if key.startswith(prefix)}
     beside = {key: why_ignored(key) or f"stands beside {prefix!r}" for key in stored if key not in inside}
     try:
@@ -307,9 +299,22 @@ def recognise(stored: dict[str, Tensor], wrappers: list[str], path: Path) -> Wei
         raise DataError(f"{path} is damaged: its tensors do not go together: {one_line(error)}") from error
     if "register_tokens" in named:
         named.setdefault("mask_token", Traced(torch.zeros(())))  # by which timm's filter knows DINOv2
-    parts = {k: v for k, v in named.items() if convention.parts and re.match(r"aggregator\.|head\.", k)}
-    named = {k: v for k, v in named.items() if k not in parts}
+    if ours:  # what is beside the network, this package made
+        parts, beside = {key: traced(stored[key], key) for key in beside}, {}
+    else:
+        parts = {k: v for k, v in named.items() if convention.parts and re.match(r"aggregator\.|head\.", k)}
+        named = {k: v for k, v in named.items() if k not in parts}
     return Weights(path, convention, " > ".join([*wrappers, *filter(None, [prefix])]), named, parts, beside, stored)
+
+
+def find_convention(stored: Mapping[str, Tensor]) -> tuple[Convention, str]:
+    """The first convention whose names are there, and the prefix before them."""
+    for convention in CONVENTIONS:
+        first, *others = convention.known_by
+        prefixes = [p for p in find_prefixes(stored, first) if all(_is_there(p, name, stored) for name in others)]
+        if prefixes:
+            return convention, min(prefixes, key=_rank)
+    return UNKNOWN, ""
 
 
 def find_prefixes(names: Iterable[str], end: str) -> list[str]:

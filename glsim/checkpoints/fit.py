@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from glsim.checkpoints.config import some
 from glsim.checkpoints.conventions import FLAX, UNKNOWN, Traced, Weights, find_prefixes, why_ignored
-from glsim.files import one_line
 from glsim.models import filter_weights
 
 # What a file need not hold: torch did not always count batches, and no other library does.
@@ -54,8 +53,8 @@ def fit(weights: Weights, net: nn.Module) -> tuple[dict[str, Tensor], Fit]:
     _spread_positions(named, own)
     try:
         made = filtered(named, net, weights.convention.table is FLAX)
-    except Exception as error:  # timm's filters look up what another network has
-        return {}, Fit({}, ignored, sorted(own), {}, [f"timm's filter for it fails: {one_line(error)}"])
+    except Exception:  # timm's filters look up what another network has not
+        return {}, Fit({}, ignored, sorted(own), {}, [f"its tensors are not those of {type(net).__name__}"])
     _name_final_norm(made, own)
     taken: dict[str, Tensor] = {}
     used: dict[str, str] = {}
@@ -80,7 +79,7 @@ def fit(weights: Weights, net: nn.Module) -> tuple[dict[str, Tensor], Fit]:
                 resampled[name] = f"{list(before)} to {list(tensor.shape)}"
     roots = {name.split(".")[0] for name in own} | set(TOKENS)
     lost = []
-    ignored |= {key: "part of a method" for tensor in weights.parts.values() for key in tensor.sources}
+    ignored |= {key: "another part of a method" for tensor in weights.parts.values() for key in tensor.sources}
     for key in sorted(weights.stored.keys() - used.keys() - ignored.keys()):
         name = foreign.get(key, key)
         why = why_ignored(name) or why_ignored(key)

@@ -95,30 +95,22 @@ def init_from(model: Model, source: str | Path) -> Start:
     if not found.fits:
         raise ConfigError(refusal(weights, found, model.config.backbone))
     own = model.state_dict()
-    parts = {k: plain(v) for k, v in weights.parts.items() if k in own and own[k].shape == v.shape}
-    made = {NET + name: tensor for name, tensor in taken.items()} | parts
-    new = sorted(own.keys() - made.keys() - {NET + name for name in found.missing})
-    model.load_state_dict(made, strict=False)
-    model.initialised([*(NET + name for name in found.missing), *new])
-    used = {key: NET + name for key, name in found.used.items()}
-    used |= {key: name for name in parts for key in weights.parts[name].sources}
-    left = {
-        key: "another part of this method"
-        for name, t in weights.parts.items()
-        if name not in parts
-        for key in t.sources
-    }
+    parts = {k: v for k, v in weights.parts.items() if k in own and own[k].shape == v.shape}
+    taken = {NET + name: tensor for name, tensor in taken.items()} | {k: plain(v) for k, v in parts.items()}
     missing = [NET + name for name in found.missing]
-    resampled = {NET + name: sizes for name, sizes in found.resampled.items()}
-    name = Path(source).name
+    new = sorted(own.keys() - taken.keys() - set(missing))
+    model.load_state_dict(taken, strict=False)
+    model.initialised([*missing, *new])
+    used = {key: NET + name for key, name in found.used.items()}
+    used |= {key: name for name, part in parts.items() for key in part.sources}
     return Start(
-        name,
-        weights.convention.name,
-        used,
-        {k: why for k, why in found.ignored.items() if k not in used} | left,
-        missing,
-        new,
-        resampled,
+        source=Path(source).name,
+        convention=weights.convention.name,
+        used=used,
+        ignored={key: why for key, why in found.ignored.items() if key not in used},
+        missing=missing,
+        new=new,
+        resampled={NET + name: sizes for name, sizes in found.resampled.items()},
     )
 
 

@@ -127,10 +127,12 @@ def _heads(weights: Weights, width: int) -> int | list[int] | None:
     stages = [tables[k] for k in sorted(tables) if re.fullmatch(r"layers\.\d+\.blocks\.0\..*", k)]
     if tables:
         return stages or next(iter(tables.values()))
-    if kernel := next((t for k, t in stored.items() if k.endswith("query/kernel") and t.ndim == 3), None):
+    kernel = next((t for k, t in stored.items() if k.endswith("query/kernel") and t.ndim == 3), None)
+    if kernel is not None:
         return kernel.shape[1]
-    if periods := next((t for k, t in stored.items() if k.endswith("rope_embed.periods")), None):
-        return width // (4 * max(len(periods), 1)) or None
+    periods = next((t for k, t in stored.items() if k.endswith("rope_embed.periods")), None)
+    if periods is not None:
+        return width // (4 * max(periods.numel(), 1)) or None
     if weights.convention.name == "CLIP":
         return width // 64 or None  # as its authors build it
     return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,11 +44,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
             safe = file.read(9)[8:] == b"{"
     except OSError as error:
         raise DataError(f"{path} cannot be read: {one_line(error)}") from error
+    wrappers: list[str] = []
     if safe or path.suffix == ".safetensors":
-        return read_safetensors(path)[0], []
-    if path.suffix == ".npz":
-        return check_tensors(_read_npz(path), path), []
-    held, wrappers = read_pickle(path), []
+        held: Any = read_safetensors(path)[0]
+    else:
+        held = _read_npz(path) if path.suffix == ".npz" else read_pickle(path)
     while len(wrappers) < MOST_WRAPPERS and isinstance(held, Mapping):
         inner = next((name for name in WRAPPERS if isinstance(held.get(name), Mapping)), None)
         if inner is None:
@@ -107,7 +108,8 @@ def read_pickle(path: Path) -> Any:
                     f"{path} was refused: it is a TorchScript archive, which holds code; where you trust it, save its "
                     f"weights alone: torch.save(torch.jit.load({path.name!r}, 'cpu').state_dict(), 'weights.pth')"
                 )
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of checks that are slow
                 return torch.load(file, map_location="cpu", weights_only=True)
     except GlsimError:
         raise

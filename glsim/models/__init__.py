@@ -140,7 +140,5 @@ def filter_weights(weights: Mapping[str, Tensor], net: nn.Module, **how: Any) ->
     raises. A convolutional network may have none, and no positions."""
     clean = getattr(import_module(type(net).__module__), "checkpoint_filter_fn", None)
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Using a non-tuple sequence"
-        )  # timm's, where relative positions are resampled
+        warnings.simplefilter("ignore", UserWarning)  # of old and slow calls where timm resamples relative positions
         return clean(dict(weights), net, **how) if clean else dict(weights)
