@@ -249,7 +249,7 @@ class Traced(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = super().__torch_function__(func, types, args, kwargs or {})
-        given = [t.sources for t in tree_leaves((args, kwargs)) if isinstance(t, Traced) and hasattr(t, "sources")]
+        given = [sources_of(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Traced)]
         for tensor in tree_leaves(made):
             if isinstance(tensor, Traced):
                 tensor.sources = frozenset().union(*given)
@@ -260,7 +260,12 @@ class Traced(Tensor):
         return self.as_subclass(Tensor)
 
 
-def traced(tensor: Tensor, name: str) -> Traced:
+def sources_of(tensor: Tensor) -> frozenset[str]:
+    """The names of the file that a tensor was made from."""
+    return getattr(tensor, "sources", frozenset())
+
+
+def traced(tensor: Tensor, name: str) -> Tensor:
     """A tensor of the file, in 32 bits where it has a point."""
     made = (tensor.float() if tensor.is_floating_point() else tensor).as_subclass(Traced)
     made.sources = frozenset((name,))
@@ -273,8 +278,8 @@ class Weights(NamedTuple):
     path: Path
     convention: Convention
     wrapped: str  # dictionaries and prefix that stood before the names; "" for none
-    named: dict[str, Traced]  # of the network
-    parts: dict[str, Traced]  # of a method of this package, beside the network
+    named: dict[str, Tensor]  # of the network
+    parts: dict[str, Tensor]  # of a method of this package, beside the network
     ignored: dict[str, str]  # names of the file that belong to neither -> why
     stored: dict[str, Tensor]  # as they were read
 
@@ -331,7 +336,7 @@ def _rank(prefix: str) -> tuple[bool, int]:
     return not re.search("teacher|ema|target|momentum", prefix), len(prefix)
 
 
-def rename(stored: Mapping[str, Traced], convention: Convention) -> dict[str, Traced]:
+def rename(stored: Mapping[str, Tensor], convention: Convention) -> dict[str, Tensor]:
     """Tensors under the names that timm's filter takes, by the convention's table."""
     named = {}
     for name, tensor in stored.items():
@@ -341,7 +346,7 @@ def rename(stored: Mapping[str, Traced], convention: Convention) -> dict[str, Tr
     return _number_last(_join(named)) if convention.table else named
 
 
-def _join(named: dict[str, Traced]) -> dict[str, Traced]:
+def _join(named: dict[str, Tensor]) -> dict[str, Tensor]:
     """Query, key and value as one tensor; where a key has no bias, as timm's networks have them."""
     joined = {}
     for name, tensor in named.items():
@@ -349,8 +354,8 @@ def _join(named: dict[str, Traced]) -> dict[str, Traced]:
         if m is None:
             joined[name] = tensor
             continue
-        three = [named.get(f"{m[1]}{x}.{m[3]}") for x in "qkv"]
-        if all(t is not None for t in three):
+        three = [named[key] for x in "qkv" if (key := f"{m[1]}{x}.{m[3]}") in named]
+        if len(three) == 3:
             if m[2] == "q":
                 joined[f"{m[1]}qkv.{m[3]}"] = torch.cat(three)
         else:
@@ -358,13 +363,13 @@ def _join(named: dict[str, Traced]) -> dict[str, Traced]:
     return joined
 
 
-def _number_last(named: dict[str, Traced]) -> dict[str, Traced]:
+def _number_last(named: dict[str, Tensor]) -> dict[str, Tensor]:
     """`blocks.last` as the block behind the numbered ones."""
     depth = len({name.split(".")[1] for name in named if re.match(r"blocks\.\d", name)})
     return {name.replace("blocks.last", f"blocks.{depth}"): tensor for name, tensor in named.items()}
 
 
-def _from_flax(name: str, tensor: Traced) -> Traced:
+def _from_flax(name: str, tensor: Tensor) -> Tensor:
     """A kernel of Flax, inputs first, as one of PyTorch, outputs first; heads are laid side by side."""
     if re.search(r"attn\.[qkv]\.", name):
         tensor = tensor.flatten(-2)

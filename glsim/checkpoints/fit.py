@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from glsim.checkpoints.config import some
-from glsim.checkpoints.conventions import FLAX, UNKNOWN, Traced, Weights, find_prefixes, why_ignored
+from glsim.checkpoints.conventions import FLAX, UNKNOWN, Weights, find_prefixes, sources_of, why_ignored
 from glsim.models import filter_weights
 
 # What a file need not hold: torch did not always count batches, and no other library does.
@@ -62,7 +62,7 @@ def fit(weights: Weights, net: nn.Module) -> tuple[dict[str, Tensor], Fit]:
     odd: dict[str, str] = {}
     foreign: dict[str, str] = {}
     for name, tensor in made.items():
-        sources = sorted(getattr(tensor, "sources", ()))
+        sources = sorted(sources_of(tensor))
         if name not in own:
             foreign |= dict.fromkeys(sources, name)
         elif tensor.shape != own[name].shape:
@@ -79,7 +79,7 @@ def fit(weights: Weights, net: nn.Module) -> tuple[dict[str, Tensor], Fit]:
                 resampled[name] = f"{list(before)} to {list(tensor.shape)}"
     roots = {name.split(".")[0] for name in own} | set(TOKENS)
     lost = []
-    ignored |= {key: "another part of a method" for tensor in weights.parts.values() for key in tensor.sources}
+    ignored |= {key: "another part of a method" for tensor in weights.parts.values() for key in sources_of(tensor)}
     for key in sorted(weights.stored.keys() - used.keys() - ignored.keys()):
         name = foreign.get(key, key)
         why = why_ignored(name) or why_ignored(key)
@@ -113,7 +113,7 @@ def filtered(named: Mapping[str, Tensor], net: nn.Module, bilinear: bool = False
     return filter_weights(named, net, adapt_layer_scale=True, **how)  # scaled layers as DeiT III names them
 
 
-def _without_prefix(named: dict[str, Traced], first: str, ignored: dict[str, str]) -> dict[str, Traced]:
+def _without_prefix(named: dict[str, Tensor], first: str, ignored: dict[str, str]) -> dict[str, Tensor]:
     """Names behind what stands before that of the network's first tensor."""
     prefix = min(find_prefixes(named, first), key=len, default="")
     for name in [name for name in named if not name.startswith(prefix)]:
@@ -121,16 +121,16 @@ def _without_prefix(named: dict[str, Traced], first: str, ignored: dict[str, str
     return {name.removeprefix(prefix): tensor for name, tensor in named.items() if name.startswith(prefix)}
 
 
-def _drop_silent_biases(named: dict[str, Traced], own: Mapping[str, Tensor], ignored: dict[str, str]) -> None:
+def _drop_silent_biases(named: dict[str, Tensor], own: Mapping[str, Tensor], ignored: dict[str, str]) -> None:
     """Leave out biases of queries, keys and values that are zero, where the network has none: DINOv3's."""
     for name in [name for name in named if re.search(r"attn\.(?:qkv\.|[qkv]_)bias$", name)]:
         block = name[: name.index("attn.")]
         has = name in own or f"{block}attn.q_bias" in own or f"{block}attn.q_proj.bias" in own
         if not has and not bool(named[name].any()):
-            ignored |= dict.fromkeys(named.pop(name).sources, "zero, and the network has no such bias")
+            ignored |= dict.fromkeys(sources_of(named.pop(name)), "zero, and the network has no such bias")
 
 
-def _spread_positions(named: dict[str, Traced], own: Mapping[str, Tensor]) -> None:
+def _spread_positions(named: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:
     """Give every block the relative positions that all of them share while BEiT is pre-trained."""
     shared, each = "rel_pos_bias.relative_position_bias_table", r"blocks\.\d+\.attn\.relative_position_bias_table"
     if shared in named and shared not in own and any(re.fullmatch(each, name) for name in own):

@@ -9,7 +9,7 @@ from typing import Any
 
 from glsim import models
 from glsim.checkpoints.bundle import FILES, check_inside, read_bundle_weights
-from glsim.checkpoints.conventions import NET, Weights, read_weights, recognise
+from glsim.checkpoints.conventions import NET, Weights, read_weights, recognise, sources_of
 from glsim.checkpoints.fit import Fit, fit, plain
 from glsim.checkpoints.hub import fetch
 from glsim.checkpoints.sizes import fitting_names, sizes_of
@@ -102,7 +102,7 @@ def init_from(model: Model, source: str | Path) -> Start:
     model.load_state_dict(taken, strict=False)
     model.initialised([*missing, *new])
     used = {key: NET + name for key, name in found.used.items()}
-    used |= {key: name for name, part in parts.items() for key in part.sources}
+    used |= {key: name for name, part in parts.items() for key in sources_of(part)}
     return Start(
         source=Path(source).name,
         convention=weights.convention.name,

@@ -11,10 +11,10 @@ from typing import Any
 import timm
 import torch
 from timm.models import get_pretrained_cfg, list_pretrained
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from glsim.checkpoints.conventions import Traced, Weights, why_ignored
+from glsim.checkpoints.conventions import Weights, sources_of, why_ignored
 from glsim.checkpoints.fit import fit
 from glsim.types import optional
 
@@ -113,7 +113,7 @@ def sizes_of(weights: Weights) -> Sizes:
     )
 
 
-def _widths(named: dict[str, Traced], stages: list[int]) -> list[int] | None:
+def _widths(named: dict[str, Tensor], stages: list[int]) -> list[int] | None:
     """The width of each stage: that of its first norm."""
     norm = r"(?:stages|layers)\.{}\.(?:blocks\.)?\d+\.norm1?\.weight"
     found = [next((t.shape[0] for n, t in named.items() if re.fullmatch(norm.format(i), n)), 0) for i in stages]
@@ -142,7 +142,7 @@ def heads_of(weights: Weights) -> dict[str, list[int]]:
     """Classifiers and projections in a file: name -> shape."""
     known = (
         {key: why_ignored(key) for key in weights.stored}
-        | {next(iter(t.sources)): why_ignored(name) for name, t in weights.named.items() if hasattr(t, "sources")}
+        | {key: why_ignored(name) for name, t in weights.named.items() for key in sources_of(t)}
         | weights.ignored
     )
     return {k: list(t.shape) for k, t in weights.stored.items() if t.ndim == 2 and known[k] == "head"}
@@ -205,9 +205,7 @@ def _candidates(weights: Weights, sizes: Sizes) -> Iterator[str]:
     one_block = {k: t for k, t in weights.named.items() if not (m := BLOCK.match(k)) or int(m[1]) == 0}
     one = weights._replace(
         named=one_block,
-        stored={
-            k: weights.stored[k] for t in one_block.values() for k in getattr(t, "sources", ()) if k in weights.stored
-        },
+        stored={k: weights.stored[k] for t in one_block.values() for k in sources_of(t) if k in weights.stored},
     )
     for name in sorted(names, key=order):
         if isinstance(sizes.depth, int) and sizes.depth > 1:

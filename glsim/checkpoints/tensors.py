@@ -29,8 +29,10 @@ NUMBERS = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "bool"
 MOST_WRAPPERS = 8  # dictionaries inside of each other before the tensors
 COMPRESSED = 4  # times that an .npz may grow: weights hardly do, and more would fill the memory
 # What training code wraps tensors in, the best first: averaged weights before those of the last step.
-WRAPPERS = ("state_dict_ema", "model_ema", "ema", "teacher", "target_encoder", "state_dict", "model_state_dict")
-WRAPPERS += ("model", "module", "student", "net", "network", "backbone", "encoder", "weights")
+WRAPPERS = (
+    *("state_dict_ema", "model_ema", "ema", "teacher", "target_encoder", "state_dict", "model_state_dict"),
+    *("model", "module", "student", "net", "network", "backbone", "encoder", "weights"),
+)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:

@@ -482,21 +482,23 @@ def test_sizes_are_read_off_the_shapes(tmp_path):
         torch.save(write(network(name, args, side(name) * 2).state_dict()), tmp_path / "w.pth")
         told[kind] = str(sizes_of(read_weights(tmp_path / "w.pth")))
     assert told == {
-        "DINOv2 registers": "width 32, depth 2, patch 14, MLP 128, layer scale, 4 registers, 4 positions (2x2)",
-        "DINOv3 SwiGLU": "width 32, depth 2, patch 16, 2 heads, MLP 192, SwiGLU, layer scale, 4 registers",
-        "CLIP": "width 32, depth 2, patch 16, MLP 128, 4 positions (2x2)",
+        "DINOv2 registers": "width 32, depth 2, patch 14, MLP 128, layer scale, 4 registers, 16 positions (4x4)",
+        "DINOv3 SwiGLU": "width 32, depth 2, patch 16, 2 heads, MLP 128, SwiGLU, layer scale, 4 registers",
+        "CLIP": "width 32, depth 2, patch 16, MLP 128, 16 positions (4x4)",
         "BEiT": "width 32, depth 2, patch 16, 2 heads, MLP 128, layer scale",
-        "DeiT distilled": "width 32, depth 2, patch 16, MLP 128, distillation token, 4 positions (2x2)",
+        "DeiT distilled": "width 32, depth 2, patch 16, MLP 128, distillation token, 16 positions (4x4)",
         "Swin": "width 24-48-96-192, depth 2-1-1-1, patch 4, 1-2-2-2 heads",
         "ConvNeXt": "width 8-16-32-64, depth 1-2-1-1, patch 4, layer scale",
-        "HF ViT": "width 32, depth 2, patch 16, MLP 128, 4 positions (2x2)",
+        "HF ViT": "width 32, depth 2, patch 16, MLP 128, 16 positions (4x4)",
     }
 
 
 def test_names_that_fit_come_from_timms_networks(tmp_path, monkeypatch):
     """Of a few names, so that the test is fast; the right ones for the file, the likeliest first."""
     names = ["vit_tiny_patch16_224", "vit_tiny_patch16_384", "vit_small_patch16_224", "vit_tiny_r_s16_p8_224"]
-    monkeypatch.setattr("timm.list_models", lambda module: names if module == "vision_transformer" else [])
+    monkeypatch.setattr(
+        "timm.list_models", lambda *_, module=None: names if module in (None, "vision_transformer") else []
+    )
     net = timm.create_model("vit_tiny_patch16_384", num_classes=0)
     save_file(net.state_dict(), tmp_path / "w.safetensors")
     assert fitting_names(read_weights(tmp_path / "w.safetensors")) == ["vit_tiny_patch16_384", "vit_tiny_patch16_224"]
@@ -534,7 +536,9 @@ def test_the_published_file_gives_timms_features():
 @pytest.fixture
 def few_names(monkeypatch):
     names = ["vit_tiny_patch16_224", "vit_small_patch16_224"]
-    monkeypatch.setattr("timm.list_models", lambda module: names if module == "vision_transformer" else [])
+    monkeypatch.setattr(
+        "timm.list_models", lambda *_, module=None: names if module in (None, "vision_transformer") else []
+    )
 
 
 def test_the_verb_says_what_a_file_is(capsys, tmp_path, few_names):
@@ -575,20 +579,11 @@ def test_the_verb_checks_a_backbone(capsys, tmp_path, few_names):
 def test_training_starts_from_a_file_without_a_network(birds, capsys, tmp_path, vit):
     """`pretrained` stays at its default: the file takes the place of timm's weights."""
     torch.save(publishers.hf_vit(vit.state_dict()), tmp_path / "vit.bin")
-    words = [
-        "train",
-        "--data",
-        birds,
-        "--out",
-        tmp_path / "r",
-        "--method",
-        "plain",
-        "--init-from",
-        tmp_path / "vit.bin",
-    ]
+    words = ["train", "--data", birds, "--out", tmp_path / "r"]
+    words += ["--method", "plain", "--init-from", tmp_path / "vit.bin"]
     words += ["--backbone", "vit_tiny_patch16_224", "--image-size", 32, "--epochs", 1, "--workers", 0, "--lr", 0]
     words += [w for k, v in VIT.items() for w in (f"--backbone-args.{k}", v)]
-    assert cli.main([*map(str, words), "--warmup_lr", "0", "--min_lr", "0"]) == 0
+    assert cli.main([*map(str, words), "--warmup-lr", "0", "--min-lr", "0"]) == 0
     assert "started from vit.bin (Hugging Face ViT): " in capsys.readouterr().out
     state = glsim.load(tmp_path / "r").state_dict()
     assert torch.equal(state["backbone.net.blocks.1.norm2.weight"], vit.blocks[1].norm2.weight)
