@@ -29,7 +29,7 @@ class Convention(NamedTuple):
     name: str  # as the field knows it
     known_by: tuple[str, ...]  # names behind the prefix, all of them there; of `*NAME`, one anywhere that ends so
     modules: tuple[str, ...] = ()  # of timm, whose networks such files are for
-    words: tuple[str, ...] = ()  # in timm's names and tags of such weights
+    words: tuple[str, ...] = ()  # in timm's names of such networks, or first in its tags of such weights
     table: Table = ()
     prefix: str = ""  # that timm's filter expects in front
     parts: bool = False  # whether such files hold parts of a method of this package too
@@ -115,7 +115,6 @@ GLSIM_AUTHORS: Table = (
     (r"^encoder\.blocks", "blocks"),
     (r"^encoder_norm", "norm"),
     (r"^aggregator_norm", "aggregator.norm"),
-    (r"^head\.", "head.linear."),
     (r"(blocks\.\d+\.)proj\.", r"\1attn.proj."),
     (r"attn\.proj_([qkv])", r"attn.\1"),
     (r"pwff\.", "mlp."),
@@ -137,6 +136,8 @@ TRANSFG_AUTHORS: Table = (
 )
 _MLP: Table = ((r"mlp\.up_proj", "mlp.fc1"), (r"mlp\.down_proj", "mlp.fc2"))
 _GATED: Table = ((r"mlp\.gate_proj", "mlp.w1"), (r"mlp\.up_proj", "mlp.w2"), (r"mlp\.down_proj", "mlp.w3"))
+_HEAD: Table = ((r"^head\.", "head.linear."),)
+_REDUCER: Table = ((r"^head\.", "unread_head."), (r"^head_reducer\.0\.", "head.linear."))  # of both tokens
 _PATCH, _HF = "patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight"
 _HF_LAYER, _V3_LAYER = "encoder.layer.0.", ("embeddings.patch_embeddings.weight", "embeddings.register_tokens")
 
@@ -209,8 +210,11 @@ CONVENTIONS = (
         (),
         TRANSFORMERS_CONVNEXT,
     ),
-    Convention("ViT authors (.npz)", ("embedding/kernel", "cls"), VIT, ("augreg",), FLAX),
-    Convention("GLSim authors", ("patch_embedding.weight", "class_token"), VIT, (), GLSIM_AUTHORS, parts=True),
+    Convention("ViT authors (.npz)", ("embedding/kernel", "cls"), VIT, (), FLAX),
+    *(
+        Convention("GLSim authors", ("patch_embedding.weight", *mark), VIT, (), GLSIM_AUTHORS + table, parts=True)
+        for mark, table in ((("head_reducer.0.weight",), _REDUCER), (("class_token",), _HEAD))
+    ),
     Convention(
         "TransFG and FFVT authors",
         ("transformer.embeddings.patch_embeddings.weight",),

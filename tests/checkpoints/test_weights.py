@@ -250,9 +250,9 @@ def test_a_bundle_cannot_name_a_file_of_weights(vit, tmp_path):
 
 
 @needs(SHARED / "golden")
-@pytest.mark.parametrize("method", ["glsim", "transfg", "ffvt"])
-def test_checkpoints_of_the_methods_authors_start_any_method(method):
-    source = SHARED / "golden" / f"{'glsim_cos' if method == 'glsim' else method}.pth"
+@pytest.mark.parametrize("name", ["glsim_cos", "glsim_avg_cls", "glsim_l1", "glsim_cos_grid12", "transfg", "ffvt"])
+def test_checkpoints_of_the_methods_authors_start_any_method(name):
+    source, method = SHARED / "golden" / f"{name}.pth", name.partition("_")[0]
     options = {} if method == "glsim" else {"num_heads": 2, **({"stride": 12} if method == "transfg" else {"top_k": 3})}
     wanted = glsim.load(source, method=method, **options)
     config = wanted.config
@@ -356,7 +356,10 @@ HOSTILE = {
         "not every number is finite in norm.weight",
     ),
     "infinite head": (lambda s: s | {"head.bias": torch.tensor([float("inf")])}, "not every number is finite"),
-    "complex": (lambda s: s | {"cls_token": torch.ones(1, 1, 32, dtype=torch.complex64)}, "no weights under cls_token"),
+    "complex": (
+        lambda s: s | {"cls_token": torch.ones(1, 1, 32, dtype=torch.complex64)},
+        "no numbers of type complex64",
+    ),
     "sparse": (lambda s: s | {"cls_token": torch.eye(3).to_sparse()}, "no weights under cls_token"),
     "one number repeated": (lambda s: s | {"pos_embed": torch.ones(1).expand(1, 10**12, 32)}, "under pos_embed"),
     "bytes": (lambda s: s | {"cls_token": torch.ones(1, 1, 32, dtype=torch.uint8)}, "no numbers of type uint8"),
