@@ -216,6 +216,6 @@ def _candidates(weights: Weights, sizes: Sizes) -> Iterator[str]:
 
 
 def with_tag(name: str, words: tuple[str, ...]) -> str:
-    """The name with the first tag of its weights in timm that begins with one of the words; without, where none does."""
+    """The name with the first tag of its weights in timm that begins with one of the words; without where none does."""
     tagged = [full for full in list_pretrained(f"{name}.*") if full.partition(".")[2].split("_")[0] in words]
     return tagged[0] if tagged else name

@@ -1238,7 +1238,7 @@ def test_another_methods_bundle_starts_every_grid_and_the_crops_token(tmp_path):
     glsim.save(transfg, tmp_path / "transfg")
     assert all(not k.startswith("backbone.") for k in init_from(build("glsim", size=64), tmp_path / "transfg").new)
     deeper = small_model("glsim", args={"depth": 4})
-    with pytest.raises(ConfigError, match=r"does not fit 'vit_tiny_patch16_224': it holds nothing for blocks\.2"):
+    with pytest.raises(ConfigError, match=r"does not fit 'vit_tiny_patch16_224': it holds nothing for blocks\.3"):
         init_from(deeper, tmp_path / "plain")
 
 
