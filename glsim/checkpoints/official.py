@@ -64,7 +64,7 @@ def convert_official(path: str | Path, method: str = "glsim", **overrides: Any) 
     file = read_pickle(path)
     if not isinstance(file, dict) or not isinstance(file.get("model"), dict):
         raise DataError(f'{path} is no official checkpoint: it has no "model" with weights')
-    published = check_tensors({str(k).removeprefix("model."): v for k, v in file["model"].items()}, path)
+    published = {k.removeprefix("model."): v for k, v in check_tensors(file["model"], path).items()}
     arguments = vars(file["config"]) if isinstance(file.get("config"), argparse.Namespace) else {}
     read, asked = choose(method, OFFICIAL, "published method"), bool(overrides)
     try:

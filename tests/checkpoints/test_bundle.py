@@ -561,7 +561,7 @@ def official(path, change=lambda weights, arguments: None):
         (lambda w, a: w.update({"model.patch_embedding.weight": ONE}), "no model can be built"),
         (lambda w, a: w.update({"model.head.weight": ONE.expand(10**9, 16)}), "no weights under model.head.weight"),
         (lambda w, a: w.update({"model.head.weight": 5, 7: ONE}), "no weights under model.head.weight, 7"),
-        (lambda w, a: w["model.head.weight"].fill_(float("nan")), "not every number is finite in head.weight"),
+        (lambda w, a: w["model.head.weight"].fill_(float("nan")), "not every number is finite in model.head.weight"),
         (lambda w, a: [w.pop(k) for k in list(w) if ".proj" in k], r"missing: .* and \d+ more"),
     ],
 )
