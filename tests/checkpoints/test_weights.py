@@ -288,7 +288,7 @@ def test_preprocessing_is_that_of_the_name():
 
 @pytest.fixture(scope="module")
 def small_dinov2(tmp_path_factory):
-    """A file of the shapes of DINOv2-S/14 with three blocks, which no network of timm has."""
+    """A file of the shapes of DINOv2-S/14 with one block, which no network of timm has."""
     net = timm.create_model("vit_small_patch14_dinov2", num_classes=0, depth=1, img_size=56)
     file = tmp_path_factory.mktemp("w") / "dinov2.safetensors"
     save_file(net.state_dict(), file)
@@ -520,9 +520,9 @@ def test_networks_without_numbers_have_the_shapes_of_those_with():
     assert torch.nn.Linear(2, 2).weight.any()  # outside, networks have numbers
 
 
-@needs(SHARED.parent / "w19" / "dinov2_small.safetensors")
+@needs(SHARED / "pretrained" / "dinov2_small.safetensors")
 def test_the_published_file_gives_timms_features():
-    source = SHARED.parent / "w19" / "dinov2_small.safetensors"
+    source = SHARED / "pretrained" / "dinov2_small.safetensors"
     model = glsim.create_model("plain", "vit_small_patch14_dinov2", 5, 168, weights=source).eval()
     net = timm.create_model(
         "vit_small_patch14_dinov2",
