@@ -20,7 +20,7 @@ class Options(Settings):
     source: str = positional(
         MISSING, "file of weights (.safetensors .pth .pt .bin .ckpt .npz), bundle or hf-hub:owner/name", path="reads"
     )
-    backbone: str | None = setting(None, "timm model name: check whether it can start from the file")
+    backbone: str | None = setting(None, "timm model name: check whether it fits")
     image_size: Size = setting(None, "of that backbone, pixels, one side or [height,width]; default: its own")
 
     def check(self) -> None:
