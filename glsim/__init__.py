@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from glsim.checkpoints.bundle import load, save
+    from glsim.checkpoints.init_from import create_model
     from glsim.inference.predictor import Prediction, Predictor
     from glsim.interpret.contrast import contrast
     from glsim.interpret.heatmaps import explain
-    from glsim.models import METHODS, create_model
+    from glsim.models import METHODS
     from glsim.models.scores import METRICS
     from glsim.types import ConfigError, DataError, Features, GlsimError, Output, Selection
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "create_model": "glsim.models",
+    "create_model": "glsim.checkpoints.init_from",
     "METHODS": "glsim.models",
     "load": "glsim.checkpoints.bundle",
     "save": "glsim.checkpoints.bundle",

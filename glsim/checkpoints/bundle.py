@@ -15,7 +15,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from timm.models import get_pretrained_cfg
 from torch import Tensor
 
@@ -25,7 +24,6 @@ from glsim.checkpoints.config import (
     MODEL_KEYS,
     TooLarge,
     check_config,
-    check_finite,
     no_larger_than,
     read_metrics,
     some,
@@ -33,13 +31,13 @@ from glsim.checkpoints.config import (
 from glsim.checkpoints.hub import fetch
 from glsim.checkpoints.official import convert_official
 from glsim.checkpoints.onnx_runtime import open_graph
+from glsim.checkpoints.tensors import read_safetensors
 from glsim.data.transforms import Preprocessing
 from glsim.files import (
     BUNDLE,
     expand,
     make_folder,
     one_line,
-    open_regular,
     read_json,
     replacing,
     write_json,
@@ -52,9 +50,7 @@ from glsim.models.patch_embed import to_pair
 from glsim.types import ConfigError, DataError, GlsimError
 
 FILES = CONFIG, WEIGHTS, METRICS_FILE, CARD = BUNDLE
-LARGEST_HEADER = 2**23  # bytes of names, types and shapes; a model of a thousand tensors has 2**17
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
-NUMBERS = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "bool"}
 WHERE_FROM = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}  # for timm
 
 
@@ -202,7 +198,7 @@ def load_bundle(folder: Path, **overrides: Any) -> Model:
     unsafe = (set(config.backbone_args) & WHERE_FROM) | (set(config.options) & {*MODEL_KEYS, "pretrained"})
     if unsafe:
         raise DataError(f"{folder / CONFIG} was refused: a bundle may not set {', '.join(sorted(unsafe))}")
-    weights = read_weights(folder)
+    weights = read_bundle_weights(folder)
     arguments = {k: getattr(config, k) for k in MODEL_KEYS if k != "options"} | config.options | overrides
     try:
         with no_larger_than(weights.values()):
@@ -235,7 +231,7 @@ def load_bundle(folder: Path, **overrides: Any) -> Model:
     return model.eval()
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
+def read_bundle_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of a bundle; DataError when the file is missing, cut short, no safetensors, a byte has changed, or a
     number is not finite.
 
@@ -243,23 +239,12 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """
     path = folder / WEIGHTS
     try:
-        with open_regular(path) as head:
-            if int.from_bytes(head.read(8), "little") > LARGEST_HEADER:
-                raise DataError(f"{path} is damaged: its header has more than {LARGEST_HEADER:,} bytes")
-        with safe_open(path, framework="pt") as file:
-            written = (file.metadata() or {}).get("sha256")
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        weights, metadata = read_safetensors(path)
     except FileNotFoundError:
         raise DataError(f"{folder} is no bundle: it has no {WEIGHTS}") from None
-    except DataError:
-        raise
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise DataError(f"{path} is damaged: {one_line(error)}") from error
-    if odd := {str(w.dtype).removeprefix("torch.") for w in weights.values()} - NUMBERS:
-        raise DataError(f"{path} was refused: a model has no numbers of type {', '.join(sorted(odd))}")
+    written = metadata.get("sha256")
     if written is not None and written != digest(weights):
         raise DataError(f"{path} is damaged: its weights are not those that were saved; copy it again")
-    check_finite(weights, path)
     return weights
 
 

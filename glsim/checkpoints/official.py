@@ -1,16 +1,9 @@
-"""Official checkpoints (`.pth`) of published methods, read without running anything they contain.
-
-They are pickles: `weights_only=True` keeps to tensors, and `argparse.Namespace`, which holds the authors' arguments, is
-the one class let through.
-"""
+"""Official checkpoints (`.pth`) of published methods as models of this package."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
-import pickle
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from glsim.checkpoints.config import TooLarge, check_config, check_finite, no_larger_than, some
+from glsim.checkpoints.config import TooLarge, check_config, no_larger_than, some
+from glsim.checkpoints.tensors import check_tensors, read_pickle
 from glsim.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from glsim.files import one_line, open_regular
+from glsim.files import one_line
 from glsim.models import create_model, resample_positions
 from glsim.models.base import Model
 from glsim.models.patch_embed import to_pair
@@ -73,14 +67,10 @@ def convert_official(path: str | Path, method: str = "glsim", **overrides: Any) 
             with an option unknown here.
     """
     path = Path(path)
-    file = _read(path)
+    file = read_pickle(path)
     if not isinstance(file, dict) or not isinstance(file.get("model"), dict):
         raise DataError(f'{path} is no official checkpoint: it has no "model" with weights')
-    wrong = [str(k) for k, v in file["model"].items() if not isinstance(k, str) or not _is_weight(v)]
-    if wrong:
-        raise DataError(f"{path} is damaged: no weights under {some(wrong)}")
-    published = {k.removeprefix("model."): v for k, v in file["model"].items()}
-    check_finite(published, path)
+    published = {k.removeprefix("model."): v for k, v in check_tensors(file["model"], path).items()}
     arguments = vars(file["config"]) if isinstance(file.get("config"), argparse.Namespace) else {}
     read, asked = choose(method, OFFICIAL, "published method"), bool(overrides)
     try:
@@ -111,32 +101,6 @@ def convert_official(path: str | Path, method: str = "glsim", **overrides: Any) 
     model.load_state_dict(weights)
     model.conversion = Conversion(names, left, missing)
     return model.eval()
-
-
-def _read(path: Path) -> Any:
-    """What a `.pth` file holds; DataError for one that is damaged, compressed, or holds more than it may."""
-    try:
-        with open_regular(path) as file:
-            if zipfile.is_zipfile(file):  # torch stores tensors as they are: what is compressed may become gigabytes
-                with zipfile.ZipFile(file) as archive:
-                    if sum(entry.file_size for entry in archive.infolist()) > os.fstat(file.fileno()).st_size:
-                        raise DataError(f"{path} was refused: it is smaller than its tensors; torch.save it again")
-            file.seek(0)
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                return torch.load(file, map_location="cpu", weights_only=True)
-    except GlsimError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise DataError(f"{path} was refused: it holds more than tensors and arguments ({_unsafe(error)})") from error
-    except Exception as error:  # a damaged pickle or archive raises nearly anything
-        raise DataError(f"{path} cannot be read: {one_line(error)}") from error
-
-
-def _is_weight(value: Any) -> bool:
-    """Whether it is a tensor of which every number is stored: not one repeated to any size, nor sparse."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized or value.is_complex():
-        return False
-    return value.device.type == "cpu" and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def _read_glsim(path: Path, published: dict[str, Tensor], args: dict[str, Any], overrides: dict[str, Any]) -> tuple:
@@ -320,7 +284,3 @@ def _published_preprocessing(args: Mapping[str, Any], model: Model, path: Path) 
         return Preprocessing(size, ratio, mean, std)
     except ConfigError as error:
         raise DataError(f"{path} is damaged: {error}") from error
-
-
-def _unsafe(error: Exception) -> str:
-    return str(error).split("GLOBAL ")[-1].split(" was not")[0].split("\n")[0][:120]

@@ -24,6 +24,8 @@ def run(options: Options, progress: bool) -> TrainedRun:
 
 def show(r: TrainedRun, options: Options) -> Lines:
     """Accuracies and where the bundle is."""
+    if r.start is not None:
+        yield f"started from {r.start}"
     yield f"trained {r.epoch} epochs: loss {r.train_loss:.3f}, {r.images_per_second} images/s"
     if r.batch_size < options.batch_size:
         yield f"batch_size {options.batch_size} was cut to {r.batch_size}: train has no more images for a step"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -137,6 +138,14 @@ def resample_positions(weights: dict[str, Tensor], net: nn.Module) -> dict[str, 
     """Position embeddings for another image size, by timm's own filter for the family of `net`."""
     prefix = "backbone.net."
     inner = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-    resample = getattr(import_module(type(net).__module__), "checkpoint_filter_fn", None)
-    inner = resample(inner, net) if resample else inner  # a convolutional network has no positions
-    return {k: v for k, v in weights.items() if not k.startswith(prefix)} | {prefix + k: v for k, v in inner.items()}
+    beside = {k: v for k, v in weights.items() if not k.startswith(prefix)}
+    return beside | {prefix + k: v for k, v in filter_weights(inner, net).items()}
+
+
+def filter_weights(weights: Mapping[str, Tensor], net: nn.Module, **how: Any) -> dict[str, Tensor]:
+    """Tensors named and resampled for `net` by timm's own filter of its family, which takes `how`; raises whatever that
+    raises. A convolutional network may have none, and no positions."""
+    clean = getattr(import_module(type(net).__module__), "checkpoint_filter_fn", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of old and slow calls where timm resamples relative positions
+        return clean(dict(weights), net, **how) if clean else dict(weights)

@@ -375,9 +375,8 @@ def _create(name: str, pretrained: bool, args: dict[str, Any]) -> tuple[Any, boo
         if not isinstance(error, TypeError) and pretrained and _is_download_error(error):
             raise ConfigError(
                 f"no pre-trained weights for {name!r}: {_first_line(error)}. Connect to the network once (they are "
-                "kept in the cache), hand timm a local file with backbone_args={'pretrained_cfg_overlay': "
-                "{'file': 'weights.safetensors', 'custom_load': False}}, or start from nothing: pretrained=False "
-                "(--no-pretrained)"
+                "kept in the cache), start from a file that you have: --init-from FILE (in Python weights=FILE; "
+                "glsim weights FILE says whether it fits), or from nothing: --no-pretrained (pretrained=False)"
             ) from error
         if "proj_drop_rate" in str(error):
             raise ConfigError(f"dropout={args['proj_drop_rate']}: {name!r} has none; leave it at 0") from error

@@ -36,13 +36,13 @@ class Train(Settings):
 
     method: str = setting("glsim", f"one of: {', '.join(METHODS)}", choices=METHODS)
     backbone: str | None = setting(None, "timm model name; default: vit_base_patch16_224, for cal resnet101")
-    pretrained: bool = setting(True, "start from timm's weights (downloaded once)")
+    pretrained: bool = setting(True, "start from timm's weights (downloaded once); init_from takes their place")
     image_size: Size = setting(None, "pixels, one side or [height,width]; default: the backbone's own")
     options: dict[str, Any] = setting({}, "options of the method, as --options.top_o 16 --options.metric gls_l2")
     backbone_args: dict[str, Any] = setting({}, "handed to timm, as --backbone-args.depth 6")
 
     init_from: str | None = setting(
-        None, "start from a bundle, hf-hub:owner/name, .pth (what fits) or ViT .npz", path="reads"
+        None, "start from a file of weights (glsim weights FILE), a bundle or hf-hub:owner/name", path="reads"
     )
 
     val_fraction: float = setting(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from glsim.checkpoints.bundle import CONFIG, save
-from glsim.checkpoints.init_from import init_from
+from glsim.checkpoints.init_from import Start, init_from
 from glsim.data.images import BadImage
 from glsim.data.limits import pixel_limit
 from glsim.data.loaders import TrainBatches, make_loader, mix, read, train_loader
@@ -67,7 +67,7 @@ from glsim.training.runs import (
     run_record,
 )
 from glsim.training.tally import Tally
-from glsim.types import ConfigError, GlsimError
+from glsim.types import ConfigError, GlsimError, optional
 
 CURVE_SECONDS = 30.0  # between drawings of the curve, which take as long as an epoch of a small model
 
@@ -80,6 +80,7 @@ class TrainedRun(RunMetrics):
     batch_size: int  # fewer than asked for where train has no more images for a step
     splits: list[str]  # that the data has
     skipped: list[str]  # files that cannot be read, and why
+    start: Start | None = optional()  # what became of the tensors of `init_from`
 
 
 @dataclass
@@ -105,6 +106,7 @@ class Run:
     parts: Parts  # of a checkpoint
     data_hash: str  # of images, classes and splits
     about: dict[str, Any]  # what the config of the bundle says of the run
+    start: Start | None  # where it began from other weights
     history: list[Epoch]
     step: int
     tally: Tally
@@ -143,6 +145,7 @@ def train(settings: Train, progress: bool = True) -> TrainedRun:
                 batch_size=run.batches.batch_size,
                 splits=list(run.splits),
                 skipped=[str(b) for b in run.bad],
+                start=run.start,
             )
 
 
@@ -165,11 +168,11 @@ def prepare(s: Train, out: Path, accelerator: Accelerator) -> Run:
     contents = fingerprints(paths, accelerator)
     classes = splits["train"].classes
     set_seed(s.seed)
+    pretrained = s.pretrained and s.init_from is None
     model = create_model(
-        s.method, s.backbone, len(classes), s.image_size, s.pretrained, s.backbone_args or None, **s.options
+        s.method, s.backbone, len(classes), s.image_size, pretrained, s.backbone_args or None, **s.options
     )
-    if s.init_from is not None:
-        init_from(model, s.init_from)
+    start = init_from(model, s.init_from) if s.init_from is not None else None
     how = {name: getattr(s, name) for name in ("freeze", "lora", "supcon", "grad_checkpointing", "compile")}
     adapt(model, **how)
     preprocessing = make_preprocessing(s, model)
@@ -232,6 +235,7 @@ def prepare(s: Train, out: Path, accelerator: Accelerator) -> Run:
         parts=parts,
         data_hash=data_hash,
         about=about,
+        start=start,
         history=history,
         step=step,
         tally=Tally(accelerator, sums),

@@ -561,7 +561,7 @@ def official(path, change=lambda weights, arguments: None):
         (lambda w, a: w.update({"model.patch_embedding.weight": ONE}), "no model can be built"),
         (lambda w, a: w.update({"model.head.weight": ONE.expand(10**9, 16)}), "no weights under model.head.weight"),
         (lambda w, a: w.update({"model.head.weight": 5, 7: ONE}), "no weights under model.head.weight, 7"),
-        (lambda w, a: w["model.head.weight"].fill_(float("nan")), "not every number is finite in head.weight"),
+        (lambda w, a: w["model.head.weight"].fill_(float("nan")), "not every number is finite in model.head.weight"),
         (lambda w, a: [w.pop(k) for k in list(w) if ".proj" in k], r"missing: .* and \d+ more"),
     ],
 )
@@ -700,8 +700,9 @@ def test_the_vit_authors_npz_is_a_start_for_every_grid(tmp_path):
     source = small_model("plain", seed=1)
     as_npz(source.backbone.net, tmp_path / "ViT.npz")
     same = small_model("glsim", seed=2)
-    kept = init_from(same, tmp_path / "ViT.npz")
-    assert kept and not any(k.startswith("backbone.") for k in kept)
+    start = init_from(same, tmp_path / "ViT.npz")
+    assert start.convention == "ViT authors (.npz)" and start.missing == []
+    assert start.new and not any(k.startswith("backbone.") for k in start.new)
     images = torch.randn(2, 3, 64, 64)
     assert_same_weights(same.backbone, source.backbone)
     torch.testing.assert_close(same.features(images).patches, source.features(images).patches, atol=1e-5, rtol=1e-5)
@@ -723,14 +724,14 @@ def test_a_wrong_npz_changes_nothing(tmp_path):
         init_from(model, tmp_path / "damaged.npz")
     with pytest.raises(DataError, match="none.npz cannot be read"):
         init_from(model, tmp_path / "none.npz")
-    with pytest.raises(DataError, match="other.npz cannot be read"):
+    with pytest.raises(ConfigError, match="other.npz does not fit 'vit_tiny_patch16_224': it holds nothing for"):
         init_from(model, tmp_path / "other.npz")
     wide = small_model("plain", backbone="vit_tiny_patch16_224")
     as_npz(wide.backbone.net, tmp_path / "wide.npz")
     narrow = glsim.create_model("plain", "vit_tiny_patch16_224", 5, 64, backbone_args={**SMALL, "embed_dim": 32})
     with pytest.raises(ConfigError, match="wide.npz does not fit 'vit_tiny_patch16_224'"):
         init_from(narrow, tmp_path / "wide.npz")
-    with pytest.raises(ConfigError, match="'resnet18' is none"):
+    with pytest.raises(ConfigError, match="wide.npz does not fit 'resnet18'"):
         init_from(glsim.create_model("plain", "resnet18", 5, 64), tmp_path / "wide.npz")
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 

@@ -136,7 +136,9 @@ def test_errors_say_what_would_work():
         build_backbone("vit_tiny_patch16_224", [64, 96, 3], backbone_args=SMALL)
     with pytest.raises(ConfigError, match=r"cannot build.*dept"):
         build_backbone("vit_tiny_patch16_224", 64, backbone_args={"dept": 2})
-    with pytest.raises(ConfigError, match=r"no pre-trained weights.*pretrained_cfg_overlay.*pretrained=False"):
+    with pytest.raises(
+        ConfigError, match=r"no pre-trained weights.*--init-from FILE \(in Python weights=FILE.*pretrained=False"
+    ):
         build_backbone("vit_tiny_patch16_224", pretrained=True)
 
 

@@ -1286,15 +1286,15 @@ def test_another_methods_bundle_starts_every_grid_and_the_crops_token(tmp_path):
     plain = spread(build("plain", size=96))
     glsim.save(plain, tmp_path / "plain")
     rams = build("rams", size=96)
-    assert init_from(rams, tmp_path / "plain") == ["crop_token"]
+    assert init_from(rams, tmp_path / "plain").new == ["crop_token"]
     assert torch.equal(rams.crop_token, rams.backbone.net.cls_token)
     transfg = build("transfg", size=70)  # overlapping places, and no multiple of the patch
-    assert init_from(transfg, tmp_path / "plain") == []
+    assert init_from(transfg, tmp_path / "plain").new == []
     assert torch.equal(transfg.backbone.net.blocks[0].mlp.fc1.weight, plain.backbone.net.blocks[0].mlp.fc1.weight)
     glsim.save(transfg, tmp_path / "transfg")
-    assert all(not k.startswith("backbone.") for k in init_from(build("glsim", size=64), tmp_path / "transfg"))
+    assert all(not k.startswith("backbone.") for k in init_from(build("glsim", size=64), tmp_path / "transfg").new)
     deeper = small_model("glsim", args={"depth": 4})
-    with pytest.raises(ConfigError, match=r"another backbone than 'vit_tiny_patch16_224': nothing for backbone\.net"):
+    with pytest.raises(ConfigError, match=r"does not fit 'vit_tiny_patch16_224': it holds nothing for blocks\.3"):
         init_from(deeper, tmp_path / "plain")
 
 
