@@ -21,21 +21,33 @@ CROPS = True
 EMBEDDINGS = ("global", "crop", "fused")
 
 
-class GLSim(Model):
+class AggregatingModel(Model):
+    """A backbone, an aggregator of its class tokens and a head that reads what comes of them."""
+
+    def __init__(self, backbone: Backbone, aggregator: Aggregator, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.aggregator, self.head = backbone, aggregator, head
+
+    def initialised(self, kept: list[str]) -> None:
+        """A new aggregator over features learnt elsewhere starts as the identity, unless `aggregator_start` is given."""
+        self.aggregator.initialised({name.removeprefix("aggregator.") for name in kept})
+        self.config.options["aggregator_start"] = self.aggregator.start
+
+
+class GLSim(AggregatingModel):
     """Encode the image, crop where class token and patches agree most, encode the crop, refine both, classify."""
 
     def __init__(
         self,
         backbone: Backbone,
-        aggregator: nn.Module,
+        aggregator: Aggregator,
         head: nn.Module,
         metric: str = "gls_cos",
         top_o: int = 8,
         box: str = "exclusive",
         crop_size: tuple[int, int] | None = None,
     ) -> None:
-        super().__init__()
-        self.backbone, self.aggregator, self.head = backbone, aggregator, head
+        super().__init__(backbone, aggregator, head)
         self.metric, self.top_o, self.box, self.crop_size = metric, top_o, box, crop_size
 
     def forward(self, images: Tensor) -> Output:
@@ -58,12 +70,8 @@ class GLSim(Model):
         return Output(self.head(fused), selection, crops, embeddings=embeddings)
 
 
-class SinglePass(Model):
+class SinglePass(AggregatingModel):
     """GLSim without its crop (`box="none"`), a control: the aggregator refines the image's token alone."""
-
-    def __init__(self, backbone: Backbone, aggregator: nn.Module, head: nn.Module) -> None:
-        super().__init__()
-        self.backbone, self.aggregator, self.head = backbone, aggregator, head
 
     def forward(self, images: Tensor) -> Output:
         """`images` (B, 3, H, W), normalised."""
@@ -118,6 +126,7 @@ def build(
     crop_size: int | Sequence[int] | None = None,
     classifier: str = "cls",
     aggregator_depth: int = 1,
+    aggregator_start: str | None = None,
     dropout: float = 0.0,
     drop_path: float = 0.0,
     norm_eps: float | None = None,
@@ -127,7 +136,8 @@ def build(
     """`top_o` patches span the crop (the paper: 8, Stanford Dogs 16, at every image size); `crop_size` in pixels.
 
     `box` is a rule, a control in its place (`glsim.models.boxes:CONTROLS`), or "none" (`SinglePass`);
-    `aggregator_depth=0` takes the mean of both tokens. With an `early_loss` above 0 the first pass can answer alone;
+    `aggregator_depth=0` takes the mean of both tokens; `aggregator_start` is "published" or "identity" (None: the
+    latter over pre-trained weights that know no aggregator, see `Aggregator`). With an `early_loss` above 0 the first pass can answer alone;
     `margin` says when it may (`AdaptiveGLSim`).
     """
     check_metric(metric, encoder.has_attention, encoder.depth)
@@ -145,7 +155,7 @@ def build(
         raise ConfigError(f"margin={margin!r}: a difference of probabilities is needed, from 0 to 1, or null")
     if margin is not None and not early_loss:
         raise ConfigError(f"margin={margin}: the first pass answers only where it was trained to, with early_loss")
-    aggregator = Aggregator(encoder.dim, aggregator_depth, dropout, drop_path, norm_eps or 1e-6)
+    aggregator = Aggregator(encoder.dim, aggregator_depth, dropout, drop_path, norm_eps or 1e-6, aggregator_start)
     head = Classifier(encoder.dim, num_classes, classifier)
     if box == "none":
         return SinglePass(encoder, aggregator, head)
