@@ -2,7 +2,7 @@
 
     python benchmarks/start.py --data cub20 --weights dinov2_small.safetensors --epochs 3 --out runs/start
 
-Every method is trained by the recipe `cub20_plain` from the same weights (what --init-from takes): `plain`; `glsim`,
+Every method is trained by the recipe beside this file from the same weights (what --init-from takes): `plain`; `glsim`,
 whose aggregator starts as the identity; `published`, whose aggregator starts as the paper's. Runs are
 OUT/METHOD/seed_SEED; a finished one is not trained again, an interrupted one goes on. OUT gets start.csv (a row for
 every epoch that is there by then), start.json (with the machine) and start.png, anew after every run.
@@ -27,7 +27,7 @@ from glsim.interpret.drawing import save_figure
 from glsim.training.config import Train, read_recipe
 from glsim.training.runs import LOG, RUN
 
-RECIPE = "cub20_plain"
+RECIPE = Path(__file__).with_suffix(".yaml")
 METHODS: dict[str, dict[str, Any]] = {
     "plain": {"method": "plain"},
     "glsim": {"method": "glsim", "options": {"aggregator_start": "identity"}},
@@ -45,12 +45,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
-    parser.add_argument("--recipe", default=RECIPE, help="instead of the package's")
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help="instead of the one beside this file")
     a = parser.parse_args()
     for seed in a.seeds:
         for method in a.methods:
             values = read_recipe(a.recipe) | METHODS[method] | {"epochs": a.epochs, "seed": seed}
-            finish(Train(**values | {"data": a.data, "init_from": a.weights, "out": str(run_folder(a.out, method, seed))}))
+            finish(
+                Train(**values | {"data": a.data, "init_from": a.weights, "out": str(run_folder(a.out, method, seed))})
+            )
             write(a.out)
     print((a.out / "start.csv").read_text(), end="")
 
@@ -78,7 +80,9 @@ def write(out: Path) -> None:
     table.writeheader()
     table.writerows(rows)
     write_text(out / "start.csv", text.getvalue())
-    starts = {run.parent.relative_to(out).as_posix(): json.loads(run.read_text())["starts"] for run in out.glob(f"*/*/{RUN}")}
+    starts = {
+        run.parent.relative_to(out).as_posix(): json.loads(run.read_text())["starts"] for run in out.glob(f"*/*/{RUN}")
+    }
     told = {"environment": environment(torch.device("cpu")), "starts": starts, "rows": rows}
     write_text(out / "start.json", json.dumps(told, indent=2) + "\n")
     figure = Figure(figsize=(6, 4), layout="constrained")

@@ -29,9 +29,10 @@ class AggregatingModel(Model):
         self.backbone, self.aggregator, self.head = backbone, aggregator, head
 
     def initialised(self, kept: list[str]) -> None:
-        """A new aggregator over features learnt elsewhere starts as the identity, unless `aggregator_start` is given."""
-        self.aggregator.initialised({name.removeprefix("aggregator.") for name in kept})
-        self.config.options["aggregator_start"] = self.aggregator.start
+        """Over features learnt elsewhere a new aggregator starts as the identity unless `aggregator_start` is given."""
+        if self.aggregator.start is None and "aggregator.norm.weight" in kept:
+            self.aggregator.become_identity({name.removeprefix("aggregator.") for name in kept})
+            self.config.options["aggregator_start"] = self.aggregator.start
 
 
 class GLSim(AggregatingModel):
@@ -136,9 +137,9 @@ def build(
     """`top_o` patches span the crop (the paper: 8, Stanford Dogs 16, at every image size); `crop_size` in pixels.
 
     `box` is a rule, a control in its place (`glsim.models.boxes:CONTROLS`), or "none" (`SinglePass`);
-    `aggregator_depth=0` takes the mean of both tokens; `aggregator_start` is "published" or "identity" (None: the
-    latter over pre-trained weights that know no aggregator, see `Aggregator`). With an `early_loss` above 0 the first pass can answer alone;
-    `margin` says when it may (`AdaptiveGLSim`).
+    `aggregator_depth=0` takes the mean of both tokens. `aggregator_start` is "published" or "identity", None: the
+    latter over pre-trained weights that know no aggregator (`Aggregator`). With an `early_loss` above 0 the first pass
+    can answer alone; `margin` says when it may (`AdaptiveGLSim`).
     """
     check_metric(metric, encoder.has_attention, encoder.depth)
     if box != "none":

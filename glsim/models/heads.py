@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 
 from timm.layers import Mlp
 from timm.models.vision_transformer import Block
@@ -23,7 +23,7 @@ class Aggregator(nn.Module):
     `start` "published" is that. "identity" hands the tokens on as they come, exactly, until it is trained: the residual
     branches end at zero, and no norm follows, for the tokens have been through the backbone's own. (A fresh LayerNorm
     brings them to unit scale, a third of DINOv2's; with the backbone's weight and bias it would apply those twice.)
-    None: "identity" once `initialised` tells of weights that know no aggregator, until then "published".
+    None: "published", until the model hears of weights that know no aggregator.
     """
 
     def __init__(
@@ -47,20 +47,14 @@ class Aggregator(nn.Module):
             raise ConfigError(f"aggregator_start={start!r}: {' or '.join(STARTS)} is needed, or null")
         self.start = start
         if start == "identity":
-            self._become_identity(range(depth))
+            self.become_identity({name for name, _ in self.named_parameters()})
 
-    def initialised(self, kept: Collection[str]) -> None:
-        """As `Model.initialised`, with names of this module's own weights."""
-        if self.start is None and "norm.weight" in kept:
-            self.start = "identity"
-            self._become_identity(i for i in range(len(self.blocks)) if f"blocks.{i}.norm1.weight" in kept)
-
-    def _become_identity(self, fresh: Iterable[int]) -> None:
-        for i in fresh:
-            for last in (self.blocks[i].attn.proj, self.blocks[i].mlp.fc2):
-                nn.init.zeros_(last.weight)
-                nn.init.zeros_(last.bias)
-        self.norm = nn.Identity()
+    def become_identity(self, fresh: Collection[str]) -> None:
+        """Start as the identity, but for blocks that have learnt something; `fresh` names the weights that have not."""
+        for name, weight in self.named_parameters():
+            if name in fresh and name.split(".")[2:-1] in (["attn", "proj"], ["mlp", "fc2"]):
+                nn.init.zeros_(weight)
+        self.norm, self.start = nn.Identity(), "identity"
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, 2, D) -> (B, 2, D)."""

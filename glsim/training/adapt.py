@@ -9,24 +9,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from glsim.models.base import Model, TokenModel
+from glsim.models.base import Model, TokenModel, layers_of
 from glsim.types import ConfigError, Features, Output
 
 
 def adapt(
     model: Model,
     *,
-    freeze: str,
+    freeze: int | str,
     lora: int,
     supcon: float,
     grad_checkpointing: bool,
     compile: bool,  # noqa: A002
 ) -> None:
     """Make `model` train as the settings of these names ask; ConfigError where it cannot."""
-    if freeze == "backbone" or lora:
-        model.backbone.requires_grad_(False)
+    if isinstance(freeze, int):
+        freeze_blocks(model, freeze)
     if lora:
         add_low_rank(model, lora)
+    if freeze == "backbone":
+        if not lora:
+            model.backbone.requires_grad_(False)
+        model.backbone.frozen = [model.backbone.net]
     if supcon:
         add_contrast(model, supcon)
     if grad_checkpointing:
@@ -39,6 +43,29 @@ def adapt(
             raise ConfigError(f"grad_checkpointing: timm has none for {model.config.backbone!r}") from error
     if compile:
         model.compile()  # in place: the names of the weights stay
+
+
+def freeze_blocks(model: Model, count: int) -> None:
+    """Leave the first `count` blocks of the backbone, and what lies before them, as they are: ConfigError if it cannot.
+
+    Nothing below them asks for a gradient, so torch keeps nothing of their pass and never goes back through them.
+    """
+    net, layer = model.backbone.net, layers_of(model.backbone.net)
+    if layer is None:
+        raise ConfigError(f"freeze: timm does not say which blocks {model.config.backbone!r} has; use none or backbone")
+    blocks = int(layer("")) - 1  # the stem is layer 0, all above the blocks the last one
+    if count > blocks:
+        raise ConfigError(f"freeze={count}: {model.config.backbone!r} has {blocks} blocks")
+    for name, parameter in net.named_parameters():
+        if layer(name) <= count:
+            parameter.requires_grad = False
+    frozen: list[nn.Module] = []
+    for module in net.modules():  # in the order in which they were made, which is that of the computation
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+            break
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            frozen.append(module)
+    model.backbone.frozen = frozen
 
 
 class LowRank(nn.Module):
@@ -56,7 +83,8 @@ class LowRank(nn.Module):
 
 
 def add_low_rank(model: Model, rank: int) -> None:
-    """Give the matrix that makes queries, keys and values in every block of the backbone an addition of low rank.
+    """Freeze the backbone; in every block that was not frozen before, the matrix of queries, keys and values gets an
+    addition of low rank.
 
     As a parametrization of the weight it is seen wherever timm reads that weight: EVA and BEiT do not call the layer,
     so that adapters which replace the layer (peft's) would be passed over in silence.
@@ -64,6 +92,8 @@ def add_low_rank(model: Model, rank: int) -> None:
     layers = [m.qkv for m in model.backbone.net.modules() if isinstance(getattr(m, "qkv", None), nn.Linear)]
     if not layers:
         raise ConfigError(f"lora: {model.config.backbone!r} has no attention with one matrix for q, k and v")
+    layers = [layer for layer in layers if layer.weight.requires_grad]
+    model.backbone.requires_grad_(False)
     for layer in layers:
         parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, rank))
 
