@@ -497,7 +497,7 @@ def test_what_cannot_be_adapted_says_so(birds, tmp_path):
         ({"method": "transfg", "grad_checkpointing": True}, "grad_checkpointing: 'transfg' needs the attention maps"),
         ({"freeze": 3}, "freeze=3: 'vit_tiny_patch16_224' has 2 blocks"),
         (
-            {"backbone": "pit_ti_224", "backbone_args": {}, "freeze": 1},
+            {"method": "plain", "backbone": "pit_ti_224", "backbone_args": {}, "image_size": None, "freeze": 1},
             "freeze: timm does not say which blocks 'pit_ti",
         ),
         ({"method": "ffvt", "supcon": 1.0}, "supcon: 'ffvt' has no class token before its parts are chosen"),
