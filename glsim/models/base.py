@@ -56,15 +56,15 @@ class Model(nn.Module):
         """Called when weights from elsewhere are in, with the names of those that were not found there."""
 
 
-def layers_of(net: nn.Module) -> Callable[[str], int] | None:
+def layers_of(net: Any) -> Callable[[str], int] | None:
     """The layer of a parameter of timm's network by its name: stem 0, blocks from 1, any other name above them.
 
     None where timm does not tell.
     """
     if not hasattr(net, "group_matcher"):
         return None
-    anything = ("", None)  # what no rule knows is the top layer, pooling and its norm included
-    layers = group_with_matcher([*net.named_parameters(), anything], net.group_matcher(coarse=False), reverse=True)
+    names = iter([*net.named_parameters(), ("", None)])  # "": what no rule knows is the top, pooling and its norm too
+    layers: dict[str, int] = group_with_matcher(names, net.group_matcher(coarse=False), reverse=True)
     return lambda name: layers.get(name, layers[""])
 
 

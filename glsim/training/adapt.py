@@ -89,10 +89,11 @@ def add_low_rank(model: Model, rank: int) -> None:
     As a parametrization of the weight it is seen wherever timm reads that weight: EVA and BEiT do not call the layer,
     so that adapters which replace the layer (peft's) would be passed over in silence.
     """
-    layers = [m.qkv for m in model.backbone.net.modules() if isinstance(getattr(m, "qkv", None), nn.Linear)]
+    found = [m.qkv for m in model.backbone.net.modules() if isinstance(getattr(m, "qkv", None), nn.Linear)]
+    layers = [layer for layer in found if layer.weight.requires_grad]
     if not layers:
-        raise ConfigError(f"lora: {model.config.backbone!r} has no attention with one matrix for q, k and v")
-    layers = [layer for layer in layers if layer.weight.requires_grad]
+        where = " above the frozen ones" if found else ""
+        raise ConfigError(f"lora: {model.config.backbone!r} has no attention with one matrix for q, k and v{where}")
     model.backbone.requires_grad_(False)
     for layer in layers:
         parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, rank))

@@ -495,6 +495,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(method, backb
 def test_what_cannot_be_adapted_says_so(birds, tmp_path):
     for changes, message in (
         ({"method": "transfg", "grad_checkpointing": True}, "grad_checkpointing: 'transfg' needs the attention maps"),
+        ({"freeze": 2, "lora": 2}, "lora: 'vit_tiny_patch16_224' has no attention with .* above the frozen ones"),
         ({"freeze": 3}, "freeze=3: 'vit_tiny_patch16_224' has 2 blocks"),
         (
             {"method": "plain", "backbone": "pit_ti_224", "backbone_args": {}, "image_size": None, "freeze": 1},
