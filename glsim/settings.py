@@ -116,9 +116,10 @@ def _check(f: dataclasses.Field, hint: Any, value: Any) -> None:
 
 
 def choices_of(hint: Any) -> tuple[Any, ...]:
-    """The values of a Literal, also of one that may be None; () of any other type."""
+    """The values of a Literal, also of one that may be None; () of any other type, a Literal or a number too."""
     if typing.get_origin(hint) in (typing.Union, UnionType):
-        return tuple(value for part in typing.get_args(hint) for value in choices_of(part))
+        parts = [choices_of(part) for part in typing.get_args(hint) if part is not type(None)]
+        return tuple(value for part in parts for value in part) if all(parts) else ()
     return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
 
 

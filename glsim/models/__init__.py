@@ -114,6 +114,8 @@ def create_model(
         backbone_args=dict(backbone_args or {}),
         options=options,
     )
+    if pretrained:
+        model.initialised([name for name in model.state_dict() if not name.startswith("backbone.")])
     return model
 
 

@@ -46,6 +46,7 @@ class Backbone(nn.Module):
     """
 
     has_attention = True  # of a kind that metrics can read
+    frozen: Sequence[nn.Module] = ()  # parts that stay in evaluation while the others are trained
 
     def __init__(self, net: Any) -> None:
         super().__init__()
@@ -63,6 +64,13 @@ class Backbone(nn.Module):
         self.patch_size = to_pair(net.patch_embed.feat_ratio(as_scalar=False))
         self.any_size: bool = getattr(net, "dynamic_img_size", False)
         self.overlapping = isinstance(net.patch_embed, OverlappingPatches)
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Set training mode, but for `frozen` parts: no dropout acts there, and no mean of batch norm moves."""
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
 
     def forward(self, images: Tensor, attention: Attention = False) -> Features:
         """Encode images.

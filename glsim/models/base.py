@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from timm.models import group_parameters
+from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from glsim.models.backbone import Attention, Backbone
@@ -42,19 +42,31 @@ class Model(nn.Module):
         inner: set[str] = getattr(self.backbone.net, "no_weight_decay", set)()
         return {f"backbone.net.{name}" for name in inner}
 
-    def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """The layer of a parameter by its name, for timm's layer-wise learning rates; heads lie above the backbone.
 
         Raises ConfigError where timm does not say which layers a network has.
         """
         net = self.backbone.net
-        if not hasattr(net, "group_matcher"):
+        layer = layers_of(net)
+        if layer is None:
             raise ConfigError(f"layer_decay: timm does not say which layers {type(net).__name__} has; leave it at 1")
-        layers = group_parameters(net, net.group_matcher(coarse=coarse), reverse=True)
-        return lambda name: layers.get(name.removeprefix("backbone.net."), float("inf"))
+        return lambda name: layer(name.removeprefix("backbone.net.") if name.startswith("backbone.net.") else "")
 
     def initialised(self, kept: list[str]) -> None:
         """Called when weights from elsewhere are in, with the names of those that were not found there."""
+
+
+def layers_of(net: Any) -> Callable[[str], int] | None:
+    """The layer of a parameter of timm's network by its name: stem 0, blocks from 1, any other name above them.
+
+    None where timm does not tell.
+    """
+    if not hasattr(net, "group_matcher"):
+        return None
+    names = iter([*net.named_parameters(), ("", None)])  # "": what no rule knows is the top, pooling and its norm too
+    layers: dict[str, int] = group_with_matcher(names, net.group_matcher(coarse=False), reverse=True)
+    return lambda name: layers.get(name, layers[""])
 
 
 class EarlyExitModel(Model):

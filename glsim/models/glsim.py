@@ -22,13 +22,27 @@ CROPS = True
 EMBEDDINGS = ("global", "crop", "fused")
 
 
-class GLSim(Model):
+class AggregatingModel(Model):
+    """A backbone, an aggregator of its class tokens and a head that reads what comes of them."""
+
+    def __init__(self, backbone: Backbone, aggregator: Aggregator, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.aggregator, self.head = backbone, aggregator, head
+
+    def initialised(self, kept: list[str]) -> None:
+        """Over features learnt elsewhere a new aggregator starts as the identity unless `aggregator_start` is given."""
+        if self.aggregator.start is None and "aggregator.norm.weight" in kept:
+            self.aggregator.become_identity({name.removeprefix("aggregator.") for name in kept})
+            self.config.options["aggregator_start"] = self.aggregator.start
+
+
+class GLSim(AggregatingModel):
     """Encode the image, crop where class token and patches agree most, encode the crop, refine both, classify."""
 
     def __init__(
         self,
         backbone: Backbone,
-        aggregator: nn.Module,
+        aggregator: Aggregator,
         head: nn.Module,
         metric: str = "gls_cos",
         top_o: int | float = 8,
@@ -36,8 +50,7 @@ class GLSim(Model):
         crop_size: tuple[int, int] | None = None,
         first_size: tuple[int, int] | None = None,
     ) -> None:
-        super().__init__()
-        self.backbone, self.aggregator, self.head = backbone, aggregator, head
+        super().__init__(backbone, aggregator, head)
         self.metric, self.top_o, self.box = metric, top_o, box
         self.crop_size, self.first_size = crop_size, first_size
 
@@ -73,12 +86,8 @@ class GLSim(Model):
         return Output(self.head(fused), selection, crops, embeddings=embeddings)
 
 
-class SinglePass(Model):
+class SinglePass(AggregatingModel):
     """GLSim without its crop (`box="none"`), a control: the aggregator refines the image's token alone."""
-
-    def __init__(self, backbone: Backbone, aggregator: nn.Module, head: nn.Module) -> None:
-        super().__init__()
-        self.backbone, self.aggregator, self.head = backbone, aggregator, head
 
     def forward(self, images: Tensor) -> Output:
         """`images` (B, 3, H, W), normalised."""
@@ -140,6 +149,7 @@ def build(
     first_size: int | Sequence[int] | None = None,
     classifier: str = "cls",
     aggregator_depth: int = 1,
+    aggregator_start: str | None = None,
     dropout: float = 0.0,
     drop_path: float = 0.0,
     norm_eps: float | None = None,
@@ -160,6 +170,8 @@ def build(
             model is given, show what it could not see. None: the image's.
         classifier: how the head reads the two tokens (`glsim.models.heads:CLASSIFIERS`).
         aggregator_depth: blocks that refine them; 0 takes their mean.
+        aggregator_start: "published" or "identity" (`Aggregator`); None: the latter over pre-trained weights that know
+            no aggregator.
         dropout, drop_path, norm_eps: of the aggregator, as of the encoder.
         early_loss: weight of the first pass's own answer; above 0 it can answer alone (`AdaptiveGLSim`).
         margin: lead of the best class in probability from which it does; None: never.
@@ -185,7 +197,7 @@ def build(
         raise ConfigError(f"margin={margin!r}: a difference of probabilities is needed, from 0 to 1, or null")
     if margin is not None and not early_loss:
         raise ConfigError(f"margin={margin}: the first pass answers only where it was trained to, with early_loss")
-    aggregator = Aggregator(encoder.dim, aggregator_depth, dropout, drop_path, norm_eps or 1e-6)
+    aggregator = Aggregator(encoder.dim, aggregator_depth, dropout, drop_path, norm_eps or 1e-6, aggregator_start)
     head = Classifier(encoder.dim, num_classes, classifier)
     if box == "none":
         return SinglePass(encoder, aggregator, head)

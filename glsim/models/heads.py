@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from glsim.types import choose
+from glsim.types import ConfigError, choose
 
+STARTS = ("published", "identity")  # of an aggregator
 NO_ANSWER = "the model's answer is no number: its weights or its arithmetic overflow"
 
 
@@ -18,19 +19,42 @@ class Aggregator(nn.Module):
 
     Pre-norm, D/64 heads, MLP ratio 4, no position embedding: the two tokens are told apart by what they hold. Without
     any block, a control, both tokens become their mean.
+
+    `start` "published" is that. "identity" hands the tokens on as they come, exactly, until it is trained: the residual
+    branches end at zero, and no norm follows, for the tokens have been through the backbone's own. (A fresh LayerNorm
+    brings them to unit scale, a third of DINOv2's; with the backbone's weight and bias it would apply those twice.)
+    None: "published", until the model hears of weights that know no aggregator.
     """
 
     def __init__(
-        self, dim: int, depth: int = 1, dropout: float = 0.0, drop_path: float = 0.0, norm_eps: float = 1e-6
+        self,
+        dim: int,
+        depth: int = 1,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        norm_eps: float = 1e-6,
+        start: str | None = "published",
     ) -> None:
         super().__init__()
         self.blocks = nn.Sequential(
             *(Block(dim, count_heads(dim), qkv_bias=True, proj_drop=dropout, drop_path=drop_path) for _ in range(depth))
         )
-        self.norm = nn.LayerNorm(dim)
+        self.norm: nn.Module = nn.LayerNorm(dim)
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = norm_eps
+        if start is not None and start not in STARTS:
+            raise ConfigError(f"aggregator_start={start!r}: {' or '.join(STARTS)} is needed, or null")
+        self.start = start
+        if start == "identity":
+            self.become_identity({name for name, _ in self.named_parameters()})
+
+    def become_identity(self, fresh: Collection[str]) -> None:
+        """Start as the identity, but for blocks that have learnt something; `fresh` names the weights that have not."""
+        for name, weight in self.named_parameters():
+            if name in fresh and name.split(".")[2:-1] in (["attn", "proj"], ["mlp", "fc2"]):
+                nn.init.zeros_(weight)
+        self.norm, self.start = nn.Identity(), "identity"
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, 2, D) -> (B, 2, D)."""

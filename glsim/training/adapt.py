@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from glsim.models.base import Model, TokenModel
+from glsim.models.base import Model, TokenModel, layers_of
 from glsim.types import ConfigError, Features, Output
 
 
 def adapt(
     model: Model,
     *,
-    freeze: str,
+    freeze: int | str,
     lora: int,
     supcon: float,
     grad_checkpointing: bool,
@@ -26,7 +26,7 @@ def adapt(
 
     Args:
         model: changed in place.
-        freeze: "none", or "backbone", whose weights then stay.
+        freeze: "none", "backbone", whose weights then stay, or how many of its first blocks do.
         lora: rank of the adapters of an otherwise frozen backbone; 0: none.
         supcon: weight of the supervised-contrastive term; 0: none.
         grad_checkpointing: compute activations again in the backward pass instead of keeping them.
@@ -35,10 +35,14 @@ def adapt(
     Raises:
         ConfigError: where the model cannot.
     """
-    if freeze == "backbone" or lora:
-        model.backbone.requires_grad_(False)
+    if isinstance(freeze, int):
+        freeze_blocks(model, freeze)
     if lora:
         add_low_rank(model, lora)
+    if freeze == "backbone":
+        if not lora:
+            model.backbone.requires_grad_(False)
+        model.backbone.frozen = [model.backbone.net]
     if supcon:
         add_contrast(model, supcon)
     if grad_checkpointing:
@@ -51,6 +55,29 @@ def adapt(
             raise ConfigError(f"grad_checkpointing: timm has none for {model.config.backbone!r}") from error
     if compile:
         model.compile()  # in place: the names of the weights stay
+
+
+def freeze_blocks(model: Model, count: int) -> None:
+    """Leave the first `count` blocks of the backbone, and what lies before them, as they are: ConfigError if it cannot.
+
+    Nothing below them asks for a gradient, so torch keeps nothing of their pass and never goes back through them.
+    """
+    net, layer = model.backbone.net, layers_of(model.backbone.net)
+    if layer is None:
+        raise ConfigError(f"freeze: timm does not say which blocks {model.config.backbone!r} has; use none or backbone")
+    blocks = int(layer("")) - 1  # the stem is layer 0, all above the blocks the last one
+    if count > blocks:
+        raise ConfigError(f"freeze={count}: {model.config.backbone!r} has {blocks} blocks")
+    for name, parameter in net.named_parameters():
+        if layer(name) <= count:
+            parameter.requires_grad = False
+    frozen: list[nn.Module] = []
+    for module in net.modules():  # in the order in which they were made, which is that of the computation
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+            break
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            frozen.append(module)
+    model.backbone.frozen = frozen
 
 
 class LowRank(nn.Module):
@@ -68,16 +95,20 @@ class LowRank(nn.Module):
 
 
 def add_low_rank(model: Model, rank: int) -> None:
-    """Give the matrix that makes queries, keys and values in every block of the backbone an addition of low rank.
+    """Freeze the backbone; in every block that was not frozen before, the matrix of queries, keys and values gets an
+    addition of low rank.
 
     As a parametrization of the weight it is seen wherever timm reads that weight: EVA and BEiT do not call the layer,
     so that adapters which replace the layer (peft's) would be passed over in silence.
 
     Raises ConfigError for a backbone without such matrices.
     """
-    layers = [m.qkv for m in model.backbone.net.modules() if isinstance(getattr(m, "qkv", None), nn.Linear)]
+    found = [m.qkv for m in model.backbone.net.modules() if isinstance(getattr(m, "qkv", None), nn.Linear)]
+    layers = [layer for layer in found if layer.weight.requires_grad]
     if not layers:
-        raise ConfigError(f"lora: {model.config.backbone!r} has no attention with one matrix for q, k and v")
+        where = " above the frozen ones" if found else ""
+        raise ConfigError(f"lora: {model.config.backbone!r} has no attention with one matrix for q, k and v{where}")
+    model.backbone.requires_grad_(False)
     for layer in layers:
         parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, rank))
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torchvision.transforms import v2
@@ -78,14 +79,26 @@ def make_optimizer(s: Train, model: Model) -> torch.optim.Optimizer:
     known = [str(name) for name in list_optimizers()]
     if s.optimizer not in known:
         raise ConfigError(f"unknown optimizer {s.optimizer!r}; choose from: {', '.join(known)}")
-    return create_optimizer_v2(
-        model,
-        opt=s.optimizer,
-        lr=s.lr,
-        weight_decay=s.weight_decay,
-        momentum=s.momentum,
-        layer_decay=s.layer_decay if s.layer_decay < 1 else None,
-    )
+    groups = partial(parameter_groups, s)
+    return create_optimizer_v2(model, opt=s.optimizer, lr=s.lr, momentum=s.momentum, param_group_fn=groups)
+
+
+def parameter_groups(s: Train, model: Model) -> list[dict[str, Any]]:
+    """timm's groups of what is trained, by weight decay and layer; what lies above the backbone apart, at `head_lr`."""
+    common: Any = {"weight_decay": s.weight_decay, "no_weight_decay_list": model.no_weight_decay()}
+    if s.layer_decay < 1:
+        groups = param_groups_layer_decay(model, layer_decay=s.layer_decay, **common)
+    else:
+        groups = param_groups_weight_decay(model, **common)
+    if s.head_lr is None:
+        return groups
+    inside = set(model.backbone.parameters())
+    parts = [
+        (group | {"params": [p for p in group["params"] if (p in inside) == below]}, below)
+        for group in groups
+        for below in (True, False)
+    ]
+    return [group | ({} if below else {"lr": s.head_lr}) for group, below in parts if group["params"]]
 
 
 def make_schedule(s: Train, optimizer: Any, steps: int) -> Scheduler:
@@ -100,9 +113,10 @@ def make_schedule(s: Train, optimizer: Any, steps: int) -> Scheduler:
         A schedule; `step_update(step)` sets the rate, which follows from the number of the step alone.
     """
     warmup = min(s.warmup_steps, steps // 2)
-    start = min(s.warmup_lr, s.lr)
+    peak = s.lr if s.head_lr is None else min(s.lr, s.head_lr)  # the lower one: no rate starts or ends above its own
+    start = min(s.warmup_lr, peak)
     common: Any = {"warmup_t": warmup, "warmup_lr_init": start, "warmup_prefix": True, "t_in_epochs": False}
     if s.schedule == "step":
         every = max(1, round(s.decay_epochs * steps / s.epochs))
         return StepLRScheduler(optimizer, decay_t=every, decay_rate=s.decay_rate, **common)
-    return CosineLRScheduler(optimizer, t_initial=steps - warmup, lr_min=min(s.min_lr, s.lr), **common)
+    return CosineLRScheduler(optimizer, t_initial=steps - warmup, lr_min=min(s.min_lr, peak), **common)

@@ -82,7 +82,9 @@ class Train(Settings):
         0.0, "paste a piece of one image into another; parameter of the Beta distribution (0: off)", least=0
     )
 
-    freeze: Literal["none", "backbone"] = setting("none", "backbone: only what the method puts on top is trained")
+    freeze: int | Literal["none", "backbone"] = setting(
+        "none", "backbone: only what the method puts on top is trained; N: its first N blocks stay as they are"
+    )
     lora: int = setting(
         0, "rank of low-rank adapters on the attention of a backbone otherwise frozen (0: off)", least=0
     )
@@ -92,7 +94,8 @@ class Train(Settings):
     save_steps: int = setting(0, "save every so many steps too (0: after every epoch)", least=0)
     optimizer: str = setting("sgd", "sgd (Nesterov), adamw, or any other name timm knows")
     lr: float = setting(0.01, "peak learning rate", least=0)
-    layer_decay: float = setting(1.0, "each layer's learning rate is this times that of the one above; heads: lr")
+    head_lr: float | None = setting(None, "peak learning rate of all above the backbone; default: lr", least=0)
+    layer_decay: float = setting(1.0, "each layer's learning rate is this times that of the one above; top: lr")
     weight_decay: float = setting(0.0, "not applied to biases and norms", least=0)
     momentum: float = setting(0.9, "of SGD", least=0, below=1)
     warmup_steps: int = setting(500, "steps from warmup_lr up to lr", least=0)
@@ -140,6 +143,8 @@ class Train(Settings):
         for name in ("crop_scale", "decay_rate", "layer_decay"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: above 0, at most 1")
+        if self.freeze not in ("none", "backbone") and (type(self.freeze) is not int or self.freeze < 1):
+            raise ConfigError(f"freeze={self.freeze}: none, backbone or a number of blocks is needed")
         if self.decay_epochs <= 0:
             raise ConfigError(f"decay_epochs={self.decay_epochs}: above 0")
 

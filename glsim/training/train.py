@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from glsim.checkpoints.bundle import CONFIG, save
@@ -91,7 +91,6 @@ class Run:
     accelerator: Accelerator
     splits: dict[str, ImageList]
     bad: list[BadImage]  # left out of the splits
-    classes: tuple[str, ...]
     preprocessing: Preprocessing
     batches: TrainBatches
     loader: Any  # of train
@@ -201,7 +200,8 @@ def prepare(s: Train, out: Path, accelerator: Accelerator) -> Run:
         write_text(out / BAD_IMAGES, "".join(f"{b}\n" for b in bad))
         write_json(out / RUN, run_record(s, accelerator.device, accelerator.num_processes, data_hash))
     named = {"name": out.name}
-    accelerator.init_trackers("glsim", _flat(s), {"trackio": named, "wandb": named})
+    shown = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(s).items()}
+    accelerator.init_trackers("glsim", shown, {"trackio": named, "wandb": named})
     about = {
         "data": {
             "source": Path(s.data).name,  # not the path: bundles travel
@@ -220,7 +220,6 @@ def prepare(s: Train, out: Path, accelerator: Accelerator) -> Run:
         accelerator=accelerator,
         splits=splits,
         bad=bad,
-        classes=classes,
         preprocessing=preprocessing,
         batches=batches,
         loader=loader,
@@ -278,8 +277,6 @@ def fit(s: Train, run: Run, progress: bool) -> None:
         for epoch in range(run.step // batches.steps, s.epochs):
             batches.epoch, batches.start = epoch, run.step % batches.steps
             model.train()
-            if s.freeze == "backbone":
-                run.model.backbone.eval()
             for part, (images, labels) in enumerate(read(run.loader)):
                 # All randomness follows from seed, step and image: a resumed run repeats the undisturbed one.
                 torch.manual_seed(mix(s.seed, run.step, part % s.accumulate, accelerator.process_index))
@@ -321,16 +318,18 @@ def finish_epoch(s: Train, run: Run, epoch: int) -> None:
     """Measure the model after an epoch, counted from 0, and write bundle, log and curve."""
     accelerator, out = run.accelerator, run.out
     run.tally.check(run.batches, run.splits["train"], s.lr)
-    share_buffers(run.final, accelerator)
-    answering = merged(run.final)
+    if accelerator.num_processes > 1:  # the first one's buffers (batch norm's means, ..): what is measured is saved
+        for buffer in run.final.buffers():
+            broadcast(buffer)
+    answering, classes = merged(run.final), run.splits["train"].classes
     lr = max(g["lr"] for g in run.optimizer.param_groups)
     means = run.tally.means()
     measured = {}
     for name, images in run.watched.items():
         # The test split is measured once, after the last epoch; nothing is chosen by it.
         if name == "val" or epoch + 1 == s.epochs:
-            found = evaluate(answering, images, len(run.classes), accelerator)
-            measured[name] = found.summary(run.classes)
+            found = evaluate(answering, images, len(classes), accelerator)
+            measured[name] = found.summary(classes)
             if name == "test" and accelerator.is_main_process:
                 with writing(out):
                     write_text(out / PREDICTIONS, predictions_table(run.splits[name], found, s.data))
@@ -342,7 +341,7 @@ def finish_epoch(s: Train, run: Run, epoch: int) -> None:
     if accelerator.is_main_process:
         metrics = document(RunMetrics(**vars(row), val=measured.get("val"), test=measured.get("test")))
         with writing(out):
-            save(answering, out, list(run.classes), preprocessing=run.preprocessing, metrics=metrics, **run.about)
+            save(answering, out, list(classes), preprocessing=run.preprocessing, metrics=metrics, **run.about)
             write_text(out / LOG, "".join(json.dumps(document(r)) + "\n" for r in run.history))
             if epoch + 1 == s.epochs or time.monotonic() - run.curve_drawn >= CURVE_SECONDS:
                 draw_curve(run.history, out / CURVE)
@@ -390,13 +389,6 @@ def explain_failures(batches: TrainBatches, workers: int) -> Iterator[None]:
         ) from error
 
 
-def share_buffers(model: nn.Module, accelerator: Accelerator) -> None:
-    """Give all processes the first one's buffers (batch norm's means, ..): what is measured is what is saved."""
-    if accelerator.num_processes > 1:
-        for buffer in model.buffers():
-            broadcast(buffer)
-
-
 def check_out(s: Train, out: Path) -> None:
     """Refuse a run folder that is in use: a run is never overwritten, and only resumed with the settings it began with.
 
@@ -424,8 +416,3 @@ def check_out(s: Train, out: Path) -> None:
             f"{out} was started with other settings: {printable(', '.join(changed))}; go on with the old ones, or "
             f"start a new run with another --out, from these weights with --init-from {out}"
         )
-
-
-def _flat(s: Train) -> dict[str, Any]:
-    """The settings as trackers take them."""
-    return {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(s).items()}

@@ -9,8 +9,9 @@ from itertools import cycle, product
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL_MAPS, SMALL_OPTIONS, assert_same_weights, choices, small_model
+from conftest import SMALL, SMALL_MAPS, SMALL_OPTIONS, assert_same_weights, choices, small_model
 from pairwise import pairwise_cover
+from safetensors.torch import save_file
 
 import glsim
 from glsim import METHODS, METRICS, ConfigError
@@ -22,6 +23,7 @@ from glsim.models.boxes import BOX_RULES, CONTROLS, crop_and_resize, select, sel
 from glsim.models.heads import CLASSIFIERS, Aggregator, Classifier
 from glsim.models.losses import objective
 from glsim.models.patch_embed import OverlappingPatches
+from glsim.models.plain import Plain
 from glsim.models.scores import NEEDS_ATTENTION
 from glsim.types import EMBEDDINGS
 
@@ -1296,6 +1298,93 @@ def test_another_methods_bundle_starts_every_grid_and_the_crops_token(tmp_path):
     deeper = small_model("glsim", args={"depth": 4})
     with pytest.raises(ConfigError, match=r"does not fit 'vit_tiny_patch16_224': it holds nothing for blocks\.3"):
         init_from(deeper, tmp_path / "plain")
+
+
+def enlarge_norms(model):
+    """Give the norms of a backbone what training may give them: DINOv2's final one has weights of 3 on average."""
+    with torch.no_grad():
+        for name, p in model.backbone.named_parameters():
+            if "norm" in name:
+                p.copy_(3 + torch.rand_like(p) if name.endswith("weight") else torch.randn_like(p))
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["unit norm", "large norm"])
+@pytest.mark.parametrize("backbone", sorted(SIZES))
+def test_the_head_first_reads_the_backbones_own_class_token(backbone, large):
+    """Exactly, so that GLSim starts where plain starts; published, it reads features of another scale."""
+    size = SIZES[backbone]
+    identity, published = (
+        small_model("glsim", backbone, size, head=False, aggregator_start=start) for start in ("identity", "published")
+    )
+    for model in (identity, published):
+        torch.manual_seed(0)
+        torch.nn.init.normal_(model.head.linear.weight)
+        if large:
+            enlarge_norms(model)
+    images = pictures(2, 3, *identity.backbone.image_size)
+    with torch.no_grad():
+        own = identity.backbone(images).cls
+        output = identity(images)
+        torch.testing.assert_close(output.embeddings["fused"], own)
+        torch.testing.assert_close(output.logits, Plain(identity.backbone, identity.head.linear)(images).logits)
+        read = published(images).embeddings["fused"]
+    assert (read - own).pow(2).mean() > 0.01 * own.pow(2).mean()
+    assert read.pow(2).mean() == pytest.approx(1, rel=0.05)  # whatever the backbone's scale
+
+
+@pytest.mark.parametrize("options", [{}, {"early_loss": 1.0}, {"box": "none"}, {"classifier": "avg_cls"}], ids=str)
+def test_an_aggregator_that_starts_as_the_identity_learns(options, tmp_path):
+    """After one step every parameter has a gradient, as after the head's own start at zero; and the bundle loads."""
+    model = small_model("glsim", head=False, aggregator_start="identity", **options).train()
+    names = {n for n, _ in model.named_parameters()}
+    assert "aggregator.blocks.0.attn.proj.weight" in names and "aggregator.norm.weight" not in names
+    images, labels = pictures(3, 3, 64, 64), torch.tensor([0, 1, 2])
+    for step in range(3):
+        output = model(images)
+        if step == 0 and "early_loss" in options:
+            torch.testing.assert_close(output.embeddings["fused"], output.embeddings["global"])
+        model.zero_grad()
+        objective(output, labels).backward()
+        without = {n for n, p in model.named_parameters() if not p.grad.any()}
+        torch.optim.SGD(model.parameters(), lr=0.5).step()
+    assert not without
+    glsim.save(model.eval(), tmp_path / "bundle")
+    again = glsim.load(tmp_path / "bundle")
+    assert_same_weights(again, model)
+    torch.testing.assert_close(again(images).logits, model(images).logits)
+
+
+def test_weights_that_know_no_aggregator_have_it_start_as_the_identity(tmp_path):
+    def start_of(model):
+        return model.config.options["aggregator_start"], isinstance(model.aggregator.norm, torch.nn.Identity)
+
+    plain = spread(build("plain"))
+    glsim.save(plain, tmp_path / "plain")
+    save_file(plain.backbone.net.state_dict(), tmp_path / "w.safetensors")
+    file = {"pretrained_cfg_overlay": {"file": str(tmp_path / "w.safetensors"), "custom_load": False}}
+    pretrained = glsim.create_model("glsim", "vit_tiny_patch16_224", 5, 64, True, SMALL | DEEP | file, top_o=4)
+    assert start_of(pretrained) == ("identity", True)
+    scratch, chosen = build("glsim"), build("glsim", aggregator_start="published")
+    assert start_of(scratch) == (None, False)
+    init_from(chosen, tmp_path / "plain")
+    assert start_of(chosen) == ("published", False) and chosen.aggregator.blocks[0].mlp.fc2.weight.any()
+    glsim.save(spread(scratch), tmp_path / "scratch")
+    trained = build("glsim", seed=1)
+    init_from(trained, tmp_path / "scratch")  # its aggregator has learnt behind a norm
+    assert start_of(trained) == (None, False)
+    assert_same_weights(trained, scratch)
+    fresh = build("glsim", seed=1)
+    init_from(fresh, tmp_path / "plain")
+    assert start_of(fresh) == ("identity", True) and not fresh.aggregator.blocks[0].mlp.fc2.weight.any()
+    read = fresh(pictures(2, 3, 64, 64)).embeddings["fused"]
+    torch.testing.assert_close(read, plain(pictures(2, 3, 64, 64)).embeddings["global"])
+    glsim.save(spread(fresh), tmp_path / "identity")
+    later = build("glsim", seed=2)
+    init_from(later, tmp_path / "identity")  # and this one has learnt without
+    assert start_of(later) == ("identity", True)
+    assert_same_weights(later, fresh)
+    with pytest.raises(ConfigError, match="aggregator_start='random': published or identity is needed, or null"):
+        build("glsim", aggregator_start="random")
 
 
 @pytest.mark.parametrize("method", ["glsim", "transfg", "ffvt", "rams", "dcal", "ielt"])

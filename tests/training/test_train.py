@@ -291,6 +291,139 @@ def test_a_frozen_backbone_stays_bit_for_bit_and_heads_learn(birds, tmp_path, ba
     assert not any(k.startswith("head.") or "aggregator.blocks" in k for k in same)
 
 
+FAMILIES = {  # what the first block and the stem before it hold, and what comes next
+    "vit_tiny_patch16_224": (("cls_token", "pos_embed", "patch_embed.", "blocks.0."), "blocks.1."),
+    "vit_small_patch14_reg4_dinov2": (
+        ("cls_token", "reg_token", "pos_embed", "patch_embed.", "blocks.0."),
+        "blocks.1.",
+    ),
+    "eva02_tiny_patch14_224": (("cls_token", "pos_embed", "patch_embed.", "blocks.0."), "blocks.1."),
+    "beit_base_patch16_224": (("cls_token", "patch_embed.", "blocks.0."), "blocks.1."),
+    "swin_tiny_patch4_window7_224": (("patch_embed.", "layers.0."), "layers.1."),
+    "convnext_atto": (("stem.", "stages.0."), "stages.1."),
+    "resnet18": (("conv1.", "bn1.", "layer1.0."), "layer1.1."),
+}
+
+
+@pytest.mark.parametrize("backbone", FAMILIES)
+def test_frozen_blocks_are_the_first_ones_and_nothing_is_kept_of_them(backbone):
+    """The second pass of glsim too; no dropout acts there, and the means of batch norm are still."""
+    below, above = FAMILIES[backbone]
+    size, drops = (56 if "14" in backbone else 64), {} if "resnet" in backbone else {"drop_path_rate": 0.5}
+    whole, model = (small_model("glsim", backbone, size, args=drops) for _ in range(2))
+    adapt(model, freeze=1, lora=0, supcon=0.0, grad_checkpointing=False, compile=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    kept = saved_bytes(model.train(), 3, "no", backward=True)
+    assert kept < 0.9 * saved_bytes(whole.train(), 3, "no")
+    inside = {n.removeprefix("backbone.net."): p.grad is not None for n, p in model.named_parameters()}
+    assert {n for n, learns in inside.items() if not learns} == {n for n in inside if n.startswith(below)}
+    moved = {n.removeprefix("backbone.net.") for n, v in model.state_dict().items() if not torch.equal(v, before[n])}
+    assert not any(name.startswith(below) for name in moved) and bool(moved) == ("resnet" in backbone)
+    model.eval().train()  # as between two epochs
+    modes = {name: module.training for name, module in model.backbone.net.named_modules()}
+    assert {name for name, on in modes.items() if not on} >= {name for name in modes if name.startswith(below)}
+    assert all(on for name, on in modes.items() if name.startswith(above)) and model.aggregator.training
+    assert not any(modes.get(name) for name in ("pos_drop", "patch_drop", "act1", "maxpool"))
+
+
+def test_all_blocks_may_be_frozen_and_adapters_go_into_the_others():
+    for count, learning in ((2, set()), (1, {"backbone.net.blocks.1.attn.qkv"})):
+        model = small_model("plain")
+        adapt(model, freeze=count, lora=0, supcon=0.0, grad_checkpointing=False, compile=False)
+        names = {n for n, p in model.backbone.named_parameters() if p.requires_grad}
+        assert bool(names) == (count == 1) and all(n.startswith(("net.blocks.1.", "net.norm.")) for n in names)
+        if learning:
+            model = small_model("plain")
+            adapt(model, freeze=count, lora=2, supcon=0.0, grad_checkpointing=False, compile=False)
+            adapted = {n.partition(".parametrizations")[0] for n, p in model.named_parameters() if p.requires_grad}
+            assert adapted == learning | {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("more", [{}, {"layer_decay": 0.7}, {"lora": 2, "ema": 0.5}], ids=str)
+def test_a_run_with_frozen_blocks_leaves_them_bit_for_bit_and_resumes(birds, tmp_path, monkeypatch, more):
+    """In bf16, which a CPU has too."""
+    more = {"freeze": 1, "weight_decay": 0.1, "head_lr": 2e-3, "precision": "bf16", "save_steps": 1, **more}
+    s = settings(birds, tmp_path / "a", **more)
+    train.set_seed(s.seed)
+    before = glsim.create_model("glsim", TINY["backbone"], 3, 64, False, TINY["backbone_args"], top_o=4).state_dict()
+    train.train(s, progress=False)
+    after = load_file(tmp_path / "a" / "model.safetensors")
+    same = {k.removeprefix("backbone.net.") for k in after if torch.equal(before[k], after[k])}
+    below = ("cls_token", "pos_embed", "patch_embed.", "blocks.0.")
+    assert {k.removeprefix("backbone.net.") for k in after if k.removeprefix("backbone.net.").startswith(below)} <= same
+    assert "blocks.1.attn.qkv.weight" not in same and "head.linear.weight" not in same
+    assert all(v.dtype == torch.float32 for v in after.values())
+    steps = []
+
+    def objective_until(*given):
+        steps.append(1)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return objective(*given)
+
+    monkeypatch.setattr(train, "objective", objective_until)
+    broken = settings(birds, tmp_path / "b", **more)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(broken, progress=False)
+    train.train(replace(broken, resume=True), progress=False)
+    again = load_file(tmp_path / "b" / "model.safetensors")
+    assert len(steps) == 7 and all(torch.equal(after[k], again[k]) for k in after)
+
+
+def test_what_lies_above_the_backbone_has_a_rate_of_its_own(birds, tmp_path):
+    changes = {"lr": 1e-3, "head_lr": 5e-2, "weight_decay": 0.1, "warmup_lr": 1e-6, "min_lr": 1e-5}
+    model = small_model("glsim", classes=3)
+    names = {id(p): n for n, p in model.named_parameters()}
+    for more in ({}, {"layer_decay": 0.5}):
+        s = settings(birds, tmp_path, **changes, **more)
+        plain, optimizer = (
+            components.make_optimizer(replace(s, head_lr=None), model),
+            components.make_optimizer(s, model),
+        )
+        schedule = components.make_schedule(s, optimizer, 100)
+        components.make_schedule(s, plain, 100).step_update(2)
+        found = {}
+        for step in (0, 2, 99):
+            schedule.step_update(step)
+            found[step] = {names[id(p)]: g["lr"] for g in optimizer.param_groups for p in g["params"]}
+        assert found[2].keys() == set(names.values())
+        before = {names[id(p)]: g["lr"] for g in plain.param_groups for p in g["params"]}
+        for name, rate in found[2].items():
+            expected = before[name] if name.startswith("backbone.") else before[name] * 50
+            assert rate == pytest.approx(expected) and found[0][name] <= 1e-6 and found[99][name] < 1e-4
+        decays = [
+            {names[id(p)] for g in o.param_groups if g["weight_decay"] for p in g["params"]} for o in (plain, optimizer)
+        ]
+        assert decays[0] == decays[1]
+    low = settings(birds, tmp_path, lr=1e-3, head_lr=1e-6, min_lr=1e-5)
+    optimizer = components.make_optimizer(low, model)
+    schedule = components.make_schedule(low, optimizer, 10)
+    for step in range(10):
+        schedule.step_update(step)
+        assert min(g["lr"] for g in optimizer.param_groups) <= 1e-6  # nor does the cosine rise to min_lr
+
+
+@pytest.mark.parametrize(
+    "backbone", ["vit_small_patch14_reg4_dinov2", "vit_base_patch16_siglip_gap_224", "convnext_atto"]
+)
+def test_what_pools_learns_like_the_head(backbone):
+    """fc_norm, an attention pool or the norm of a head lie above the blocks, and lower no block's rate."""
+    model = small_model("glsim", backbone, 56 if "14" in backbone else 64)
+    layer = model.group_matcher()
+    blocks = {"blocks.0.": 1, "blocks.1.": 2, "stages.0.": 1, "stages.3.": 4}
+    depth = 4 if "convnext" in backbone else 2
+    for name, _ in model.named_parameters():
+        inner = name.removeprefix("backbone.net.")
+        if inner.startswith(("cls_token", "reg_token", "pos_embed", "patch_embed", "stem")):
+            assert layer(name) == 0, name
+        elif known := [number for start, number in blocks.items() if inner.startswith(start)]:
+            assert [layer(name)] == known, name
+        elif inner.startswith(("norm.", "norm_pre.")):  # timm: of the last block
+            assert layer(name) == depth, name
+        elif not inner.startswith("stages."):
+            assert layer(name) == depth + 1, name
+
+
 def test_adapters_train_little_and_leave_a_bundle_like_any_other(birds, tmp_path):
     s = settings(birds, tmp_path / "r", lora=2, lr=1e-2)
     train.set_seed(s.seed)
@@ -362,6 +495,12 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(method, backb
 def test_what_cannot_be_adapted_says_so(birds, tmp_path):
     for changes, message in (
         ({"method": "transfg", "grad_checkpointing": True}, "grad_checkpointing: 'transfg' needs the attention maps"),
+        ({"freeze": 2, "lora": 2}, "lora: 'vit_tiny_patch16_224' has no attention with .* above the frozen ones"),
+        ({"freeze": 3}, "freeze=3: 'vit_tiny_patch16_224' has 2 blocks"),
+        (
+            {"method": "plain", "backbone": "pit_ti_224", "backbone_args": {}, "image_size": None, "freeze": 1},
+            "freeze: timm does not say which blocks 'pit_ti",
+        ),
         ({"method": "ffvt", "supcon": 1.0}, "supcon: 'ffvt' has no class token before its parts are chosen"),
         ({"method": "transfg", "mixup": 0.2}, "loss term 'contrastive' needs one class an image; leave mixup and"),
         ({"method": "cal", "cutmix": 1.0}, "loss term 'centre' needs one class an image; leave mixup and cutmix at 0"),
@@ -679,7 +818,7 @@ CHANGED = {  # every setting but those of FREE, with another value
     "repeats": 2,
     "mixup": 0.2,
     "cutmix": 0.2,
-    "freeze": "backbone",
+    "freeze": 1,
     "lora": 2,
     "epochs": 5,
     "batch_size": 4,
@@ -687,6 +826,7 @@ CHANGED = {  # every setting but those of FREE, with another value
     "save_steps": 1,
     "optimizer": "sgd",
     "lr": 0.5,
+    "head_lr": 0.1,
     "layer_decay": 0.9,
     "weight_decay": 0.1,
     "momentum": 0.5,
@@ -1085,6 +1225,8 @@ def test_wrong_settings_say_what_would_work(birds, tmp_path):
         ("cache", "disk"),
         ("resize", "long"),
         ("freeze", "head"),
+        ("freeze", 0),
+        ("head_lr", -1.0),
         ("lora", -1),
     ):
         with pytest.raises(ConfigError, match=name):
@@ -1093,7 +1235,7 @@ def test_wrong_settings_say_what_would_work(birds, tmp_path):
 
 def test_schedule_warms_up_and_comes_down(birds, tmp_path):
     s = settings(birds, tmp_path, optimizer="sgd", lr=0.1, warmup_steps=10, warmup_lr=1e-6, min_lr=1e-5)
-    optimizer = components.make_optimizer(s, torch.nn.Linear(2, 2))
+    optimizer = components.make_optimizer(s, small_model("plain"))
     assert optimizer.defaults["nesterov"]
     schedule = components.make_schedule(s, optimizer, 100)
     rates = []
@@ -1108,7 +1250,7 @@ def test_schedule_warms_up_and_comes_down(birds, tmp_path):
 def test_steps_decay_every_so_many_epochs_after_the_warm_up(birds, tmp_path, warmup, every, length):
     decay = {"schedule": "step", "decay_epochs": every, "decay_rate": 0.9, "lr": 1e-3, "warmup_lr": 1e-5}
     s = settings(birds, tmp_path, epochs=10, warmup_steps=warmup, **decay)
-    optimizer = components.make_optimizer(s, torch.nn.Linear(2, 2))
+    optimizer = components.make_optimizer(s, small_model("plain"))
     schedule = components.make_schedule(s, optimizer, 100)  # 10 steps an epoch
     for step in [*range(100), 50, 3]:  # and as a resumed run: the step alone decides
         schedule.step_update(step)
@@ -1333,14 +1475,13 @@ def test_the_state_of_an_optimizer_comes_back_bit_for_bit(birds, tmp_path, name)
     """What is no tensor too: tuples, dtypes, numbers as keys, Python's random state."""
 
     def build():
-        torch.manual_seed(0)
-        net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5))
+        net = small_model("plain", "resnet18", 32)
         return net, components.make_optimizer(settings(birds, tmp_path, optimizer=name, weight_decay=0.01), net)
 
     def step(net, optimizer, number):
         torch.manual_seed(number)
         optimizer.zero_grad()
-        net(torch.randn(2, 3, 8, 8)).pow(2).mean().backward()
+        net(torch.randn(2, 3, 32, 32)).logits.softmax(dim=1).pow(2).mean().backward()
         optimizer.step()
 
     whole = build()
