@@ -202,7 +202,7 @@ def test_contributing_names_the_files_that_an_addition_touches():
     told = dict(re.findall(r"^- \*\*A ([a-z ]+)\*\* \((`[^)]+)\):", text, re.M))
     named = {what: re.findall(r"`([^`]+)`", files) for what, files in told.items()}
     methods = {source(find_method(name).build).replace(f"/{name}.py", "/NAME.py") for name in glsim.METHODS}
-    verbs = {source(cli.load_verb(n).run).replace(n.replace(" ", "_"), "NAME") for n in cli.verb_names()}
+    verbs = {source(cli.load_verb(n).show).replace(f"/{n.replace(' ', '_')}.py", "/NAME.py") for n in cli.verb_names()}
     readers = {source(known.read) for known in SETS.values() if known.read}
     assert {what: {path for path in paths if path.startswith("glsim/")} for what, paths in named.items()} == {
         "metric": {source(metric) for metric in glsim.METRICS.values()},

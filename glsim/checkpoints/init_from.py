@@ -101,6 +101,7 @@ def init_from(model: Model, source: str | Path) -> Start:
     new = sorted(own.keys() - taken.keys() - set(missing))
     model.load_state_dict(taken, strict=False)
     model.initialised([*missing, *new])
+    new = [name for name in new if name in model.state_dict()]  # a method may do without one of them now
     used = {key: NET + name for key, name in found.used.items()}
     used |= {key: name for name, part in parts.items() for key in sources_of(part)}
     return Start(

@@ -53,7 +53,7 @@ class GraphModel(Model):
     def _lacks(self, *_: Any, **__: Any) -> NoReturn:
         raise ConfigError(f"{self.path} is an exported graph: it only answers; use the bundle it was exported from")
 
-    features = state_dict = _lacks
+    features = state_dict = parameters = _lacks
     backbone = property(_lacks)
 
 

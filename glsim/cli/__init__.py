@@ -21,7 +21,7 @@ from inspect import signature
 from pathlib import Path
 from pkgutil import resolve_name
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from glsim import __version__
 from glsim.cli.aliases import translate
@@ -65,8 +65,18 @@ def load_verb(name: str) -> Verb:
 def call_library(name: str, options: Any, progress: bool) -> Any:
     """What a function of the library, `module:name`, makes of options; `progress` is for one that draws a bar."""
     function = resolve_name(name)
-    bar = {"progress": progress} if "progress" in signature(function).parameters else {}
+    bar = {"progress": progress} if "progress" in keywords_of(function) else {}
     return function(**vars(options), **bar)
+
+
+def keywords_of(function: Callable[..., Any]) -> set[str]:
+    """The arguments of a function, those of a TypedDict that it unpacks (PEP 692) too."""
+    names = set(signature(function).parameters)
+    for p in signature(function).parameters.values():
+        if p.kind is p.VAR_KEYWORD:
+            (unpacked,) = get_args(get_type_hints(function)[p.name])
+            names |= unpacked.__annotations__.keys()
+    return names
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -66,14 +66,19 @@ def boxes_from_indices(
     return torch.stack((left, top, right, bottom), dim=1)
 
 
-SHARPNESS = 1.5  # of the softmax over standardised scores, by which `moments` weighs patches
-DEVIATIONS = 1.75  # from the middle of a box by `moments` to its sides
+SHARPNESS, DEVIATIONS = 1.5, 1.75  # of `boxes_from_moments`
 
 
-def boxes_from_moments(scores: Tensor, grid: tuple[int, int], image_size: Sequence[int]) -> Tensor:
+def boxes_from_moments(
+    scores: Tensor,
+    grid: tuple[int, int],
+    image_size: Sequence[int],
+    deviations: float = DEVIATIONS,
+    sharpness: float = SHARPNESS,
+) -> Tensor:
     """Draw a box as far around the weighted middle of all patches as they spread.
 
-    Weights are the softmax of `SHARPNESS` times the standardised scores; the box reaches `DEVIATIONS` weighted standard
+    Weights are the softmax of `sharpness` times the standardised scores; the box reaches `deviations` weighted standard
     deviations from the weighted mean along each axis, half a patch at least. So one stray patch moves it little, and
     its size follows the object's, not a number of patches.
 
@@ -81,20 +86,21 @@ def boxes_from_moments(scores: Tensor, grid: tuple[int, int], image_size: Sequen
         scores: (B, N), higher is better.
         grid: rows and columns of the patches.
         image_size: (H, W) in pixels.
+        deviations, sharpness: the defaults were chosen on a part of CUB's training images (docs/results/selection.md).
 
     Returns:
         Boxes (B, 4) as those of `boxes_from_indices`.
     """
     scores = scores.double()  # no pixel of a box depends on the precision of the network's arithmetic
     apart = scores - scores.mean(dim=1, keepdim=True)
-    weights = (SHARPNESS * apart / (apart.square().mean(dim=1, keepdim=True) + 1e-12).sqrt()).softmax(dim=1)
+    weights = (sharpness * apart / (apart.square().mean(dim=1, keepdim=True) + 1e-12).sqrt()).softmax(dim=1)
     lines = weights.unflatten(1, grid)
     starts, ends = [], []
     for share, side in ((lines.sum(dim=1), image_size[1]), (lines.sum(dim=2), image_size[0])):  # columns, rows
         count = share.shape[1]
         place = (torch.arange(count, device=scores.device) + 0.5) / count
         middle = (share * place).sum(dim=1)
-        half = (share * (place - middle[:, None]).square()).sum(dim=1).sqrt().mul(DEVIATIONS).clamp(min=0.5 / count)
+        half = (share * (place - middle[:, None]).square()).sum(dim=1).sqrt().mul(deviations).clamp(min=0.5 / count)
         starts.append(((middle - half).clamp(min=0) * side).floor().long())
         ends.append(((middle + half).clamp(max=1) * side).ceil().long())
     return torch.stack((*starts, *ends), dim=1)
