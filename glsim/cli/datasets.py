@@ -30,6 +30,7 @@ class Options(Settings):
     size: int = setting(224, "synthetic: pixels a side")
     part_scale: float = setting(1.0, "synthetic: size of the parts that tell species apart")
     clutter: float = setting(1.0, "synthetic: how busy the background is")
+    bird_scale: float = setting(1.0, "synthetic: size of the bird, 0.2 to 1")
     seed: int = setting(0, "synthetic: another seed draws other images")
 
     def check(self) -> None:

@@ -77,16 +77,22 @@ def species(count: int) -> list[Species]:
 
 
 def draw(
-    bird: Species, rng: np.random.Generator, size: int = 224, part_scale: float = 1.0, clutter: float = 1.0
+    bird: Species,
+    rng: np.random.Generator,
+    size: int = 224,
+    part_scale: float = 1.0,
+    clutter: float = 1.0,
+    bird_scale: float = 1.0,
 ) -> Drawing:
     """Paint one bird of a species on a branch, `size` pixels square.
 
-    `part_scale` (0.3 to 2) scales the length of the parts, `clutter` (0 to 3) the number of things in the background.
+    `part_scale` (0.3 to 2) scales the length of the parts, `clutter` (0 to 3) the number of things in the background,
+    `bird_scale` (0.2 to 1) the bird, which at 1 is half to two thirds of the image long.
     The same state of `rng` gives the same scene whatever the species: only the pixels of its parts differ.
 
     Raises ValueError when a number is out of range.
     """
-    _check(size, part_scale, clutter)
+    _check(size, part_scale, clutter, bird_scale)
     pose, scene = (np.random.default_rng(rng.integers(2**63)) for _ in range(2))  # clutter does not move the bird
     times = 4 if size <= 128 else 3 if size <= 320 else 2  # the canvas is finer than the image
 
@@ -95,7 +101,7 @@ def draw(
     flip, turn, unit = (pose.choice([-1.0, 1.0]), 1.0), pose.uniform(-0.3, 0.3), pose.uniform(0.46, 0.67)
     extent = _put(np.concatenate([polygon for _, polygon, _ in shapes]) * flip, angle=turn)
     low, high = extent.min(0), extent.max(0)
-    unit = min(unit, 0.94 / (high - low).max())
+    unit = min(unit, 0.94 / (high - low).max()) * bird_scale
     at = 0.02 - low * unit + pose.uniform(0, 1, 2) * (0.96 - (high - low) * unit)
     shapes = [(label, _put(polygon * flip, at, turn, unit), colour) for label, polygon, colour in shapes]
     perch = _put(np.array((0.04, 0.43)) * flip, at, turn, unit)
@@ -137,18 +143,20 @@ def write(
     part_scale: float = 1.0,
     clutter: float = 1.0,
     val: int = 0,
+    bird_scale: float = 1.0,
 ) -> dict[str, Any]:
     """Write a data set: `{train,test,val}/<class>/<number>.jpg`, masks and `species.json`, all or nothing.
 
     `train`, `test` and `val` are images per class; a split of 0 is left out. `masks/body` and `masks/part` mirror the
     folders of the images, as PNG with 0 and 255: the whole bird, and the parts that set its species apart. An image
-    depends on its split, class, number, `seed`, `size`, `part_scale` and `clutter`, not on how many there are.
+    depends on its split, class, number, `seed`, `size`, `part_scale`, `clutter` and
+    `bird_scale`, not on how many there are.
     Returns all these numbers by name.
 
     Raises ValueError when a number is out of range, FileExistsError when there is something at `folder`.
     """
     arguments = {name: value for name, value in locals().items() if name != "folder"}
-    _check(size, part_scale, clutter)
+    _check(size, part_scale, clutter, bird_scale)
     birds, counts = species(classes), {"train": train, "test": test, "val": val}
     for name, number in (*counts.items(), ("seed", seed)):
         if number < 0:
@@ -165,7 +173,7 @@ def write(
         for (split, count), (i, bird) in itertools.product(counts.items(), enumerate(birds)):
             for j in range(count):
                 rng = np.random.default_rng([seed, SPLITS.index(split), i, j])
-                image, masks = draw(bird, rng, size, part_scale, clutter)
+                image, masks = draw(bird, rng, size, part_scale, clutter, bird_scale)
                 part = reduce(ImageChops.lighter, [masks[name] for name in bird.parts])
                 for kind, picture in (("", image), ("masks/body", masks["body"]), ("masks/part", part)):
                     path = partial / kind / split / bird.name / f"{j:04d}.{'png' if kind else 'jpg'}"
@@ -181,13 +189,15 @@ def write(
     return arguments
 
 
-def _check(size: int, part_scale: float, clutter: float) -> None:
+def _check(size: int, part_scale: float, clutter: float, bird_scale: float) -> None:
     if size < 32:
         raise ValueError(f"size is {size}: an image has to be at least 32 pixels wide")
     if not 0.3 <= part_scale <= 2:
         raise ValueError(f"part_scale is {part_scale}: it has to be 0.3 to 2")
     if not 0 <= clutter <= 3:
         raise ValueError(f"clutter is {clutter}: it has to be 0 to 3")
+    if not 0.2 <= bird_scale <= 1:
+        raise ValueError(f"bird_scale is {bird_scale}: it has to be 0.2 to 1")
 
 
 # Colours and geometry. Polygons are (n, 2) arrays, x to the right and y down; outlines are noted in hundredths.
