@@ -27,6 +27,7 @@ def words(tmp_path):
     return [base, "--plain", plain, "--data", birds, "--out", out, "--seeds", "1", "2", "--epochs", "1"]
 
 
+@pytest.mark.slow
 def test_rows_of_every_variant(paired, words, tmp_path, capsys):
     out = tmp_path / "out"
     more = ["--masks", str(tmp_path / "birds" / "masks"), "--variants"]

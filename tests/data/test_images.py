@@ -490,7 +490,7 @@ DECODING = {  # verb -> a call of it; capitals stand for places
     "bench": "--sources RUN --data SET --images 2 --batch-sizes 2 --repeats 1 --no-training --no-memory --out NEW",
     "bench loading": "--recipe synthetic_plain --data SET",
     "calibrate": "RUN --data SET --split test",
-    "doctor": "SET",
+    "doctor": "SET --method plain --backbone test_vit2 --image-size 32",
     "eval": "RUN --data SET",
     "explain": "RUN SET/test --out NEW",
     "explain contrast": "RUN SET/test --classes A B --out NEW",
