@@ -79,8 +79,8 @@ def prepare_dataset(
         root: folder to make, or to fill.
         source: the publisher's archives, or the folder they were unpacked in.
         partial: leave out images that are listed but not there, and accept other counts.
-        drawing: of the synthetic data set: classes, train, val, test, size, part_scale, clutter, bird_scale and seed, as
-            `glsim.data.synthetic:write` takes them.
+        drawing: of the synthetic data set: classes, train, val, test, size, part_scale, clutter, bird_scale and seed,
+            as `glsim.data.synthetic:write` takes them.
 
     Raises:
         ConfigError: for a name or number that does not fit.
