@@ -131,8 +131,8 @@ FAULTS = (
     ),
     Fault(
         "weight decay on norms and biases",
-        "        momentum=s.momentum,\n",
-        "        momentum=s.momentum,\n        filter_bias_and_bn=False,\n",
+        "groups = param_groups_weight_decay(model, **common)",
+        'groups = [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": s.weight_decay}]',
         "train -k decay",
     ),
     Fault(
@@ -161,8 +161,8 @@ FAULTS = (
     ),
     Fault(
         "wrong split",
-        "return part(False), part(True)",
-        "return part(True), part(False)",
+        "return images.only(key not in held for key in keys), images.only(key in held for key in keys)",
+        "return images.only(key in held for key in keys), images.only(key not in held for key in keys)",
         "data readers -k 'hold_out or split'",
     ),
     Fault(
@@ -191,8 +191,8 @@ FAULTS = (
     ),
     Fault(
         "exception swallowed",
-        "            if bad and not skip_bad:\n                raise bad[0]\n",
-        "",
+        "        else:\n            raise answer\n    return found, skipped",
+        "    return found, skipped",
         "index -k bad",
     ),
     Fault(
@@ -209,10 +209,8 @@ FAULTS = (
     ),
     Fault(
         "row written twice",
-        "images.paths, images.labels, result.predictions.tolist(), result.confidences.tolist(), strict=True\n    ):\n"
-        "        shown",
-        "2 * images.paths, 2 * images.labels, 2 * result.predictions.tolist(), 2 * result.confidences.tolist(), "
-        "strict=True\n    ):\n        shown",
+        'return csv_text([("path", "label", "prediction", "confidence"), *rows])',
+        'return csv_text([("path", "label", "prediction", "confidence"), *rows, *rows])',
         "train evaluate -k 'every_answer_on_test'",
     ),
     Fault(
