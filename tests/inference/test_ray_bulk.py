@@ -512,7 +512,7 @@ def test_a_killed_worker_loses_nothing(run_folder, many, tmp_path):
     text, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     result = json.loads(text)
-    assert (result.images, result.answered, result.errors, result.parts) == (160, 158, 2, 32)
+    assert [result[key] for key in ("images", "answered", "errors", "parts")] == [160, 158, 2, 32]
     assert not first.is_running() or first.status() == psutil.STATUS_ZOMBIE
     check_against_the_local_engine(run_folder, many, out)
 
