@@ -96,6 +96,12 @@ def test_every_method_and_family_exports(method, backbone, tmp_path):
     agrees(model, out)
 
 
+@pytest.mark.slow
+def test_a_graph_with_a_first_pass_of_its_own_size_takes_the_whole_image(tmp_path):
+    model = small_model(size=128, first_size=64, metric="gls_border", box="moments")
+    agrees(model, exported(model, tmp_path)[0])
+
+
 @pytest.mark.parametrize(  # one that reads attention is always tried
     "metric",
     ["rollout", *(pytest.param(m, marks=pytest.mark.slow) for m in glsim.METRICS if m not in ("gls_cos", "rollout"))],
