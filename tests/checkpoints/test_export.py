@@ -71,9 +71,8 @@ def test_a_graph_answers_like_glsim_with_a_class_token(file):
     agrees(small_model(), file)
 
 
-@pytest.mark.parametrize(
-    ("backbone", "size"), [(REGISTERS, (56, 70)), pytest.param(NEITHER, 64, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("backbone", "size"), [(REGISTERS, (56, 70)), (NEITHER, 64)])
 def test_a_graph_answers_like_glsim(backbone, size, tmp_path):
     model = small_model(backbone=backbone, size=size)
     out, result = exported(model, tmp_path)

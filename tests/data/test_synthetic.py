@@ -125,6 +125,15 @@ def test_background_has_the_colours_of_the_parts():
     assert min(found.values()) >= 5, found
 
 
+def test_the_scale_of_a_bird_scales_its_mask_and_moves_no_chance():
+    """Half as long, a quarter of the pixels, the same scene behind it."""
+    large, small = (draw(species(3)[0], np.random.default_rng(4), 192, bird_scale=scale) for scale in (1.0, 0.5))
+    areas = [np.asarray(d.masks["body"]).astype(bool).sum() for d in (large, small)]
+    assert 0.2 < areas[1] / areas[0] < 0.3
+    with pytest.raises(ValueError, match="bird_scale is 0.1: it has to be 0.2 to 1"):
+        draw(species(3)[0], np.random.default_rng(4), 192, bird_scale=0.1)
+
+
 def test_write_lays_out_images_and_masks(folder):
     names = [bird.name for bird in species(3)]
     per_split = {"train": 2, "test": 1, "val": 1}
@@ -135,6 +144,7 @@ def test_write_lays_out_images_and_masks(folder):
     about = json.loads((folder / "species.json").read_text())
     assert about["arguments"] == {
         "classes": 3, "train": 2, "test": 1, "size": 64, "seed": 5, "part_scale": 1.0, "clutter": 1.0, "val": 1,
+        "bird_scale": 1.0,
     }  # fmt: skip
     assert [(b["name"], b["traits"], tuple(b["parts"])) for b in about["species"]] == [tuple(b) for b in species(3)]
 

@@ -290,6 +290,7 @@ def test_a_signal_after_the_last_step_of_a_run_stops_before_the_next(recipe, bir
     assert reproduced(s).test.runs == 2
 
 
+@pytest.mark.slow
 def test_a_real_one_interrupted_and_continued_then_reported(recipe, birds, tmp_path, capsys):
     """SIGTERM in the midst of the first run: exit code 130; the same command ends with the weights of an undisturbed one."""
     words = [

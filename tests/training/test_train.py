@@ -133,7 +133,7 @@ MIXED = {"mixup": 0.4, "cutmix": 1.0, "repeats": 2, "cache": "ram", "layer_decay
 
 @pytest.mark.parametrize(
     ("workers", "ema", "save_steps", "more"),
-    [(0, 0.9, 1, MIXED), (2, 0.0, 0, {}), pytest.param(0, 0.9, 1, {}, marks=pytest.mark.slow)],
+    [(0, 0.9, 1, MIXED), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, 0.0, 0, {}), (0, 0.9, 1, {})))],
 )
 def test_sigkill_in_mid_epoch_then_resume_ends_as_undisturbed(birds, tmp_path, workers, ema, save_steps, more):
     epochs = {"epochs": 4, "workers": workers, "ema": ema, "options": {"top_o": 4, "dropout": 0.1}, **more}
