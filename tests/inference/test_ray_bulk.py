@@ -21,6 +21,7 @@ import glsim
 from glsim import cli
 from glsim.checkpoints.bundle import amend, load
 from glsim.cli import predict_bulk as verb
+from glsim.files import MARKER
 from glsim.inference import bulk_files, ray_bulk
 from glsim.inference.bulk_files import find_paths
 from glsim.types import ConfigError, DataError
@@ -557,7 +558,7 @@ def test_a_terminated_job_shuts_ray_down(run_folder, many, tmp_path):
     assert process.returncode == 130 and json.loads(text)["exit_code"] == 130, errors
     assert "Traceback" not in errors and "SIGTERM received" not in errors
     assert not psutil.wait_procs(family, timeout=20)[1]
-    assert not list(out.glob(".*"))
+    assert [path.name for path in out.glob(".*")] == [MARKER]
 
 
 @pytest.mark.slow
