@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from operator import gt
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from glsim.models.config import ModelConfig
@@ -103,6 +104,8 @@ def create_model(
     size = image_size if first_size is None else first_size
     if first_size is not None and image_size is None:
         raise ConfigError(f"first_size={first_size}: image_size is needed too, the pixels that crops are cut out of")
+    if first_size is not None and image_size is not None and any(map(gt, to_pair(first_size), to_pair(image_size))):
+        raise ConfigError(f"first_size={first_size}: more than image_size={image_size}, which crops are cut out of")
     net = build_backbone(backbone, size, pretrained, backbone_args, **{k: options[k] for k in encoder})
     net.check_needs(method, made.needs)
     model = made.build(net, num_classes, **{k: options[k] for k in own})

@@ -49,11 +49,10 @@ class OverlappingPatches(PatchEmbed):
 
 def to_pair(size: int | Sequence[int]) -> tuple[int, int]:
     """`224` or `(192, 256)` as (height, width); ConfigError for anything else."""
-    if isinstance(size, int):
-        return size, size
-    if len(size) != 2 or not all(isinstance(side, int) for side in size):
-        raise ConfigError(f"size {list(size)}: give one side or [height, width], in whole pixels")
-    return size[0], size[1]
+    sides: Sequence[Any] = size if isinstance(size, list | tuple) else (size, size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side is not True and side > 0 for side in sides):
+        raise ConfigError(f"size {size!r}: give one side or [height, width], in whole pixels")
+    return sides[0], sides[1]
 
 
 def by(size: tuple[int, int]) -> str:

@@ -547,6 +547,10 @@ def test_a_first_pass_of_an_early_answer_at_a_size_of_its_own():
     [
         (None, {"first_size": 64}, "first_size=64: image_size is needed too"),
         (128, {"first_size": 60}, "60x60 is no multiple"),
+        (128, {"first_size": 144}, "first_size=144: more than image_size=128"),
+        (128, {"first_size": 64.0}, "size 64.0: give one side or"),
+        (128, {"crop_size": True}, "size True: give one side or"),
+        (128, {"first_size": -64}, "size -64: give one side or"),
         (128, {"first_size": 64, "box": "none"}, "first_size: box=none"),
         (64, {"top_o": 1.5}, "choose 1 to 16, or a share of them below 1"),
         (64, {"top_o": 0.0}, "choose 1 to 16, or a share of them below 1"),
