@@ -80,6 +80,16 @@ def freeze_blocks(model: Model, count: int) -> None:
     model.backbone.frozen = frozen
 
 
+def unfuse_attention(model: Model) -> None:
+    """Compute attention in three steps: on CPUs the backward pass of torch's fused bf16 kernel takes most of a step.
+
+    For training; answers take the same time either way (benchmarks/cpu_attention.py).
+    """
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):  # timm's switch
+            module.fused_attn = False
+
+
 class LowRank(nn.Module):
     """What LoRA (arXiv 2106.09685) adds to a weight matrix: up (out, rank) @ down (rank, in), zero at the start."""
 
