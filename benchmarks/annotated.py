@@ -26,7 +26,7 @@ from glsim.data.readers import ImageList
 from glsim.data.transforms import Preprocessing, train_steps
 from glsim.models.backbone import Backbone
 from glsim.models.boxes import boxes_from_mask, crop_and_resize
-from glsim.models.glsim import GLSim
+from glsim.models.glsim import RULES, GLSim
 from glsim.models.glsim import build as build_glsim
 from glsim.models.scores import score
 from glsim.types import Output
@@ -52,12 +52,13 @@ def build(
     *,
     first_size: int | None = None,
     crop_size: int | None = None,
+    classifier: str = "cls",
     dropout: float = 0.0,
     drop_path: float = 0.0,
     norm_eps: float | None = None,
 ) -> Annotated:
     """GLSim of these options; its box is given."""
-    options: dict[str, Any] = {"first_size": first_size, "crop_size": crop_size, "norm_eps": norm_eps}
+    options: dict[str, Any] = {"classifier": classifier, "first_size": first_size, "crop_size": crop_size, "norm_eps": norm_eps, **RULES["object"]}
     made = build_glsim(encoder, num_classes, dropout=dropout, drop_path=drop_path, **options)
     assert isinstance(made, GLSim)
     made.__class__ = Annotated

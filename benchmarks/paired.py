@@ -71,8 +71,8 @@ def ruled(rule: str = PUBLISHED, **options: Any) -> dict[str, Any]:
 
 
 def glsim(**options: Any) -> dict[str, Any]:
-    """GLSim with other options, from the start its results were measured with."""
-    return {"method": "glsim", "options": {"aggregator_start": "published", **options}}
+    """GLSim with other options, from the rule and the start its results were measured with."""
+    return {"method": "glsim", "options": {"rule": "published", "aggregator_start": "published", **options}}
 
 
 RULES = {

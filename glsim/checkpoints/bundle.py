@@ -43,7 +43,7 @@ from glsim.files import (
     write_json,
     write_text,
 )
-from glsim.models import create_model, resample_positions
+from glsim.models import create_model, resample_positions, spell_out
 from glsim.models.base import Model
 from glsim.models.config import ModelConfig
 from glsim.models.patch_embed import to_pair
@@ -199,8 +199,9 @@ def load_bundle(folder: Path, **overrides: Any) -> Model:
     if unsafe:
         raise DataError(f"{folder / CONFIG} was refused: a bundle may not set {', '.join(sorted(unsafe))}")
     weights = read_bundle_weights(folder)
-    arguments = {k: getattr(config, k) for k in MODEL_KEYS if k != "options"} | config.options | overrides
+    stored = {k: getattr(config, k) for k in MODEL_KEYS if k != "options"} | config.options
     try:
+        arguments = stored | spell_out(config.method, overrides)
         with no_larger_than(weights.values()):
             model = create_model(**arguments, pretrained=False)
     except TooLarge as error:

@@ -16,7 +16,7 @@ from glsim.checkpoints.config import TooLarge, check_config, no_larger_than, som
 from glsim.checkpoints.tensors import check_tensors, read_pickle
 from glsim.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from glsim.files import one_line
-from glsim.models import create_model, resample_positions
+from glsim.models import create_model, resample_positions, spell_out
 from glsim.models.base import Model
 from glsim.models.patch_embed import to_pair
 from glsim.types import ConfigError, DataError, GlsimError, choose
@@ -111,6 +111,7 @@ def _read_glsim(path: Path, published: dict[str, Tensor], args: dict[str, Any], 
     try:
         size = args["image_size"]
         options = {
+            "box": "exclusive",
             "top_o": args["dynamic_top"],
             "metric": f"gls_{args['sim_metric']}",
             "classifier": args["classifier"],
@@ -133,7 +134,7 @@ def _read_glsim(path: Path, published: dict[str, Tensor], args: dict[str, Any], 
         "glsim",
         "vit_base_patch16_224",
         num_classes,
-        **({"image_size": size, "backbone_args": backbone_args} | options | overrides),
+        **({"image_size": size, "backbone_args": backbone_args} | options | spell_out("glsim", overrides)),
     )
     used: dict[str, tuple[list[str], Tensor]] = {}
 

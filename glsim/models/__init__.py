@@ -48,6 +48,7 @@ class Method(NamedTuple):
     embeddings: tuple[str, ...] = ()  # which vectors of `glsim.types:EMBEDDINGS` it hands out
     backbone: str = BACKBONE  # its default
     encoder: dict[str, Any] = {}  # its defaults for options of the encoder
+    words: dict[str, dict[str, dict[str, Any]]] = {}  # option -> value -> the options that it stands for; first: default
 
 
 def find_method(name: str) -> Method:
@@ -55,6 +56,18 @@ def find_method(name: str) -> Method:
     module = import_module(choose(name, METHODS, "method"))
     declared = {field: field.upper() for field in Method._fields[1:]}
     return Method(module.build, **{k: vars(module)[v] for k, v in declared.items() if v in vars(module)})
+
+
+def spell_out(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a method with each word that stands for several spelt out; what is given beside it wins.
+
+    Raises ConfigError for a word that the method does not know.
+    """
+    spelt = dict(options)
+    for word, meanings in find_method(method).words.items():
+        if word in spelt:
+            spelt = choose(spelt.pop(word), meanings, word) | spelt
+    return spelt
 
 
 def create_model(
@@ -75,8 +88,8 @@ def create_model(
         image_size: pixels, one side or (height, width); None: the size timm lists for the weights.
         pretrained: start from timm's weights.
         backbone_args: handed to timm (`{"depth": 2, "embed_dim": 64}`).
-        options: those of the method (keyword-only parameters of its `build`: `top_o`, `metric`, ..) and those every
-            encoder has (`dropout`, `drop_path`, `norm_eps`, `stride`).
+        options: those of the method (keyword-only parameters of its `build`: `top_o`, `metric`, ..), words that stand
+            for several of them (`rule`), and those every encoder has (`dropout`, `drop_path`, `norm_eps`, `stride`).
 
     Returns:
         The model; its `config` holds all of this, as plain values, for `glsim.save`.
@@ -91,9 +104,10 @@ def create_model(
     made = find_method(method)
     own, encoder = _parameters(made.build), _parameters(build_backbone)
     defaults = {name: p.default for name, p in (encoder | own).items()} | made.encoder
-    unknown = sorted(set(options) - set(defaults))
-    if unknown:
-        raise ConfigError(f"{method!r} has no option {', '.join(unknown)}; its options: {', '.join(sorted(defaults))}")
+    if unknown := sorted(set(options) - set(defaults) - set(made.words)):
+        known = ", ".join(sorted({*defaults, *made.words}))
+        raise ConfigError(f"{method!r} has no option {', '.join(unknown)}; its options: {known}")
+    options = spell_out(method, {word: next(iter(meanings)) for word, meanings in made.words.items()} | options)
     if num_classes < 1:
         raise ConfigError(f"num_classes={num_classes}; at least one class is needed")
     for name, value in options.items():

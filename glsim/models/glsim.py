@@ -20,6 +20,13 @@ from glsim.types import ConfigError, Features, Output, Selection
 TITLE = "GLSim"
 CROPS = True
 EMBEDDINGS = ("global", "crop", "fused")
+# What the option `rule` stands for: how the place is found. "object" won on photographs with pre-trained weights
+# (docs/results/study.md); "published" is the paper's.
+RULES: dict[str, dict[str, Any]] = {
+    "object": {"metric": "gls_border", "top_o": 0.1, "box": "moments"},
+    "published": {"metric": "gls_cos", "top_o": 8, "box": "exclusive"},
+}
+WORDS = {"rule": RULES}
 
 
 class AggregatingModel(Model):
@@ -142,9 +149,9 @@ def build(
     encoder: Backbone,
     num_classes: int,
     *,
-    top_o: int | float = 8,
-    metric: str = "gls_cos",
-    box: str = "exclusive",
+    metric: str,
+    top_o: int | float,
+    box: str,
     crop_size: int | Sequence[int] | None = None,
     first_size: int | Sequence[int] | None = None,
     classifier: str = "cls",
@@ -161,10 +168,11 @@ def build(
     Args:
         encoder: any backbone.
         num_classes: C.
-        top_o: patches that span the crop (the paper: 8, Stanford Dogs 16, at every image size); below 1, their share
-            of the grid, which means the same at every size.
         metric: what scores the patches.
-        box: a rule, a control in its place (`glsim.models.boxes:CONTROLS`), or "none" (`SinglePass`).
+        top_o: best patches (the paper: 8, Stanford Dogs 16, at every image size), which span the box unless it follows
+            all scores; below 1, their share of the grid, which means the same at every size.
+        box: a rule, a control in its place (`glsim.models.boxes:CONTROLS`), or "none" (`SinglePass`). These three have
+            no defaults of their own: `RULES` has them.
         crop_size: pixels, one side or (height, width); None: those of the first pass.
         first_size: pixels that the first pass sees, the image shrunk to them: crops, cut out of all pixels that the
             model is given, show what it could not see. None: the image's.
