@@ -48,7 +48,7 @@ class Method(NamedTuple):
     embeddings: tuple[str, ...] = ()  # which vectors of `glsim.types:EMBEDDINGS` it hands out
     backbone: str = BACKBONE  # its default
     encoder: dict[str, Any] = {}  # its defaults for options of the encoder
-    words: dict[str, dict[str, dict[str, Any]]] = {}  # option -> value -> the options that it stands for; first: default
+    words: dict[str, dict[str, dict[str, Any]]] = {}  # option -> value -> the options that it stands for
 
 
 def find_method(name: str) -> Method:
@@ -107,7 +107,7 @@ def create_model(
     if unknown := sorted(set(options) - set(defaults) - set(made.words)):
         known = ", ".join(sorted({*defaults, *made.words}))
         raise ConfigError(f"{method!r} has no option {', '.join(unknown)}; its options: {known}")
-    options = spell_out(method, {word: next(iter(meanings)) for word, meanings in made.words.items()} | options)
+    options = spell_out(method, options)
     if num_classes < 1:
         raise ConfigError(f"num_classes={num_classes}; at least one class is needed")
     for name, value in options.items():

@@ -93,7 +93,7 @@ def boxes_from_moments(
     """
     scores = scores.double()  # no pixel of a box depends on the precision of the network's arithmetic
     apart = scores - scores.mean(dim=1, keepdim=True)
-    weights = (sharpness * apart / (apart.square().mean(dim=1, keepdim=True) + 1e-12).sqrt()).softmax(dim=1)
+    weights = (sharpness * apart / (apart.square().mean(dim=1, keepdim=True) + 1e-10).sqrt()).softmax(dim=1)
     lines = weights.unflatten(1, grid)
     starts, ends = [], []
     for share, side in ((lines.sum(dim=1), image_size[1]), (lines.sum(dim=2), image_size[0])):  # columns, rows

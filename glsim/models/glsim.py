@@ -22,8 +22,9 @@ CROPS = True
 EMBEDDINGS = ("global", "crop", "fused")
 # What the option `rule` stands for: how the place is found. "object" won on photographs with pre-trained weights
 # (docs/results/study.md); "published" is the paper's.
+OBJECT: dict[str, Any] = {"metric": "gls_border", "top_o": 0.1, "box": "moments"}
 RULES: dict[str, dict[str, Any]] = {
-    "object": {"metric": "gls_border", "top_o": 0.1, "box": "moments"},
+    "object": OBJECT,
     "published": {"metric": "gls_cos", "top_o": 8, "box": "exclusive"},
 }
 WORDS = {"rule": RULES}
@@ -149,9 +150,9 @@ def build(
     encoder: Backbone,
     num_classes: int,
     *,
-    metric: str,
-    top_o: int | float,
-    box: str,
+    metric: str = OBJECT["metric"],
+    top_o: int | float = OBJECT["top_o"],
+    box: str = OBJECT["box"],
     crop_size: int | Sequence[int] | None = None,
     first_size: int | Sequence[int] | None = None,
     classifier: str = "cls",
@@ -171,8 +172,7 @@ def build(
         metric: what scores the patches.
         top_o: best patches (the paper: 8, Stanford Dogs 16, at every image size), which span the box unless it follows
             all scores; below 1, their share of the grid, which means the same at every size.
-        box: a rule, a control in its place (`glsim.models.boxes:CONTROLS`), or "none" (`SinglePass`). These three have
-            no defaults of their own: `RULES` has them.
+        box: a rule, a control in its place (`glsim.models.boxes:CONTROLS`), or "none" (`SinglePass`).
         crop_size: pixels, one side or (height, width); None: those of the first pass.
         first_size: pixels that the first pass sees, the image shrunk to them: crops, cut out of all pixels that the
             model is given, show what it could not see. None: the image's.

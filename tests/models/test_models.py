@@ -137,7 +137,7 @@ def expected_patches(method, metric, backbone):
 
 def test_the_cases_cover_what_there_is():
     assert {m for m in METHODS if default_metric(m)} == {m for m in METHODS if small_model(m).metric is not None}
-    assert default_metric("glsim") == "gls_cos" and default_metric("plain") is default_metric("cal") is None
+    assert default_metric("glsim") == "gls_border" and default_metric("plain") is default_metric("cal") is None
     assert set(SMALL_MAPS) == set(MAPS)
     for method in METHODS:
         ours = {(metric, backbone) for m, metric, backbone in CASES if m == method}
