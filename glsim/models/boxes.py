@@ -93,7 +93,7 @@ def boxes_from_moments(
     """
     scores = scores.double()  # no pixel of a box depends on the precision of the network's arithmetic
     apart = scores - scores.mean(dim=1, keepdim=True)
-    weights = (sharpness * apart / (apart.square().mean(dim=1, keepdim=True) + 1e-10).sqrt()).softmax(dim=1)
+    weights = (sharpness * apart / (apart.square().mean(dim=1, keepdim=True) + 1e-12).sqrt()).softmax(dim=1)
     lines = weights.unflatten(1, grid)
     starts, ends = [], []
     for share, side in ((lines.sum(dim=1), image_size[1]), (lines.sum(dim=2), image_size[0])):  # columns, rows
@@ -101,8 +101,9 @@ def boxes_from_moments(
         place = (torch.arange(count, device=scores.device) + 0.5) / count
         middle = (share * place).sum(dim=1)
         half = (share * (place - middle[:, None]).square()).sum(dim=1).sqrt().mul(deviations).clamp(min=0.5 / count)
-        starts.append(((middle - half).clamp(min=0) * side).floor().long())
-        ends.append(((middle + half).clamp(max=1) * side).ceil().long())
+        # An edge on a pixel's own stays there, whichever side of it rounding puts it.
+        starts.append(((middle - half).clamp(min=0) * side + 1e-6).floor().long())
+        ends.append(((middle + half).clamp(max=1) * side - 1e-6).ceil().long())
     return torch.stack((*starts, *ends), dim=1)
 
 

@@ -81,8 +81,11 @@ def gls_l2(f: Features) -> Tensor:
 def gls_border(f: Features) -> Tensor:
     """What the patch has more of the class token (cosine) than of the image's border: its mean patch. (B, 1, N)
 
-    Photographs show their object inside and its surroundings at the border, with which the class token agrees too.
+    Photographs show their object inside and its surroundings at the border, with which the class token agrees too. A
+    grid without an inside, below 3 patches a side, has the cosine alone.
     """
+    if min(f.grid) < 3:
+        return gls_cos(f)
     map_ = f.patches.unflatten(1, f.grid)
     border = torch.cat((map_[:, 0], map_[:, -1], map_[:, 1:-1, 0], map_[:, 1:-1, -1]), dim=1).mean(dim=1)
     return gls_cos(f) - gls_cos(f._replace(cls=border))
