@@ -58,7 +58,13 @@ def build(
     norm_eps: float | None = None,
 ) -> Annotated:
     """GLSim of these options; its box is given."""
-    options: dict[str, Any] = {"classifier": classifier, "first_size": first_size, "crop_size": crop_size, "norm_eps": norm_eps, **RULES["object"]}
+    options: dict[str, Any] = {
+        "classifier": classifier,
+        "first_size": first_size,
+        "crop_size": crop_size,
+        "norm_eps": norm_eps,
+        **RULES["object"],
+    }
     made = build_glsim(encoder, num_classes, dropout=dropout, drop_path=drop_path, **options)
     assert isinstance(made, GLSim)
     made.__class__ = Annotated

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from glsim.training.memory import MemoryEstimate
 
 PURPOSE = "Data"
-RUN = ("method", "backbone", "image_size", "options", "backbone_args", "batch_size", "optimizer", "precision", "device")
+RUN = (
+    *("method", "backbone", "image_size", "options", "backbone_args", "batch_size", "optimizer", "precision", "freeze"),
+    "device",
+)
 READING = ("near", "min_images", "workers", "max_megapixels")
 
 
@@ -41,6 +44,7 @@ class Options(Decoding, Device, PlannedModel):
     batch_size: int = setting(8, "images at a time, on each device", least=1)
     optimizer: str = setting("sgd", "sgd (Nesterov), adamw, or any other name timm knows")
     precision: Literal["no", "fp16", "bf16"] = setting("no", "mixed precision")
+    freeze: int | Literal["none", "backbone"] = setting("none", "what is not trained: backbone, or its first N blocks")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,15 +12,19 @@ from torch.nn.utils import parametrize
 from glsim.models.base import Model, TokenModel, layers_of
 from glsim.types import ConfigError, Features, Output
 
+SETTINGS = ("freeze", "lora", "supcon", "grad_checkpointing", "compile", "precision")  # of a run, that `adapt` takes
+
 
 def adapt(
     model: Model,
     *,
-    freeze: int | str,
-    lora: int,
-    supcon: float,
-    grad_checkpointing: bool,
-    compile: bool,  # noqa: A002
+    freeze: int | str = "none",
+    lora: int = 0,
+    supcon: float = 0.0,
+    grad_checkpointing: bool = False,
+    compile: bool = False,  # noqa: A002
+    precision: str = "no",
+    device: torch.device | None = None,
 ) -> None:
     """Make a model train as the settings of these names ask.
 
@@ -31,6 +35,8 @@ def adapt(
         supcon: weight of the supervised-contrastive term; 0: none.
         grad_checkpointing: compute activations again in the backward pass instead of keeping them.
         compile: by torch.compile.
+        precision: of the arithmetic.
+        device: where the model is trained; None: not told.
 
     Raises:
         ConfigError: where the model cannot.
@@ -53,6 +59,8 @@ def adapt(
             model.backbone.net.set_grad_checkpointing(True)
         except (AssertionError, AttributeError) as error:
             raise ConfigError(f"grad_checkpointing: timm has none for {model.config.backbone!r}") from error
+    if device is not None and device.type == "cpu" and precision == "bf16":
+        unfuse_attention(model)
     if compile:
         model.compile()  # in place: the names of the weights stay
 
@@ -85,9 +93,9 @@ def unfuse_attention(model: Model) -> None:
 
     For training; answers take the same time either way (benchmarks/cpu_attention.py).
     """
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):  # timm's switch
-            module.fused_attn = False
+    blocks: list[Any] = [module for module in model.modules() if hasattr(module, "fused_attn")]  # timm's switch
+    for block in blocks:
+        block.fused_attn = False
 
 
 class LowRank(nn.Module):

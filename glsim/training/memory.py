@@ -15,6 +15,7 @@ from glsim.models import create_model
 from glsim.models.base import Model
 from glsim.models.losses import objective
 from glsim.settings import Size
+from glsim.training.adapt import adapt
 from glsim.training.components import make_optimizer
 from glsim.training.config import Train
 
@@ -55,6 +56,7 @@ def estimate_memory(
     batch_size: int = 8,
     optimizer: str = "sgd",
     precision: str = "no",
+    freeze: int | str = "none",
     device: str | None = None,
 ) -> MemoryEstimate:
     """Estimate the memory of a training step.
@@ -64,8 +66,8 @@ def estimate_memory(
 
     Args:
         num_classes: of the data.
-        method, backbone, image_size, options, backbone_args, batch_size, optimizer, precision: of the run, as in
-            `glsim.training.config:Train`.
+        method, backbone, image_size, options, backbone_args: of the run, as in `glsim.training.config:Train`.
+        batch_size, optimizer, precision, freeze: likewise.
         device: on which it is to run; None: the best there is.
 
     Raises:
@@ -76,7 +78,9 @@ def estimate_memory(
 
     def build() -> Model:
         args = dict(backbone_args or {}) or None
-        return create_model(method, backbone, num_classes, image_size, False, args, **options or {}).train()
+        model = create_model(method, backbone, num_classes, image_size, False, args, **options or {})
+        adapt(model, freeze=freeze, precision=precision, device=place)
+        return model.train()
 
     model = build()
     state = make_optimizer(plan, model)

@@ -19,6 +19,7 @@ from glsim.environment import environment, make_accelerator
 from glsim.files import document, make_folder, write_json
 from glsim.models import create_model
 from glsim.models.losses import objective
+from glsim.training.adapt import SETTINGS as ADAPTATIONS
 from glsim.training.adapt import adapt
 from glsim.training.components import make_optimizer, make_preprocessing, read_splits, train_images
 from glsim.training.config import Train, change_recipe
@@ -93,7 +94,7 @@ def _measure(t: Train, seconds: float, device: str | None, progress: bool) -> Th
     accelerator = make_accelerator(device, t.precision)
     classes = len(images.classes)
     model = create_model(t.method, t.backbone, classes, t.image_size, False, t.backbone_args or None, **t.options)
-    adapt(model, **{name: getattr(t, name) for name in ("freeze", "lora", "supcon", "grad_checkpointing", "compile")})
+    adapt(model, **{name: getattr(t, name) for name in ADAPTATIONS}, device=accelerator.device)
     start = time.perf_counter()
     dataset = train_images(t, images, make_preprocessing(t, model))
     filled = time.perf_counter() - start
@@ -131,7 +132,7 @@ def _measure(t: Train, seconds: float, device: str | None, progress: bool) -> Th
     return Throughput(
         method=t.method,
         backbone=model.config.backbone,
-        image_size=list(model.backbone.image_size),
+        image_size=list(model.config.image_size),
         batch_size=batches.batch_size,
         workers=t.workers,
         cache=t.cache,

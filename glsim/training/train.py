@@ -35,7 +35,8 @@ from glsim.files import document, one_line, printable, write_json, write_text
 from glsim.models import create_model
 from glsim.models.base import Model
 from glsim.models.losses import objective
-from glsim.training.adapt import adapt, merged, unfuse_attention
+from glsim.training.adapt import SETTINGS as ADAPTATIONS
+from glsim.training.adapt import adapt, merged
 from glsim.training.components import make_optimizer, make_preprocessing, make_schedule, read_splits, train_images
 from glsim.training.config import WITHOUT_EFFECT, Train, plain_values, read_recipe, to_recipe
 from glsim.training.resume import (
@@ -172,10 +173,7 @@ def prepare(s: Train, out: Path, accelerator: Accelerator) -> Run:
         s.method, s.backbone, len(classes), s.image_size, pretrained, s.backbone_args or None, **s.options
     )
     start = init_from(model, s.init_from) if s.init_from is not None else None
-    how = {name: getattr(s, name) for name in ("freeze", "lora", "supcon", "grad_checkpointing", "compile")}
-    adapt(model, **how)
-    if accelerator.device.type == "cpu" and s.precision == "bf16":
-        unfuse_attention(model)
+    adapt(model, **{name: getattr(s, name) for name in ADAPTATIONS}, device=accelerator.device)
     preprocessing = make_preprocessing(s, model)
     group = accelerator.num_processes * s.accumulate
     batches = TrainBatches(len(splits["train"]), s.batch_size, group, s.seed, s.repeats)

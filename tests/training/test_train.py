@@ -311,7 +311,7 @@ def test_frozen_blocks_are_the_first_ones_and_nothing_is_kept_of_them(backbone):
     below, above = FAMILIES[backbone]
     size, drops = (56 if "14" in backbone else 64), {} if "resnet" in backbone else {"drop_path_rate": 0.5}
     whole, model = (small_model("glsim", backbone, size, args=drops) for _ in range(2))
-    adapt(model, freeze=1, lora=0, supcon=0.0, grad_checkpointing=False, compile=False)
+    adapt(model, freeze=1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     kept = saved_bytes(model.train(), 3, "no", backward=True)
     assert kept < 0.9 * saved_bytes(whole.train(), 3, "no")
@@ -329,12 +329,12 @@ def test_frozen_blocks_are_the_first_ones_and_nothing_is_kept_of_them(backbone):
 def test_all_blocks_may_be_frozen_and_adapters_go_into_the_others():
     for count, learning in ((2, set()), (1, {"backbone.net.blocks.1.attn.qkv"})):
         model = small_model("plain")
-        adapt(model, freeze=count, lora=0, supcon=0.0, grad_checkpointing=False, compile=False)
+        adapt(model, freeze=count)
         names = {n for n, p in model.backbone.named_parameters() if p.requires_grad}
         assert bool(names) == (count == 1) and all(n.startswith(("net.blocks.1.", "net.norm.")) for n in names)
         if learning:
             model = small_model("plain")
-            adapt(model, freeze=count, lora=2, supcon=0.0, grad_checkpointing=False, compile=False)
+            adapt(model, freeze=count, lora=2)
             adapted = {n.partition(".parametrizations")[0] for n, p in model.named_parameters() if p.requires_grad}
             assert adapted == learning | {"head.weight", "head.bias"}
 
@@ -448,7 +448,7 @@ def test_adapters_are_seen_by_every_family(backbone):
     size = 56 if "eva" in backbone else 64
     model, images = small_model("plain", backbone, size), torch.randn(2, 3, size, size)
     before = model(images).logits
-    adapt(model, freeze="none", lora=2, supcon=0.0, grad_checkpointing=False, compile=False)
+    adapt(model, lora=2)
     torch.testing.assert_close(model(images).logits, before)  # nothing at the start
     model(images).logits.sum().backward()
     learning = {n.rpartition(".")[2] for n, p in model.backbone.named_parameters() if p.grad is not None}
@@ -481,7 +481,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(method, backb
             {"metric": "gls_cos"} if method == "dcal" else {}
         )  # its own metric needs the maps of the other pass too
         model = small_model(method, backbone, size, **options)
-        adapt(model, freeze="none", lora=0, supcon=0.0, grad_checkpointing=on, compile=False)
+        adapt(model, grad_checkpointing=on)
         kept.append(saved_bytes(model.train(), 3, "no"))
         torch.manual_seed(0)
         model.zero_grad()
@@ -532,7 +532,7 @@ def test_the_extra_terms_act_and_leave_no_trace_in_the_bundle(birds, tmp_path):
 
 def test_the_contrast_is_of_the_first_pass():
     model, images, labels = small_model("glsim").train(), torch.randn(4, 3, 64, 64), torch.tensor([0, 0, 1, 1])
-    adapt(model, freeze="none", lora=0, supcon=0.5, grad_checkpointing=False, compile=False)
+    adapt(model, supcon=0.5)
     weight, cls = model(images).aux["supervised_contrastive"]
     torch.testing.assert_close((weight, cls), (0.5, model.features(images).cls))
     model(images)  # features() is a pass of its own, whose token must not be taken for the next one's
