@@ -99,10 +99,10 @@ RULES = {
     "window_losses": ruled("window", early_loss=1.0, crop_loss=1.0),
 }
 CONTROLS = {
-    "random": glsim(box="random"),
-    "centre": glsim(box="centre"),
-    "whole": glsim(box="whole"),
-    "corner": glsim(box="corner"),
+    "random": glsim(box="random:exclusive"),
+    "centre": glsim(box="centre:exclusive"),
+    "whole": glsim(box="whole:exclusive"),
+    "corner": glsim(box="corner:exclusive"),
     "none": glsim(box="none"),
     "no_aggregator": glsim(aggregator_depth=0),
     "random_patches": glsim(metric="random"),

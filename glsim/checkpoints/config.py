@@ -17,10 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from glsim.data.transforms import Preprocessing
 from glsim.files import printable, read_json, shorten
+from glsim.models.boxes import CONTROLS
 from glsim.models.config import MODEL_KEYS, ModelConfig
+from glsim.models.glsim import RULES
 from glsim.types import ConfigError, DataError
 
-FORMAT = 2  # raised when config.json or the weight names change; `load` keeps reading the older ones
+FORMAT = 3  # raised when config.json or the weight names change; `load` keeps reading the older ones
 LARGEST_SIDE = 4096  # pixels of an image that a bundle may ask for
 LARGEST_ARGUMENT = 65536  # a whole number in the arguments of a model; timm lists the layers before it makes the first
 LARGEST_CROP = 4  # sides of a crop, in sides of the image
@@ -183,7 +185,17 @@ def check_config(config: Any, path: Path) -> ModelConfig:
             raise DataError(
                 f"{path} was refused: {name} of {shorten(given, 80)} pixels for images of {list(p.image_size)}"
             )
-    return ModelConfig.from_dict(config)
+    return ModelConfig.from_dict(config | {"options": _options(config)})
+
+
+def _options(config: dict[str, Any]) -> dict[str, Any]:
+    """The options of a config; in formats 1 and 2, GLSim's had the published rule's values where they said nothing."""
+    options = config["options"]
+    if config["method"] != "glsim" or config.get("format", 0) > 2:
+        return options
+    box = options.get("box")
+    named = {"box": f"{box}:exclusive"} if isinstance(box, str) and box in CONTROLS else {}
+    return RULES["published"] | options | named
 
 
 def check_kinds(values: Mapping[str, Any], table: Mapping[str, Any], path: Path, within: str = "") -> None:

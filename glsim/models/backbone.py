@@ -284,11 +284,13 @@ def lacks_last_block(backbone: Backbone) -> str:
 
 def lacks_map(backbone: Backbone) -> str:
     """What to say where no maps of a method's own can pool several places; "" where they can."""
-    if backbone.attention_pool:
-        return "pools by maps of its own; choose a backbone without attention pooling"
-    if backbone.grid == (1, 1):
-        return "needs a feature map of several places; choose another backbone or larger images"
-    return ""
+    return "pools by maps of its own; choose a backbone without attention pooling" if backbone.attention_pool else ""
+
+
+def lacks_places(backbone: Backbone) -> str:
+    """What to say where there is nothing to choose from; "" where there is."""
+    one = backbone.grid == (1, 1)
+    return "needs a feature map of several places; choose another backbone or larger images" if one else ""
 
 
 # What a method may need of a backbone (`NEEDS` in its file): a function that says what a network lacks.
@@ -296,6 +298,7 @@ NEEDS: dict[str, Callable[[Backbone], str]] = {
     "class_token": lacks_class_token,
     "last_block": lacks_last_block,
     "map": lacks_map,
+    "places": lacks_places,
 }
 
 

@@ -170,6 +170,8 @@ CONTROLS: dict[str, Callable[[Draw, Tensor, Sequence[int], bool], Tensor]] = {
 def check_box(box: str) -> tuple[str | None, str]:
     """Take "inclusive", "random" or "random:inclusive" apart: the control, None for none, and the rule of its box.
 
+    That of a control that names none is "moments", or of "corner", which needs patches, "exclusive".
+
     Raises ConfigError listing the choices.
     """
     name, colon, rule = box.partition(":")
@@ -178,7 +180,7 @@ def check_box(box: str) -> tuple[str | None, str]:
         choose(rule, ENDS if name == "corner" else BOX_RULES, "box rule")
         return name, rule
     choose(name, BOX_RULES | CONTROLS, "box rule")
-    return (name, "exclusive") if name in CONTROLS else (None, name)
+    return (name, "exclusive" if name == "corner" else "moments") if name in CONTROLS else (None, name)
 
 
 def place_boxes(boxes: Tensor, size: Sequence[int], share: Tensor) -> Tensor:

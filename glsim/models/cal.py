@@ -14,7 +14,7 @@ from glsim.models.boxes import boxes_from_mask, crop_and_resize
 from glsim.types import ConfigError, Features, Output, Selection, choose
 
 TITLE = "CAL"
-NEEDS = ("map",)
+NEEDS = ("map", "places")
 CROPS = True
 EMBEDDINGS = ("global", "crop", "fused")
 BACKBONE = "resnet101"

@@ -18,6 +18,7 @@ from glsim.models.scores import check_metric, check_top, needs_attention, score
 from glsim.types import ConfigError, Features, Output, Selection
 
 TITLE = "GLSim"
+NEEDS = ("places",)
 CROPS = True
 EMBEDDINGS = ("global", "crop", "fused")
 # What the option `rule` stands for: how the place is found. "object" won on photographs with pre-trained weights

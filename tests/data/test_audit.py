@@ -476,6 +476,12 @@ def test_every_further_image_costs_the_same():
     assert estimate(method="plain", options={}).activations_per_image < 0.7 * each  # one pass instead of two
 
 
+def test_frozen_blocks_need_no_memory():
+    whole, part = estimate(), estimate(freeze=1)
+    assert part.activations < 0.7 * whole.activations
+    assert part.gradients < 0.7 * whole.gradients and part.optimizer < 0.7 * whole.optimizer
+
+
 def test_what_fits(monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 10**9)
     m = estimate()
