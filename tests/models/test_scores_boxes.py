@@ -723,11 +723,12 @@ def test_the_random_box_follows_torchs_generator_in_training():
     [
         ("exclusive", (None, "exclusive")),
         ("inclusive", (None, "inclusive")),
-        ("random", ("random", "exclusive")),
+        ("random:exclusive", ("random", "exclusive")),
         ("centre:inclusive", ("centre", "inclusive")),
     ],
 )
 def test_a_box_names_a_rule_or_a_control(box, taken):
+    assert check_box(taken[0] or "random") == (taken[0] or "random", "moments")
     assert check_box(box) == taken
     f = features()
     selection = select(METRICS["gls_cos"](f), 4, f.grid, (64, 80), box)
