@@ -91,7 +91,7 @@ def freeze_blocks(model: Model, count: int) -> None:
 def unfuse_attention(model: Model) -> None:
     """Compute attention in three steps: on CPUs the backward pass of torch's fused bf16 kernel takes most of a step.
 
-    For training; answers take the same time either way (benchmarks/cpu_attention.py).
+    For training; in answers little or nothing changes (benchmarks/cpu_attention.py).
     """
     blocks: list[Any] = [module for module in model.modules() if hasattr(module, "fused_attn")]  # timm's switch
     for block in blocks:
