@@ -41,7 +41,7 @@ def test_rows_are_the_models_own_selections(source, birds):
     one, all_at_once = (
         measure(model, images, [None, "random"], True, size == 9, size, seed=3).targets for size in (2, 9)
     )
-    names = ["gls_cos", "gls_cos/centre", "gls_cos/random", "whole", "random", "random/centre", "random/random"]
+    names = ["gls_border", "gls_border/centre", "gls_border/random", "whole", "random", "random/centre", "random/random"]
     for target in ("object", "part"):
         assert sorted(one[target]) == sorted(names)
         for row, columns in one[target].items():
@@ -55,11 +55,11 @@ def test_rows_are_the_models_own_selections(source, birds):
         views = to_view(read_mask(image.masks["part"], photograph.size), p)
         found = measure_boxes(selection.boxes[:, None], *(v[None] for v in views))
         for name in BOX_MEASURES:
-            value = one["part"]["gls_cos"][name][i]
+            value = one["part"]["gls_border"][name][i]
             torch.testing.assert_close(value, found[name][0, 0], equal_nan=True)
         found = measure_scores(selection.scores, selection.grid, *(v[None] for v in views))
         for name, value in found.items():
-            torch.testing.assert_close(one["part"]["gls_cos"][name][i], value[0], equal_nan=True)
+            torch.testing.assert_close(one["part"]["gls_border"][name][i], value[0], equal_nan=True)
         left, top, right, bottom = selection.boxes[0].tolist()
         width, height = right - left, bottom - top
         free = np.array([64 - width, 64 - height])
@@ -71,12 +71,12 @@ def test_rows_are_the_models_own_selections(source, birds):
         ):
             cuts = [np.s_[y : y + height, x : x + width] for x, y in corners]
             inside, counted = (np.array([view.numpy()[cut].sum() for cut in cuts]) for view in views)
-            row = one["part"][f"gls_cos/{control}"]
+            row = one["part"][f"gls_border/{control}"]
             assert row["box_recall"][i].item() == pytest.approx((inside / views[0].sum().item()).mean(), abs=1e-6)
             assert row["box_precision"][i].item() == pytest.approx((inside / counted).mean(), abs=1e-6)
     rows = one["object"]
     for control in ("centre", "random"):
-        torch.testing.assert_close(rows[f"gls_cos/{control}"]["area"], rows["gls_cos"]["area"])
+        torch.testing.assert_close(rows[f"gls_border/{control}"]["area"], rows["gls_border"]["area"])
     assert (rows["whole"]["area"] == 1).all() and (rows["whole"]["box_recall"] == 1).all()
 
 
@@ -97,11 +97,11 @@ def test_a_border_is_neither_and_draws_are_the_images_own(source, tmp_path):
     found = measure_scores(selection.scores, selection.grid, inside[None], counted[None])
     plain = measure_scores(selection.scores, selection.grid, inside[None], torch.ones_like(counted)[None])
     for name in ("energy", "auc"):
-        torch.testing.assert_close(rows["gls_cos"][name], found[name].expand(2))
+        torch.testing.assert_close(rows["gls_border"][name], found[name].expand(2))
         assert (found[name] - plain[name]).abs() > 1e-3
-    first, second = rows["gls_cos/random"]["box_recall"].tolist()
-    assert len({first, second, *others["gls_cos/random"]["box_recall"].tolist()}) == 4
-    torch.testing.assert_close(rows["gls_cos"]["box_recall"], others["gls_cos"]["box_recall"])
+    first, second = rows["gls_border/random"]["box_recall"].tolist()
+    assert len({first, second, *others["gls_border/random"]["box_recall"].tolist()}) == 4
+    torch.testing.assert_close(rows["gls_border"]["box_recall"], others["gls_border"]["box_recall"])
 
 
 def test_the_verb(source, birds, tmp_path, capsys):
@@ -161,13 +161,13 @@ def test_the_verb_with_boxes_and_points(source, birds, tmp_path, capsys):
     assert found["rows"]["whole"]["parts/away"][0] == 0  # cut off by the centre crop: in no box
     assert found["rows"]["whole"]["parts"][0] < 1
     assert found["rows"]["whole"]["parts/low"][0] == 1
-    gain = found["gains"]["gls_cos"]["parts - random"][0]
-    own, control = (found["rows"][name]["parts"][0] for name in ("gls_cos", "gls_cos/random"))
+    gain = found["gains"]["gls_border"]["parts - random"][0]
+    own, control = (found["rows"][name]["parts"][0] for name in ("gls_border", "gls_border/random"))
     assert gain == pytest.approx(own - control)
     assert cli.main(words) == 0
     text = capsys.readouterr().out
     assert f"2 images have no boxes in {boxes}, and are left out: {birds / 'test'}" in text
-    assert f"1 images of {boxes} are not among these" in text and "parts inside the box of GLS cos: " in text
+    assert f"1 images of {boxes} are not among these" in text and "parts inside the box of GLS border: " in text
     assert cli.main(["localize", source, "--images", str(birds / "test"), "--points", str(parts)]) == 2
     assert "nothing says where the objects of these images are; give masks or boxes" in capsys.readouterr().err
     with pytest.raises(glsim.ConfigError, match="give masks or boxes"):
@@ -252,7 +252,7 @@ def test_objects_that_are_lost_are_left_out(source, tmp_path):
     for row, values in expected.rows.items():
         for name, value in values.items():
             assert target.rows[row][name] == pytest.approx(value, abs=1e-4), (row, name)  # pixels imputed to 1e-4
-    mean, low, high = target.rows["gls_cos"]["coverage"]
+    mean, low, high = target.rows["gls_border"]["coverage"]
     assert 0 <= mean <= 1 and low is None and high is None  # one image has no interval
     text = show(found, Options(source=source, images="i", masks="m"))
     assert f"{100 * mean:.1f}" in text.split() and "+- half" in text.splitlines()[0]

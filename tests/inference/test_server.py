@@ -168,7 +168,7 @@ def test_another_mechanism_is_that_of_a_model_loaded_with_it(site, run_folder, p
             status, said, _ = ask(site, f"/predict?{query}{more}", photos[0].read_bytes(), JPEG)
             assert status == 200
             same(said["predictions"][0], expected)
-        assert said["predictions"][0]["explanation"]["metric"] == (metric or "gls_cos")
+        assert said["predictions"][0]["explanation"]["metric"] == (metric or "gls_border")
         assert said["predictions"][0]["explanation"]["used"] is True
         answers.append(expected.box)
     assert len(set(answers)) > 1
@@ -840,9 +840,9 @@ def test_the_server_tells_what_it_serves_and_not_where_it_lies(site, run_folder)
     model = ask(site, "/model")[1]
     assert model["name"] == run_folder.name and str(run_folder.parent) not in json.dumps(model)
     assert model["labels"] == glsim.Predictor(run_folder).labels and model["patches"] == 16 and model["top_o"] == 4
-    assert next(m["name"] for m in model["metrics"]) == "gls_cos" and len(model["metrics"]) == len(METRICS)
+    assert next(m["name"] for m in model["metrics"]) == "gls_border" and len(model["metrics"]) == len(METRICS)
     assert model["metrics"][0]["about"] == (
-        "Global-local similarity: cosine of the class token with every patch token (arXiv 2407.12891)."
+        "What the patch has more of the class token (cosine) than of the image's border: its mean patch."
     )
     assert model["limits"] == {"bytes": 2_000_000, "pixels": 1_000_000, "images": 8}
     assert model["calibrated"] is False

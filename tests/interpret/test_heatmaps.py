@@ -44,7 +44,7 @@ def test_explanations_are_in_the_networks_view(method):
     images = torch.randn(2, 3, 64, 96)
     for metric in (None, "attention"):
         for e in explanations(model, images, metric):
-            assert e.metric == (metric or "gls_cos")
+            assert e.metric == (metric or model.metric or "gls_cos")
             assert e.image.shape == (64, 96, 3) and e.image.dtype == np.uint8
             assert e.heatmap.shape == (64, 96) and e.heatmap.min() >= 0 and e.heatmap.max() <= 1
             left, top, right, bottom = e.box
@@ -387,7 +387,7 @@ def test_names_are_no_formulas(run_folder, birds, tmp_path, metrics):
 def test_pictures_are_written_under_unique_names(run_folder, birds, tmp_path):
     folders = [str(birds / "test")]  # every class holds 0000.jpg, 0001.jpg, ..
     result = explain_images(run_folder, folders, tmp_path / "p", limit=5)
-    assert len(result.pictures) == 5 and result.metrics == ["gls_cos"]
+    assert len(result.pictures) == 5 and result.metrics == ["gls_border"]
     files = {p.picture for p in result.pictures}
     assert len(files) == 5
     for file in [*files, tmp_path / "p" / "sheet.png"]:
