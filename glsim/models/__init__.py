@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from glsim.models.base import Model
+    from glsim.models.published import Published
 
 BACKBONE = "vit_base_patch16_224"
 METHODS = {  # name -> module; imported when asked for, so that the names cost nothing
@@ -48,6 +49,7 @@ class Method(NamedTuple):
     embeddings: tuple[str, ...] = ()  # which vectors of `glsim.types:EMBEDDINGS` it hands out
     backbone: str = BACKBONE  # its default
     encoder: dict[str, Any] = {}  # its defaults for options of the encoder
+    published: Published | None = None  # how its authors store it, where checkpoints of theirs can be read
 
 
 def find_method(name: str) -> Method:

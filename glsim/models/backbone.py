@@ -309,6 +309,7 @@ def build_backbone(
     drop_path: float = 0.0,
     norm_eps: float | None = None,
     stride: int | float | None = None,
+    last_stride: int | None = None,
 ) -> Backbone:
     """Build a network of timm and wrap it.
 
@@ -321,6 +322,8 @@ def build_backbone(
         drop_path: the same in every block (timm's own rises with depth; the paper's does not).
         norm_eps: epsilon of every LayerNorm; None: timm's.
         stride: from one patch of a ViT to the next, in pixels or as a share of the patch; None: patches do not overlap.
+        last_stride: of the last stage of a ResNet; 1 keeps the places of the one before it, without dilation (timm's
+            `output_stride` dilates); None: timm's.
 
     Raises:
         ConfigError: for an unknown name, a size the backbone cannot take, an argument timm does not know, and for
@@ -350,6 +353,8 @@ def build_backbone(
             )
         args["embed_layer"] = partial(OverlappingPatches, stride=stride)
     net, sized = _create(name, pretrained, args)
+    if last_stride is not None:
+        _set_last_stride(name, net, last_stride)
     for module in net.modules():
         if drop_path and hasattr(module, "drop_path1"):
             module.drop_path1, module.drop_path2 = DropPath(drop_path), DropPath(drop_path)
@@ -390,6 +395,17 @@ def _create(name: str, pretrained: bool, args: dict[str, Any]) -> tuple[Any, boo
             raise ConfigError(f"dropout={args['proj_drop_rate']}: {name!r} has none; leave it at 0") from error
         shown = {k: v for k, v in args.items() if k != "embed_layer"}
         raise ConfigError(f"timm cannot build {name!r} with {shown}: {_first_line(error)}") from error
+
+
+def _set_last_stride(name: str, net: Any, stride: int) -> None:
+    """Have the last stage of a ResNet go by `stride`; ConfigError for another network."""
+    if not hasattr(net, "layer4") or type(stride) is not int or stride not in (1, 2):
+        raise ConfigError(f"last_stride={stride!r}: 1 or 2, of a ResNet of timm; leave it at null for {name!r}")
+    for module in net.layer4[0].modules():
+        if getattr(module, "stride", 1) in (2, (2, 2)):
+            module.stride = (stride, stride)
+            if isinstance(module, nn.AvgPool2d):  # of the shortcut, where it halves the map before its convolution
+                module.kernel_size = module.stride
 
 
 def _is_download_error(error: Exception) -> bool:

@@ -1,58 +1,230 @@
-"""The publishers' networks, number by number: checkpoints in their format, and what they compute."""
+"""The publishers' networks, number by number: checkpoints in their format, and what they compute.
+
+A golden is `NAME.pth` and `NAME.safetensors`, NAME that of a method and what is particular: any file of that shape in the
+folder is checked. `golden_call` makes the call that loads it from its metadata, `CHECKS` compare what it computes.
+"""
+
+import json
+from argparse import Namespace
 
 import pytest
 import torch
-from conftest import SHARED, needs
+from conftest import SHARED, choices, needs
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import glsim
-from glsim.models.scores import find_metric, mutual_attention
+from glsim.checkpoints.official import published_methods
+from glsim.models import cal
+from glsim.models.losses import objective
+from glsim.models.scores import above_mean, find_metric, mutual_attention
 
 GOLDEN = SHARED / "golden"
 pytestmark = needs(GOLDEN)
-CASES = ["glsim_cos", "glsim_cos_grid12", "glsim_l1", "glsim_l2", "glsim_avg_cls"]
+GOLDENS = sorted(path.stem for path in GOLDEN.glob("*.pth")) if GOLDEN.exists() else []
+# Metadata of a golden -> how a call names it, where the method says that its files do not hold it.
+WORDS = {
+    "heads": "num_heads",
+    "image": "image_size",
+    "image_size": "image_size",
+    "patch": "patch_size",
+    "slide_step": "stride",
+    "step": "stride",
+    "num_token": "top_k",
+    "select_num": "tokens",
+    "votes": "ballot",
+    "votes_kept": "votes",
+}
+TENSORS = ("select_num",)  # sizes that stand among the tensors
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_glsim_agrees_with_the_published_network(name, tmp_path):
-    truth = load_file(GOLDEN / f"{name}.safetensors")
-    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as f:
-        about = f.metadata()
-    model = glsim.load(GOLDEN / f"{name}.pth")
+
+def method_of(name):
+    """The method of a golden: the longest name that its own begins with; None where there is none yet."""
+    return max((m for m in published_methods() if f"{name}_".startswith(f"{m}_")), key=len, default=None)
+
+
+def read(name):
+    """What a golden computed, and its metadata as values."""
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        about = {key: parse(value) for key, value in (file.metadata() or {}).items()}
+    return load_file(GOLDEN / f"{name}.safetensors"), about
+
+
+def parse(value):
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def golden_call(name):
+    """The words of `glsim.load(path, method=.., ..)` for a golden: its metadata that the file does not hold."""
+    method = method_of(name)
+    truth, about = read(name)
+    asks = published_methods()[method].asks
+    about |= {key: truth[key].tolist() for key in TENSORS if key in truth}
+    return {"method": method} | {WORDS[key]: value for key, value in about.items() if WORDS.get(key) in asks}
+
+
+def load(name):
+    return glsim.load(GOLDEN / f"{name}.pth", **golden_call(name))
+
+
+@torch.inference_mode()
+def check_glsim(m, truth, about):
+    assert m.config.options["metric"] == f"gls_{about['sim_metric']}"
+    assert m.config.options["top_o"] == about["top_o"] and m.config.options["classifier"] == about["classifier"]
+    output = m(truth["images"])
+    f = m.features(truth["images"], attention=True)
+    maps = m.features(truth["images"], attention="maps").attention_maps
+    torch.testing.assert_close(output.logits, truth["logits"], atol=1e-4, rtol=0)
+    assert torch.equal(output.selection.indices, truth["top_indices"].long())
+    assert torch.equal(output.selection.boxes, truth["boxes_ltrb"].long())
+    torch.testing.assert_close(output.crops, truth["crops"], atol=1e-4, rtol=0)
+    sign = 1 if about["sim_metric"] == "cos" else -1
+    torch.testing.assert_close(sign * output.selection.scores, truth["similarity"], atol=1e-5, rtol=0)
+    tokens = torch.cat((f.cls[:, None], f.patches), dim=1)
+    torch.testing.assert_close(tokens, truth["tokens"], atol=1e-4, rtol=0)
+    for i, logits in enumerate(f.attention_logits):
+        torch.testing.assert_close(logits.softmax(dim=-1), truth[f"attention_{i}"], atol=1e-5, rtol=0)
+        torch.testing.assert_close(maps[i], truth[f"attention_{i}"], atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def check_transfg(m, truth, about):
+    output = m(truth["images"])
+    torch.testing.assert_close(output.logits, truth["logits"], atol=1e-4, rtol=0)
+    assert torch.equal(output.selection.indices, truth["selected"].long())
+    cls = m.train()(truth["images"]).aux["contrastive"]
+    torch.testing.assert_close(cls, truth["cls_token"], atol=1e-4, rtol=0)
+
+
+@torch.inference_mode()
+def check_ffvt(m, truth, about):
+    output = m(truth["images"])
+    torch.testing.assert_close(output.logits, truth["logits"], atol=1e-4, rtol=0)
+    selected = truth["selected"].long().flatten(1) - 1  # token indices, 0 the class token; ours are patches, -1 none
+    assert torch.equal(output.selection.indices, selected)
+
+
+def ltrb(yxyx):
+    """Boxes as rows and columns in the order of ours."""
+    return yxyx[:, [1, 0, 3, 2]].long()
+
+
+@torch.inference_mode()
+def check_cal(m, truth, about):
+    images = truth["images"]
+    for views, name in ((2, "theta01_pad005"), (8, "theta03_pad01")):  # the first crop that is encoded
+        m.views = views
+        output = m(images)
+        assert torch.equal(output.selection.boxes, ltrb(truth[f"crop_box_{name}_yxyx"]))
+        torch.testing.assert_close(output.crops, truth[f"crop_{name}"], atol=1e-4, rtol=0)
+        f, maps, vector, logits = m.look(output.crops)
+        torch.testing.assert_close(logits, truth[f"logits_crop_{name}"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(m.look_and_compare(output.crops)[2], truth[f"logits_crop_effect_{name}"], atol=1e-4, rtol=0)
+        if views == 2:
+            wanted = (truth["logits_raw"] + truth[f"logits_crop_{name}"]) / 2
+            torch.testing.assert_close(output.logits, wanted, atol=1e-4, rtol=0)
+    m.views = 8
+    f, maps, vector, logits = m.look(images)
+    rows, cols = f.grid
+    torch.testing.assert_close(maps.transpose(1, 2).unflatten(2, f.grid), truth["attention_maps"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(f.patches.transpose(1, 2).unflatten(2, f.grid), truth["feature_map"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(vector, truth["feature_matrix"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits, truth["logits_raw"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(m.look_and_compare(images)[2], truth["logits_effect"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(m.look(images.flip(-1))[3], truth["logits_raw_flipped"], atol=1e-4, rtol=0)
+    fake = cal.pool(f.patches, torch.ones_like(maps))
+    torch.testing.assert_close(fake, truth["feature_matrix_counterfactual"], atol=1e-4, rtol=0)
+
+
+def check_ielt(m, truth, about):
+    images, labels = truth["images"], truth["labels"]
+    with torch.inference_mode():
+        stages = [stage.features for stage in m.backbone.stages(images)]
+        block, rank = m.allot()
+        assert block.bincount().tolist() == truth["select_num"].tolist()
+        for i, f in enumerate(stages):
+            torch.testing.assert_close(f.attention_logits[-1].softmax(-1), truth[f"attention_{i}"], atol=1e-5, rtol=0)
+            votes = find_metric(m.metric)(f)[:, 0]
+            torch.testing.assert_close(votes, truth[f"votes_{i}"], atol=0, rtol=0)
+            best = votes.argsort(dim=1, descending=True, stable=True)[:, : int((block == i).sum())]
+            assert torch.equal(best.sort(dim=1).values, truth[f"selected_{i}"].long())
+        output = m(images)
+        kept = truth["kept_block_patch"][..., 1].long().sort(dim=1).values
+        assert torch.equal(output.selection.indices.sort(dim=1).values, kept)
+        torch.testing.assert_close(output.embeddings["fused"], truth["class_token"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(output.logits, truth["logits"], atol=1e-4, rtol=0)
+        m.assisted = False
+        torch.testing.assert_close(m(images).logits, truth["logits_without_assist"], atol=1e-4, rtol=0)
+        m.assisted = True
+        shares = m.shares.clone()
+        output = m.train()(images)
+        m.shares.copy_(shares)
+        torch.testing.assert_close(output.aux["cross_entropy"][1][1], truth["logits_refined"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(objective(output, labels, 0.0), truth["loss"], atol=1e-4, rtol=0)
+    m.eval()
+
+
+@torch.inference_mode()
+def check_rams(m, truth, about):
+    output, f = m(truth["images"]), m.features(truth["images"], attention=True)
+    for i, logits in enumerate(f.attention_logits):
+        torch.testing.assert_close(logits.softmax(dim=-1), truth[f"attention_{i}"], atol=1e-5, rtol=0)
+    scores = output.selection.scores
+    torch.testing.assert_close(scores / scores.amax(dim=1, keepdim=True), truth["map"], atol=1e-5, rtol=0)
+    assert torch.equal(above_mean(scores, about["alpha"]), truth["mask"].bool())
+    boxes = ltrb(truth["boxes_first_axis_rows_rcrc_inclusive"]) + torch.tensor([0, 0, 1, 1])
+    assert torch.equal(output.selection.boxes, boxes)
+    torch.testing.assert_close(output.crops, truth["local_images"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(output.logits, truth["logits_full"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(m.head(output.embeddings["crop"]), truth["logits_local"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(output.embeddings["global"], truth["class_token_1"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(output.embeddings["crop"], truth["class_token_2_local"], atol=1e-4, rtol=0)
+    loss = objective(m.train()(truth["images"]), truth["labels"], 0.0)
+    torch.testing.assert_close(loss, truth["loss_full"], atol=1e-4, rtol=0)
+    m.eval()
+
+
+CHECKS = {
+    "glsim": check_glsim,
+    "transfg": check_transfg,
+    "ffvt": check_ffvt,
+    "cal": check_cal,
+    "ielt": check_ielt,
+    "rams": check_rams,
+}
+
+
+def test_every_method_that_reads_checkpoints_is_compared_with_one():
+    assert {method_of(name) for name in GOLDENS} - {None} == set(CHECKS) == set(published_methods())
+
+
+@pytest.mark.parametrize("name", [name for name in GOLDENS if method_of(name)])
+def test_a_published_network_computes_the_same_here(name, tmp_path):
+    """As it is read, and from the bundle that it is saved as."""
+    (truth, about), model = read(name), load(name)
     glsim.save(model, tmp_path / "bundle")
     for m in (model, glsim.load(tmp_path / "bundle")):
-        assert m.config.options["metric"] == f"gls_{about['sim_metric']}"
-        assert m.config.options["top_o"] == int(about["top_o"])
-        assert m.config.options["classifier"] == about["classifier"]
-        with torch.inference_mode():
-            output = m(truth["images"])
-            f = m.features(truth["images"], attention=True)
-            maps = m.features(truth["images"], attention="maps").attention_maps
-        torch.testing.assert_close(output.logits, truth["logits"], atol=1e-4, rtol=0)
-        assert torch.equal(output.selection.indices, truth["top_indices"].long())
-        assert torch.equal(output.selection.boxes, truth["boxes_ltrb"].long())
-        torch.testing.assert_close(output.crops, truth["crops"], atol=1e-4, rtol=0)
-        sign = 1 if about["sim_metric"] == "cos" else -1
-        torch.testing.assert_close(sign * output.selection.scores, truth["similarity"], atol=1e-5, rtol=0)
-        tokens = torch.cat((f.cls[:, None], f.patches), dim=1)
-        torch.testing.assert_close(tokens, truth["tokens"], atol=1e-4, rtol=0)
-        for i, logits in enumerate(f.attention_logits):
-            torch.testing.assert_close(logits.softmax(dim=-1), truth[f"attention_{i}"], atol=1e-5, rtol=0)
-            torch.testing.assert_close(maps[i], truth[f"attention_{i}"], atol=1e-5, rtol=0)
+        CHECKS[method_of(name)](m, truth, about)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in GOLDENS if method_of(name)])
 def test_every_key_is_accounted_for(name):
-    model = glsim.load(GOLDEN / f"{name}.pth")
-    with torch.serialization.safe_globals([__import__("argparse").Namespace]):
-        keys = {k.removeprefix("model.") for k in torch.load(GOLDEN / f"{name}.pth", weights_only=True)["model"]}
+    model, file = load(name), None
+    with torch.serialization.safe_globals([Namespace]):
+        file = torch.load(GOLDEN / f"{name}.pth", weights_only=True)
+    inner = next((file[k] for k in ("model", "state_dict", "net_state_dict") if k in file), file)
+    keys = {k.removeprefix("module.").removeprefix("model.") for k in inner}
+    keys |= {k for k, v in file.items() if isinstance(v, torch.Tensor)}
     used, ignored, missing = model.conversion
-    assert set(used) | set(ignored) == keys
-    assert not set(used) & set(ignored)
-    assert set(used.values()) == set(model.state_dict())
-    assert missing == []
-    assert "anchor_class_token" in ignored
+    assert set(used) | set(ignored) == keys and not set(used) & set(ignored) and missing == []
+    made = published_methods()[method_of(name)].made
+    assert set(used.values()) | set(made) == set(model.state_dict())
+    assert "not part of this model" not in ignored.values()
+    assert method_of(name) != "glsim" or "anchor_class_token" in ignored
 
 
 def maps():
@@ -77,40 +249,10 @@ def test_selected_tokens_agree():
     assert torch.equal(order, truth["ffvt_maws_order"].long())
 
 
-# What the files do not hold.
-SIZES = {
-    "transfg": {"num_heads": 2, "image_size": 64, "patch_size": 16, "stride": 12},
-    "ffvt": {"num_heads": 2, "image_size": 64, "patch_size": 16, "top_k": 3},
-}
-
-
-@pytest.mark.parametrize("name", SIZES)
-def test_competitors_agree_with_the_published_network(name, tmp_path):
-    truth = load_file(GOLDEN / f"{name}.safetensors")
-    model = glsim.load(GOLDEN / f"{name}.pth", method=name, **SIZES[name])
-    assert model.conversion.missing == [] and model.conversion.ignored == {}
-    glsim.save(model, tmp_path / "bundle")
-    for m in (model, glsim.load(tmp_path / "bundle")):
-        with torch.inference_mode():
-            output = m(truth["images"])
-        torch.testing.assert_close(output.logits, truth["logits"], atol=1e-4, rtol=0)
-        selected = truth["selected"].long()
-        if name == "ffvt":  # token indices, 0 the class token; ours are patches, -1 none
-            selected = selected.flatten(1) - 1
-        assert torch.equal(output.selection.indices, selected)
-
-
-def test_the_class_token_of_transfg_agrees():
-    truth = load_file(GOLDEN / "transfg.safetensors")
-    model = glsim.load(GOLDEN / "transfg.pth", method="transfg", **SIZES["transfg"]).train()
-    torch.testing.assert_close(model(truth["images"]).aux["contrastive"], truth["cls_token"], atol=1e-4, rtol=0)
-
-
 def test_sizes_default_to_the_paper_s_and_positions_are_resampled():
-    sizes = SIZES["transfg"]
     model = glsim.load(GOLDEN / "transfg.pth", method="transfg", num_heads=2)
     assert model.config.image_size == [64, 64] and model.backbone.grid == (5, 5)  # 25 positions, 12 of 16 pixels
-    larger = glsim.load(GOLDEN / "transfg.pth", method="transfg", **{**sizes, "image_size": (64, 112)})
+    larger = glsim.load(GOLDEN / "transfg.pth", **golden_call("transfg") | {"image_size": (64, 112)})
     assert larger(torch.zeros(1, 3, 64, 112)).selection.grid == (5, 9)
     assert glsim.load(GOLDEN / "ffvt.pth", method="ffvt").backbone.net.blocks[0].attn.num_heads == 1  # 64 wide
 
@@ -121,12 +263,14 @@ def test_sizes_default_to_the_paper_s_and_positions_are_resampled():
         ("transfg", {"patch_size": 8}, "was made for patches of 16 pixels"),
         ("transfg", {"num_heads": 3}, "num_heads=3: the width of .* is 64"),
         ("ffvt", {"top_k": 17}, "top_k=17, but the grid of the backbone has 16 patches"),
-        ("cal", {}, "unknown published method 'cal'; choose from: ffvt, glsim, transfg"),
+        ("ielt", {}, r"ielt.pth does not hold num_heads, how many .*: give it \(num_heads=.. in Python, --options.num_heads"),
+        ("cal", {"views": 3}, "unknown number of views 3"),
+        ("plain", {}, f"unknown published method 'plain'; {choices(published_methods())}$"),
     ],
 )
 def test_wrong_sizes_say_what_the_file_holds(method, words, message):
     with pytest.raises(glsim.ConfigError, match=message):
-        glsim.load(GOLDEN / f"{method if method != 'cal' else 'ffvt'}.pth", method=method, **words)
+        glsim.load(GOLDEN / f"{method if method != 'plain' else 'ffvt'}.pth", method=method, **words)
 
 
 def test_the_wrong_method_is_named():

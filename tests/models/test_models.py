@@ -389,6 +389,12 @@ def test_wrong_names_list_the_choices(arguments, message):
         ({"method": "ielt", "votes": 0}, "tokens=12, votes=0"),
         ({"method": "cal", "views": 3}, "unknown number of views 3; choose from: 1, 2, 8"),
         ({"method": "cal", "maps": 1}, "maps=1: two or more"),
+        ({"method": "cal", "box": "moments"}, "unknown box rule 'moments'; choose from: exclusive, inclusive"),
+        ({"method": "ielt", "tokens": [4, 4]}, r"tokens=\[4, 4\]: a whole number is needed, or a list of 1"),
+        ({"method": "ielt", "ballot": 13}, r"and a ballot \(13\) of 1 to 12"),
+        ({"method": "rams", "released": True}, "released=True: a second class token is needed"),
+        ({"last_stride": 1}, "last_stride=1: 1 or 2, of a ResNet of timm; leave it at null for 'vit_tiny"),
+        ({"backbone": "resnet18", "last_stride": 3, "top_o": 1}, "last_stride=3: 1 or 2"),
         ({"method": "ffvt", "args": {"depth": 1}}, "'ffvt' needs two blocks or more"),
         ({"method": "transfg", "stride": 17}, "stride=17 and patches of 16x16 pixels; give 1 to 16"),
         ({"method": "transfg", "stride": 0}, "stride=0 and patches of 16x16 pixels; give 1 to 16"),
@@ -803,6 +809,19 @@ def test_rams_encodes_the_crop_with_a_class_token_of_its_own(backbone):
     assert model.no_weight_decay() >= {"crop_token", "backbone.net.cls_token"}
 
 
+def test_rams_as_released_answers_by_its_first_token_and_begins_its_box_a_pixel_earlier():
+    model = spread(small_model("rams", args=DEEP | {"reg_tokens": 1}, released=True))
+    images = pictures(3, 3, 64, 64)
+    with torch.no_grad():
+        output, f = model(images), model.features(images, attention=True)
+        expected = select_component(glsim.METRICS["rams"](f), 1.2, (4, 4), (64, 64))
+        torch.testing.assert_close(output.logits, model.head(f.cls))
+        torch.testing.assert_close(output.embeddings["crop"], model.backbone.layers(output.crops)[-1][:, 1])
+    assert torch.equal(output.selection.boxes, (expected.boxes - torch.tensor([1, 1, 0, 0])).clamp(min=0))
+    objective(model.train()(images), torch.tensor([0, 1, 2])).backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+
+
 def test_rams_trains_both_class_tokens():
     model = build("rams").train()
     output = model(pictures(3, 3, 64, 64))
@@ -989,6 +1008,17 @@ def test_ielt_moves_the_shares_towards_what_the_refinement_keeps(monkeypatch):
     (main, answer), (assisting, other) = output.aux["cross_entropy"]
     assert (main, assisting) == (0.6, 0.4)  # the published weights
     assert torch.equal(answer, output.logits) and other.shape == answer.shape
+
+
+def test_ielt_takes_its_tokens_of_each_block_as_told():
+    model = spread(build("ielt", tokens=[2, 10], ballot=6, assisted=True))
+    block, _ = model.allot()
+    assert block.bincount().tolist() == [2, 10] and (model.tokens, model.votes, model.ballot) == (12, 4, 6)
+    (_, answer), (_, assist) = model.train()(pictures(2, 3, 64, 64)).aux["cross_entropy"]
+    model.assisted = False
+    model.shares.copy_(torch.tensor([2, 10]) / 12)
+    plain = model(pictures(2, 3, 64, 64)).logits
+    torch.testing.assert_close(answer, plain + assist.softmax(dim=1) * model.head.weight.sum(dim=1))
 
 
 def test_ielt_starts_from_the_published_shares():
@@ -1264,6 +1294,15 @@ def test_building_changes_nothing_in_a_network_with_batch_norm():
     assert backbone.training and all(m.training for m in backbone.modules())
     norms = [m for m in backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert len(norms) == 20 and all(not m.running_mean.any() and m.num_batches_tracked == 0 for m in norms)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50d"])
+def test_the_last_stage_of_a_resnet_may_keep_its_places(name):
+    small = {"layers": (1, 1, 1, 1), "channels": (4, 4, 4, 4)}
+    usual, kept = (build_backbone(name, 64, backbone_args=small, last_stride=stride) for stride in (None, 1))
+    assert usual.grid == (2, 2) and kept.grid == (4, 4) and kept.patch_size == (16, 16)
+    assert all(m.dilation == (1, 1) for m in kept.modules() if isinstance(m, torch.nn.Conv2d))
+    assert usual.state_dict().keys() == kept.state_dict().keys()
 
 
 def test_a_network_without_a_map_has_a_single_patch():
