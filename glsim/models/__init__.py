@@ -36,6 +36,8 @@ METHODS = {  # name -> module; imported when asked for, so that the names cost n
     "dcal": "glsim.models.dcal",
     "ielt": "glsim.models.ielt",
     "cal": "glsim.models.cal",
+    "pim": "glsim.models.pim",
+    "herbs": "glsim.models.herbs",
 }
 
 

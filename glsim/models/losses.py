@@ -136,6 +136,36 @@ def centre(given: tuple[Tensor, Tensor], labels: Tensor, label_smoothing: float,
     return difference.square().sum(dim=-1).mean()
 
 
+def background(
+    given: Sequence[tuple[float, Tensor]], labels: Tensor, label_smoothing: float, focal: float = 0.0
+) -> Tensor:
+    """PIM's loss of places that were not chosen (arXiv 2202.03822, eq. 4): tanh of their logits goes towards -1.
+
+    Args:
+        given: (weight, logits (B, n, C)) pairs; of each the mean squared difference.
+        labels, label_smoothing, focal: not used.
+    """
+    return torch.stack([weight * (logits.float().tanh() + 1).square().mean() for weight, logits in given]).sum()
+
+
+def refinement(
+    given: Sequence[tuple[float, float, Tensor, Tensor]], labels: Tensor, label_smoothing: float, focal: float = 0.0
+) -> Tensor:
+    """HERBS' high-temperature refinement (arXiv 2303.06442, eq. 3): classifiers follow later ones, softened.
+
+    KL(softmax(later / T) || softmax(earlier / T)), a mean over images, places and classes, no gradient to the later.
+
+    Args:
+        given: (weight, T, earlier, later), logits (B, S, C).
+        labels, label_smoothing, focal: not used.
+    """
+    losses = []
+    for weight, t, earlier, later in given:
+        target, log_p = (later.detach().float() / t).softmax(dim=-1), (earlier.float() / t).log_softmax(dim=-1)
+        losses.append(weight * F.kl_div(log_p, target, reduction="none").mean())
+    return torch.stack(losses).sum()
+
+
 # Terms by the name a model gives them in `Output.aux`: (what the model hands over, labels (B,), label smoothing).
 TERMS: dict[str, Callable[..., Tensor]] = {
     "cross_entropy": cross_entropy,
@@ -143,8 +173,11 @@ TERMS: dict[str, Callable[..., Tensor]] = {
     "supervised_contrastive": supervised_contrastive,
     "uncertainty": uncertainty,
     "centre": centre,
+    "background": background,
+    "refinement": refinement,
 }
-CLASSIFYING = {"cross_entropy", "uncertainty"}  # these take shares of classes as labels too, and the focal exponent
+# These take shares of classes as labels too, and the focal exponent, or read neither.
+CLASSIFYING = {"cross_entropy", "uncertainty", "background", "refinement"}
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float, focal: float) -> Tensor:

@@ -6,16 +6,18 @@ folder is checked. `golden_call` makes the call that loads it from its metadata,
 
 import json
 from argparse import Namespace
+from contextlib import contextmanager
 
 import pytest
 import torch
 from conftest import SHARED, choices, needs
 from safetensors import safe_open
 from safetensors.torch import load_file
+from timm.layers import DropPath
 
 import glsim
 from glsim.checkpoints.official import published_methods
-from glsim.models import cal
+from glsim.models import cal, herbs, pyramid
 from glsim.models.losses import objective
 from glsim.models.scores import above_mean, find_metric, mutual_attention
 
@@ -34,6 +36,9 @@ WORDS = {
     "select_num": "tokens",
     "votes": "ballot",
     "votes_kept": "votes",
+    "selects": "selects",
+    "loss_weights": "loss_weights",
+    "temperature": "temperature",
 }
 TENSORS = ("select_num",)  # sizes that stand among the tensors
 
@@ -64,11 +69,17 @@ def golden_call(name):
     truth, about = read(name)
     asks = published_methods()[method].asks
     about |= {key: truth[key].tolist() for key in TENSORS if key in truth}
-    return {"method": method} | {WORDS[key]: value for key, value in about.items() if WORDS.get(key) in asks}
+    words = {WORDS[key]: value for key, value in about.items() if WORDS.get(key) in asks}
+    return {"method": method} | {k: list(v.values()) if isinstance(v, dict) else v for k, v in words.items()}
 
 
 def load(name):
-    return glsim.load(GOLDEN / f"{name}.pth", **golden_call(name))
+    model = glsim.load(GOLDEN / f"{name}.pth", **golden_call(name))
+    CONVERSIONS[model.config.method] = model.conversion.used
+    return model
+
+
+CONVERSIONS = {}  # of the model that was loaded last, by method: a bundle no longer knows it
 
 
 @torch.inference_mode()
@@ -188,7 +199,122 @@ def check_rams(m, truth, about):
     m.eval()
 
 
+@contextmanager
+def training(m):
+    """Batch statistics without chance: no dropout, no drop path; the statistics are put back."""
+    still = {k: v.clone() for k, v in m.state_dict().items()}
+    for module in m.train().modules():
+        if isinstance(module, (torch.nn.Dropout, DropPath)):
+            module.eval()
+    yield
+    m.eval().load_state_dict(still)
+
+
+def same_gradients(m, loss, truth):
+    """Those of the published names that the golden holds, to 1e-4 of their largest entry."""
+    m.zero_grad()
+    loss.backward()
+    ours = dict(m.named_parameters())
+    wanted = {k.removeprefix("train_grad_"): v for k, v in truth.items() if k.startswith("train_grad_")}
+    assert wanted
+    for name, gradient in wanted.items():
+        found = ours[CONVERSIONS[m.config.method][name]].grad.view_as(gradient)
+        torch.testing.assert_close(found, gradient, atol=1e-4 * float(gradient.abs().max()), rtol=0)
+
+
+def as_places(x):
+    """A map (B, f, H, W) as places (B, S, f)."""
+    return x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
+
+
+def same(found, truth, name):
+    torch.testing.assert_close(found, truth[name], atol=1e-4, rtol=0)
+
+
+def check_pim(m, truth, about):
+    images, labels = truth["images"], truth["labels"]
+    with torch.inference_mode():
+        scales = m.backbone.scales(images)
+        maps = m.fpn([scale.tokens for scale in scales])
+        logits = [classify(x) for classify, x in zip(m.classify, maps)]
+        scores = [x.softmax(dim=-1).amax(dim=-1) for x in logits]
+        ranks = [pyramid.rank(s) for s in scores]
+        kept, left = (f(logits, ranks, m.counts) for f in (pyramid.take, pyramid.leave))
+        for i, layer in enumerate(f"layer{n}" for n in (1, 2, 3, 4)):
+            torch.testing.assert_close(scales[i].tokens, as_places(truth[f"backbone_{layer}"]), atol=1e-4, rtol=0)
+            torch.testing.assert_close(maps[i], as_places(truth[f"fpn_{layer}"]), atol=1e-4, rtol=0)
+            same(logits[i], truth, f"logits_{layer}")
+            same(scores[i].sort(dim=1, descending=True).values, truth, f"confidence_{layer}")
+            assert torch.equal(ranks[i][:, : m.counts[i]], truth[f"selected_{layer}"])
+            same(kept[i], truth, f"logits_select_{layer}")
+            if about["smallest_gap_all_ranks"] > 1e-5:
+                assert torch.equal(ranks[i], truth[f"ranks_{layer}"])
+                same(left[i], truth, f"logits_drop_{layer}")
+        output = m(images)
+        same(output.logits, truth, "logits_comb_outs")
+        answers = torch.stack([*(x.mean(dim=1) for x in logits), output.logits], dim=1).softmax(dim=-1)
+        same(answers, truth, "eval_scores")
+    check_training(m, truth, "bsnc")
+
+
+def check_herbs(m, truth, about):
+    images, labels = truth["images"], truth["labels"]
+    with torch.inference_mode():
+        scales = m.backbone.scales(images)
+        first = m.down([scale.tokens for scale in scales])
+        second = m.up(first)
+        earlier = [classify(x) for classify, x in zip(m.classify_down, first)]
+        logits = [classify(x) for classify, x in zip(m.classify, second)]
+        scores = [herbs.of_class(x) for x in logits]
+        ranks = [pyramid.rank(s) for s in scores]
+        for i, layer in enumerate(f"layer{n}" for n in (1, 2, 3, 4)):
+            same(scales[i].tokens, truth, f"backbone_{layer}")
+            same(first[i], truth, f"fpn_down_{layer}")
+            same(second[i], truth, f"fpn_up_{layer}")
+            same(earlier[i], truth, f"logits_FPN1_{layer}")
+            same(logits[i], truth, f"logits_{layer}")
+            same(scores[i].sort(dim=1, descending=True).values, truth, f"confidence_{layer}")
+            assert torch.equal(ranks[i][:, : m.counts[i]], truth[f"selected_{layer}"])
+            same(pyramid.take(logits, ranks, m.counts)[i], truth, f"logits_select_{layer}")
+        output = m(images)
+        same(output.logits, truth, "logits_comb_outs")
+        answers = [x.mean(dim=1) for pair in zip(logits, earlier) for x in pair]
+        same(torch.stack([*answers, output.logits], dim=1).softmax(dim=-1), truth, "eval_scores")
+    own = m.weights
+    with training(m), torch.no_grad():
+        m.weights = (1.0, 0.0, 0.0, 0.0, 0.0)
+        for epoch in (10, 35):
+            m.start_epoch(epoch)
+            same(objective(m(images), labels, 0.0), truth, f"train_loss_b0_epoch{epoch}")
+        m.start_epoch(0)
+        m.weights = own
+        for i, (_, _, x, _) in enumerate(m(images).aux["refinement"]):
+            same(x, truth, f"train_logits_FPN1_layer{i + 1}")
+    check_training(m, truth, ("b0", "b", "s", "n", "c"))
+
+
+def check_training(m, truth, terms):
+    """The training step: each term alone at weight 1, then their sum and its gradients."""
+    images, labels, own = truth["images"], truth["labels"], m.weights
+    with training(m):
+        for i, term in enumerate(terms):
+            m.weights = tuple(float(j == i) for j in range(len(terms)))
+            with torch.no_grad():
+                same(objective(m(images), labels, 0.0), truth, f"train_loss_{term}")
+        m.weights = own
+        output = m(images)
+        same(output.logits, truth, "train_logits_comb_outs")
+        whole = [x for _, x in output.aux["cross_entropy"]][:4]
+        for i, x in enumerate(whole):
+            same(x, {"": truth[f"train_logits_layer{i + 1}"].mean(dim=1)}, "")
+        loss = objective(output, labels, 0.0)
+        same(loss, truth, "train_loss")
+        same_gradients(m, loss, truth)
+
+
 CHECKS = {
+    "pim": check_pim,
+    "herbs": check_herbs,
     "glsim": check_glsim,
     "transfg": check_transfg,
     "ffvt": check_ffvt,
@@ -222,7 +348,7 @@ def test_every_key_is_accounted_for(name):
     used, ignored, missing = model.conversion
     assert set(used) | set(ignored) == keys and not set(used) & set(ignored) and missing == []
     made = published_methods()[method_of(name)].made
-    assert set(used.values()) | set(made) == set(model.state_dict())
+    assert set(used.values()) <= set(model.state_dict()) and set(model.state_dict()) - set(used.values()) <= set(made)
     assert "not part of this model" not in ignored.values()
     assert method_of(name) != "glsim" or "anchor_class_token" in ignored
 
