@@ -38,6 +38,8 @@ METHODS = {  # name -> module; imported when asked for, so that the names cost n
     "cal": "glsim.models.cal",
     "pim": "glsim.models.pim",
     "herbs": "glsim.models.herbs",
+    "r2trans": "glsim.models.r2trans",
+    "ifa": "glsim.models.ifa",
 }
 
 

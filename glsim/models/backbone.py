@@ -276,7 +276,9 @@ class MapBackbone(Backbone):
         if raw.ndim != 4:
             return Features(cls, cls[:, None], (1, 1), 0)
         rows, cols, width = raw.shape[1:] if self.of_tokens else (*raw.shape[2:], raw.shape[1])
-        places = (raw if self.of_tokens else raw.permute(0, 2, 3, 1)).reshape(-1, *((1, 1, width) if self.of_tokens else (width, 1, 1)))
+        places = (raw if self.of_tokens else raw.permute(0, 2, 3, 1)).reshape(
+            -1, *((1, 1, width) if self.of_tokens else (width, 1, 1))
+        )
         patches = self.net.forward_head(places, pre_logits=True).unflatten(0, (images.shape[0], rows * cols))
         return Features(cls, patches, (rows, cols), 0)
 

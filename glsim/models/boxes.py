@@ -195,9 +195,7 @@ def place_boxes(boxes: Tensor, size: Sequence[int], share: Tensor) -> Tensor:
     return torch.cat((start, start + lengths), dim=-1)
 
 
-def boxes_from_mask(
-    mask: Tensor, image_size: Sequence[int], padding: float = 0.0, rule: str = "inclusive"
-) -> Tensor:
+def boxes_from_mask(mask: Tensor, image_size: Sequence[int], padding: float = 0.0, rule: str = "inclusive") -> Tensor:
     """Draw the tightest box around what a mask holds.
 
     Args:

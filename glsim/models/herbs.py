@@ -1,4 +1,4 @@
-"""HERBS (Chou, Kao and Lin: Fine-grained Visual Classification with High-temperature Refinement .., arXiv 2303.06442)."""
+"""HERBS (Chou, Kao and Lin: Fine-grained Visual Classification with High-temperature .., arXiv 2303.06442)."""
 
 from __future__ import annotations
 

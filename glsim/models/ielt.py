@@ -91,7 +91,7 @@ class IELT(TokenModel):
 
 
 def another_block(backbone: Backbone) -> Block:
-    """A transformer block as wide as those of `backbone`; where they are ViT's own, of as many heads, as wide inside."""
+    """A transformer block as wide as those of `backbone`, with their heads and MLP where they are ViT's own."""
     last = backbone.net.blocks[-1]
     heads, ratio = count_heads(backbone.dim), 4.0
     if type(last) is Block:

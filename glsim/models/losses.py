@@ -166,6 +166,23 @@ def refinement(
     return torch.stack(losses).sum()
 
 
+def exclusion(
+    given: tuple[float, float, int, Tensor], labels: Tensor, label_smoothing: float, focal: float = 0.0
+) -> Tensor:
+    """IFA's mutual exclusion (ISCAS 2022): class tokens of different blocks are pushed apart, so it is below zero.
+
+    - weight T^2 sum over i of KL(softmax(c_(i+d) / T) || softmax(c_i / T)) over channels, a mean over images.
+
+    Args:
+        given: weight, T, d, and class tokens (B, D, L).
+        labels, label_smoothing, focal: not used.
+    """
+    weight, t, d, tokens = given
+    scaled = tokens.float().transpose(1, 2) / t  # B L D
+    target, log_p = scaled[:, d:].softmax(dim=-1), scaled[:, :-d].log_softmax(dim=-1)
+    return -weight * t**2 * F.kl_div(log_p, target, reduction="none").sum(dim=(1, 2)).mean()
+
+
 # Terms by the name a model gives them in `Output.aux`: (what the model hands over, labels (B,), label smoothing).
 TERMS: dict[str, Callable[..., Tensor]] = {
     "cross_entropy": cross_entropy,
@@ -175,9 +192,10 @@ TERMS: dict[str, Callable[..., Tensor]] = {
     "centre": centre,
     "background": background,
     "refinement": refinement,
+    "exclusion": exclusion,
 }
 # These take shares of classes as labels too, and the focal exponent, or read neither.
-CLASSIFYING = {"cross_entropy", "uncertainty", "background", "refinement"}
+CLASSIFYING = {"cross_entropy", "uncertainty", "background", "refinement", "exclusion"}
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float, focal: float) -> Tensor:

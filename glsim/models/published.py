@@ -1,8 +1,8 @@
 """Published checkpoints: what the file of a method declares of those that its authors hand out (`PUBLISHED`).
 
 A declaration says by which names tensors stand there, what of a model their shapes tell, and what a file does not hold
-and has to be asked for. Names are turned into those of this package; timm's may be given without `backbone.net.`, query,
-key and value apart, and the last block as `blocks.last`. `glsim.checkpoints.official` reads files by it.
+and has to be asked for. Names are turned into those of this package; timm's may be given without `backbone.net.`,
+query, key and value apart, and the last block as `blocks.last`. `glsim.checkpoints.official` reads files by it.
 """
 
 from __future__ import annotations
@@ -148,6 +148,5 @@ def refuse(file: File, arguments: Mapping[str, Any]) -> None:
     """DataError for a file trained with another value than the only one this package computes the same way."""
     for name, value in arguments.items():
         if file.arguments.get(name, value) != value:
-            raise DataError(
-                f"{file.path} was trained with {name}={file.arguments[name]!r}, which has no equal here (only {value!r})"
-            )
+            found = file.arguments[name]
+            raise DataError(f"{file.path} was trained with {name}={found!r}, which has no equal here (only {value!r})")

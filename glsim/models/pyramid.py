@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class Pyramid(nn.Module):
         self.project = nn.ModuleList(
             nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, width)) for _, dim in shapes
         )
-        pairs = [(a, b) if upwards else (b, a) for (a, _), (b, _) in zip(shapes, shapes[1:], strict=False)]
+        pairs = [(a, b) if upwards else (b, a) for (a, _), (b, _) in pairwise(shapes)]
         self.resample = nn.ModuleList(
             nn.Conv1d(start, end, 1) if learned and (always or start != end) else nn.Identity() for start, end in pairs
         )
@@ -74,9 +75,7 @@ class PlaceClassifier(nn.Sequential):
     """Two 1x1 convolutions with batch norm and ReLU between, at every place of a map."""
 
     def __init__(self, width: int, num_classes: int) -> None:
-        super().__init__(
-            nn.Conv1d(width, width, 1), nn.BatchNorm1d(width), nn.ReLU(), nn.Conv1d(width, num_classes, 1)
-        )
+        super().__init__(nn.Conv1d(width, width, 1), nn.BatchNorm1d(width), nn.ReLU(), nn.Conv1d(width, num_classes, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, f) -> logits (B, S, C)."""

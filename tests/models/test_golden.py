@@ -39,9 +39,11 @@ WORDS = {
     "selects": "selects",
     "loss_weights": "loss_weights",
     "temperature": "temperature",
+    "distance": "distance",
+    "lambda": "threshold",
+    "norm_eps": "norm_eps",
 }
 TENSORS = ("select_num",)  # sizes that stand among the tensors
-
 
 
 def method_of(name):
@@ -134,13 +136,14 @@ def check_cal(m, truth, about):
         torch.testing.assert_close(output.crops, truth[f"crop_{name}"], atol=1e-4, rtol=0)
         f, maps, vector, logits = m.look(output.crops)
         torch.testing.assert_close(logits, truth[f"logits_crop_{name}"], atol=1e-4, rtol=0)
-        torch.testing.assert_close(m.look_and_compare(output.crops)[2], truth[f"logits_crop_effect_{name}"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            m.look_and_compare(output.crops)[2], truth[f"logits_crop_effect_{name}"], atol=1e-4, rtol=0
+        )
         if views == 2:
             wanted = (truth["logits_raw"] + truth[f"logits_crop_{name}"]) / 2
             torch.testing.assert_close(output.logits, wanted, atol=1e-4, rtol=0)
     m.views = 8
     f, maps, vector, logits = m.look(images)
-    rows, cols = f.grid
     torch.testing.assert_close(maps.transpose(1, 2).unflatten(2, f.grid), truth["attention_maps"], atol=1e-4, rtol=0)
     torch.testing.assert_close(f.patches.transpose(1, 2).unflatten(2, f.grid), truth["feature_map"], atol=1e-4, rtol=0)
     torch.testing.assert_close(vector, truth["feature_matrix"], atol=1e-4, rtol=0)
@@ -155,7 +158,7 @@ def check_ielt(m, truth, about):
     images, labels = truth["images"], truth["labels"]
     with torch.inference_mode():
         stages = [stage.features for stage in m.backbone.stages(images)]
-        block, rank = m.allot()
+        block, _ = m.allot()
         assert block.bincount().tolist() == truth["select_num"].tolist()
         for i, f in enumerate(stages):
             torch.testing.assert_close(f.attention_logits[-1].softmax(-1), truth[f"attention_{i}"], atol=1e-5, rtol=0)
@@ -232,11 +235,11 @@ def same(found, truth, name):
 
 
 def check_pim(m, truth, about):
-    images, labels = truth["images"], truth["labels"]
+    images = truth["images"]
     with torch.inference_mode():
         scales = m.backbone.scales(images)
         maps = m.fpn([scale.tokens for scale in scales])
-        logits = [classify(x) for classify, x in zip(m.classify, maps)]
+        logits = [classify(x) for classify, x in zip(m.classify, maps, strict=True)]
         scores = [x.softmax(dim=-1).amax(dim=-1) for x in logits]
         ranks = [pyramid.rank(s) for s in scores]
         kept, left = (f(logits, ranks, m.counts) for f in (pyramid.take, pyramid.leave))
@@ -263,8 +266,8 @@ def check_herbs(m, truth, about):
         scales = m.backbone.scales(images)
         first = m.down([scale.tokens for scale in scales])
         second = m.up(first)
-        earlier = [classify(x) for classify, x in zip(m.classify_down, first)]
-        logits = [classify(x) for classify, x in zip(m.classify, second)]
+        earlier = [classify(x) for classify, x in zip(m.classify_down, first, strict=True)]
+        logits = [classify(x) for classify, x in zip(m.classify, second, strict=True)]
         scores = [herbs.of_class(x) for x in logits]
         ranks = [pyramid.rank(s) for s in scores]
         for i, layer in enumerate(f"layer{n}" for n in (1, 2, 3, 4)):
@@ -278,7 +281,7 @@ def check_herbs(m, truth, about):
             same(pyramid.take(logits, ranks, m.counts)[i], truth, f"logits_select_{layer}")
         output = m(images)
         same(output.logits, truth, "logits_comb_outs")
-        answers = [x.mean(dim=1) for pair in zip(logits, earlier) for x in pair]
+        answers = [x.mean(dim=1) for pair in zip(logits, earlier, strict=True) for x in pair]
         same(torch.stack([*answers, output.logits], dim=1).softmax(dim=-1), truth, "eval_scores")
     own = m.weights
     with training(m), torch.no_grad():
@@ -312,7 +315,50 @@ def check_training(m, truth, terms):
         same_gradients(m, loss, truth)
 
 
+@torch.inference_mode()
+def check_ifa(m, truth, about):
+    images, labels = truth["images"], truth["labels"]
+    layers = m.backbone.layers(images)[:-1]
+    same(torch.stack([x[:, 0] for x in layers], dim=1), truth, "class_tokens")
+    same(layers[-1], truth, "tokens_last")
+    same(m(images).logits, truth, "logits")
+    same(objective(m.train()(images), labels, 0.0), truth, "loss_classification")
+    m.exclusion = 1.0
+    aux = m(images).aux
+    m.exclusion = 0.0
+    m.eval()
+    same(-objective(glsim.Output(None, aux={"exclusion": aux["exclusion"]}), labels), truth, "loss_exclusion")
+
+
+@torch.inference_mode()
+def check_r2trans(m, truth, about):
+    images, labels = truth["images"], truth["labels"]
+    output, f = m(images), m.features(images, attention="maps")
+    for i, attention in enumerate(f.attention_maps):
+        torch.testing.assert_close(attention, truth[f"attention_{i}"], atol=1e-5, rtol=0)
+    scores, keep = m.judge(f)
+    same(scores, truth, "map")
+    below = (scores < about["lambda"] * scores.mean(dim=1, keepdim=True)).sum(dim=1)
+    assert torch.equal(below, truth["below_mean"]) and keep.shape[1] - keep.sum(dim=1).unique() == truth["num_mask"]
+    kept = torch.stack([row.nonzero()[:, 0] + 1 for row in keep])
+    assert torch.equal(kept, truth["kept_tokens"].long())
+    assert torch.equal(output.selection.indices[:, : kept.shape[1]].sort(dim=1).values + 1, kept)
+    same(output.logits, truth, "logits")
+    same(f.cls, truth, "class_token")
+    same(m.encode_kept(images, keep), truth, "class_token_masked")
+    m.answer = "sum"
+    same(m(images).logits, truth, "logits_sum")
+    m.answer = "first"
+    three = m.train()(images).aux["cross_entropy"]
+    m.eval()
+    for (_, logits), name in zip(three, ("", "_masked", "_concat"), strict=True):
+        same(logits, truth, f"logits{name}")
+        same(torch.nn.functional.cross_entropy(logits, labels), truth, f"loss{name}")
+
+
 CHECKS = {
+    "ifa": check_ifa,
+    "r2trans": check_r2trans,
     "pim": check_pim,
     "herbs": check_herbs,
     "glsim": check_glsim,
@@ -343,10 +389,11 @@ def test_every_key_is_accounted_for(name):
     with torch.serialization.safe_globals([Namespace]):
         file = torch.load(GOLDEN / f"{name}.pth", weights_only=True)
     inner = next((file[k] for k in ("model", "state_dict", "net_state_dict") if k in file), file)
-    keys = {k.removeprefix("module.").removeprefix("model.") for k in inner}
-    keys |= {k for k, v in file.items() if isinstance(v, torch.Tensor)}
+    keys = set(inner) | {k for k, v in file.items() if isinstance(v, torch.Tensor)}
     used, ignored, missing = model.conversion
-    assert set(used) | set(ignored) == keys and not set(used) & set(ignored) and missing == []
+    plain = [{k.removeprefix("module.").removeprefix("model.") for k in names} for names in (keys, {*used, *ignored})]
+    assert plain[0] == plain[1] and len(keys) == len(used) + len(ignored)
+    assert not set(used) & set(ignored) and missing == []
     made = published_methods()[method_of(name)].made
     assert set(used.values()) <= set(model.state_dict()) and set(model.state_dict()) - set(used.values()) <= set(made)
     assert "not part of this model" not in ignored.values()
@@ -389,7 +436,11 @@ def test_sizes_default_to_the_paper_s_and_positions_are_resampled():
         ("transfg", {"patch_size": 8}, "was made for patches of 16 pixels"),
         ("transfg", {"num_heads": 3}, "num_heads=3: the width of .* is 64"),
         ("ffvt", {"top_k": 17}, "top_k=17, but the grid of the backbone has 16 patches"),
-        ("ielt", {}, r"ielt.pth does not hold num_heads, how many .*: give it \(num_heads=.. in Python, --options.num_heads"),
+        (
+            "ielt",
+            {},
+            r"ielt.pth does not hold num_heads, how many .*: give it \(num_heads=.. in Python, --options.num_heads",
+        ),
         ("cal", {"views": 3}, "unknown number of views 3"),
         ("plain", {}, f"unknown published method 'plain'; {choices(published_methods())}$"),
     ],

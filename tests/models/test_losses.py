@@ -35,8 +35,19 @@ def naive_cos(u, v):
 def test_every_term_has_a_test():
     assert set(TERMS) == {
         *("cross_entropy", "contrastive", "supervised_contrastive", "uncertainty", "centre"),
-        *("background", "refinement"),
+        *("background", "refinement", "exclusion"),
     }
+
+
+def test_exclusion_agrees_with_a_loop():
+    tokens = torch.randn(2, 4, 5, generator=generator())  # B D L
+    loss = TERMS["exclusion"]((0.5, 2.0, 2, tokens), torch.tensor([0, 1]), 0.1)
+    total = 0.0
+    for image in tokens.tolist():
+        shares = [[math.exp(row[i] / 2) / sum(math.exp(r[i] / 2) for r in image) for row in image] for i in range(5)]
+        for i in range(3):
+            total += sum(a * math.log(a / b) for a, b in zip(shares[i + 2], shares[i], strict=True))
+    assert loss.item() == pytest.approx(-0.5 * 4 * total / 2, rel=1e-4)
 
 
 @pytest.mark.parametrize("labels", [torch.tensor([1, 0]), torch.tensor([[0.5, 0.5], [1.0, 0.0]])])

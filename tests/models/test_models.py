@@ -133,6 +133,7 @@ def expected_patches(method, metric, backbone):
         "dcal": max(1, round(0.1 * patches)),
         "ielt": 4,
         "cal": 32,
+        "r2trans": patches,
         "pim": min(32, (patches + backbone.skip) // 2),  # of the last map
         "herbs": min(32, (patches + backbone.skip) // 2),
     }[method]
@@ -144,7 +145,8 @@ ONE_OF_EACH = {
     "vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "eva02_tiny_patch14_224", "beit_base_patch16_224",
     "vit_base_patch16_siglip_224", "test_vit2", *MAPS,
 }  # fmt: skip
-SPARED = {case for case in PAIRS if "scales" in find_method(case[0]).needs and case[2] not in ONE_OF_EACH}
+NEW_ONES = {"pim", "herbs", "r2trans", "ifa"}
+SPARED = {case for case in PAIRS if case[0] in NEW_ONES and case[2] not in ONE_OF_EACH}
 PAIRS -= SPARED
 
 
@@ -199,7 +201,7 @@ def test_contract(method, metric, backbone, tmp_path):
     assert output.logits.std(dim=0).min() > 0  # the images are told apart
     assert not output.aux and set(output.embeddings) <= set(find_method(method).embeddings)
     chosen = output.selection
-    assert (chosen is None) == (method == "plain")
+    assert (chosen is None) == (method in ("plain", "ifa"))
     if chosen is not None:
         rows, cols = chosen.grid
         assert chosen.grid == model.backbone.grid
@@ -415,8 +417,16 @@ def test_wrong_names_list_the_choices(arguments, message):
         ({"method": "pim", "selects": [5, 18]}, r"selects=\[5, 18\]: one number above 0, .* at most \[17, 17\]"),
         ({"method": "pim", "selects": 0}, "selects=0: one number above 0"),
         ({"method": "pim", "width": 0}, "width=0: 1 or more"),
-        ({"method": "pim", "loss_weights": [1, 0]}, r"loss_weights=\[1, 0\]: numbers from 0 on are needed, of mean logits"),
+        (
+            {"method": "pim", "loss_weights": [1, 0]},
+            r"loss_weights=\[1, 0\]: numbers from 0 on are needed, of mean logits",
+        ),
         ({"method": "pim", "answer": "x"}, "unknown answer 'x'; choose from: combined, mean"),
+        (
+            {"method": "ifa", "exclusion": 0.1, "distance": 2},
+            "exclusion=0.1, distance=2, temperature=1.0: from 0, 1 to 1, above 0",
+        ),
+        ({"method": "r2trans", "answer": "both"}, "answer='both', threshold=1.0: first or sum is needed"),
         ({"method": "herbs", "halve_every": 0}, "width=512, temperature=64.0, halve_every=0: above 0 is needed"),
         ({"method": "transfg", "stride": 17}, "stride=17 and patches of 16x16 pixels; give 1 to 16"),
         ({"method": "transfg", "stride": 0}, "stride=0 and patches of 16x16 pixels; give 1 to 16"),
@@ -456,6 +466,7 @@ def test_embeddings_are_what_the_answer_was_read_from(method):
     images = pictures(3, 3, 64, 64)
     read = {
         "plain": lambda v: model.head(v["global"]),
+        "r2trans": lambda v: model.head(v["global"]),
         "glsim": lambda v: model.head.linear(v["fused"]),
         "cal": lambda v: model.head(100 * v["fused"]),
         "dcal": lambda v: torch.logaddexp(
@@ -1084,6 +1095,48 @@ def test_ielt_agrees_with_a_loop(shares):
             torch.testing.assert_close(output.logits[b], model.head(last[0, 0]), atol=1e-4, rtol=1e-4)
 
 
+# --- R2-Trans and IFA -----------------------------------------------------------------------------------------------
+
+
+def test_what_no_query_sees_is_as_if_it_were_not_there():
+    """The patches that stay, walked through a plain ViT alone, each with its own position."""
+    model = spread(build("r2trans", answer="sum"))
+    net, images = model.backbone.net, pictures(3, 3, 64, 64)
+    with torch.no_grad():
+        f = model.features(images, attention="maps")
+        scores, keep = model.judge(f)
+        received = sum(a.mean(dim=1)[:, 1:, 1:].sum(dim=1) for a in f.attention_maps) / 3
+        torch.testing.assert_close(scores, F.layer_norm(received, (16,), model.norm.weight, model.norm.bias).sigmoid())
+        assert keep.sum(dim=1).tolist() == [16 - sum(row < row.mean()) for row in scores]
+        output = model(images)
+        for b in range(3):
+            kept = keep[b].nonzero()[:, 0]
+            assert sorted(i for i in output.selection.indices[b].tolist() if i >= 0) == kept.tolist()
+            x = unfolded(net, images[b, None])[:, kept] + net.pos_embed[:, 1 + kept]
+            x = torch.cat((net.cls_token + net.pos_embed[:, :1], x), dim=1)
+            second = net.norm(net.blocks(x))[0, 0]
+            both = model.both(torch.cat((f.cls[b], second)))
+            wanted = 4 * model.head(f.cls[b]) + 4 * model.head(second) + 2 * both
+            torch.testing.assert_close(output.logits[b], wanted, atol=1e-3, rtol=1e-3)
+        model.batch_share = True
+        counts = model.judge(f)[1].sum(dim=1)
+    assert counts.unique().tolist() == [16 - int((~keep).sum() / 3)]
+
+
+def test_ifa_reads_the_class_tokens_of_all_blocks():
+    model = spread(build("ifa", exclusion=0.01, distance=1))
+    net, images = model.backbone.net, pictures(2, 3, 64, 64)
+    states, _ = walk(net, images, unfolded(net, images))
+    tokens = torch.stack([x[:, 0] for x in states], dim=2)
+    vector = F.relu(tokens @ model.mix.weight[0] + model.mix.bias)
+    vector = F.layer_norm(vector, (64,), model.norm.weight, model.norm.bias, 1e-12)
+    output = model.train()(images)
+    torch.testing.assert_close(output.logits, model.head(vector), atol=1e-4, rtol=1e-4)
+    weight, t, d, given = output.aux["exclusion"]
+    assert (weight, t, d) == (0.01, 1.0, 1)
+    torch.testing.assert_close(given, tokens, atol=1e-4, rtol=1e-4)
+
+
 # --- PIM and HERBS --------------------------------------------------------------------------------------------------
 
 
@@ -1123,7 +1176,9 @@ def test_places_are_chosen_in_order_and_combined_as_a_loop_does(method, backbone
                 best = sorted(range(len(score)), key=lambda i, score=score: -score[i])[:k]
                 chosen += [x[b, i] for i in best]
             assert output.selection.indices[b].tolist() == [max(i - model.backbone.skip, -1) for i in best]
-            torch.testing.assert_close(output.logits[b], naive_combine(model, torch.stack(chosen)), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                output.logits[b], naive_combine(model, torch.stack(chosen)), atol=1e-4, rtol=1e-4
+            )
 
 
 @pytest.mark.parametrize("upwards", [False, True])
@@ -1157,7 +1212,9 @@ def test_a_pyramid_adds_what_it_has_summed(upwards):
 
 
 def test_the_maps_of_a_swin_are_taken_after_the_merging_that_ends_a_stage():
-    backbone = build_backbone("swin_tiny_patch4_window7_224", 64, backbone_args=SMALL_MAPS["swin_tiny_patch4_window7_224"])
+    backbone = build_backbone(
+        "swin_tiny_patch4_window7_224", 64, backbone_args=SMALL_MAPS["swin_tiny_patch4_window7_224"]
+    )
     images = pictures(2, 3, 64, 64)
     with torch.no_grad():
         between = backbone.eval().net.forward_intermediates(images, intermediates_only=True)
