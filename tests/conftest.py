@@ -105,6 +105,9 @@ def small_model(
         for module in model.modules():
             if isinstance(module, torch.nn.Linear) and not module.weight.any():
                 torch.nn.init.normal_(module.weight, std=0.5)
+        for name, p in model.named_parameters():
+            if name.endswith("combiner.alpha"):  # which gates what it multiplies, and starts at zero
+                torch.nn.init.constant_(p, 0.5)
     return model
 
 

@@ -137,9 +137,8 @@ def load(source: str | Path, **overrides: Any) -> Model:
         source: a bundle folder, `hf-hub:owner/name` (or `owner/name@revision`), `local-dir:path`, an official `.pth`,
             or an exported `.onnx`, which answers and does nothing else.
         overrides: `image_size` (positions are resampled) or options of the method (`top_o=16`). For a `.pth`, `method`
-            names the publisher's model ("glsim", "transfg", "ffvt"); TransFG's and FFVT's files do not hold
-            `num_heads`, `image_size`, `patch_size`, `stride` and `top_k`, which default to those of the published
-            ViT-B/16.
+            names the publisher's model; sizes that its file does not hold are given too (`num_heads=12`), and named by
+            the error where they have no usual value.
 
     Returns:
         The model in eval mode; of a `.pth`, its `conversion` tells which keys were used.

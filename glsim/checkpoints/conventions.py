@@ -18,9 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from glsim.checkpoints.tensors import read_tensors
 from glsim.files import one_line
+from glsim.models.published import GLSIM_AUTHORS, VIT_AUTHORS, Table
 from glsim.types import DataError
-
-Table = tuple[tuple[str, str], ...]  # pattern -> replacement, of a part of the name; all of them, from the top
 
 
 class Convention(NamedTuple):
@@ -108,31 +107,12 @@ FLAX: Table = (
     (r"MultiHeadDotProductAttention_\d/out/", "attn.proj."),
     (r"(?:kernel|scale)$", "weight"),
 )
-GLSIM_AUTHORS: Table = (
-    (r"^class_token$", "cls_token"),
-    (r"^positional_embedding\.pos_embedding$", "pos_embed"),
-    (r"^patch_embedding\.", "patch_embed.proj."),
-    (r"^encoder\.blocks", "blocks"),
-    (r"^encoder_norm", "norm"),
-    (r"^aggregator_norm", "aggregator.norm"),
-    (r"(blocks\.\d+\.)proj\.", r"\1attn.proj."),
-    (r"attn\.proj_([qkv])", r"attn.\1"),
-    (r"pwff\.", "mlp."),
-)
 # TransFG and FFVT, whose last block and norm have names of their own.
 TRANSFG_AUTHORS: Table = (
-    (r"^transformer\.embeddings\.patch_embeddings", "patch_embed.proj"),
-    (r"^transformer\.embeddings\.position_embeddings", "pos_embed"),
-    (r"^transformer\.embeddings\.", ""),
-    (r"^transformer\.encoder\.layer\.", "blocks."),
     (r"^transformer\.encoder\.(?:part_layer|ff_last_layer)", "blocks.last"),
     (r"^transformer\.encoder\.(?:part_norm|ff_encoder_norm|encoder_norm)", "norm"),
     (r"^part_head", "head"),
-    (r"attn\.([qkv])(?:uery|ey|alue)\b", r"attn.\1"),
-    (r"attn\.out", "attn.proj"),
-    (r"attention_norm", "norm1"),
-    (r"ffn_norm", "norm2"),
-    (r"ffn\.", "mlp."),
+    *VIT_AUTHORS,
 )
 _MLP: Table = ((r"mlp\.up_proj", "mlp.fc1"), (r"mlp\.down_proj", "mlp.fc2"))
 _GATED: Table = ((r"mlp\.gate_proj", "mlp.w1"), (r"mlp\.up_proj", "mlp.w2"), (r"mlp\.down_proj", "mlp.w3"))
@@ -347,10 +327,10 @@ def rename(stored: Mapping[str, Tensor], convention: Convention) -> dict[str, Te
         for pattern, new in convention.table:
             name = re.sub(pattern, new, name)
         named[convention.prefix + name] = _from_flax(name, tensor) if convention.table is FLAX else tensor
-    return _number_last(_join(named)) if convention.table else named
+    return number_last(join_qkv(named)) if convention.table else named
 
 
-def _join(named: dict[str, Tensor]) -> dict[str, Tensor]:
+def join_qkv(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Query, key and value as one tensor; where a key has no bias, as timm's networks have them."""
     joined = {}
     for name, tensor in named.items():
@@ -367,7 +347,7 @@ def _join(named: dict[str, Tensor]) -> dict[str, Tensor]:
     return joined
 
 
-def _number_last(named: dict[str, Tensor]) -> dict[str, Tensor]:
+def number_last(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`blocks.last` as the block behind the numbered ones."""
     depth = len({name.split(".")[1] for name in named if re.match(r"blocks\.\d", name)})
     return {name.replace("blocks.last", f"blocks.{depth}"): tensor for name, tensor in named.items()}

@@ -37,7 +37,7 @@ def convert_checkpoint(
     Args:
         checkpoint: the authors' `.pth` file.
         bundle: folder to make.
-        method: whose checkpoint it is: glsim, transfg or ffvt.
+        method: of which it is, a name of `glsim.checkpoints.official:published_methods`.
         options: what the file does not hold, as `num_heads` and `stride`.
         labels: text file with one class name a line, in the order of the logits.
 

@@ -1,10 +1,11 @@
-"""`glsim convert`: a bundle from a checkpoint of the authors of GLSim, TransFG or FFVT."""
+"""`glsim convert`: a bundle from a checkpoint of the authors of a method."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from glsim.cli.options import Lines, Settings, positional, setting
+from glsim.models import METHODS
 
 if TYPE_CHECKING:
     from glsim.checkpoints.convert import ConvertedCheckpoint
@@ -14,11 +15,11 @@ CALL = "glsim.checkpoints.convert:convert_checkpoint"
 
 
 class Options(Settings):
-    """Turn a checkpoint of the GLSim, TransFG or FFVT authors into a bundle, reporting every key used or ignored."""
+    """Turn a checkpoint of a method's authors into a bundle, reporting every key used or ignored."""
 
     checkpoint: str = positional("official .pth file", path="reads")
     bundle: str = positional("folder to make", path="folder")
-    method: Literal["glsim", "transfg", "ffvt"] = setting("glsim", "whose checkpoint it is")
+    method: str = setting("glsim", "of which method it is", choices=METHODS)
     options: dict[str, Any] = setting({}, "what the file does not hold, as --options.num_heads 12 --options.stride 12")
     labels: str | None = setting(None, "text file with one class name a line, in the order of the logits", path="reads")
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from glsim.models.base import Model
+    from glsim.models.published import Published
 
 BACKBONE = "vit_base_patch16_224"
 METHODS = {  # name -> module; imported when asked for, so that the names cost nothing
@@ -35,6 +36,10 @@ METHODS = {  # name -> module; imported when asked for, so that the names cost n
     "dcal": "glsim.models.dcal",
     "ielt": "glsim.models.ielt",
     "cal": "glsim.models.cal",
+    "pim": "glsim.models.pim",
+    "herbs": "glsim.models.herbs",
+    "r2trans": "glsim.models.r2trans",
+    "ifa": "glsim.models.ifa",
 }
 
 
@@ -49,6 +54,7 @@ class Method(NamedTuple):
     backbone: str = BACKBONE  # its default
     encoder: dict[str, Any] = {}  # its defaults for options of the encoder
     words: dict[str, dict[str, dict[str, Any]]] = {}  # option -> value -> the options that it stands for
+    published: Published | None = None  # how its authors store it, where checkpoints of theirs can be read
 
 
 def find_method(name: str) -> Method:

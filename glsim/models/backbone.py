@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
 from timm.layers import DropPath
+from timm.models._manipulate import checkpoint_seq
 from timm.models.beit import Beit
 from timm.models.eva import Eva
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -39,6 +41,18 @@ class Stage(NamedTuple):
     features: Features  # the same with names; attention is that of the blocks so far
 
 
+class Scale(NamedTuple):
+    """One of the maps of a network: those of a stage, or all tokens after a block, before the final norm."""
+
+    tokens: Tensor  # (B, S, d): prefix, and patches row by row
+    grid: tuple[int, int]  # of its patches
+    prefix: int  # tokens before the first patch
+
+
+MOST_SCALES = 4
+END = ("norm", "fc_norm", "attn_pool", "head", "conv_head", "bn2")  # timm's names of what comes after the last block
+
+
 class Backbone(nn.Module):
     """Adapter over a timm `VisionTransformer`, `Eva` or `Beit` built with `num_classes=0`.
 
@@ -46,6 +60,7 @@ class Backbone(nn.Module):
     """
 
     has_attention = True  # of a kind that metrics can read
+    of_tokens = True  # whether its maps are tokens, and not channels of a convolution
     frozen: Sequence[nn.Module] = ()  # parts that stay in evaluation while the others are trained
 
     def __init__(self, net: Any) -> None:
@@ -139,6 +154,32 @@ class Backbone(nn.Module):
         raw = [torch.cat((prefix, patches), dim=1) for patches, prefix in between] if self.skip else list(between)
         return [*raw, self.norm(self.net.norm(raw[-1]))]
 
+    def scales(self, images: Tensor) -> list[Scale]:
+        """The tokens after each of the last four blocks, or of as many as there are."""
+        between = self.net.forward_intermediates(
+            images,
+            indices=min(MOST_SCALES, self.depth),
+            return_prefix_tokens=self.skip > 0,
+            output_fmt="NLC",
+            intermediates_only=True,
+        )
+        raw = [torch.cat((prefix, patches), dim=1) for patches, prefix in between] if self.skip else between
+        return [Scale(tokens, self.grid_of(images), self.skip) for tokens in raw]
+
+    def scale_shapes(self) -> list[tuple[int, int]]:
+        """Places and width of each of `scales`, for images of the usual size."""
+        return [(self.skip + self.grid[0] * self.grid[1], self.dim)] * min(MOST_SCALES, self.depth)
+
+    def scale_grids(self) -> list[tuple[int, int]]:
+        """Rows and columns of each of them."""
+        return [self.grid] * min(MOST_SCALES, self.depth)
+
+    def leave_end_frozen(self) -> None:
+        """Have what comes after the last block not trained: methods that read `scales` alone have no loss on it."""
+        for name in END:
+            if isinstance(part := getattr(self.net, name, None), nn.Module):
+                part.requires_grad_(False)
+
     def last_block(self, tokens: Tensor, chosen: Tensor, index: Tensor, grid: tuple[int, int]) -> Tensor:
         """The last block over some of the tokens.
 
@@ -213,6 +254,7 @@ class MapBackbone(Backbone):
         self.skip = self.num_prefix = self.depth = 0
         self.attention_pool = getattr(net, "attn_pool", None) is not None
         self.pooled, self.image_size, self.any_size = True, image_size, any_size
+        self.of_tokens = str(getattr(net, "output_fmt", "NCHW")) == "NHWC"
         f = self._look(torch.zeros(1, 3, *image_size))
         self.dim, self.grid = f.cls.shape[1], f.grid
         self.patch_size = (image_size[0] // f.grid[0], image_size[1] // f.grid[1])
@@ -233,11 +275,47 @@ class MapBackbone(Backbone):
         cls = self.net.forward_head(raw, pre_logits=True)
         if raw.ndim != 4:
             return Features(cls, cls[:, None], (1, 1), 0)
-        last = str(getattr(self.net, "output_fmt", "NCHW")) == "NHWC"
-        rows, cols, width = raw.shape[1:] if last else (*raw.shape[2:], raw.shape[1])
-        places = (raw if last else raw.permute(0, 2, 3, 1)).reshape(-1, *((1, 1, width) if last else (width, 1, 1)))
+        rows, cols, width = raw.shape[1:] if self.of_tokens else (*raw.shape[2:], raw.shape[1])
+        places = (raw if self.of_tokens else raw.permute(0, 2, 3, 1)).reshape(
+            -1, *((1, 1, width) if self.of_tokens else (width, 1, 1))
+        )
         patches = self.net.forward_head(places, pre_logits=True).unflatten(0, (images.shape[0], rows * cols))
         return Features(cls, patches, (rows, cols), 0)
+
+    def scales(self, images: Tensor) -> list[Scale]:
+        """The maps of the last four stages; of Swin as PIM's authors take them, after the merging that ends a stage."""
+        if isinstance(self.net, SwinTransformer):
+            maps = self._merged(images)
+        else:
+            count = min(MOST_SCALES, len(self.net.feature_info))
+            maps = self.net.forward_intermediates(images, indices=count, intermediates_only=True, output_fmt="NCHW")
+            maps = [x.permute(0, 2, 3, 1) for x in maps]
+        return [Scale(x.flatten(1, 2), (x.shape[1], x.shape[2]), 0) for x in maps]
+
+    def _merged(self, images: Tensor) -> list[Tensor]:
+        """Of a Swin what the second stage and all after it begin with, and what the last one ends with (B, h, w, d)."""
+        x, maps = self.net.patch_embed(images), []
+        for i, stage in enumerate(self.net.layers):
+            x = stage.downsample(x)
+            maps += [x] if i else []
+            x = checkpoint_seq(stage.blocks, x) if stage.grad_checkpointing else stage.blocks(x)
+        return [*maps, x][-MOST_SCALES:]
+
+    def scale_shapes(self) -> list[tuple[int, int]]:
+        """Places and width of each of `scales`, for images of the usual size."""
+        return [(rows * cols, width) for rows, cols, width in self._sizes]
+
+    def scale_grids(self) -> list[tuple[int, int]]:
+        """Rows and columns of each of them."""
+        return [(rows, cols) for rows, cols, _ in self._sizes]
+
+    @cached_property
+    @torch.no_grad()
+    def _sizes(self) -> list[tuple[int, int, int]]:
+        was_training = self.net.training
+        scales = self.eval().scales(torch.zeros(1, 3, *self.image_size))
+        self.train(was_training)
+        return [(*scale.grid, scale.tokens.shape[2]) for scale in scales]
 
     def class_token(self, images: Tensor) -> Tensor:
         """The pooled vector (B, D) alone."""
@@ -293,12 +371,23 @@ def lacks_places(backbone: Backbone) -> str:
     return "needs a feature map of several places; choose another backbone or larger images" if one else ""
 
 
+def lacks_scales(backbone: Backbone) -> str:
+    """What to say where there are no several maps; "" where there are."""
+    if isinstance(backbone, MapBackbone):
+        info = getattr(backbone.net, "feature_info", ())
+        several = hasattr(backbone.net, "forward_intermediates") and len(info) > 1 and backbone.grid != (1, 1)
+    else:
+        several = backbone.depth > 1
+    return "" if several else "reads the maps of several stages or blocks; try Swin, ViT, ResNet or ConvNeXt"
+
+
 # What a method may need of a backbone (`NEEDS` in its file): a function that says what a network lacks.
 NEEDS: dict[str, Callable[[Backbone], str]] = {
     "class_token": lacks_class_token,
     "last_block": lacks_last_block,
     "map": lacks_map,
     "places": lacks_places,
+    "scales": lacks_scales,
 }
 
 
@@ -312,6 +401,7 @@ def build_backbone(
     drop_path: float = 0.0,
     norm_eps: float | None = None,
     stride: int | float | None = None,
+    last_stride: int | None = None,
 ) -> Backbone:
     """Build a network of timm and wrap it.
 
@@ -324,6 +414,8 @@ def build_backbone(
         drop_path: the same in every block (timm's own rises with depth; the paper's does not).
         norm_eps: epsilon of every LayerNorm; None: timm's.
         stride: from one patch of a ViT to the next, in pixels or as a share of the patch; None: patches do not overlap.
+        last_stride: of the last stage of a ResNet; 1 keeps the places of the one before it, without dilation (timm's
+            `output_stride` dilates); None: timm's.
 
     Raises:
         ConfigError: for an unknown name, a size the backbone cannot take, an argument timm does not know, and for
@@ -353,6 +445,8 @@ def build_backbone(
             )
         args["embed_layer"] = partial(OverlappingPatches, stride=stride)
     net, sized = _create(name, pretrained, args)
+    if last_stride is not None:
+        _set_last_stride(name, net, last_stride)
     for module in net.modules():
         if drop_path and hasattr(module, "drop_path1"):
             module.drop_path1, module.drop_path2 = DropPath(drop_path), DropPath(drop_path)
@@ -393,6 +487,17 @@ def _create(name: str, pretrained: bool, args: dict[str, Any]) -> tuple[Any, boo
             raise ConfigError(f"dropout={args['proj_drop_rate']}: {name!r} has none; leave it at 0") from error
         shown = {k: v for k, v in args.items() if k != "embed_layer"}
         raise ConfigError(f"timm cannot build {name!r} with {shown}: {_first_line(error)}") from error
+
+
+def _set_last_stride(name: str, net: Any, stride: int) -> None:
+    """Have the last stage of a ResNet go by `stride`; ConfigError for another network."""
+    if not hasattr(net, "layer4") or type(stride) is not int or stride not in (1, 2):
+        raise ConfigError(f"last_stride={stride!r}: 1 or 2, of a ResNet of timm; leave it at null for {name!r}")
+    for module in net.layer4[0].modules():
+        if getattr(module, "stride", 1) in (2, (2, 2)):
+            module.stride = (stride, stride)
+            if isinstance(module, nn.AvgPool2d):  # of the shortcut, where it halves the map before its convolution
+                module.kernel_size = module.stride
 
 
 def _is_download_error(error: Exception) -> bool:

@@ -37,6 +37,9 @@ class Model(nn.Module):
         best = min(self.top_o, scores.shape[-1])
         return select(scores, best, self.backbone.grid_of(images), images.shape[-2:], self.box)
 
+    def start_epoch(self, epoch: int) -> None:
+        """Called when training reaches an epoch, from 0: for methods whose losses change with it."""
+
     def no_weight_decay(self) -> set[str]:
         """Parameters that timm's optimisers leave undecayed beside biases and norms: tokens and positions."""
         inner: set[str] = getattr(self.backbone.net, "no_weight_decay", set)()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -197,26 +198,28 @@ def place_boxes(boxes: Tensor, size: Sequence[int], share: Tensor) -> Tensor:
     return torch.cat((start, start + lengths), dim=-1)
 
 
-def boxes_from_mask(mask: Tensor, image_size: Sequence[int], padding: float = 0.0) -> Tensor:
+def boxes_from_mask(mask: Tensor, image_size: Sequence[int], padding: float = 0.0, rule: str = "inclusive") -> Tensor:
     """Draw the tightest box around what a mask holds.
 
     Args:
         mask: (B, rows, cols), laid over the image; an empty one gives the whole image.
         image_size: (H, W) in pixels.
         padding: share of the image by which the box is wider on every side.
+        rule: a name of `ENDS`; "exclusive" rounds both padded ends down, as the code of WS-DAN and CAL does.
 
     Returns:
         Boxes (B, 4), as of `boxes_from_indices`.
     """
+    bounds = choose(rule, ENDS, "box rule")
     mask = mask | ~mask.any(dim=(1, 2), keepdim=True)
     sides = []
     for lines, side in ((mask.any(dim=2), image_size[0]), (mask.any(dim=1), image_size[1])):
         count = lines.shape[1]
         first = lines.long().argmax(dim=1)
         last = count - 1 - lines.long().flip(1).argmax(dim=1)
-        start, end = inclusive(first, last, count, side)
-        margin = int(padding * side)
-        sides.append(((start - margin).clamp(min=0), (end + margin).clamp(max=side)))
+        start, end = bounds(first, last, count, side)
+        before, after = math.ceil(padding * side) if rule == "exclusive" else int(padding * side), int(padding * side)
+        sides.append(((start - before).clamp(min=0), (end + after).clamp(max=side)))
     (top, bottom), (left, right) = sides
     return torch.stack((left, top, right, bottom), dim=1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from glsim.models.backbone import Backbone
 from glsim.models.base import Model
-from glsim.models.boxes import boxes_from_mask, crop_and_resize
+from glsim.models.boxes import ENDS, boxes_from_mask, crop_and_resize
+from glsim.models.published import RESNET_SEQUENCE, File, Published, resnet_sizes
 from glsim.types import ConfigError, Features, Output, Selection, choose
 
 TITLE = "CAL"
@@ -28,9 +30,9 @@ VIEWS: dict[int, tuple[tuple[float, float], ...]] = {  # passes at test time -> 
 class CAL(Model):
     """Attention maps pool the features; what they gain over random maps is trained too, so that they must matter."""
 
-    def __init__(self, backbone: Backbone, num_classes: int, maps: int, views: int) -> None:
+    def __init__(self, backbone: Backbone, num_classes: int, maps: int, views: int, box: str) -> None:
         super().__init__()
-        self.backbone, self.views = backbone, views
+        self.backbone, self.views, self.box = backbone, views, box
         self.attend = nn.Linear(backbone.dim, maps, bias=False)  # over places: a 1x1 convolution
         self.norm = nn.BatchNorm1d(maps, eps=1e-3)
         self.head = nn.Linear(maps * backbone.dim, num_classes, bias=False)
@@ -49,7 +51,7 @@ class CAL(Model):
             to_crop, to_hide = maps.gather(2, index).unbind(dim=2)  # B N
             theta = torch.rand(2, images.shape[0], 1, 1, device=images.device)
             size = images.shape[-2:]
-            boxes = boxes_from_mask(over(to_crop, grid, size, 0.4 + 0.2 * theta[0]), size, 0.1)
+            boxes = boxes_from_mask(over(to_crop, grid, size, 0.4 + 0.2 * theta[0]), size, 0.1, self.box)
             hidden = images.masked_fill(over(to_hide, grid, size, 0.2 + 0.3 * theta[1])[:, None], 0.0)
         crops = crop_and_resize(images, boxes)
         _, more, more_effect, *_ = self.look_and_compare(torch.cat((crops, hidden)))
@@ -67,9 +69,9 @@ class CAL(Model):
         return f, maps, vector, self.head(100 * vector)
 
     def look_and_compare(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[int, int]]:
-        """Vector, logits, what they gain over counterfactual maps drawn from U(0, 2), maps, grid."""
+        """Vector, logits, what they gain over counterfactual maps drawn from U(0, 2) (testing: of ones), maps, grid."""
         f, maps, vector, logits = self.look(images)
-        fake = 2 * torch.rand_like(maps)
+        fake = 2 * torch.rand_like(maps) if self.training else torch.ones_like(maps)
         return vector, logits, logits - self.head(100 * pool(f.patches, fake)), maps, f.grid
 
     def test(self, images: Tensor) -> Output:
@@ -86,7 +88,7 @@ class CAL(Model):
             vectors.append(vector)
             mean, grid = maps.mean(dim=-1), f.grid
             for threshold, padding in VIEWS[self.views]:
-                boxes = boxes_from_mask(over(mean, grid, size, threshold), size, padding)
+                boxes = boxes_from_mask(over(mean, grid, size, threshold), size, padding, self.box)
                 crop = crop_and_resize(view, boxes)
                 f_crop, _, vector, local = self.look(crop)
                 embeddings.setdefault("crop", f_crop.cls)
@@ -95,7 +97,7 @@ class CAL(Model):
                 if selection is None:
                     selection, crops = as_selection(maps, grid, boxes), crop
         if selection is None:
-            selection = as_selection(maps, grid, boxes_from_mask(over(mean, grid, size, 0.3), size, 0.1))
+            selection = as_selection(maps, grid, boxes_from_mask(over(mean, grid, size, 0.3), size, 0.1, self.box))
         embeddings["fused"] = torch.stack(vectors).mean(dim=0)
         return Output(torch.stack(logits).mean(dim=0), selection, crops, embeddings=embeddings)
 
@@ -127,7 +129,7 @@ def as_selection(maps: Tensor, grid: tuple[int, int], boxes: Tensor) -> Selectio
     return Selection(maps.mean(dim=-1), maps.argmax(dim=1), boxes, grid)
 
 
-def build(encoder: Backbone, num_classes: int, *, maps: int = 32, views: int = 8) -> CAL:
+def build(encoder: Backbone, num_classes: int, *, maps: int = 32, views: int = 8, box: str = "inclusive") -> CAL:
     """CAL (arXiv 2108.08728) on `encoder`.
 
     Args:
@@ -135,11 +137,35 @@ def build(encoder: Backbone, num_classes: int, *, maps: int = 32, views: int = 8
         num_classes: C.
         maps: attention maps (the paper: 32).
         views: at test time: 1 (image), 2 (and a crop) or 8 (the paper's).
+        box: whether it holds the last row and column of what a map marks; the authors' code leaves them out
+            ("exclusive").
 
     Raises:
         ConfigError: for fewer than two maps, or another number of views.
     """
     choose(views, VIEWS, "number of views")
+    choose(box, ENDS, "box rule")
     if maps < 2:
         raise ConfigError(f"maps={maps}: two or more are needed, one to crop to and one to hide")
-    return CAL(encoder, num_classes, maps, views)
+    return CAL(encoder, num_classes, maps, views, box)
+
+
+def published_sizes(file: File) -> dict[str, Any]:
+    """A ResNet whose last stage keeps the places of the one before it, and boxes as the authors' code draws them."""
+    own = {"maps": file.shape("attend.weight")[0], "box": "exclusive", "last_stride": 1}
+    return resnet_sizes(file) | own
+
+
+PUBLISHED = Published(
+    "CAL",
+    (
+        (r"^features\.", ""),
+        *RESNET_SEQUENCE,
+        (r"^attentions\.conv", "attend"),
+        (r"^attentions\.bn", "norm"),
+        (r"^fc\.", "head."),
+        (r"^feature_center$", "centres"),
+    ),
+    published_sizes,
+    {"image_size": "pixels (by default 448)", "views": "passes at test time: 1, 2 or 8 (by default 8)"},
+)

@@ -10,6 +10,7 @@ from glsim.models.backbone import Backbone
 from glsim.models.base import TokenModel
 from glsim.models.boxes import select_these
 from glsim.models.heads import zero_linear
+from glsim.models.published import VIT_ASKS, VIT_AUTHORS, Published, vit_sizes
 from glsim.models.scores import check_metric, check_top, gather_tokens, mutual_attention, needs_attention, score
 from glsim.types import Features, Output
 
@@ -61,3 +62,15 @@ def build(encoder: Backbone, num_classes: int, *, metric: str = "maws", top_k: i
     check_metric(metric, encoder.has_attention, 1)
     check_top(top_k, encoder.grid, "top_k")
     return FFVT(encoder, zero_linear(encoder.dim, num_classes), metric, top_k)
+
+
+PUBLISHED = Published(
+    "ffvt",
+    (
+        (r"^transformer\.encoder\.ff_last_layer", "blocks.last"),
+        (r"^transformer\.encoder\.ff_encoder_norm", "norm"),
+        *VIT_AUTHORS,
+    ),
+    vit_sizes,
+    VIT_ASKS | {"top_k": "tokens taken of each block (by default 12)"},
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from glsim.models.base import EarlyExitModel, Model
 from glsim.models.boxes import check_box, crop_and_resize, select
 from glsim.models.heads import Aggregator, Classifier, top2_margin
 from glsim.models.patch_embed import to_pair
+from glsim.models.published import GLSIM_AUTHORS, File, Published, Table, refuse
 from glsim.models.scores import check_metric, check_top, needs_attention, score
 from glsim.types import ConfigError, Features, Output, Selection
 
@@ -212,3 +213,66 @@ def build(
         return SinglePass(encoder, aggregator, head)
     parts = (encoder, aggregator, head, metric, top_o, box, crop_size, first_size)
     return AdaptiveGLSim(*parts, early_loss=early_loss, margin=margin) if early_loss else GLSim(*parts)
+
+
+# Published argument -> the only value this package computes the same way. A file with another is refused, not guessed.
+FIXED = {
+    "dynamic_anchor": True,
+    "anchor_random": False,
+    "anchor_conv_stem": False,
+    "anchor_resize_size": False,
+    "select_top_k": False,
+    "aggregator": True,
+    "aggregator_norm": True,
+    "aggregator_type": "transformer",
+    "inference_crops": True,
+    "encoder_norm": True,
+    "pos_embedding_type": "learned",
+    "hidden_act": "gelu",
+    "head_norm": False,
+    "head_act": False,
+    "classifier_aux": None,
+    "adapter": None,
+    "deit_recipe": False,
+}
+
+
+def published_names(names: Collection[str]) -> Table:
+    """The authors' names; with a classifier of both tokens theirs is `head_reducer`, and `head` stays unread."""
+    both = ((r"^head\.", "unread_head."), (r"^head_reducer\.0\.", "head.linear."))
+    return GLSIM_AUTHORS + (both if "head_reducer.0.weight" in names else ((r"^head\.", "head.linear."),))
+
+
+def published_sizes(file: File) -> dict[str, Any]:
+    """Sizes and options that the authors' arguments and the shapes tell."""
+    refuse(file, FIXED)
+    dim, _, *patch = file.shape("patch_embed.proj.weight")
+    return {
+        "backbone": "vit_base_patch16_224",
+        "num_classes": file.shape("head.linear.weight")[0],
+        "image_size": file.arguments["image_size"],
+        "backbone_args": {
+            "embed_dim": dim,
+            "depth": file.count("blocks."),
+            "num_heads": file.arguments["num_attention_heads"],
+            "mlp_ratio": file.shape("blocks.0.mlp.fc1.weight")[0] / dim,
+            "patch_size": patch[0],
+        },
+        **RULES["published"],
+        "top_o": file.arguments["dynamic_top"],
+        "metric": f"gls_{file.arguments['sim_metric']}",
+        "classifier": file.arguments["classifier"],
+        "norm_eps": file.arguments["layer_norm_eps"],
+        "aggregator_depth": file.count("aggregator.blocks."),
+    }
+
+
+PUBLISHED = Published(
+    "GLSim",
+    published_names,
+    published_sizes,
+    ignored=(
+        ("^anchor_class_token$", "created by the authors' code and never used"),
+        ("^unread_head", "the classifier reads head_reducer.0"),
+    ),
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from glsim.models.backbone import Backbone
 from glsim.models.base import TokenModel
 from glsim.models.boxes import select_these
 from glsim.models.heads import count_heads, zero_linear
+from glsim.models.published import VIT_ASKS, VIT_AUTHORS, File, Published, vit_sizes
 from glsim.models.scores import check_metric, gather_tokens, needs_attention, score
 from glsim.types import ConfigError, Output
 
@@ -27,16 +29,16 @@ class IELT(TokenModel):
     """Heads vote for patches in every block; the winners are refined together, vote again, and meet the last block.
 
     Blocks whose tokens survive the second vote are given more of them (dynamic selection). The published code also adds
-    a little of the assisting answer to the main one; here it only trains.
+    a little of the assisting answer to the main one (`assisted`); by default it only trains.
     """
 
-    def __init__(self, backbone: Backbone, head: nn.Module, metric: str, tokens: int, votes: int) -> None:
+    def __init__(
+        self, backbone: Backbone, head: nn.Module, metric: str, shares: Tensor, votes: int, ballot: int, assisted: bool
+    ) -> None:
         super().__init__()
-        self.backbone, self.head, self.metric, self.tokens, self.votes = backbone, head, metric, tokens, votes
-        self.refine = Block(backbone.dim, count_heads(backbone.dim), qkv_bias=True)
-        self.norm = nn.LayerNorm(backbone.dim)
-        depth = backbone.depth - 1
-        shares = 6 + 10 * torch.linspace(-1, 1, depth).abs()  # 16 14 12 10 8 6 8 .. 16 for ViT-B: 126 in all
+        self.backbone, self.head, self.metric, self.votes = backbone, head, metric, votes
+        self.tokens, self.ballot, self.assisted = int(shares.sum().round()), ballot, assisted
+        self.refine, self.norm = another_block(backbone), nn.LayerNorm(backbone.dim, eps=1e-6)
         self.register_buffer("shares", shares / shares.sum())
         self.shares: Tensor
 
@@ -48,6 +50,7 @@ class IELT(TokenModel):
         scores = torch.stack([score(self.metric, x).mean(dim=1) for x in f], dim=1)  # B L-1 N
 
         block, rank = self.allot()  # T each
+        rank = rank % scores.shape[-1]  # of a block that may give more than it has, the best ones again
         patches = scores.argsort(dim=-1, descending=True, stable=True)[:, block, rank]  # B T
         batch = torch.arange(images.shape[0], device=images.device)[:, None]
         chosen = torch.stack([x.patches for x in f], dim=1)[batch, block, patches]  # B T D
@@ -60,6 +63,8 @@ class IELT(TokenModel):
         cls = self.backbone.last_block(stages[-1].tokens, parts, places + skip, grid)[:, 0]
 
         answer, assist = self.head(cls), self.head(refined[:, 0])
+        if self.assisted:
+            answer = answer + assist.softmax(dim=-1) * self.head.weight.sum(dim=-1)
         losses: dict[str, Any] = {}
         if self.training:
             losses = {"cross_entropy": ((0.6, answer), (0.4, assist))}
@@ -80,13 +85,29 @@ class IELT(TokenModel):
         Equal counts are decided by the mean attention, which is less than a vote.
         """
         rows = rows.float()  # counts and attention together need more than half precision
-        best = rows.topk(self.votes, dim=-1).indices
+        best = rows.topk(self.ballot, dim=-1).indices
         counts = torch.zeros_like(rows).scatter(-1, best, 1.0).sum(dim=1)
         return (counts + rows.softmax(dim=-1).mean(dim=1)).topk(self.votes, dim=-1).indices
 
 
+def another_block(backbone: Backbone) -> Block:
+    """A transformer block as wide as those of `backbone`, with their heads and MLP where they are ViT's own."""
+    last = backbone.net.blocks[-1]
+    heads, ratio = count_heads(backbone.dim), 4.0
+    if type(last) is Block:
+        heads, ratio = last.attn.num_heads, last.mlp.fc1.out_features / backbone.dim
+    return Block(backbone.dim, heads, ratio, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+
+
 def build(
-    encoder: Backbone, num_classes: int, *, metric: str = "mhv:block=-1", tokens: int = 126, votes: int = 24
+    encoder: Backbone,
+    num_classes: int,
+    *,
+    metric: str = "mhv:block=-1",
+    tokens: Any = 126,
+    votes: int = 24,
+    ballot: int | None = None,
+    assisted: bool = False,
 ) -> IELT:
     """IELT (IEEE TMM 2023) on `encoder`.
 
@@ -94,14 +115,57 @@ def build(
         encoder: a backbone with a class token and a last block that takes some of the tokens.
         num_classes: C.
         metric: what scores the patches, read off every block in turn (the paper: votes of the heads).
-        tokens: of all blocks, which are refined (the paper: 126 at 448 pixels).
+        tokens: of all blocks, which are refined (the paper: 126 at 448 pixels); or of each block but the last, a list.
         votes: of these, which are kept (24).
+        ballot: of these, for which a head votes in the refinement; None: as many as are kept.
+        assisted: add the assisting answer, a probability of each class times the sum of the head's weights for it, as
+            the authors' code does.
 
     Raises:
         ConfigError: for a metric that the encoder cannot serve, or more tokens than patches.
     """
     check_metric(metric, encoder.has_attention, 1)
-    patches = encoder.grid[0] * encoder.grid[1]
-    if not 1 <= votes <= tokens <= patches:  # any one block may come to give them all
-        raise ConfigError(f"tokens={tokens}, votes={votes}: 1 <= votes <= tokens <= {patches} patches is needed")
-    return IELT(encoder, zero_linear(encoder.dim, num_classes), metric, tokens, votes)
+    blocks, patches = encoder.depth - 1, encoder.grid[0] * encoder.grid[1]
+    each = tokens if isinstance(tokens, list | tuple) else None
+    total = tokens if each is None else sum(each) if all(type(count) is int and count >= 0 for count in each) else 0
+    if type(total) is not int or (each is not None and len(each) != blocks):
+        raise ConfigError(f"tokens={tokens!r}: a whole number is needed, or a list of {blocks}, one for each block")
+    ballot = votes if ballot is None else ballot
+    if not (1 <= votes <= total <= blocks * patches and 1 <= ballot <= total):
+        raise ConfigError(
+            f"tokens={total}, votes={votes}: 1 <= votes <= tokens <= {blocks * patches} patches is needed, "
+            f"and a ballot ({ballot}) of 1 to {total}"
+        )
+    if each is None:
+        start = 6 + 10 * torch.linspace(-1, 1, blocks).abs()  # 16 14 12 10 8 6 8 .. 16 for ViT-B: 126 in all
+        shares = start / start.sum() * total
+    else:
+        shares = torch.tensor(each, dtype=torch.float)
+    return IELT(encoder, zero_linear(encoder.dim, num_classes), metric, shares, votes, ballot, assisted)
+
+
+def published_sizes(file: File) -> dict[str, Any]:
+    """What shapes tell, with the assisting answer; a head's ballot is the same in all blocks, 24 as published."""
+    ballot = file.given.pop("ballot", 24)
+    sizes = {"metric": f"mhv:block=-1,votes={ballot}", "ballot": ballot, "assisted": True}
+    return vit_sizes(file) | sizes
+
+
+PUBLISHED = Published(
+    "IELT",
+    (
+        (r"^encoder\.(?:clr_encoder\.)?clr_layer\.", "refine."),
+        (r"^encoder\.clr_encoder\.clr_norm\.", "norm."),
+        (r"^encoder\.key_layer\.", "blocks.last."),
+        (r"^encoder\.key_norm\.", "backbone.net.norm."),
+        *VIT_AUTHORS,
+    ),
+    published_sizes,
+    VIT_ASKS
+    | {
+        "tokens": "patches taken of each block, a list, which training moves (by default 126 as at the start)",
+        "votes": "patches that are kept of them (by default 24)",
+        "ballot": "patches that each head votes for (by default 24)",
+    },
+    made=("shares",),
+)

@@ -136,6 +136,53 @@ def centre(given: tuple[Tensor, Tensor], labels: Tensor, label_smoothing: float,
     return difference.square().sum(dim=-1).mean()
 
 
+def background(
+    given: Sequence[tuple[float, Tensor]], labels: Tensor, label_smoothing: float, focal: float = 0.0
+) -> Tensor:
+    """PIM's loss of places that were not chosen (arXiv 2202.03822, eq. 4): tanh of their logits goes towards -1.
+
+    Args:
+        given: (weight, logits (B, n, C)) pairs; of each the mean squared difference.
+        labels, label_smoothing, focal: not used.
+    """
+    return torch.stack([weight * (logits.float().tanh() + 1).square().mean() for weight, logits in given]).sum()
+
+
+def refinement(
+    given: Sequence[tuple[float, float, Tensor, Tensor]], labels: Tensor, label_smoothing: float, focal: float = 0.0
+) -> Tensor:
+    """HERBS' high-temperature refinement (arXiv 2303.06442, eq. 3): classifiers follow later ones, softened.
+
+    KL(softmax(later / T) || softmax(earlier / T)), a mean over images, places and classes, no gradient to the later.
+
+    Args:
+        given: (weight, T, earlier, later), logits (B, S, C).
+        labels, label_smoothing, focal: not used.
+    """
+    losses = []
+    for weight, t, earlier, later in given:
+        target, log_p = (later.detach().float() / t).softmax(dim=-1), (earlier.float() / t).log_softmax(dim=-1)
+        losses.append(weight * F.kl_div(log_p, target, reduction="none").mean())
+    return torch.stack(losses).sum()
+
+
+def exclusion(
+    given: tuple[float, float, int, Tensor], labels: Tensor, label_smoothing: float, focal: float = 0.0
+) -> Tensor:
+    """IFA's mutual exclusion (ISCAS 2022): class tokens of different blocks are pushed apart, so it is below zero.
+
+    - weight T^2 sum over i of KL(softmax(c_(i+d) / T) || softmax(c_i / T)) over channels, a mean over images.
+
+    Args:
+        given: weight, T, d, and class tokens (B, D, L).
+        labels, label_smoothing, focal: not used.
+    """
+    weight, t, d, tokens = given
+    scaled = tokens.float().transpose(1, 2) / t  # B L D
+    target, log_p = scaled[:, d:].softmax(dim=-1), scaled[:, :-d].log_softmax(dim=-1)
+    return -weight * t**2 * F.kl_div(log_p, target, reduction="none").sum(dim=(1, 2)).mean()
+
+
 # Terms by the name a model gives them in `Output.aux`: (what the model hands over, labels (B,), label smoothing).
 TERMS: dict[str, Callable[..., Tensor]] = {
     "cross_entropy": cross_entropy,
@@ -143,8 +190,12 @@ TERMS: dict[str, Callable[..., Tensor]] = {
     "supervised_contrastive": supervised_contrastive,
     "uncertainty": uncertainty,
     "centre": centre,
+    "background": background,
+    "refinement": refinement,
+    "exclusion": exclusion,
 }
-CLASSIFYING = {"cross_entropy", "uncertainty"}  # these take shares of classes as labels too, and the focal exponent
+# These take shares of classes as labels too, and the focal exponent, or read neither.
+CLASSIFYING = {"cross_entropy", "uncertainty", "background", "refinement", "exclusion"}
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float, focal: float) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from glsim.models.backbone import Backbone
 from glsim.models.base import TokenModel
 from glsim.models.boxes import select_these
 from glsim.models.heads import zero_linear
+from glsim.models.published import VIT_ASKS, VIT_AUTHORS, File, Published, vit_sizes
 from glsim.models.scores import check_metric, gather_tokens, needs_attention, score
 from glsim.types import Output
 
@@ -50,3 +53,22 @@ def build(encoder: Backbone, num_classes: int, *, metric: str = "psm") -> TransF
     """
     check_metric(metric, encoder.has_attention, encoder.depth - 1)
     return TransFG(encoder, zero_linear(encoder.dim, num_classes), metric)
+
+
+def published_sizes(file: File) -> dict[str, Any]:
+    """What shapes tell; patches overlap as in the paper, as a share that fits any patch."""
+    stride = file.given.pop("stride", 0.75)
+    return vit_sizes(file, stride) | {"stride": stride}
+
+
+PUBLISHED = Published(
+    "transfg",
+    (
+        (r"^transformer\.encoder\.part_layer", "blocks.last"),
+        (r"^transformer\.encoder\.part_norm", "norm"),
+        (r"^part_head", "head"),
+        *VIT_AUTHORS,
+    ),
+    published_sizes,
+    VIT_ASKS | {"stride": "pixels from patch to patch (by default 0.75 of the patch)"},
+)

@@ -277,6 +277,7 @@ def fit(s: Train, run: Run, progress: bool) -> None:
         for epoch in range(run.step // batches.steps, s.epochs):
             batches.epoch, batches.start = epoch, run.step % batches.steps
             model.train()
+            accelerator.unwrap_model(model).start_epoch(epoch)
             for part, (images, labels) in enumerate(read(run.loader)):
                 # All randomness follows from seed, step and image: a resumed run repeats the undisturbed one.
                 torch.manual_seed(mix(s.seed, run.step, part % s.accumulate, accelerator.process_index))

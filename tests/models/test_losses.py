@@ -33,7 +33,43 @@ def naive_cos(u, v):
 
 
 def test_every_term_has_a_test():
-    assert set(TERMS) == {"cross_entropy", "contrastive", "supervised_contrastive", "uncertainty", "centre"}
+    assert set(TERMS) == {
+        *("cross_entropy", "contrastive", "supervised_contrastive", "uncertainty", "centre"),
+        *("background", "refinement", "exclusion"),
+    }
+
+
+def test_exclusion_agrees_with_a_loop():
+    tokens = torch.randn(2, 4, 5, generator=generator())  # B D L
+    loss = TERMS["exclusion"]((0.5, 2.0, 2, tokens), torch.tensor([0, 1]), 0.1)
+    total = 0.0
+    for image in tokens.tolist():
+        shares = [[math.exp(row[i] / 2) / sum(math.exp(r[i] / 2) for r in image) for row in image] for i in range(5)]
+        for i in range(3):
+            total += sum(a * math.log(a / b) for a, b in zip(shares[i + 2], shares[i], strict=True))
+    assert loss.item() == pytest.approx(-0.5 * 4 * total / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([1, 0]), torch.tensor([[0.5, 0.5], [1.0, 0.0]])])
+def test_background_agrees_with_a_loop_whatever_the_labels(labels):
+    g = generator()
+    maps = [torch.randn(2, n, 2, generator=g) for n in (3, 5)]
+    output = Output(maps[0], aux={"background": [(5.0, maps[0]), (0.5, maps[1])]})
+    means = [sum((math.tanh(v) + 1) ** 2 for v in x.flatten().tolist()) / x.numel() for x in maps]
+    assert objective(output, labels).item() == pytest.approx(5 * means[0] + 0.5 * means[1], rel=1e-5)
+
+
+def test_refinement_agrees_with_a_loop_and_teaches_the_earlier_alone():
+    g = generator()
+    earlier, later = (torch.randn(2, 3, 4, generator=g, requires_grad=True) for _ in range(2))
+    loss = TERMS["refinement"]([(2.0, 4.0, earlier, later)], torch.tensor([0, 1]), 0.1)
+    total = 0.0
+    for one, other in zip(earlier.flatten(0, 1).tolist(), later.flatten(0, 1).tolist(), strict=True):
+        q, p = ([math.exp(v / 4) / sum(math.exp(w / 4) for w in x) for v in x] for x in (other, one))
+        total += sum(a * math.log(a / b) for a, b in zip(q, p, strict=True))
+    assert loss.item() == pytest.approx(2 * total / earlier.numel(), rel=1e-4)
+    loss.backward()
+    assert earlier.grad.any() and later.grad is None
 
 
 @pytest.mark.parametrize("smoothing", SMOOTHING)
