@@ -61,7 +61,7 @@ def test_from_weights(capsys, tmp_path):
     weights, out = tmp_path / "own.safetensors", tmp_path / "q"
     save_file(timm.create_model("test_vit").state_dict(), weights)
     code, text, _ = call(capsys, "--out", out, "--init-from", weights, *WORDS)
-    assert code == 0 and "both start from own.safetensors (timm): test_vit" in text
+    assert code == 0 and "both start from own.safetensors (timm ViT): test_vit" in text
     for method in ("plain", "glsim"):
         recipe = read_recipe(out / method / "train.yaml")
         assert recipe["backbone"].startswith("test_vit") and recipe["init_from"] == str(weights)
