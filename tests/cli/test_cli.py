@@ -28,7 +28,7 @@ from glsim.cli.parser import in_order
 from glsim.data.catalog import SETS
 from glsim.models import METHODS
 from glsim.settings import outputs
-from glsim.training.config import Train, change_recipe, read_recipe
+from glsim.training.config import Train, change_recipe
 from glsim.types import ConfigError, DataError, DataWarning
 
 LOAD_VERB = cli.load_verb
@@ -198,23 +198,6 @@ def test_an_out_that_cannot_be_written_is_one_sentence(capsys, run_folder, birds
     ):
         code, _, err = call(capsys, *words)
         assert code in (1, 2) and str(tmp_path) in err, err
-
-
-def test_quickstart_end_to_end(capsys, tmp_path):
-    out = tmp_path / "q"
-    words = ["--epochs", "1", "--train", "2", "--test", "1", "--workers", "0"]
-    code, text, _ = call(capsys, "quickstart", "--out", out, *words)
-    assert code == 0
-    assert "plain" in text and "crops that hold the part" in text and "report.html" in text
-    page = (out / "report" / "report.html").read_text()
-    measured = json.loads((out / "plain" / "run.json").read_text())["starts"][0]
-    assert f"Trained on {measured['device']} with torch {measured['versions']['torch']}, " in page
-    pictures = [part.split('"')[0] for part in page.split('src="')[1:]]
-    assert len(pictures) == 5 and all((out / "report" / p).is_file() for p in pictures)
-    for method in ("plain", "glsim"):  # trained by the recipe
-        recipe, trained_by = read_recipe(f"synthetic_{method}"), read_recipe(out / method / "train.yaml")
-        assert {name: trained_by[name] for name in recipe} == {**recipe, "epochs": 1}
-    assert call(capsys, "quickstart", "--out", out, *words)[0] == 2  # never into a folder that holds something
 
 
 @pytest.mark.parametrize(
