@@ -249,7 +249,7 @@ def sources_of(tensor: Tensor) -> frozenset[str]:
     return getattr(tensor, "sources", frozenset())
 
 
-def traced(tensor: Tensor, name: str) -> Traced:
+def traced(tensor: Tensor, name: str) -> Tensor:
     """A tensor of the file, in 32 bits where it has a point."""
     made = (tensor.float() if tensor.is_floating_point() else tensor).as_subclass(Traced)
     made.sources = frozenset((name,))

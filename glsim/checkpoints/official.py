@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from glsim.checkpoints.config import TooLarge, check_config, no_larger_than, some
-from glsim.checkpoints.conventions import NET, Traced, join_qkv, number_last, sources_of, traced
+from glsim.checkpoints.conventions import NET, join_qkv, number_last, sources_of, traced
 from glsim.checkpoints.fit import MAY_LACK
 from glsim.checkpoints.tensors import check_tensors, read_pickle
 from glsim.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
@@ -132,7 +132,7 @@ def _is_dict(held: Any) -> bool:
 
 def _rename(stored: Mapping[str, Tensor], declared: Published, path: Path) -> dict[str, Tensor]:
     """The tensors under names of this package or of timm, each knowing its published ones."""
-    named: dict[str, Traced] = {}
+    named: dict[str, Any] = {}  # of Traced
     table = declared.names(stored.keys()) if callable(declared.names) else declared.names
     for name, tensor in stored.items():
         ours, made = name, traced(tensor, name)
@@ -141,8 +141,9 @@ def _rename(stored: Mapping[str, Tensor], declared: Published, path: Path) -> di
         if ours in named:  # stored twice, as modules are that stand in two places
             if not torch.equal(named[ours], made):
                 raise DataError(f"{path} is damaged: {name} is another tensor than {min(sources_of(named[ours]))}")
-            made.sources |= named[ours].sources
-        named[ours] = made
+            named[ours].sources |= {name}
+        else:
+            named[ours] = made
     return number_last(join_qkv(named))
 
 

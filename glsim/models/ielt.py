@@ -95,7 +95,8 @@ def another_block(backbone: Backbone) -> Block:
     last: Any = backbone.net.blocks[-1]
     heads, ratio = count_heads(backbone.dim), 4.0
     if type(last) is Block:
-        heads, ratio = last.attn.num_heads, last.mlp.fc1.out_features / backbone.dim
+        own: Any = last.get_submodule("attn"), last.get_submodule("mlp.fc1")
+        heads, ratio = own[0].num_heads, own[1].out_features / backbone.dim
     norm: Any = partial(nn.LayerNorm, eps=1e-6)
     return Block(backbone.dim, heads, ratio, qkv_bias=True, norm_layer=norm)
 
