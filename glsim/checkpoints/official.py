@@ -113,9 +113,11 @@ def _open(path: Path, declared: Published) -> tuple[dict[str, Tensor], dict[str,
     named = dict(held if inner is None else inner) | beside
     prefixes = {m[0] if isinstance(k, str) and (m := PREFIX.match(k)) else "" for k in named if k not in beside}
     prefix = prefixes.pop() if len(prefixes) == 1 else ""
-    named = {k.removeprefix(prefix) if isinstance(k, str) else k: v for k, v in named.items()}
-    ignored = {name: why for name in named if isinstance(name, str) and (why := _why(name, declared))}
-    stored = check_tensors({k: v for k, v in named.items() if k not in ignored}, path)
+    short = {k: k.removeprefix(prefix) for k in named if isinstance(k, str)}
+    left_out = {k: why for k, name in short.items() if (why := _why(name, declared))}
+    read = check_tensors({k: v for k, v in named.items() if k not in left_out}, path)
+    stored = {short[k]: v for k, v in read.items()}
+    ignored = {short[k]: why for k, why in left_out.items()}
     if any(int(number[:9]) > MOST_BLOCKS for name in stored for number in re.findall(r"(?<=\.)\d+(?=\.)", name)):
         raise DataError(f"{path} was refused: its keys and arguments name a far larger model than its weights")
     config = held.get("config")
