@@ -17,7 +17,7 @@ from timm.layers import DropPath
 
 import glsim
 from glsim.checkpoints.official import published_methods
-from glsim.models import cal, herbs, losses, pyramid
+from glsim.models import cal, losses, pyramid
 from glsim.models.losses import objective
 from glsim.models.scores import above_mean, find_metric, mutual_attention
 
@@ -269,7 +269,7 @@ def check_herbs(m, truth, about):
         second = m.up(first)
         earlier = [classify(x) for classify, x in zip(m.classify_down, first, strict=True)]
         logits = [classify(x) for classify, x in zip(m.classify, second, strict=True)]
-        scores = [herbs.of_class(x) for x in logits]
+        scores = [pyramid.of_class(x) for x in logits]
         ranks = [pyramid.rank(s) for s in scores]
         for i, layer in enumerate(f"layer{n}" for n in (1, 2, 3, 4)):
             same(scales[i].tokens, truth, f"backbone_{layer}")
