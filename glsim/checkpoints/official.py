@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from glsim.checkpoints.config import TooLarge, check_config, no_larger_than, some
-from glsim.checkpoints.conventions import NET, Traced, join_qkv, number_last, sources_of, traced
+from glsim.checkpoints.conventions import NET, join_qkv, number_last, sources_of, traced
 from glsim.checkpoints.fit import MAY_LACK
 from glsim.checkpoints.tensors import check_tensors, read_pickle
 from glsim.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
@@ -113,9 +113,11 @@ def _open(path: Path, declared: Published) -> tuple[dict[str, Tensor], dict[str,
     named = dict(held if inner is None else inner) | beside
     prefixes = {m[0] if isinstance(k, str) and (m := PREFIX.match(k)) else "" for k in named if k not in beside}
     prefix = prefixes.pop() if len(prefixes) == 1 else ""
-    named = {k.removeprefix(prefix) if isinstance(k, str) else k: v for k, v in named.items()}
-    ignored = {name: why for name in named if isinstance(name, str) and (why := _why(name, declared))}
-    stored = check_tensors({k: v for k, v in named.items() if k not in ignored}, path)
+    short = {k: k.removeprefix(prefix) for k in named if isinstance(k, str)}
+    left_out = {k: why for k, name in short.items() if (why := _why(name, declared))}
+    read = check_tensors({k: v for k, v in named.items() if k not in left_out}, path)
+    stored = {short[k]: v for k, v in read.items()}
+    ignored = {short[k]: why for k, why in left_out.items()}
     if any(int(number[:9]) > MOST_BLOCKS for name in stored for number in re.findall(r"(?<=\.)\d+(?=\.)", name)):
         raise DataError(f"{path} was refused: its keys and arguments name a far larger model than its weights")
     config = held.get("config")
@@ -132,7 +134,7 @@ def _is_dict(held: Any) -> bool:
 
 def _rename(stored: Mapping[str, Tensor], declared: Published, path: Path) -> dict[str, Tensor]:
     """The tensors under names of this package or of timm, each knowing its published ones."""
-    named: dict[str, Traced] = {}
+    named: dict[str, Any] = {}  # of Traced
     table = declared.names(stored.keys()) if callable(declared.names) else declared.names
     for name, tensor in stored.items():
         ours, made = name, traced(tensor, name)
@@ -141,8 +143,9 @@ def _rename(stored: Mapping[str, Tensor], declared: Published, path: Path) -> di
         if ours in named:  # stored twice, as modules are that stand in two places
             if not torch.equal(named[ours], made):
                 raise DataError(f"{path} is damaged: {name} is another tensor than {min(sources_of(named[ours]))}")
-            made.sources |= named[ours].sources
-        named[ours] = made
+            named[ours].sources |= {name}
+        else:
+            named[ours] = made
     return number_last(join_qkv(named))
 
 

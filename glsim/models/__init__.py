@@ -40,6 +40,7 @@ METHODS = {  # name -> module; imported when asked for, so that the names cost n
     "herbs": "glsim.models.herbs",
     "r2trans": "glsim.models.r2trans",
     "ifa": "glsim.models.ifa",
+    "apinet": "glsim.models.apinet",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from glsim.models.backbone import Backbone
 from glsim.models.base import Model
 from glsim.models.heads import zero_linear
-from glsim.models.published import File, Published
+from glsim.models.published import Published
 from glsim.models.pyramid import (
     ASKS,
     COMBINER,
@@ -24,6 +25,7 @@ from glsim.models.pyramid import (
     count_places,
     leave,
     numbered,
+    of_class,
     pyramid_sizes,
     rank,
     take,
@@ -92,17 +94,10 @@ class HERBS(Model):
                 losses["cross_entropy"] += [(of_selected, views([x])) for x in take(logits, ranks, self.counts)]
             losses["background"] = [(of_dropped, x) for x in leave(logits, ranks, self.counts)]
             earlier = [classify(x) for classify, x in zip(self.classify_down, first, strict=True)]
-            losses["refinement"] = [
-                (of_refinement, self.temperature, x, y) for x, y in zip(earlier, logits, strict=True)
-            ]
+            pairs = zip(earlier, logits, strict=True)
+            losses["refinement"] = [(of_refinement, self.temperature, x, y) for x, y in pairs]
         selection = as_selection(scales, scores, ranks[-1][:, : self.counts[-1]], self.backbone, images)
         return Output(answer, selection, aux=losses, embeddings={"fused": vector})
-
-
-def of_class(logits: Tensor) -> Tensor:
-    """Of logits (B, S, C) the probability at every place of the class that their mean speaks for (B, S)."""
-    best = logits.mean(dim=1).argmax(dim=-1)[:, None, None].expand(-1, logits.shape[1], 1)
-    return logits.float().softmax(dim=-1).gather(2, best)[..., 0]
 
 
 def build(
@@ -138,11 +133,6 @@ def build(
     return HERBS(encoder, width, num_classes, counts, weights, temperature, halve_every)
 
 
-def published_sizes(file: File) -> dict[str, Any]:
-    """What shapes tell of network and pyramids."""
-    return pyramid_sizes(file, "down")
-
-
 PUBLISHED = Published(
     "HERBS",
     (
@@ -153,7 +143,7 @@ PUBLISHED = Published(
         *numbered("fpn_classifier_up_layer", "classify"),
         *COMBINER,
     ),
-    published_sizes,
+    partial(pyramid_sizes, fpn="down"),
     ASKS | {"temperature": "of the refinement, at the first epoch"},
     IGNORED,
     MADE,

@@ -33,7 +33,7 @@ class IELT(TokenModel):
     """
 
     def __init__(
-        self, backbone: Backbone, head: nn.Module, metric: str, shares: Tensor, votes: int, ballot: int, assisted: bool
+        self, backbone: Backbone, head: nn.Linear, metric: str, shares: Tensor, votes: int, ballot: int, assisted: bool
     ) -> None:
         super().__init__()
         self.backbone, self.head, self.metric, self.votes = backbone, head, metric, votes
@@ -92,11 +92,13 @@ class IELT(TokenModel):
 
 def another_block(backbone: Backbone) -> Block:
     """A transformer block as wide as those of `backbone`, with their heads and MLP where they are ViT's own."""
-    last = backbone.net.blocks[-1]
+    last: Any = backbone.net.blocks[-1]
     heads, ratio = count_heads(backbone.dim), 4.0
     if type(last) is Block:
-        heads, ratio = last.attn.num_heads, last.mlp.fc1.out_features / backbone.dim
-    return Block(backbone.dim, heads, ratio, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+        own: Any = last.get_submodule("attn"), last.get_submodule("mlp.fc1")
+        heads, ratio = own[0].num_heads, own[1].out_features / backbone.dim
+    norm: Any = partial(nn.LayerNorm, eps=1e-6)
+    return Block(backbone.dim, heads, ratio, qkv_bias=True, norm_layer=norm)
 
 
 def build(

@@ -183,6 +183,44 @@ def exclusion(
     return -weight * t**2 * F.kl_div(log_p, target, reduction="none").sum(dim=(1, 2)).mean()
 
 
+def pairs(
+    given: tuple[float, float, Tensor, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]],
+    labels: Tensor,
+    label_smoothing: float,
+) -> Tensor:
+    """API-Net's losses of pairs (arXiv 2002.10191, eq. 6 to 8).
+
+    Every image with the nearest of its class and with the nearest of another one, where the batch has such: the
+    cross-entropy of all four answers, and of the true class' probability by the partner's gate how far it comes within
+    a margin of that by its own.
+
+    Args:
+        given: weight of the ranking, margin, vectors (B, D), and what gives four logits (P, C) of two vectors (P, D).
+        labels: (B,).
+        label_smoothing: in the cross-entropy.
+    """
+    weight, margin, x, compare = given
+    one, other, there = find_pairs(x, labels)
+    by_own, others_by_own, by_other, others_by_other = compare(x[one], x[other])
+    truth, kept = torch.cat((labels[one], labels[other])), torch.cat((there, there)).float()
+    good, bad = torch.cat((by_own, others_by_own)).float(), torch.cat((by_other, others_by_other)).float()
+    each = [F.cross_entropy(y, truth, label_smoothing=label_smoothing, reduction="none") for y in (good, bad)]
+    p, q = (y.softmax(dim=-1).gather(1, truth[:, None])[:, 0] for y in (good, bad))
+    total = (each[0] + each[1]) / 2 + weight * (q - p + margin).clamp(min=0)
+    return (total * kept).sum() / kept.sum().clamp(min=1)
+
+
+def find_pairs(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For vectors (B, D) the indices (2B,) of an image and of the nearest of its class, then of another class, and
+    whether there is one. (Published: the first image of the batch where there is none.)"""
+    distance = torch.cdist(x.detach().float(), x.detach().float())
+    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
+    alike = labels[:, None] == labels[None, :]
+    allowed = torch.cat((alike & ~itself, ~alike))  # 2B B
+    nearest = distance.repeat(2, 1).masked_fill(~allowed, torch.inf).argmin(dim=1)
+    return torch.arange(len(x), device=x.device).repeat(2), nearest, allowed.any(dim=1)
+
+
 # Terms by the name a model gives them in `Output.aux`: (what the model hands over, labels (B,), label smoothing).
 TERMS: dict[str, Callable[..., Tensor]] = {
     "cross_entropy": cross_entropy,
@@ -193,6 +231,7 @@ TERMS: dict[str, Callable[..., Tensor]] = {
     "background": background,
     "refinement": refinement,
     "exclusion": exclusion,
+    "pairs": pairs,
 }
 # These take shares of classes as labels too, and the focal exponent, or read neither.
 CLASSIFYING = {"cross_entropy", "uncertainty", "background", "refinement", "exclusion"}

@@ -136,7 +136,11 @@ def resnet_sizes(file: File, prefix: str = "") -> dict[str, Any]:
     first = [f"{prefix}layer{i}.0." for i in range(1, 5)]
     deep = f"{first[0]}conv3.weight" in file.weights
     layers = [file.count(f"{prefix}layer{i}.") for i in range(1, 5)]
-    names = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101", (3, 8, 36, 3): "resnet152"}
+    names: dict[tuple[int, ...], str] = {
+        (3, 4, 6, 3): "resnet50",
+        (3, 4, 23, 3): "resnet101",
+        (3, 8, 36, 3): "resnet152",
+    }
     return {
         "backbone": names.get(tuple(layers), "resnet50") if deep else "resnet34",
         "image_size": file.take("image_size", 448),

@@ -113,6 +113,12 @@ def rank(scores: Tensor) -> Tensor:
     return scores.detach().argsort(dim=1, descending=True, stable=True)
 
 
+def of_class(logits: Tensor) -> Tensor:
+    """Of logits (B, S, C) the probability at every place of the class that their mean speaks for (B, S)."""
+    best = logits.mean(dim=1).argmax(dim=-1)[:, None, None].expand(-1, logits.shape[1], 1)
+    return logits.float().softmax(dim=-1).gather(2, best)[..., 0]
+
+
 def take(tensors: Sequence[Tensor], ranks: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
     """Of tensors (B, S, ..) of each map those at its first places by rank."""
     return [gather_tokens(x, r[:, :k]) for x, r, k in zip(tensors, ranks, counts, strict=True)]

@@ -17,7 +17,7 @@ from timm.layers import DropPath
 
 import glsim
 from glsim.checkpoints.official import published_methods
-from glsim.models import cal, herbs, pyramid
+from glsim.models import cal, losses, pyramid
 from glsim.models.losses import objective
 from glsim.models.scores import above_mean, find_metric, mutual_attention
 
@@ -42,6 +42,7 @@ WORDS = {
     "distance": "distance",
     "lambda": "threshold",
     "norm_eps": "norm_eps",
+    "margin": "margin",
 }
 TENSORS = ("select_num",)  # sizes that stand among the tensors
 
@@ -268,7 +269,7 @@ def check_herbs(m, truth, about):
         second = m.up(first)
         earlier = [classify(x) for classify, x in zip(m.classify_down, first, strict=True)]
         logits = [classify(x) for classify, x in zip(m.classify, second, strict=True)]
-        scores = [herbs.of_class(x) for x in logits]
+        scores = [pyramid.of_class(x) for x in logits]
         ranks = [pyramid.rank(s) for s in scores]
         for i, layer in enumerate(f"layer{n}" for n in (1, 2, 3, 4)):
             same(scales[i].tokens, truth, f"backbone_{layer}")
@@ -356,7 +357,29 @@ def check_r2trans(m, truth, about):
         same(torch.nn.functional.cross_entropy(logits, labels), truth, f"loss{name}")
 
 
+def check_apinet(m, truth, about):
+    images, labels = truth["images"], truth["labels"]
+    output = m(images)  # at evaluation statistics, dropout off, the pairs too
+    x = output.embeddings["global"]
+    with torch.inference_mode():
+        same(x, truth, "features")
+        same(output.logits, truth, "logits")
+        one, other, there = losses.find_pairs(x, labels)
+        assert torch.equal(torch.stack((one, other), dim=1), torch.cat((truth["intra_pairs"], truth["inter_pairs"])))
+        assert there.all()
+        found = dict(zip(("1_self", "2_self", "1_other", "2_other"), m.compare(x[one], x[other]), strict=True))
+        for name, logits in found.items():
+            same(logits, truth, f"logit{name}")
+        term = losses.pairs((0.0, m.margin, x, m.compare), labels, 0.0)
+        same(term, truth, "loss_classification")
+    loss = losses.pairs((m.ranking, m.margin, x, m.compare), labels, 0.0)
+    same(loss - term, truth, "loss_ranking")
+    same(loss, truth, "loss")
+    same_gradients(m, loss, {f"train_{k}": v for k, v in truth.items() if k.startswith("grad_")})
+
+
 CHECKS = {
+    "apinet": check_apinet,
     "ifa": check_ifa,
     "r2trans": check_r2trans,
     "pim": check_pim,

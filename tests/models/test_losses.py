@@ -7,7 +7,7 @@ import torch
 from conftest import choices
 
 from glsim import ConfigError, Output
-from glsim.models.losses import TERMS, objective
+from glsim.models.losses import TERMS, find_pairs, objective
 
 SMOOTHING = [0.0, 0.1, 0.4]
 
@@ -35,8 +35,30 @@ def naive_cos(u, v):
 def test_every_term_has_a_test():
     assert set(TERMS) == {
         *("cross_entropy", "contrastive", "supervised_contrastive", "uncertainty", "centre"),
-        *("background", "refinement", "exclusion"),
+        *("background", "refinement", "exclusion", "pairs"),
     }
+
+
+def test_pairs_agree_with_a_loop():
+    """Image 4 is alone in its class; of two at one distance the first is taken."""
+    x = torch.tensor([[0.0, 0], [1, 0], [3, 0], [4, 0], [0, 2]])
+    labels = torch.tensor([0, 0, 1, 1, 2])
+    wanted = [(0, 1), (1, 0), (2, 3), (3, 2), (0, 4), (1, 2), (2, 1), (3, 1), (4, 0)]
+    one, other, there = find_pairs(x, labels)
+    assert list(zip(one[there].tolist(), other[there].tolist(), strict=True)) == wanted
+
+    g = generator()
+    w = torch.randn(4, 2, 3, generator=g)
+    loss = TERMS["pairs"]((2.0, 0.05, x, lambda a, b: (a @ w[0], b @ w[1], a @ w[2], b @ w[3])), labels, 0.1)
+    total = 0.0
+    for i, j in wanted:
+        for image, own, partner in ((i, w[0], w[2]), (j, w[1], w[3])):
+            good, bad = (x[image, None] @ part for part in (own, partner))
+            label = int(labels[image])
+            ce = [naive_cross_entropy(y, [label], 0.1) for y in (good, bad)]
+            p, q = (float(y.softmax(dim=1)[0, label]) for y in (good, bad))
+            total += sum(ce) / 2 + 2 * max(q - p + 0.05, 0)
+    assert loss.item() == pytest.approx(total / (2 * len(wanted)), rel=1e-4)
 
 
 def test_exclusion_agrees_with_a_loop():

@@ -145,7 +145,7 @@ ONE_OF_EACH = {
     "vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "eva02_tiny_patch14_224", "beit_base_patch16_224",
     "vit_base_patch16_siglip_224", "test_vit2", *MAPS,
 }  # fmt: skip
-NEW_ONES = {"pim", "herbs", "r2trans", "ifa"}
+NEW_ONES = {"pim", "herbs", "r2trans", "ifa", "apinet"}
 SPARED = {case for case in PAIRS if case[0] in NEW_ONES and case[2] not in ONE_OF_EACH}
 PAIRS -= SPARED
 
@@ -201,7 +201,7 @@ def test_contract(method, metric, backbone, tmp_path):
     assert output.logits.std(dim=0).min() > 0  # the images are told apart
     assert not output.aux and set(output.embeddings) <= set(find_method(method).embeddings)
     chosen = output.selection
-    assert (chosen is None) == (method in ("plain", "ifa"))
+    assert (chosen is None) == (method in ("plain", "ifa", "apinet"))
     if chosen is not None:
         rows, cols = chosen.grid
         assert chosen.grid == model.backbone.grid
@@ -426,6 +426,7 @@ def test_wrong_names_list_the_choices(arguments, message):
             {"method": "ifa", "exclusion": 0.1, "distance": 2},
             "exclusion=0.1, distance=2, temperature=1.0: from 0, 1 to 1, above 0",
         ),
+        ({"method": "apinet", "hidden": 0}, "hidden=0, margin=0.05, ranking=1.0: 1 or more"),
         ({"method": "r2trans", "answer": "both"}, "answer='both', threshold=1.0: first or sum is needed"),
         ({"method": "herbs", "halve_every": 0}, "width=512, temperature=64.0, halve_every=0: above 0 is needed"),
         ({"method": "transfg", "stride": 17}, "stride=17 and patches of 16x16 pixels; give 1 to 16"),
@@ -467,6 +468,7 @@ def test_embeddings_are_what_the_answer_was_read_from(method):
     read = {
         "plain": lambda v: model.head(v["global"]),
         "r2trans": lambda v: model.head(v["global"]),
+        "apinet": lambda v: model.head(v["global"]),
         "glsim": lambda v: model.head.linear(v["fused"]),
         "cal": lambda v: model.head(100 * v["fused"]),
         "dcal": lambda v: torch.logaddexp(
