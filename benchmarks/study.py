@@ -49,7 +49,7 @@ from glsim.training.config import Train, read_recipe
 from glsim.training.resume import CHECKPOINT
 
 METHODS["annotated"] = "annotated"  # the file beside this one
-PLAIN, GLSIM, GLANCE = "cub20_plain", "cub20_glsim", "cub20_glance"
+PLAIN, GLSIM, GLANCE = "cub20_plain", "cub20_glsim", "cub20_glsim_glance"
 Arm = tuple[str, dict[str, Any]]  # a recipe, and what is changed of it
 
 

@@ -103,7 +103,10 @@ def test_a_graph_with_a_first_pass_of_its_own_size_takes_the_whole_image(tmp_pat
 
 @pytest.mark.parametrize(  # one that reads attention is always tried
     "metric",
-    ["rollout", *(pytest.param(m, marks=pytest.mark.slow) for m in glsim.METRICS if m not in ("gls_border", "rollout"))],
+    [
+        "rollout",
+        *(pytest.param(m, marks=pytest.mark.slow) for m in glsim.METRICS if m not in ("gls_border", "rollout")),
+    ],
 )
 def test_every_metric_exports(metric, tmp_path):
     model = small_model(metric=metric, crop_size=[32, 48], classifier="max_cls", box="inclusive")

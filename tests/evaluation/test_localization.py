@@ -41,7 +41,15 @@ def test_rows_are_the_models_own_selections(source, birds):
     one, all_at_once = (
         measure(model, images, [None, "random"], True, size == 9, size, seed=3).targets for size in (2, 9)
     )
-    names = ["gls_border", "gls_border/centre", "gls_border/random", "whole", "random", "random/centre", "random/random"]
+    names = [
+        "gls_border",
+        "gls_border/centre",
+        "gls_border/random",
+        "whole",
+        "random",
+        "random/centre",
+        "random/random",
+    ]
     for target in ("object", "part"):
         assert sorted(one[target]) == sorted(names)
         for row, columns in one[target].items():
