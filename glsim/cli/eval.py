@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from glsim.cli.options import DataSplit, Lines, Loading, SkipBad, Source, setting, show_skipped
+from glsim.cli.options import Boxed, DataSplit, Lines, SkipBad, Source, setting, show_skipped
 
 if TYPE_CHECKING:
     from glsim.evaluation.evaluate import BundleEvaluation
@@ -13,7 +13,7 @@ PURPOSE = "Measure"
 CALL = "glsim.evaluation.evaluate:evaluate_bundle"
 
 
-class Options(SkipBad, Loading, DataSplit, Source):
+class Options(SkipBad, Boxed, DataSplit, Source):
     """Measure a model on one split: top-1, top-5, mean over classes, exact counts; a page of the mistakes."""
 
     out: str | None = setting(

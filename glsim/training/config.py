@@ -10,19 +10,20 @@ from typing import Any, Literal
 
 import yaml
 
+from glsim.data.box_options import BoxExamples
 from glsim.data.catalog import SETS
 from glsim.data.limits import MAX_MEGAPIXELS
 from glsim.files import expand, one_line, read_text
 from glsim.models import METHODS
-from glsim.settings import Settings, Size, required, setting
+from glsim.settings import Size, required, setting
 from glsim.training.recipes import find_recipe
 from glsim.types import ConfigError
 
 # Settings that change nothing in a run; the data is watched by hashes.
-WITHOUT_EFFECT = {"workers", "out", "data", "cache", "tracker", "data_licence", "max_megapixels"}
+WITHOUT_EFFECT = {"workers", "out", "data", "boxes", "cache", "tracker", "data_licence", "max_megapixels"}
 
 
-class Train(Settings):
+class Train(BoxExamples):
     """Train a model on a folder or CSV of images. OUT becomes a bundle: load it, evaluate it, predict with it."""
 
     data: str = required(
@@ -121,6 +122,7 @@ class Train(Settings):
 
         The filled values stand in the resolved recipe. Raises ConfigError for settings that do not fit each other.
         """
+        super().check()
         if not 0 < self.max_megapixels < math.inf:
             raise ConfigError(f"max_megapixels={self.max_megapixels}: a number above 0 is needed")
         chosen: dict[str, Any] = {"resize_ratio": 1.34}
