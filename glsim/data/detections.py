@@ -198,6 +198,12 @@ class BoxPaths(Sequence[Path]):
     def __iter__(self) -> Iterator[Path]:
         return (self[row] for row in range(len(self)))
 
+    @property
+    def listed(self) -> list[str]:
+        """(files,) their paths as the file of boxes has them."""
+        first = {int(file): int(image) for file, image in zip(self.file[::-1], self.boxes.image[::-1], strict=True)}
+        return [self.boxes.images[first[file]] if file in first else "" for file in range(len(self.files))]
+
     def take(self, rows: np.ndarray) -> BoxPaths:
         """Some of the paths."""
         return BoxPaths(self.boxes.take(rows), self.files, self.images, self.file[rows], self.margin, self.square)

@@ -15,9 +15,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from glsim.checkpoints.bundle import labels_of, load, preprocessing_of, temperature_of, threshold_of
+from glsim.checkpoints.bundle import labels_of, load, names_of, preprocessing_of, temperature_of, threshold_of
 from glsim.data.box_options import Boxed
 from glsim.data.catalog import prepared
+from glsim.data.class_names import ClassName
 from glsim.data.hierarchy import Taxonomy, decide, flat, read_taxonomy
 from glsim.data.images import find_bad
 from glsim.data.limits import MAX_MEGAPIXELS, pixel_limit
@@ -116,6 +117,7 @@ class BundleEvaluation(Summary):
     skipped: list[str]  # files that cannot be read, and why
     errors: str | None  # the page of the mistakes
     written: list[str]  # names of the files in `out`
+    class_names: dict[str, ClassName] | None = optional()  # that people use, by label
 
 
 class Evaluation(NamedTuple):
@@ -320,6 +322,7 @@ def evaluate_bundle(
             skipped=[str(b) for b in bad],
             errors=str(Path(errors) / PAGE) if errors is not None else None,
             written=[] if out is None else list(FILES) if len(labels) <= MOST_CLASSES_DRAWN else list(FILES[:-1]),
+            class_names=names_of(model) or None,
         )
         if errors is not None and accelerator.is_main_process:
             numbers = (t.tolist() for t in (measured.predictions, measured.confidences, measured.true_confidences))

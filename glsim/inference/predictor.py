@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, Unpack
@@ -17,22 +18,26 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from glsim.checkpoints.bundle import labels_of, load, preprocessing_of, temperature_of, threshold_of
+from glsim.checkpoints.bundle import labels_of, load, names_of, preprocessing_of, temperature_of, threshold_of
 from glsim.data.box_options import Boxed, take_boxed
+from glsim.data.class_names import ClassName, read_class_names
 from glsim.data.detections import BoxPaths, find_examples
 from glsim.data.hierarchy import decide, flat, read_taxonomy
 from glsim.data.images import BadImage, taken_at
 from glsim.data.limits import MAX_MEGAPIXELS, sharing
 from glsim.data.loaders import ImageDataset
+from glsim.data.places import read_allowed
 from glsim.data.regions import Cut, Size, cut_of, file_of
 from glsim.data.transforms import Preprocessing, eval_transform
 from glsim.environment import pick_device
 from glsim.files import make_parent, write_text
 from glsim.inference.formats import FORMATS, format_of
+from glsim.inference.results import WRITERS, About
+from glsim.inference.sorting import sort_into as file_images
 from glsim.interpret.heatmaps import Photograph
 from glsim.models.base import EarlyExitModel, Model
 from glsim.models.heads import NO_ANSWER, are_answers, top2_margin
-from glsim.types import ConfigError, Output, choose
+from glsim.types import ConfigError, Output, choose, optional
 
 T = TypeVar("T")
 
@@ -45,6 +50,13 @@ class Verdict(NamedTuple):
     probability: float  # of that answer; of the best label where it is unknown
 
 
+class Otherwise(NamedTuple):
+    """What is said where all classes are allowed."""
+
+    label: str
+    probability: float
+
+
 class Detection(NamedTuple):
     """The box of an image that was answered, as its detector or annotator told it."""
 
@@ -53,6 +65,8 @@ class Detection(NamedTuple):
     category: str = ""  # what the detector calls it
     confidence: float | None = None  # of the detector; None: not told
     time: str | None = None  # when the image was taken, by its EXIF (ISO 8601); None: not told
+    listed: str = ""  # the path of the image as the file of boxes has it
+    record: tuple[int, int] = (0, 0)  # as in `glsim.data.annotation_formats:Mark`
 
 
 class Prediction(NamedTuple):
@@ -66,6 +80,7 @@ class Prediction(NamedTuple):
     embedding: tuple[float, ...] | None = None  # the vector asked for, as the model gives it (not of unit length)
     verdict: Verdict | None = None  # where unsure answers are rejected
     detection: Detection | None = None  # the box that is answered; None: all of the image
+    otherwise: Otherwise | None = None  # the best of all classes, where only some are allowed
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -74,6 +89,7 @@ class Prediction(NamedTuple):
         told: dict[str, Any] = {"path": self.path, "answers": answers, "box": box, "second_pass": self.second_pass}
         told |= {"verdict": self.verdict._asdict()} if self.verdict is not None else {}
         told |= {"detection": self.detection._asdict()} if self.detection is not None else {}
+        told |= {"otherwise": self.otherwise._asdict()} if self.otherwise is not None else {}
         return told | ({"embedding": list(self.embedding)} if self.embedding is not None else {})
 
 
@@ -96,6 +112,8 @@ class Predictions:
     predictions: list[Prediction]
     skipped: list[str]  # files that cannot be read, and why
     second_pass_share: float | None  # of the images that had one; None where the method does not choose
+    class_names: dict[str, ClassName] | None = optional()  # that people use, by label
+    sorted: int | None = optional()  # images that are new in the folder `sort_into`
 
 
 class Predictor:
@@ -107,7 +125,8 @@ class Predictor:
     (`glsim.types:EMBEDDINGS`) to hand out too; for any but "global", no image is spared its second pass. With `reject`
     every answer has a verdict: "unknown" below the threshold of the bundle; with the CSV file `taxonomy`
     (`glsim.data.hierarchy:read_taxonomy`) a coarser level may reach it instead. A file of more than `max_megapixels` is
-    bad (None: `glsim.data.limits:pixel_limit`, by default 110).
+    bad (None: `glsim.data.limits:pixel_limit`, by default 110). With `only`, a file that `glsim.data.places:read_allowed`
+    reads for `place`, no other class is answered: the probabilities of the allowed ones are normalised again.
     """
 
     def __init__(
@@ -122,6 +141,8 @@ class Predictor:
         reject: bool = False,
         taxonomy: str | Path | None = None,
         max_megapixels: float | None = None,
+        only: str | Path | None = None,
+        place: str | None = None,
     ) -> None:
         if max_megapixels is not None and not 0 < max_megapixels < math.inf:
             raise ConfigError(f"max_megapixels={max_megapixels}: a number above 0 is needed")
@@ -137,6 +158,13 @@ class Predictor:
         self.max_pixels = None if max_megapixels is None else max(1, round(max_megapixels * 1e6))
         self.threshold = threshold_of(model) if reject else None
         self.taxonomy = read_taxonomy(taxonomy, self.labels) if taxonomy is not None else flat(self.labels)
+        self.refused: Tensor | None = None  # (C,) bool: classes that cannot be
+        if only is not None:
+            groups = self.taxonomy.classes_of_groups()
+            allowed = read_allowed(only, self.labels, place, groups, names_of(model))
+            self.refused = torch.ones(len(self.labels), dtype=torch.bool, device=self.device)
+            self.refused[allowed] = False
+            self.top_k = min(self.top_k, len(allowed))
 
     def __call__(self, images: Photograph | Sequence[Photograph]) -> list[Prediction]:
         """One `Prediction` an image, in order. Raises BadImage, naming the file, for one that cannot be read."""
@@ -199,7 +227,13 @@ class Predictor:
 
     def predictions(self, output: Output, cuts: Sequence[Cut]) -> list[Prediction | None]:
         """The answers that the model's `output` for pictures from these `cuts` stands for; None: it is no number."""
-        probabilities = (output.logits.float() / self.temperature).softmax(dim=1)
+        logits, otherwise = output.logits.float() / self.temperature, [None] * len(cuts)
+        probabilities = logits.softmax(dim=1)
+        if self.refused is not None:
+            best = probabilities.max(dim=1)
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            otherwise = [Otherwise(self.labels[i], p) for i, p in pairs]
+            probabilities = logits.masked_fill(self.refused, -math.inf).softmax(dim=1)
         real = are_answers(output.logits, self.temperature)
         if self.embedding:
             real &= embedding_of(output, self.embedding).isfinite().all(dim=1)
@@ -211,7 +245,9 @@ class Predictor:
         vectors = map(tuple, embedding_of(output, self.embedding).tolist()) if self.embedding else nothing
         verdicts = self.verdicts(probabilities, self.threshold) if self.threshold is not None else nothing
         found = [cut.box and Detection(cut.box, cut.whole) for cut in cuts]
-        rows = zip(labels, map(tuple, top.values.tolist()), crops, unsure, vectors, verdicts, found, strict=True)
+        rows = zip(
+            labels, map(tuple, top.values.tolist()), crops, unsure, vectors, verdicts, found, otherwise, strict=True
+        )
         return [Prediction(None, *row) if told else None for row, told in zip(rows, real.tolist(), strict=True)]
 
     def verdicts(self, probabilities: Tensor, threshold: float) -> list[Verdict]:
@@ -234,9 +270,14 @@ def predict_images(
     flip: bool = False,
     reject: bool = False,
     taxonomy: str | Path | None = None,
+    only: str | Path | None = None,
+    place: str | None = None,
+    class_names: str | Path | None = None,
     embedding: str | None = None,
     format: str | None = None,  # noqa: A002
     out: str | Path | None = None,
+    sort_into: str | Path | None = None,
+    links: bool = False,
     **loading: Unpack[Loading],
 ) -> Predictions:
     """Answer files, folders and globs with a model, and write the answers to a file where one is named.
@@ -246,8 +287,12 @@ def predict_images(
         images: files, folders or globs, or where `boxes` are given, those whose boxes are answered;
             `glsim.inference.ray_bulk:predict_bulk` takes lists and object stores too.
         options: options of the method to change.
-        format: of `out`, a name of `glsim.inference.formats:FORMATS`; by default by the ending of `out`.
+        class_names: CSV file of `glsim.data.class_names:read_class_names`; by default the names in the bundle.
+        format: of `out`, a name of `glsim.inference.formats:FORMATS` or `glsim.inference.results:WRITERS`; by default
+            by the ending of `out`.
         out: file for the answers.
+        sort_into: folder in which images are filed by their answers (`glsim.inference.sorting:sort_into`).
+        links: file links in place of copies.
         loading: see `Loading`.
 
     The others are those of `Predictor`.
@@ -256,26 +301,39 @@ def predict_images(
         ConfigError: for an option that does not fit, or a bundle without the threshold that `reject` needs.
         DataError: for images or a model that are not there, and BadImage for one that cannot be read.
     """
-    to_text = choose(format or format_of(out), FORMATS, "format")
+    form = format or format_of(out)
+    write = choose(form, {**FORMATS, **WRITERS}, "format")
     if out is not None:
         make_parent(out)  # first: what cannot be made must not come late
     boxed, others = take_boxed(loading)
-    paths = find_examples(images, boxed)
-    asked: dict[str, Any] = {
-        "top_k": top_k,
-        "flip": flip,
-        "embedding": embedding,
-        "reject": reject,
-        "taxonomy": taxonomy,
-    }
-    found, skipped = answer_files(load(source, **options or {}), paths, **asked, **others)
+    if form in WRITERS and (boxed.get("boxes") is None or out is None):
+        raise ConfigError(f"format={form}: it is a file of boxes; add --boxes FILE and --out FILE")
+    paths, model = find_examples(images, boxed), load(source, **options or {})
+    labels = labels_of(model)
+    names = names_of(model) if class_names is None else read_class_names(class_names, labels)
+    asked: dict[str, Any] = {"top_k": top_k, "flip": flip, "embedding": embedding, "reject": reject}
+    asked |= {"taxonomy": taxonomy, "only": only, "place": place}
+    found, skipped = answer_files(model, paths, **asked, **others)
     predictions: list[Prediction] = list(found.values())
     if isinstance(paths, BoxPaths):
         predictions = list(with_detections(found, paths))
-    if out is not None:
-        write_text(out, to_text(predictions))
+    if out is not None and form in FORMATS:
+        write_text(out, write(predictions, names))
+    elif out is not None and isinstance(paths, BoxPaths):
+        listed = dict(zip(paths.listed, paths.files, strict=True))
+        about = About(str(boxed["boxes"]), str(source), labels, _now(), names, listed, boxed.get("min_confidence", 0.0))
+        write(Path(out), predictions, about)
+    sorted_ = None
+    if sort_into is not None:
+        answered = ((str(p.path), p.labels[0] if p.verdict is None else p.verdict.label) for p in predictions)
+        sorted_ = file_images(sort_into, answered, links)
     again = [a.second_pass for a in predictions if a.second_pass is not None]
-    return Predictions(str(source), predictions, skipped, sum(again) / len(again) if again else None)
+    share = sum(again) / len(again) if again else None
+    return Predictions(str(source), predictions, skipped, share, dict(names) or None, sorted_)
+
+
+def _now() -> str:
+    return datetime.now(UTC).replace(microsecond=0).isoformat().replace("+00:00", "Z")
 
 
 def answer_files(
@@ -306,8 +364,10 @@ def with_detections(found: Mapping[int, Prediction], paths: BoxPaths) -> Iterato
         if answer.path != path:
             path, time = str(answer.path), taken_at(str(answer.path))
         assert answer.detection is not None
-        told = {"category": paths.boxes.category_of(row), "confidence": paths.boxes.confidence_of(row), "time": time}
-        yield answer._replace(detection=answer.detection._replace(**told))
+        boxes = paths.boxes
+        told: dict[str, Any] = {"category": boxes.category_of(row), "confidence": boxes.confidence_of(row)}
+        told |= {"listed": boxes.images[boxes.image[row]], "record": tuple(boxes.record[row].tolist())}
+        yield answer._replace(detection=answer.detection._replace(**told, time=time))
 
 
 def sift(answers: Iterable[T | BadImage], skip_bad: bool = False) -> tuple[dict[int, T], list[str]]:

@@ -20,7 +20,17 @@ from glsim.training.recipes import find_recipe
 from glsim.types import ConfigError
 
 # Settings that change nothing in a run; the data is watched by hashes.
-WITHOUT_EFFECT = {"workers", "out", "data", "boxes", "cache", "tracker", "data_licence", "max_megapixels"}
+WITHOUT_EFFECT = {
+    "workers",
+    "out",
+    "data",
+    "boxes",
+    "cache",
+    "tracker",
+    "class_names",
+    "data_licence",
+    "max_megapixels",
+}
 
 
 class Train(BoxExamples):
@@ -115,6 +125,9 @@ class Train(BoxExamples):
     compile: bool = setting(False, "compile the model with torch.compile")
     seed: int = setting(1, "of everything random")
     data_licence: str | None = setting(None, "of the images, for the model card; default: the named data set's")
+    class_names: str | None = setting(
+        None, "CSV label,name,scientific_name,taxon_id: names that people use, kept in the bundle", path="reads"
+    )
     tracker: Literal["tensorboard", "trackio", "wandb"] | None = setting(None, "log there too; pip install it first")
 
     def check(self) -> None:
