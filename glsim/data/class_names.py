@@ -1,4 +1,4 @@
-"""Names that people use for classes: common name, scientific name and taxon id beside the label, which stays the key."""
+"""Names that people use for classes: common and scientific name and taxon id, beside the label, which stays the key."""
 
 from __future__ import annotations
 

@@ -72,10 +72,10 @@ def box_columns(predictions: Sequence[Prediction], names: ClassNames = NO_NAMES)
 
 
 def as_csv(predictions: Sequence[Prediction], names: ClassNames = NO_NAMES) -> str:
-    """One row a box, of `box_columns`; without boxes one row an image and rank, as `csv_text` writes it: path, rank, label, probability, left, top, right, bottom.
+    """One row a box, of `box_columns`; without boxes one row an image and rank, as `csv_text` writes it.
 
-    Where the method chooses, also second_pass (true or false); where there are verdicts, also verdict, level and
-    verdict_probability.
+    The columns of that are path, rank, label, probability, left, top, right, bottom. Where the method chooses,
+    also second_pass (true or false); where there are verdicts, also verdict, level and verdict_probability.
     """
     if any(a.detection is not None for a in predictions):
         columns = box_columns(predictions, names)

@@ -125,8 +125,8 @@ class Predictor:
     (`glsim.types:EMBEDDINGS`) to hand out too; for any but "global", no image is spared its second pass. With `reject`
     every answer has a verdict: "unknown" below the threshold of the bundle; with the CSV file `taxonomy`
     (`glsim.data.hierarchy:read_taxonomy`) a coarser level may reach it instead. A file of more than `max_megapixels` is
-    bad (None: `glsim.data.limits:pixel_limit`, by default 110). With `only`, a file that `glsim.data.places:read_allowed`
-    reads for `place`, no other class is answered: the probabilities of the allowed ones are normalised again.
+    bad (None: `glsim.data.limits:pixel_limit`, by default 110). With `only`, a file for `place` that
+    `glsim.data.places:read_allowed` reads, no other class is answered: probabilities are normalised over the allowed.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Files of results that other tools read: MegaDetector's, COCO's, Camtrap DP's observations, Parquet.
 
-What a file of boxes holds beside its boxes is kept: MegaDetector's and COCO's are read again while they are written, and
-a box keeps its numbers as they stood there.
+What a file of boxes holds beside its boxes is kept: MegaDetector's and COCO's are read again while the results are
+written, and a box keeps its numbers as they stood there.
 """
 
 from __future__ import annotations
