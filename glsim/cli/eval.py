@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from glsim.cli.options import Boxed, DataSplit, Lines, SkipBad, Source, setting, show_skipped
+from glsim.cli.options import BoxLoading, DataSplit, Lines, SkipBad, Source, setting, show_skipped
 from glsim.data.class_names import shown_label
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ PURPOSE = "Measure"
 CALL = "glsim.evaluation.evaluate:evaluate_bundle"
 
 
-class Options(SkipBad, Boxed, DataSplit, Source):
+class Options(SkipBad, BoxLoading, DataSplit, Source):
     """Measure a model on one split: top-1, top-5, mean over classes, exact counts; a page of the mistakes."""
 
     out: str | None = setting(

@@ -46,7 +46,7 @@ class Source(Settings):
     options: dict[str, Any] = setting({}, "options of the method to change, as --options.margin null")
 
 
-class Boxed(BoxExamples, Loading):
+class BoxLoading(BoxExamples, Loading):
     """Images, or boxes of images, that are loaded in batches."""
 
 

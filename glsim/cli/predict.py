@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Literal
 
-from glsim.cli.options import Boxed, Images, SkipBad, Source, setting, show_skipped
+from glsim.cli.options import BoxLoading, Images, SkipBad, Source, setting, show_skipped
 from glsim.cli.output import put
 from glsim.data.image_files import LISTS
 from glsim.data.uri import is_uri
@@ -21,7 +21,7 @@ CALL = "glsim.inference.predictor:predict_images"
 RAW = True
 
 
-class Options(SkipBad, Boxed, Images, Source):
+class Options(SkipBad, BoxLoading, Images, Source):
     """Name what is in images: top-k classes with probabilities, and the crop box."""
 
     top_k: int = setting(5, "answers per image", least=1)

@@ -66,7 +66,7 @@ def read_boxed(
     if not boxes.label.all():
         raise DataError(f"{boxes.where(int(boxes.label.argmin()))}: no label, but others have one")
     splits_told = [row.split for row in listed] or [_split_of(path, place) for path in images]
-    drawn = any(splits_told[i] is None for i in paths.images)
+    drawn = any(splits_told[i] is None for i in np.unique(paths.image))
     told: np.ndarray = np.array([split or "train" for split in splits_told])[paths.image]
     if drawn:
         keys = [path.relative_to(place if place.is_dir() else place.parent).as_posix() for path in images]

@@ -161,27 +161,19 @@ class BoxPaths(Sequence[Path]):
     """The paths of the regions that boxes are, made when they are asked for.
 
     Args:
-        boxes: ordered by file.
-        files: of the images.
-        images: (files,) their numbers among the images that were given.
-        file: (n,) which of the files each box is of.
+        boxes: ordered by image.
+        given: paths of images.
+        image: (n,) which of them each box is of.
         margin, square: of `glsim.data.regions:Region`.
     """
 
     def __init__(
-        self,
-        boxes: Detections,
-        files: Sequence[str],
-        images: np.ndarray,
-        file: np.ndarray,
-        margin: float,
-        square: bool,
+        self, boxes: Detections, given: Sequence[str | Path], image: np.ndarray, margin: float, square: bool
     ) -> None:
-        self.boxes, self.files, self.images, self.file = boxes, files, images, file
-        self.margin, self.square = margin, square
+        self.boxes, self.given, self.image, self.margin, self.square = boxes, given, image, margin, square
 
     def __len__(self) -> int:
-        return len(self.file)
+        return len(self.image)
 
     @overload
     def __getitem__(self, row: int) -> Path: ...
@@ -192,26 +184,15 @@ class BoxPaths(Sequence[Path]):
     def __getitem__(self, row: int | slice) -> Path | BoxPaths:
         if isinstance(row, slice):
             return self.take(np.arange(len(self))[row])
-        name: Any = f"{self.files[self.file[row]]}{self.region(row).fragment}"
+        name: Any = f"{self.given[self.image[row]]}{self.region(row).fragment}"
         return name if is_uri(name) else Path(name)
 
     def __iter__(self) -> Iterator[Path]:
         return (self[row] for row in range(len(self)))
 
-    @property
-    def listed(self) -> list[str]:
-        """(files,) their paths as the file of boxes has them."""
-        first = {int(file): int(image) for file, image in zip(self.file[::-1], self.boxes.image[::-1], strict=True)}
-        return [self.boxes.images[first[file]] if file in first else "" for file in range(len(self.files))]
-
     def take(self, rows: np.ndarray) -> BoxPaths:
         """Some of the paths."""
-        return BoxPaths(self.boxes.take(rows), self.files, self.images, self.file[rows], self.margin, self.square)
-
-    @property
-    def image(self) -> np.ndarray:
-        """(n,) the number of each box's image among the images that were given."""
-        return self.images[self.file]
+        return BoxPaths(self.boxes.take(rows), self.given, self.image[rows], self.margin, self.square)
 
     def region(self, row: int) -> Region:
         """The region that a box is; in shares where the size of its image is told, which may be a copy in another."""
@@ -246,13 +227,11 @@ def find_boxes(images: Sequence[str | Path], boxed: Boxed, boxes: Detections | N
         first = next(path for number, path in enumerate(images) if number not in listed)
         warnings.warn(f"{source}: no box of {without:,} of {len(images):,} images, as {first}", DataWarning, 2)
     number = {key: i for i, key in enumerate(boxes.images)}
-    given = np.array(sorted(listed))
-    file_of_image = np.full(len(boxes.images), -1, np.int32)
-    file_of_image[[number[listed[i]] for i in given]] = np.arange(len(given))
-    file = file_of_image[boxes.image]
-    rows = np.argsort(file, kind="stable")[int((file < 0).sum()) :]
-    files = [str(images[i]) for i in given]
-    return BoxPaths(boxes.take(rows), files, given, file[rows], boxed.get("margin", 0.1), boxed.get("square", False))
+    given_of = np.full(len(boxes.images), -1, np.int32)
+    given_of[[number[key] for key in listed.values()]] = list(listed)
+    image = given_of[boxes.image]
+    rows = np.argsort(image, kind="stable")[int((image < 0).sum()) :]
+    return BoxPaths(boxes.take(rows), images, image[rows], boxed.get("margin", 0.1), boxed.get("square", False))
 
 
 def find_examples(images: Sequence[str], boxed: Boxed) -> Sequence[Path]:

@@ -320,8 +320,8 @@ def predict_images(
     if out is not None and form in FORMATS:
         write_text(out, write(predictions, names))
     elif out is not None and isinstance(paths, BoxPaths):
-        listed = dict(zip(paths.listed, paths.files, strict=True))
-        about = About(str(boxed["boxes"]), str(source), labels, _now(), names, listed, boxed.get("min_confidence", 0.0))
+        least = boxed.get("min_confidence", 0.0)
+        about = About(str(boxed["boxes"]), str(source), labels, _now(), names, paths.given, least)
         write(Path(out), predictions, about)
     sorted_ = None
     if sort_into is not None:

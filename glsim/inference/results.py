@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from glsim.data.annotation_formats import LARGEST_BOXES, is_megadetector
 from glsim.data.class_names import ClassName
 from glsim.data.images import taken_at
+from glsim.data.lists import as_listed
+from glsim.data.matching import match_paths
 from glsim.files import csv_text, json_parts, read_text, replacing, to_json, write_text
 from glsim.inference.formats import box_columns
 from glsim.types import ConfigError, DataWarning
@@ -33,7 +35,7 @@ class About(NamedTuple):
     labels: Sequence[str]
     time: str  # of the classification: ISO 8601 with its zone
     names: Mapping[str, ClassName] = {}
-    files: Mapping[str, str] = {}  # the file of each image, by its path as listed
+    images: Sequence[str | Path] = ()  # that were given, with a box or without
     min_confidence: float = 0.0
 
 
@@ -87,13 +89,17 @@ def _is_megadetector(boxes: str) -> bool:
     return boxes.lower().endswith(".json") and is_megadetector(boxes)
 
 
+def _images_of(boxes: str) -> Iterator[dict[str, Any]]:
+    """The images of MegaDetector's results."""
+    return (value for key, _, value in json_parts(boxes, ("images",), LARGEST_BOXES) if key == "images")
+
+
 def _megadetector_images(
     predictions: Sequence[Prediction], about: About, categories: dict[str, str]
-) -> Iterator[tuple[int, dict[str, Any]]]:
+) -> Iterable[tuple[int, dict[str, Any]]]:
     """The images of MegaDetector's results with their numbers; of another file, made of the answered boxes."""
     if _is_megadetector(about.boxes):
-        parts = json_parts(about.boxes, ("images",), LARGEST_BOXES)
-        return ((number, value) for key, number, value in parts if key == "images")
+        return enumerate(_images_of(about.boxes))
     images: dict[str, list[dict[str, Any]]] = {}
     ids: dict[str, str] = {}
     for p in predictions:
@@ -229,11 +235,13 @@ def _others(about: About, answered: set[tuple[int, int]]) -> Iterator[dict[str, 
     """Rows of what MegaDetector's results tell of the images, apart from the boxes that were answered."""
     head = _head(about.boxes)
     names, detector = head.get("detection_categories", {}), str((head.get("info") or {}).get("detector", ""))
-    for key, number, image in json_parts(about.boxes, ("images",), LARGEST_BOXES):
-        listed = image["file"].replace("\\", "/") if key == "images" else ""
-        if listed not in about.files or image.get("failure") or image.get("detections") is None:
+    keys = (as_listed(image["file"]) for image in _images_of(about.boxes))
+    files = {key: about.images[i] for i, key in match_paths(about.images, keys, about.boxes).items()}
+    for number, image in enumerate(_images_of(about.boxes)):
+        listed = as_listed(image["file"])
+        if listed not in files or image.get("failure") or image.get("detections") is None:
             continue
-        time, seen = taken_at(about.files[listed]), 0
+        time, seen = taken_at(files[listed]), 0
         for i, found in enumerate(image["detections"]):
             kind = TYPES.get(names.get(str(found["category"]), "").lower(), "unclassified")
             if (number, i) in answered:

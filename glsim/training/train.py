@@ -207,7 +207,7 @@ def prepare(s: Train, out: Path, accelerator: Accelerator) -> Run:
     accelerator.init_trackers("glsim", shown, {"trackio": named, "wandb": named})
     names = read_class_names(s.class_names, classes) if s.class_names is not None else {}
     about = {
-        "class_names": {label: name._asdict() for label, name in names.items()},
+        **({"class_names": {label: name._asdict() for label, name in names.items()}} if names else {}),
         "data": {
             "source": Path(s.data).name,  # not the path: bundles travel
             "counts": {name: len(images) for name, images in splits.items()},

@@ -850,7 +850,7 @@ CHANGED = {  # every setting but those of FREE, with another value
     "margin": 0.2,
     "square": True,
 }
-NEEDED = dict.fromkeys(("min_confidence", "categories"), {"boxes": "boxes.csv"})  # beside a setting
+NEEDED = {name: {"boxes": "boxes.csv"} for name in ("min_confidence", "categories")}  # beside a setting
 
 
 def test_no_setting_was_forgotten():
