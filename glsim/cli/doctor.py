@@ -69,8 +69,8 @@ def run(options: Options, progress: bool) -> Diagnosis:
     began, out = time.perf_counter(), Path(options.out)
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise ConfigError(f"out={options.out}: name a file, in a folder that is there")
-    drawn = {"split_seed": options.split_seed, "test_fraction": options.test_fraction}
-    listing = list_images(options.data, **drawn, boxed=boxed_of(options))
+    seed, fraction = options.split_seed, options.test_fraction
+    listing = list_images(options.data, split_seed=seed, test_fraction=fraction, boxed=boxed_of(options))
     # Before the images are read, for a wrong setting must not wait for them.
     memory = estimate_memory(len(listing.classes), **{name: getattr(options, name) for name in RUN})
     reading = {name: getattr(options, name) for name in READING}

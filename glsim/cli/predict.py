@@ -78,8 +78,7 @@ def show(r: Predictions, options: Options) -> str:
     for line in told:
         put(printable(line), sys.stderr)
     if r.sorted is not None:
-        told = f"{r.sorted} images are new in {options.sort_into}"
-        put(printable(told), sys.stderr)
+        put(printable(f"{r.sorted} images are new in {options.sort_into}"), sys.stderr)
     if options.out is not None:
         return printable(f"written: {options.out}")
     return FORMATS[str(options.format)](r.predictions, r.class_names or {}).rstrip("\n")

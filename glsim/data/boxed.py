@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -25,7 +25,7 @@ class BoxList(ImageList):
 
     paths: BoxPaths
 
-    def only(self, keep: Sequence[bool]) -> BoxList:
+    def only(self, keep: Iterable[bool]) -> BoxList:
         """The boxes for which `keep` says so."""
         rows = np.flatnonzero(np.fromiter(keep, bool))
         return replace(self, paths=self.paths.take(rows), labels=tuple(self.labels[row] for row in rows))

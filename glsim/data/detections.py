@@ -196,10 +196,13 @@ class BoxPaths(Sequence[Path]):
 
     def region(self, row: int) -> Region:
         """The region that a box is; in shares where the size of its image is told, which may be a copy in another."""
-        sides, size = self.boxes.sides[row].tolist(), self.boxes.sizes.get(int(self.boxes.image[row]))
+        sides: Any = self.boxes.sides[row].tolist()
+        size = self.boxes.sizes.get(int(self.boxes.image[row]))
         if size is None:
-            return Region(*sides, False, self.margin, self.square)
-        return Region(*(side / size[i % 2] for i, side in enumerate(sides)), True, self.margin, self.square)
+            left, top, right, bottom = sides
+            return Region(left, top, right, bottom, False, self.margin, self.square)
+        left, top, right, bottom = (side / size[i % 2] for i, side in enumerate(sides))
+        return Region(left, top, right, bottom, True, self.margin, self.square)
 
 
 def read_chosen(boxed: Boxed) -> Detections:
@@ -234,7 +237,7 @@ def find_boxes(images: Sequence[str | Path], boxed: Boxed, boxes: Detections | N
     return BoxPaths(boxes.take(rows), images, image[rows], boxed.get("margin", 0.1), boxed.get("square", False))
 
 
-def find_examples(images: Sequence[str], boxed: Boxed) -> Sequence[Path]:
+def find_examples(images: Sequence[str | Path], boxed: Boxed) -> Sequence[Path]:
     """The images in files, folders and globs, or where `boxed` names a file of boxes, their boxes."""
     paths = find_images(images)
     return find_boxes(paths, boxed) if boxed.get("boxes") is not None else paths

@@ -110,7 +110,7 @@ def read_regions(
 
 def by_file(paths: Iterable[str | Path]) -> Iterator[list[str | Path]]:
     """Paths that follow each other and are of one file, together."""
-    return (list(group) for _, group in groupby(paths, file_of))
+    return (list(group) for _, group in groupby(paths, lambda path: str(file_of(path))))
 
 
 def _shown(image: Image.Image) -> Image.Image:

@@ -18,9 +18,9 @@ def match_paths(images: Sequence[str | Path], keys: Iterable[str], source: str |
     """
     stems = dict[str, str | None]()
     whole = {key.lstrip("/"): key for key in keys}
-    for name, key in whole.items():
+    for name, listed in whole.items():
         stem = posixpath.splitext(name)[0]
-        stems[stem] = None if stem in stems else key
+        stems[stem] = None if stem in stems else listed
     found, taken = dict[int, str](), dict[str, int]()
     for number, path in enumerate(images):
         for end in _ends(path):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from glsim.data.limits import Refused
 
-Name = TypeVar("Name", str, Path)
+Name = TypeVar("Name", bound=str | Path)
 Size = tuple[int, int]  # width, height
 MARK = "#xywh="
 _NUMBER = r"(-?[\d.]+(?:e[+-]?\d+)?)"

@@ -227,7 +227,8 @@ class Predictor:
 
     def predictions(self, output: Output, cuts: Sequence[Cut]) -> list[Prediction | None]:
         """The answers that the model's `output` for pictures from these `cuts` stands for; None: it is no number."""
-        logits, otherwise = output.logits.float() / self.temperature, [None] * len(cuts)
+        logits = output.logits.float() / self.temperature
+        otherwise: Sequence[Otherwise | None] = [None] * len(cuts)
         probabilities = logits.softmax(dim=1)
         if self.refused is not None:
             best = probabilities.max(dim=1)

@@ -74,7 +74,7 @@ class Gallery:
     """
 
     source: str | Path
-    images: Sequence[str]
+    images: Sequence[str | Path]
     _: KW_ONLY
     options: Mapping[str, Any] | None = None
     limit: int = 100

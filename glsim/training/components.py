@@ -32,8 +32,8 @@ def read_splits(s: Train) -> tuple[dict[str, ImageList], list[BadImage]]:
         ConfigError: where val images are asked for and the data has a val split of its own.
         DataError: for data that cannot be read, a single class, or a split or class without images.
     """
-    place, drawn = prepared(s.data, s.dataset), {"seed": s.split_seed, "test_fraction": s.test_fraction}
-    splits = read_boxed(place, boxed_of(s), **drawn)
+    place = prepared(s.data, s.dataset)
+    splits = read_boxed(place, boxed_of(s), seed=s.split_seed, test_fraction=s.test_fraction)
     take_split(splits, "train", s.data)
     if len(splits["train"].classes) < 2:
         raise DataError(f"{s.data} has one class, {splits['train'].classes[0]!r}; there is nothing to tell apart")

@@ -137,7 +137,7 @@ def test_regions_of_a_file_are_decoded_once(photos, monkeypatch):
         *names[1:3],
         str(photos / "cam1" / "gone.jpg"),
     ]
-    assert [len(group) for group in by_file([*names, str(file), f"{photos}/y.jpg#xywh=1,1,2,2"])] == [5, 1]
+    assert [len(group) for group in by_file([*names, file, f"{photos}/y.jpg#xywh=1,1,2,2"])] == [5, 1]
     gone = read_regions([f"{photos}/gone.jpg#xywh=1,1,2,2"] * 2, lambda image: image.size)
     assert all(isinstance(bad, BadImage) and "No such file" in bad.reason for bad in gone)
 
