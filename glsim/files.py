@@ -14,7 +14,7 @@ import mimetypes
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -121,9 +121,9 @@ def read_lines(path: str | Path) -> list[str]:
     return [line.removesuffix("\r") for line in read_text(path).rstrip("\n").split("\n")]
 
 
-def read_text(path: str | Path, encoding: str = "utf-8-sig") -> str:
-    """The text of a regular file; OSError as `open_regular`, UnicodeDecodeError where it is in another encoding."""
-    return read_bytes(path).decode(encoding)
+def read_text(path: str | Path, encoding: str = "utf-8-sig", most: int = LARGEST_TEXT) -> str:
+    """The text of a regular file; OSError as `read_bytes`, UnicodeDecodeError where it is in another encoding."""
+    return read_bytes(path, most).decode(encoding)
 
 
 def read_json(path: str | Path, kind: type | None = dict, most: int = LARGEST_JSON) -> Any:
@@ -143,16 +143,8 @@ def read_json(path: str | Path, kind: type | None = dict, most: int = LARGEST_JS
 
 def parse_json(text: str | bytes, kind: type | None = dict) -> Any:
     """The value of a JSON text, held to what `read_json` says; ValueError tells what is wrong."""
-
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"{shorten(constant, 20)} is no JSON")
-
-    def number(text: str) -> float:
-        value = float(text)
-        return value if math.isfinite(value) else refuse(text)
-
     try:
-        value = json.loads(text, parse_constant=refuse, parse_float=number)
+        value = json.loads(text, parse_constant=_no_number, parse_float=_number)
         deep = _is_deeper(value, JSON_DEPTH)
     except RecursionError:
         deep = True
@@ -161,6 +153,65 @@ def parse_json(text: str | bytes, kind: type | None = dict) -> Any:
     if kind is not None and not isinstance(value, kind):
         raise ValueError(f"wanted {'an object' if kind is dict else f'a {kind.__name__}'}, got {shorten(text)}")
     return value
+
+
+def json_parts(path: str | Path, lists: Collection[str], most: int = LARGEST_JSON) -> Iterator[tuple[str, int, Any]]:
+    """The keys and values of the object in a JSON file, one by one: (key, -1, value). A list under a key of `lists` is
+    not made: each item of it comes with its number, from 0, so that a large file is never held as objects.
+
+    Raises as `read_json`, where the damage is reached.
+    """
+    try:
+        yield from _json_parts(read_text(path, most=most), lists)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        why = getattr(error, "strerror", None) or one_line(error)
+        why = f"more than {JSON_DEPTH} levels of lists and objects" if isinstance(error, RecursionError) else why
+        raise DataError(f"{path} is damaged or cannot be read: {why}") from error
+
+
+def _json_parts(text: str, lists: Collection[str]) -> Iterator[tuple[str, int, Any]]:
+    space, decoder = re.compile(r"[ \t\n\r]*"), json.JSONDecoder(parse_constant=_no_number, parse_float=_number)
+
+    def beyond(at: int, marks: str) -> tuple[str, int]:
+        """One of `marks`, which has to come next, and where what follows begins."""
+        at = space.match(text, at).end()  # type: ignore[union-attr]
+        if at >= len(text) or text[at] not in marks:
+            raise ValueError(f"one of {' '.join(marks)} is needed at character {at:,}, got {text[at : at + 20]!r}")
+        return text[at], space.match(text, at + 1).end()  # type: ignore[union-attr]
+
+    mark, at = beyond(0, "{")
+    if text[at : at + 1] == "}":
+        mark = "}"
+    while mark != "}":
+        key, at = decoder.raw_decode(text, at)
+        _, at = beyond(at, ":")
+        if key in lists and text[at : at + 1] == "[":
+            inner, at = beyond(at, "[")
+            number = 0
+            if text[at : at + 1] == "]":
+                inner, at = beyond(at, "]")
+            while inner != "]":
+                value, at = decoder.raw_decode(text, at)
+                if _is_deeper(value, JSON_DEPTH):
+                    raise RecursionError
+                yield key, number, value
+                inner, at = beyond(at, ",]")
+                number += 1
+        else:
+            value, at = decoder.raw_decode(text, at)
+            yield key, -1, value
+        mark, at = beyond(at, ",}")
+
+
+def _no_number(constant: str) -> Any:
+    raise ValueError(f"{shorten(constant, 20)} is no JSON")
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_number(text)
 
 
 def _is_deeper(value: Any, levels: int) -> bool:

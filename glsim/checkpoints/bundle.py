@@ -32,6 +32,7 @@ from glsim.checkpoints.hub import fetch
 from glsim.checkpoints.official import convert_official
 from glsim.checkpoints.onnx_runtime import open_graph
 from glsim.checkpoints.tensors import read_safetensors
+from glsim.data.class_names import ClassName
 from glsim.data.transforms import Preprocessing
 from glsim.files import (
     BUNDLE,
@@ -259,6 +260,11 @@ def preprocessing_of(model: Model) -> Preprocessing:
 def labels_of(model: Model) -> list[str]:
     """Class names in the order of the logits; "class 0", "class 1", .. where none were stored."""
     return model.config.label_names or [f"class {i}" for i in range(model.config.num_classes)]
+
+
+def names_of(model: Model) -> dict[str, ClassName]:
+    """The names that people use for the classes, by label; {} where none were stored."""
+    return {label: ClassName(**told) for label, told in model.config.class_names.items()}
 
 
 def temperature_of(model: Model) -> float:

@@ -102,6 +102,11 @@ TEXT = Kind(f"a text of 1 to {LONGEST} characters", lambda v: isinstance(v, str)
 SIZE = listed(whole(1, LARGEST_SIDE), 2)
 LABELS = Kind("a list of names, each of them once", _are_labels)
 COUNT, SHARE = whole(0), number(0, 1)
+NAME_KEYS = ("name", "scientific_name", "taxon_id")  # as in `glsim.data.class_names:ClassName`
+NAMES = Kind(
+    f"an object with texts under {', '.join(NAME_KEYS)}",
+    lambda v: isinstance(v, dict) and set(v) <= set(NAME_KEYS) and all(isinstance(t, str) for t in v.values()),
+)
 ARGUMENTS = Kind(
     f"an object of plain values, whole numbers from 0 to {LARGEST_ARGUMENT}",
     lambda v: isinstance(v, dict) and _is_argument(v),
@@ -117,6 +122,7 @@ CONFIG_KEYS: dict[str, Any] = {
     "options": ARGUMENTS,
     "format": whole(0),
     "label_names": maybe(LABELS),
+    "class_names": mapped(NAMES),
     "preprocessing": {
         "image_size": SIZE,
         "resize_ratio": number(1, LARGEST_SIDE),

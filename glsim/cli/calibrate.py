@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from glsim.cli.eval import show_answered
-from glsim.cli.options import DataSplit, Lines, Loading, positional, setting
+from glsim.cli.options import BoxLoading, DataSplit, Lines, positional, setting
 from glsim.types import ConfigError
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ PURPOSE = "Measure"
 CALL = "glsim.evaluation.calibration:calibrate_bundle"
 
 
-class Options(Loading, DataSplit):
+class Options(BoxLoading, DataSplit):
     """Fit confidences on validation images, and when a first pass may answer alone; changes the bundle."""
 
     source: str = positional("bundle folder", path="folder")

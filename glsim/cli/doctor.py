@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from glsim.cli.options import Decoding, Device, Lines, PlannedModel, positional, setting
+from glsim.data.box_options import BoxExamples, boxed_of
 from glsim.models import METHODS
 from glsim.types import ConfigError
 
@@ -24,7 +25,7 @@ RUN = (
 READING = ("near", "min_images", "workers", "max_megapixels")
 
 
-class Options(Decoding, Device, PlannedModel):
+class Options(BoxExamples, Decoding, Device, PlannedModel):
     """Look through a data set before training: bad files, duplicates, leaks, labels, sizes, memory; writes a page."""
 
     data: str = positional("folder or CSV, as for train", path="reads")
@@ -72,7 +73,8 @@ def run(options: Options, progress: bool) -> Diagnosis:
     began, out = time.perf_counter(), Path(options.out)
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise ConfigError(f"out={options.out}: name a file, in a folder that is there")
-    listing = list_images(options.data, split_seed=options.split_seed, test_fraction=options.test_fraction)
+    seed, fraction = options.split_seed, options.test_fraction
+    listing = list_images(options.data, split_seed=seed, test_fraction=fraction, boxed=boxed_of(options))
     # Before the images are read, for a wrong setting must not wait for them.
     memory = estimate_memory(len(listing.classes), **{name: getattr(options, name) for name in RUN})
     reading = {name: getattr(options, name) for name in READING}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from glsim.cli.options import DataSplit, Lines, Loading, SkipBad, Source, setting, show_skipped
+from glsim.cli.options import BoxLoading, DataSplit, Lines, SkipBad, Source, setting, show_skipped
+from glsim.data.class_names import shown_label
 
 if TYPE_CHECKING:
     from glsim.evaluation.evaluate import BundleEvaluation
@@ -13,7 +14,7 @@ PURPOSE = "Measure"
 CALL = "glsim.evaluation.evaluate:evaluate_bundle"
 
 
-class Options(SkipBad, Loading, DataSplit, Source):
+class Options(SkipBad, BoxLoading, DataSplit, Source):
     """Measure a model on one split: top-1, top-5, mean over classes, exact counts; a page of the mistakes."""
 
     out: str | None = setting(
@@ -29,6 +30,7 @@ class Options(SkipBad, Loading, DataSplit, Source):
 
 def show(r: BundleEvaluation, options: Options) -> Lines:
     """Accuracies, class by class where there are few."""
+    names = r.class_names or {}
     yield f"{r.split}: {r.count} images, {r.images_per_second} images/s"
     spread = f"mean over classes {r.per_class_mean:.2%}, standard deviation {r.per_class_std:.2%}"
     yield f"top-1 {r.top1:.2%} ({r.correct})   top-5 {r.top5:.2%} ({r.correct_top5})   {spread}"
@@ -48,11 +50,14 @@ def show(r: BundleEvaluation, options: Options) -> Lines:
     if r.split_drawn:
         yield f"({r.data} has no splits of its own: these images were drawn; --split all measures every one)"
     if len(r.per_class) <= 30:
-        width = max(len(name) for name in r.per_class)
-        yield from (f"  {name:{width}}  {right:4d} of {count}" for name, (right, count) in r.per_class.items())
+        shown = {label: shown_label(label, names) for label in r.per_class}
+        width = max(map(len, shown.values()))
+        yield from (f"  {shown[name]:{width}}  {right:4d} of {count}" for name, (right, count) in r.per_class.items())
     if r.confused:
         yield "most often confused:"
-        yield from (f"  {x.label} taken for {x.prediction}: {x.count} of {x.of}" for x in r.confused[:5])
+        for x in r.confused[:5]:
+            one, other = (shown_label(label, names) for label in (x.label, x.prediction))
+            yield f"  {one} taken for {other}: {x.count} of {x.of}"
     yield from show_skipped(r.skipped)
     if r.errors:
         yield f"mistakes: {r.errors}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from glsim.cli.options import Device, Images, SkipBad, Source, positional, required, setting, show_skipped
+from glsim.data.box_options import BoxExamples
 
 if TYPE_CHECKING:
     from glsim.interpret.pictures import Pictures
@@ -13,7 +14,7 @@ PURPOSE = "Explain"
 CALL = "glsim.interpret.pictures:explain_images"
 
 
-class Looked(SkipBad, Device, Images, Source):
+class Looked(BoxExamples, SkipBad, Device, Images, Source):
     """Images that a model is shown, and the folder for what is drawn of it."""
 
     source: str = positional("bundle, hf-hub:owner/name or official .pth", path="reads")

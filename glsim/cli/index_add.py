@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from glsim.cli.index_build import show_size
-from glsim.cli.options import Images, Lines, Loading, SkipBad, positional, setting, show_skipped
+from glsim.cli.options import BoxLoading, Images, Lines, SkipBad, positional, setting, show_skipped
 from glsim.types import ConfigError
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ PURPOSE = "Answer"
 CALL = "glsim.inference.index:add_to_index"
 
 
-class Options(SkipBad, Loading, Images):
+class Options(SkipBad, BoxLoading, Images):
     """Add images to an index, of a new class or a known one; the class is recognised at once."""
 
     index: str = positional("folder of glsim index build", path="folder")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from glsim.cli.options import DataSplit, Loading, SkipBad, positional, required, setting, show_skipped
+from glsim.cli.options import BoxLoading, DataSplit, SkipBad, positional, required, setting, show_skipped
 
 if TYPE_CHECKING:
     from glsim.inference.index import IndexSize
@@ -13,7 +13,7 @@ PURPOSE = "Answer"
 CALL = "glsim.inference.index:build_index"
 
 
-class Options(SkipBad, Loading, DataSplit):
+class Options(SkipBad, BoxLoading, DataSplit):
     """Keep the images of a data set as vectors, so that more classes can be added without training."""
 
     source: str = positional("bundle, hf-hub:owner/name or official .pth", path="reads")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from glsim.cli.options import DataSplit, Lines, Loading, SkipBad, positional, required, setting, show_skipped
+from glsim.cli.options import BoxLoading, DataSplit, Lines, SkipBad, positional, required, setting, show_skipped
 
 if TYPE_CHECKING:
     from glsim.inference.index_evaluation import IndexEvaluation
@@ -13,7 +13,7 @@ PURPOSE = "Answer"
 CALL = "glsim.inference.index_evaluation:evaluate_index"
 
 
-class Options(SkipBad, Loading, DataSplit):
+class Options(SkipBad, BoxLoading, DataSplit):
     """Measure an index beside the softmax head: recall, accuracy, what is unknown."""
 
     index: str = positional("folder of glsim index build", path="reads")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from glsim.cli.options import Images, Lines, Loading, SkipBad, positional, setting, show_skipped
+from glsim.cli.options import BoxLoading, Images, Lines, SkipBad, positional, setting, show_skipped
 from glsim.types import ConfigError
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ PURPOSE = "Answer"
 CALL = "glsim.inference.index:query_index"
 
 
-class Options(SkipBad, Loading, Images):
+class Options(SkipBad, BoxLoading, Images):
     """Name what is in images by an index: classes by similarity, nearest images and their vote."""
 
     index: str = positional("folder of glsim index build", path="reads")

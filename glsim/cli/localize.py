@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from glsim.cli.options import Device, SkipBad, Source, positional, required, setting, show_skipped
+from glsim.data.box_options import BoxFile
 
 if TYPE_CHECKING:
     from glsim.evaluation.localization import Localization, Numbers
@@ -28,7 +29,7 @@ HEADS = {  # columns of the table, in their order
 PART = "parts/"  # before the name of one
 
 
-class Options(Device, SkipBad, Source):
+class Options(BoxFile, Device, SkipBad, Source):
     """Measure where the model looks against masks, boxes, points: scores and boxes of every mechanism and controls."""
 
     source: str = positional("bundle, hf-hub:owner/name or official .pth", path="reads")
@@ -37,7 +38,9 @@ class Options(Device, SkipBad, Source):
         None, "folder of masks, one an image: PNG, trimap or PASCAL VOC XML; or with body/ and part/", path="reads"
     )
     boxes: str | None = setting(
-        None, "boxes: CSV (path,left,top,right,bottom), COCO .json, folder of PASCAL VOC XML or of CUB", path="reads"
+        None,
+        "boxes: CSV (path,left,top,right,bottom), COCO or MegaDetector .json, folder of PASCAL VOC XML or of CUB",
+        path="reads",
     )
     points: str | None = setting(
         None, "points: CSV (path,part,x,y), COCO .json, folder of CUB; default: those of --boxes", path="reads"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from glsim.data.box_options import BoxExamples
 from glsim.data.catalog import SETS
 from glsim.data.limits import MAX_MEGAPIXELS
 from glsim.models import METHODS
@@ -43,6 +44,10 @@ class Source(Settings):
 
     source: str = positional("bundle, hf-hub:owner/name, official .pth or exported .onnx", path="reads")
     options: dict[str, Any] = setting({}, "options of the method to change, as --options.margin null")
+
+
+class BoxLoading(BoxExamples, Loading):
+    """Images, or boxes of images, that are loaded in batches."""
 
 
 class Images(Settings):

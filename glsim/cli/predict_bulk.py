@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from glsim.cli.options import Decoding, Device, Source, positional, required, setting
 from glsim.cli.output import put
+from glsim.data.box_options import BoxExamples
 from glsim.files import printable
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ CALL = "glsim.inference.ray_bulk:predict_bulk"
 RAW = True
 
 
-class Options(Decoding, Device, Source):
+class Options(BoxExamples, Decoding, Device, Source):
     """Name what is in very many images with Ray: lists and object stores too, Parquet out. Needs glsim[scale].
 
     The same command goes on where a job stopped. An image that cannot be read is a row that says why.

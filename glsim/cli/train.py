@@ -36,4 +36,5 @@ def show(r: TrainedRun, options: Options) -> Lines:
     yield f"bundle: {r.out} (curve.png, log.jsonl, metrics.json beside it)"
     if "test" in r.splits and r.test is None:
         named = f" --dataset {options.dataset}" if options.dataset is not None else ""
+        named += f" --boxes {options.boxes}" if options.boxes is not None else ""
         yield f"next: glsim eval {r.out} --data {options.data}{named}"

@@ -15,11 +15,14 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from glsim.data.box_options import Boxed
+from glsim.data.boxed import read_boxed
 from glsim.data.duplicates import PAIRS, Entry, Item, Photo, find_duplicates, find_near, look_at_all
 from glsim.data.image_files import LeftOut
 from glsim.data.images import EXTENSIONS, HEIF, BadImage
 from glsim.data.limits import MAX_MEGAPIXELS, pixel_limit
-from glsim.data.readers import ImageList, is_split, read_data
+from glsim.data.readers import ImageList
+from glsim.data.regions import file_of
 from glsim.files import is_junk
 from glsim.types import optional
 
@@ -162,15 +165,18 @@ class Audit:
     near_search_stopped: bool  # at `PAIRS` pairs
 
 
-def list_images(data: str | Path, *, split_seed: int = 0, test_fraction: float = 0.2) -> Listing:
+def list_images(
+    data: str | Path, *, split_seed: int = 0, test_fraction: float = 0.2, boxed: Boxed | None = None
+) -> Listing:
     """List the images of a data set as `train` would take them; DataError where that cannot be done.
 
     Args:
         data: what `glsim.data.readers:read_data` takes.
         split_seed, test_fraction: of the test split, where the data has none.
+        boxed: the boxes that are examples, where images are not.
     """
     left = LeftOut()
-    splits = read_data(data, seed=split_seed, test_fraction=test_fraction, left=left)
+    splits = read_boxed(data, boxed, seed=split_seed, test_fraction=test_fraction, left=left)
     unseen = list(map(Path, left.files))
     left.files.clear()  # a finding of its own
     left.tell(data)
@@ -216,7 +222,7 @@ def audit_images(
         "suffix": [
             Item([e], f"{photo.format} named {suffix}")
             for e, photo in photos.items()
-            if photo.format not in FORMAT_OF.get((suffix := Path(e.path).suffix).lower(), ())
+            if photo.format not in FORMAT_OF.get((suffix := Path(file_of(e.path)).suffix).lower(), ())
         ],
         "unseen": [Item([Entry(str(path), "", "")]) for path in sorted({*find_unseen(entries), *listing.unseen})],
         **check_classes(listing, photos, min_images),
@@ -230,7 +236,7 @@ def audit_images(
         data=listing.data,
         exit_code=3 if any(f.severity == PROBLEM for f in findings) else 0,
         counts={split: len(images) for split, images in listing.splits.items()},
-        split_drawn=not is_split(listing.data),
+        split_drawn=next(iter(listing.splits.values())).drawn,
         classes=count_classes(listing, photos),
         sizes=measure_sizes(photos, image_size),
         findings=findings,

@@ -10,7 +10,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import islice, product
+from itertools import chain, islice, product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ import imagehash
 import numpy as np
 from PIL import Image
 
-from glsim.data.images import BadImage, try_image
+from glsim.data.images import BadImage, by_file, read_regions
 from glsim.data.limits import cores, sharing
 from glsim.data.rgb import bands
 from glsim.types import GlsimError
@@ -57,9 +57,9 @@ class Item(NamedTuple):
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def look_at(path: str | Path) -> Photo | BadImage:
-    """Read and decode one file, once."""
-    return try_image(path, _photo)
+def look_at(paths: Sequence[str | Path]) -> list[Photo | BadImage]:
+    """Read and decode one file, once, and look at these regions of it."""
+    return read_regions(paths, _photo)
 
 
 def _photo(image: Image.Image) -> Photo:
@@ -74,19 +74,19 @@ def _photo(image: Image.Image) -> Photo:
 
 
 def look_at_all(paths: Sequence[str | Path], workers: int | None = None) -> Iterator[Photo | BadImage]:
-    """`look_at` for every path, in order, in `workers` processes (None: one a core; 0: in this one).
+    """What `look_at` finds of every path, in order, in `workers` processes (None: one a core; 0: in this one).
 
     Raises GlsimError when a process dies, which a decoder's crash or a lack of memory can do.
     """
     if workers is None:
         workers = cores() if len(paths) > 500 else 0  # to start a process costs as much as some hundred small images
     if not workers:
-        yield from map(look_at, paths)
+        yield from chain.from_iterable(map(look_at, by_file(paths)))
         return
     # Not forked: this process has run torch, whose threads a fork would leave behind with their locks.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (sharing("spawn"),))
     try:
-        yield from pool.map(look_at, paths, chunksize=16)
+        yield from chain.from_iterable(pool.map(look_at, by_file(paths), chunksize=16))
     except BrokenProcessPool as error:
         raise GlsimError(
             "a process that read images died: a decoder crashed or memory ran out; --workers 1 needs the least memory"

@@ -32,6 +32,14 @@ class Taxonomy(NamedTuple):
             found.append(sums.max(dim=1))
         return torch.stack([f.indices for f in found], dim=1), torch.stack([f.values for f in found], dim=1)
 
+    def classes_of_groups(self) -> dict[str, list[int]]:
+        """The classes of each group of the coarser levels, by its name."""
+        found: dict[str, list[int]] = {}
+        for names, of in zip(self.groups[1:], self.of[1:].tolist(), strict=True):
+            for number, group in enumerate(of):
+                found.setdefault(names[group], []).append(number)
+        return found
+
     def truth(self, labels: Tensor) -> Tensor:
         """The groups that classes (B,) are in (B, levels)."""
         return self.of.T[labels]

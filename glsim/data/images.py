@@ -10,16 +10,19 @@ import io
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from glsim.data import limits
 from glsim.data.limits import Refused
+from glsim.data.regions import cut_out, file_of, split_region
 from glsim.data.rgb import as_shown, orientation_of, to_rgb, upright
 from glsim.data.uri import open_file
 from glsim.files import one_line
@@ -57,7 +60,7 @@ def open_image(path: str | Path, content: bytes | None = None, max_pixels: int |
     """Read an image as a viewer shows it, colour profiles apart.
 
     Args:
-        path: of the file; `SHARD.tar/NAME` is a file in a tar.
+        path: of the file; `SHARD.tar/NAME` is a file in a tar, `NAME#xywh=..` a region (`glsim.data.regions`).
         content: the bytes of a file: nothing is read from disk then, and `path` is only its name.
         max_pixels: default: `pixel_limit`; of WebP, AVIF and HEIC half as many.
 
@@ -78,19 +81,45 @@ def read_image(
     """Return what `use` makes of the image of `open_image`, at a time when there is room for it.
 
     Its `info` tells how it is stored: "format" is that of the content (JPEG, PNG, ..; the name of the file may claim
-    another), "mode" is Pillow's (RGB, L, CMYK, ..). What `use` raises is the image's error too, a BadImage, but for a
-    GlsimError, which passes.
+    another), "mode" is Pillow's (RGB, L, CMYK, ..); of a region, "cut" is where it lies. What `use` raises is the
+    image's error too, a BadImage, but for a GlsimError, which passes.
     """
+    region = split_region(path)[1]
+    return _read(path, lambda image: _use(use, cut_out(_shown(image), region)), content, max_pixels)
 
-    def shown(image: Image.Image) -> T:
-        flat, orientation = to_rgb(image), orientation_of(image)
-        stored = str(image.format), image.mode
-        image.close()  # before it is turned: two pictures in memory are enough
-        flat = upright(flat, orientation)
-        flat.info["format"], flat.info["mode"] = stored
-        return _use(use, flat)
 
-    return _read(path, shown, content, max_pixels)
+def read_regions(
+    paths: Sequence[str | Path], use: Callable[[Image.Image], T], max_pixels: int | None = None
+) -> list[T | BadImage]:
+    """`read_image` of several regions of one file, which is decoded once; a BadImage is in the place of a bad one."""
+
+    def each(image: Image.Image) -> list[T | BadImage]:
+        whole, found = _shown(image), list[T | BadImage]()
+        for path in paths:
+            try:
+                found.append(_use(use, cut_out(whole, split_region(path)[1])))
+            except Refused as error:
+                found.append(BadImage(path, str(error)))
+        return found
+
+    try:
+        return _read(file_of(paths[0]), each, None, max_pixels)
+    except BadImage as error:
+        return [BadImage(path, error.reason) for path in paths]
+
+
+def by_file(paths: Iterable[str | Path]) -> Iterator[list[str | Path]]:
+    """Paths that follow each other and are of one file, together."""
+    return (list(group) for _, group in groupby(paths, lambda path: str(file_of(path))))
+
+
+def _shown(image: Image.Image) -> Image.Image:
+    flat, orientation = to_rgb(image), orientation_of(image)
+    stored = str(image.format), image.mode
+    image.close()  # before it is turned: two pictures in memory are enough
+    flat = upright(flat, orientation)
+    flat.info["format"], flat.info["mode"] = stored
+    return flat
 
 
 def try_image(path: str | Path, use: Callable[[Image.Image], T]) -> T | BadImage:
@@ -99,6 +128,21 @@ def try_image(path: str | Path, use: Callable[[Image.Image], T]) -> T | BadImage
         return read_image(path, use)
     except BadImage as error:
         return error.with_traceback(None)
+
+
+def taken_at(path: str | Path) -> str | None:
+    """When an image was taken, by its EXIF, as ISO 8601, with the time zone where that is told; nothing is decoded.
+
+    None where it is not told, or the file cannot be read.
+    """
+    with contextlib.suppress(Exception), _pillow_quiet(limits.max_pixels()), _file(path, None) as file:
+        with _open(file, file.read(16), _FORMATS) as image:
+            about = image.getexif()
+            more = about.get_ifd(ExifTags.IFD.Exif)
+        told = more.get(ExifTags.Base.DateTimeOriginal) or about[ExifTags.Base.DateTime]
+        zone = str(more.get(ExifTags.Base.OffsetTimeOriginal, "")).strip(" \0")
+        return datetime.strptime(str(told).strip(" \0"), "%Y:%m:%d %H:%M:%S").isoformat() + zone
+    return None
 
 
 def read_stored(path: str | Path, use: Callable[[Image.Image], T], formats: tuple[str, ...] = _FORMATS) -> T:
@@ -196,7 +240,8 @@ def find_bad(
 
     pool = ThreadPoolExecutor(workers or None)
     try:
-        return [bad for bad in progress(pool.map(partial(try_image, use=lambda image: None), paths)) if bad]
+        found = pool.map(partial(read_regions, use=lambda image: None), by_file(paths))
+        return [bad for bad in progress(bad for group in found for bad in group) if bad]
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupt must not wait for every file
 

@@ -23,9 +23,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from glsim.data.images import BadImage, read_image, use_image
+from glsim.data.images import BadImage, read_image, read_regions, use_image
 from glsim.data.limits import sharing
 from glsim.data.readers import ImageList
+from glsim.data.regions import split_region
+from glsim.files import expand
 from glsim.types import ConfigError
 
 POSIX = hasattr(signal, "pthread_sigmask")  # not on Windows
@@ -47,7 +49,7 @@ class ImageDataset:
         keep_bad: bool = False,
         max_pixels: int | None = None,
     ) -> None:
-        self.images = images.paths if isinstance(images, ImageList) else tuple(images)
+        self.images = images.paths if isinstance(images, ImageList) else images
         self.labels = images.labels if isinstance(images, ImageList) else (-1,) * len(self.images)
         self.transform, self.keep_bad, self.max_pixels = transform, keep_bad, max_pixels
 
@@ -59,11 +61,32 @@ class ImageDataset:
         try:
             if isinstance(given, Image.Image):
                 return use_image(given, self.transform, f"image {index}"), self.labels[index]
+            given = expand(given) if isinstance(given, str) else given
             return read_image(given, self.transform, max_pixels=self.max_pixels), self.labels[index]
         except BadImage as error:
             if self.keep_bad:
                 return error.with_traceback(None)
             raise
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Any, int] | BadImage]:
+        """A batch, for torch's loader: an image is decoded once for all of its regions that are in it."""
+        places: dict[object, list[int]] = {}
+        for place, index in enumerate(indices):
+            given = self.images[index]
+            file, region = ("", None) if isinstance(given, Image.Image) else split_region(given)
+            places.setdefault(file if region else place, []).append(place)
+        items: list[Any] = [None] * len(indices)
+        for group in places.values():
+            if len(group) == 1:
+                items[group[0]] = self[indices[group[0]]]
+                continue
+            paths: list[Any] = [self.images[indices[place]] for place in group]
+            found = read_regions(paths, self.transform, self.max_pixels)
+            for place, made in zip(group, found, strict=True):
+                if isinstance(made, BadImage) and not self.keep_bad:
+                    raise made
+                items[place] = made if isinstance(made, BadImage) else (made, self.labels[indices[place]])
+        return items
 
 
 class TrainBatches(Sampler):
@@ -163,6 +186,10 @@ class CachedImages(ImageDataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image = Image.fromarray(self.pixels[index])
         return use_image(image, self.transform, str(self.images[index])), self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Any, int] | BadImage]:
+        """A batch; nothing is decoded."""
+        return [self[index] for index in indices]
 
 
 def train_loader(dataset: ImageDataset, batches: TrainBatches, workers: int) -> DataLoader:

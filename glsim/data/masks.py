@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 from glsim.data.annotations import Annotation, Size, fit, read_annotations, read_voc
 from glsim.data.image_files import find_images
 from glsim.data.images import BadImage, read_image, read_stored
+from glsim.data.matching import match_paths
 from glsim.data.transforms import Preprocessing, mask_transform, places_to_view
 from glsim.files import real
 from glsim.types import DataError, DataWarning
@@ -44,13 +45,18 @@ class Found(NamedTuple):
 
 
 def find_annotated(
-    images: str | Path, masks: str | Path | None, boxes: str | Path | None, points: str | Path | None
+    images: str | Path,
+    masks: str | Path | None,
+    boxes: str | Path | None,
+    points: str | Path | None,
+    min_confidence: float = 0.0,
+    categories: Collection[str] | None = None,
 ) -> Found:
     """Every image that has boxes, of those of a folder (or file, or glob) that have a mask where `masks` are given.
 
     `boxes` and `points` are what `glsim.data.annotations:read_annotations` reads; points may stand in the file of the
-    boxes too. An image has what is listed by the end of its path, with or without its ending. Raises DataError where no
-    image has a box, or two have the same.
+    boxes too. Boxes are chosen by `min_confidence` and `categories`. An image has what is listed by the end of its
+    path, with or without its ending. Raises DataError where no image has a box, or two have the same.
     """
     found = [Masked(path, {}) for path in _images(images)] if masks is None else find_masks(images, masks)
     entries: dict[str, dict[Path, Annotation | Path]] = {"boxes": {}, "points": {}}
@@ -58,8 +64,9 @@ def find_annotated(
     for kind, source in (("boxes", boxes), ("points", points)):
         if source is None:
             continue
-        table = read_annotations(source)
-        known = _match([image.path for image in found], table, source)
+        table = read_annotations(source, min_confidence, categories)
+        listed = match_paths([image.path for image in found], table, source)
+        known = {found[number].path: table[key] for number, key in listed.items()}
         for other in (kind, "points"):  # in COCO and CUB both stand in one place
             entries[other] = {path: e for path, e in known.items() if _marked(e, other)} or entries[other]
         if not entries[kind]:
@@ -80,25 +87,6 @@ def find_annotated(
 def _marked(entry: Annotation | Path, kind: str) -> bool:
     """Whether there are "boxes" or "points"; of an XML file that is still to be read it is boxes."""
     return bool(getattr(entry, kind)) if isinstance(entry, Annotation) else kind == "boxes"
-
-
-def _match(
-    images: list[Path], table: dict[str, Annotation | Path], source: str | Path
-) -> dict[Path, Annotation | Path]:
-    """What a list has of each image, by the end of its path, with its ending before without."""
-    keys, loose = {key.lstrip("/"): key for key in table}, dict[str, set[str]]()
-    for name, listed in keys.items():
-        loose.setdefault(str(PurePosixPath(name).with_suffix("")), set()).add(listed)
-    keys = {name: next(iter(of)) for name, of in loose.items() if len(of) == 1} | keys
-    found, taken = dict[Path, Annotation | Path](), dict[str, Path]()
-    for path in images:
-        ends = (name.as_posix() for end in _ends(path) for name in (end, end.with_suffix("")))
-        if (key := next((keys[end] for end in ends if end in keys), None)) is None:
-            continue
-        if key in taken:
-            raise DataError(f"{source}: {key} is {taken[key]} and {path}; list images with the folders they are in")
-        found[path], taken[key] = table[key], path
-    return found
 
 
 def _ends(path: Path) -> Iterator[Path]:

@@ -7,7 +7,7 @@ import os
 import unicodedata
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import compress
 from pathlib import Path
@@ -17,6 +17,7 @@ from glsim.data.class_folders import read_class_folders
 from glsim.data.image_files import Labelled, LeftOut
 from glsim.data.lists import LAYOUTS, read_list, read_lists
 from glsim.data.names import SPLITS, clean_label
+from glsim.data.regions import file_of
 from glsim.data.shards import read_shards
 from glsim.data.sources import located, parse
 from glsim.types import ConfigError, DataError, DataWarning
@@ -26,9 +27,10 @@ from glsim.types import ConfigError, DataError, DataWarning
 class ImageList:
     """One split: `paths` and `labels` of equal length; a label is an index into `classes`."""
 
-    paths: tuple[Path, ...]
+    paths: Sequence[Path]
     labels: tuple[int, ...]
     classes: tuple[str, ...]
+    drawn: bool = False  # the data does not say itself which image is in which split
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -36,7 +38,7 @@ class ImageList:
     def only(self, keep: Iterable[bool]) -> ImageList:
         """The images for which `keep` says so."""
         keep = list(keep)
-        return ImageList(tuple(compress(self.paths, keep)), tuple(compress(self.labels, keep)), self.classes)
+        return replace(self, paths=tuple(compress(self.paths, keep)), labels=tuple(compress(self.labels, keep)))
 
 
 def read_data(
@@ -77,17 +79,13 @@ def read_data(
     if left is None:
         told.tell(source)
     rows = _with_clean_labels(rows, source)
-    if rows[0].split is None:
+    drawn = rows[0].split is None
+    if drawn:
         first: dict[str, str] = {}  # an image that is listed twice is drawn once, however it is spelt
         rows = [row._replace(key=first.setdefault(_place(row.path), row.key)) for row in rows]
-        held = _held_out(((row.key, row.label) for row in rows), test_fraction, seed)
+        held = held_out(((row.key, row.label) for row in rows), test_fraction, seed)
         rows = [row._replace(split="test" if row.key in held else "train") for row in rows]
-    return _number(rows, classes)
-
-
-def is_split(source: str | Path) -> bool:
-    """Whether a data set says itself which image is in which split; where not, `read_data` draws them."""
-    return _rows(source, LeftOut())[0].split is not None
+    return _number(rows, classes, drawn)
 
 
 def hold_out_val(splits: dict[str, ImageList], fraction: float, seed: int) -> dict[str, ImageList]:
@@ -103,11 +101,12 @@ def hold_out(images: ImageList, fraction: float, seed: int) -> tuple[ImageList, 
     """Split into (kept, held out), `fraction` of each class held out: at least one image, but never a class's last one.
 
     Drawn by a hash of `seed` and the path below the folder common to all images: the same wherever that folder lies.
+    All regions of an image go the same way.
     """
-    paths = [path.absolute() for path in images.paths]
+    paths = [file_of(path).absolute() for path in images.paths]
     common = os.path.commonpath([path.parent for path in paths]) if paths else ""
     keys = [path.relative_to(common).as_posix() for path in paths]
-    held = _held_out(zip(keys, images.labels, strict=True), fraction, seed)
+    held = held_out(zip(keys, images.labels, strict=True), fraction, seed)
     return images.only(key not in held for key in keys), images.only(key in held for key in keys)
 
 
@@ -169,7 +168,7 @@ def _place(path: Path) -> str:
     return f"{_real(path.parent)}/{path.name}"
 
 
-def _number(rows: list[Labelled], classes: Sequence[str] | None) -> dict[str, ImageList]:
+def _number(rows: list[Labelled], classes: Sequence[str] | None, drawn: bool) -> dict[str, ImageList]:
     known = tuple(classes or ())
     if classes is None:
         basis = [row for row in rows if row.split == "train"] or rows
@@ -195,13 +194,13 @@ def _number(rows: list[Labelled], classes: Sequence[str] | None) -> dict[str, Im
             )
     parts = {split: [row for row in rows if row.split == split] for split in SPLITS}
     return {
-        split: ImageList(tuple(row.path for row in part), tuple(index[row.label] for row in part), known)
+        split: ImageList(tuple(row.path for row in part), tuple(index[row.label] for row in part), known, drawn)
         for split, part in parts.items()
         if part
     }
 
 
-def _held_out(images: Iterable[tuple[str, Any]], fraction: float, seed: int) -> set[str]:
+def held_out(images: Iterable[tuple[str, Any]], fraction: float, seed: int) -> set[str]:
     """Return the keys held out of (key, class) pairs. The order by hash moves few images when some are added."""
     if not 0 <= fraction < 1:
         raise ConfigError(f"the fraction held out must be at least 0 and less than 1, got {fraction}")
@@ -212,6 +211,9 @@ def _held_out(images: Iterable[tuple[str, Any]], fraction: float, seed: int) -> 
     for keys in by_class.values():
         count = min(max(round(len(keys) * fraction), 1 if fraction else 0), len(keys) - 1)
         held.update(sorted(keys, key=lambda key: _sha256(f"{seed}:{key}"))[:count])
+    for keys in by_class.values():
+        if keys <= held:  # an image with boxes of several classes was held out for another one
+            held.discard(min(keys))
     return held
 
 

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import quote
 
+from glsim.data.regions import file_of
 from glsim.files import one_line, open_regular, read_bytes
 from glsim.types import ConfigError
 
@@ -55,10 +56,11 @@ def open_uri(uri: str) -> BinaryIO:
 
 def open_file(path: str | Path) -> BinaryIO:
     """Open a regular file for reading; `SHARD.tar/NAME` is the file NAME inside an archive, s3://BUCKET/NAME one in a
-    store.
+    store; of a region of an image (`glsim.data.regions`), its file.
 
     Raises OSError and TarError, and ConfigError as `locate` does.
     """
+    path = file_of(path)
     if is_uri(path):
         return open_uri(str(path))
     path = Path(path)
@@ -78,7 +80,7 @@ def open_file(path: str | Path) -> BinaryIO:
 
 def is_file(path: str | Path) -> bool:
     """Whether `open_file` finds something there."""
-    path = Path(path)
+    path = Path(file_of(path))
     shard = None if path.is_file() else _shard(path)
     return path.is_file() if shard is None else path.relative_to(shard).as_posix() in members(shard)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glsim.checkpoints.bundle import amend, load, preprocessing_of
+from glsim.data.box_options import Boxed
 from glsim.data.catalog import prepared
 from glsim.data.limits import MAX_MEGAPIXELS, pixel_limit
 from glsim.data.loaders import make_loader
@@ -83,6 +84,7 @@ def calibrate_bundle(
     max_megapixels: float = MAX_MEGAPIXELS,
     device: str | None = None,
     progress: bool = False,
+    **boxed: Unpack[Boxed],
 ) -> Calibration:
     """Fit temperature, margin of the early exit and threshold of rejection on a split; write them into the bundle.
 
@@ -96,6 +98,7 @@ def calibrate_bundle(
         max_error: points (of 100) of the answers that may be wrong: below the threshold found, they are rejected.
         max_megapixels: larger images are bad files.
         progress: draw a progress bar.
+        boxed: see `glsim.data.box_options:Boxed`.
 
     Raises:
         ConfigError: when `source` is no bundle folder, or `max_loss` is given for a model without early exit.
@@ -111,7 +114,7 @@ def calibrate_bundle(
         elif max_loss != MAX_LOSS:
             raise ConfigError(f"max_loss={max_loss}: {source} spares no second pass; train with --options.early_loss 1")
         place = prepared(data, dataset)
-        images, _ = read_split(model, place, split)
+        images, _ = read_split(model, place, split, boxed)
         loader = make_loader(images, eval_transform(preprocessing_of(model)), batch_size, workers)
         said = ask(model.to(pick_device(device)).eval(), loader, progress)
     logits, chosen = said.logits, dict[str, Any]()

@@ -8,20 +8,22 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from glsim.checkpoints.bundle import labels_of, load, preprocessing_of, temperature_of, threshold_of
+from glsim.checkpoints.bundle import labels_of, load, names_of, preprocessing_of, temperature_of, threshold_of
+from glsim.data.box_options import Boxed
 from glsim.data.catalog import prepared
+from glsim.data.class_names import ClassName
 from glsim.data.hierarchy import Taxonomy, decide, flat, read_taxonomy
 from glsim.data.images import find_bad
 from glsim.data.limits import MAX_MEGAPIXELS, pixel_limit
 from glsim.data.loaders import make_loader, read
-from glsim.data.readers import ImageList, is_split, split_hash
+from glsim.data.readers import ImageList, split_hash
 from glsim.data.sources import located
 from glsim.data.splits import drop_bad, read_splits, take_split
 from glsim.data.transforms import eval_transform
@@ -115,6 +117,7 @@ class BundleEvaluation(Summary):
     skipped: list[str]  # files that cannot be read, and why
     errors: str | None  # the page of the mistakes
     written: list[str]  # names of the files in `out`
+    class_names: dict[str, ClassName] | None = optional()  # that people use, by label
 
 
 class Evaluation(NamedTuple):
@@ -222,13 +225,16 @@ def evaluate(
     return Evaluation(*found)
 
 
-def read_split(model: Model, data: str | Path, split: str) -> tuple[ImageList, dict[str, ImageList]]:
+def read_split(
+    model: Model, data: str | Path, split: str, boxed: Boxed | None = None
+) -> tuple[ImageList, dict[str, ImageList]]:
     """The images of a split as the run that trained a model saw it, val held out of train.
 
     Args:
         model: with the splits of its run in its config.
         data: a folder, list, shards or Hugging Face data.
         split: its name, or all.
+        boxed: the boxes that are examples, where images are not.
 
     Returns:
         The images of the split, and all splits by name.
@@ -237,7 +243,7 @@ def read_split(model: Model, data: str | Path, split: str) -> tuple[ImageList, d
         DataError: as `take_split` does, or where the classes are not those of the model.
     """
     named, labels = model.config.label_names, labels_of(model)
-    splits = read_splits(data, model.config.data, named)
+    splits = read_splits(data, model.config.data, named, boxed)
     images = take_split(splits, split, data)
     if named is None and len(images.classes) != len(labels):
         raise DataError(f"{data} has {len(images.classes)} classes, the model {len(labels)} without names")
@@ -261,6 +267,7 @@ def evaluate_bundle(
     skip_bad: bool = False,
     max_megapixels: float = MAX_MEGAPIXELS,
     device: str | None = None,
+    **boxed: Unpack[Boxed],
 ) -> BundleEvaluation:
     """Measure a model on one split of a data set.
 
@@ -276,6 +283,7 @@ def evaluate_bundle(
         taxonomy: CSV file of `glsim.data.hierarchy:read_taxonomy`; every level is measured.
         skip_bad: leave unreadable images out; they are listed in `skipped`.
         max_megapixels: larger images are bad files.
+        boxed: see `glsim.data.box_options:Boxed`.
 
     Raises:
         ConfigError: for an option that does not fit, or a bundle without the threshold that `reject` needs.
@@ -288,7 +296,7 @@ def evaluate_bundle(
         model = load(source, **options or {})
         threshold = threshold_of(model) if reject else None
         place = prepared(data, dataset)
-        images, splits = read_split(model, place, split)
+        images, splits = read_split(model, place, split, boxed)
         labels = list(images.classes)  # an unnamed model's classes are taken to be in the order of the data's
         groups = read_taxonomy(taxonomy, labels) if taxonomy is not None else flat(labels)
         if bad := find_bad(images.paths) if skip_bad else []:
@@ -304,7 +312,7 @@ def evaluate_bundle(
             data=str(data),
             split=split,
             flip=flip,
-            split_drawn=split != "all" and not is_split(place),
+            split_drawn=split != "all" and images.drawn,
             split_hash=split_hash({split: images}, place),
             temperature=temperature,
             risk_coverage=risk_coverage(measured.confidences, measured.right).points(),
@@ -314,6 +322,7 @@ def evaluate_bundle(
             skipped=[str(b) for b in bad],
             errors=str(Path(errors) / PAGE) if errors is not None else None,
             written=[] if out is None else list(FILES) if len(labels) <= MOST_CLASSES_DRAWN else list(FILES[:-1]),
+            class_names=names_of(model) or None,
         )
         if errors is not None and accelerator.is_main_process:
             numbers = (t.tolist() for t in (measured.predictions, measured.confidences, measured.true_confidences))

@@ -83,6 +83,8 @@ def evaluate_localization(
     *,
     boxes: str | Path | None = None,
     points: str | Path | None = None,
+    min_confidence: float = 0.0,
+    categories: list[str] | None = None,
     metrics: list[str] | None = None,
     controls: bool = False,
     faithfulness: bool = False,
@@ -105,6 +107,7 @@ def evaluate_localization(
         masks: folder that `glsim.data.masks:find_masks` looks in.
         boxes: file or folder that `glsim.data.annotations:read_annotations` reads; with `masks`, a target beside them.
         points: the same, for points; by default those that stand with the boxes.
+        min_confidence, categories: of the boxes that are taken.
         metrics: mechanisms, or all; by default the model's own.
         controls: measure boxes of the same size in the centre and at random places, random patches, and the image too.
         faithfulness: measure deletion and insertion too.
@@ -128,7 +131,7 @@ def evaluate_localization(
             raise DataError(f"out={out} is a folder; name a file")
         make_parent(out)  # first: what cannot be made must not come late
     with pixel_limit(max_megapixels):
-        found, without, unused = find_annotated(images, masks, boxes, points)
+        found, without, unused = find_annotated(images, masks, boxes, points, min_confidence, categories)
         count = min(limit or len(found), len(found))
         found = [found[i * len(found) // count] for i in range(count)]  # of every class some
         with tqdm(total=count, desc="masks", unit="image", disable=not progress) as bar:

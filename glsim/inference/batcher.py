@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from glsim.data.images import BadImage, fit_size, read_image
+from glsim.data.regions import whole
 from glsim.data.transforms import eval_transform
 from glsim.files import data_url
 from glsim.inference.predictor import Prediction, Predictor, altered, probe, to_original
@@ -185,8 +186,8 @@ class Service:
             heatmap, photo = answer.heatmap, decoded.photo
             assert heatmap is not None and photo is not None
             size = fit_size(photo.size, MAP)
-            whole = np.ones_like(heatmap.values)
-            heat, seen = (to_photograph(m, size, self.preprocessing) for m in (heatmap.values, whole))
+            everywhere = np.ones_like(heatmap.values)
+            heat, seen = (to_photograph(m, size, self.preprocessing) for m in (heatmap.values, everywhere))
             colours = matplotlib.colormaps[COLORMAP](heat)
             colours[..., 3] = (
                 LOWEST + (1 - LOWEST) * heat
@@ -267,12 +268,13 @@ class Service:
     def _ask(self, decoded: list[Decoded], request: PredictRequest) -> list[Answer | None]:
         images = torch.stack([d.image for d in decoded]).to(self.predictor.device)
         sizes = [d.size for d in decoded]
+        cuts = [whole(size) for size in sizes]
         asked = {"metric": request.metric if self.any_metric else None, "top_o": request.top_o}
         model = altered(self.model, **{name: value for name, value in asked.items() if value is not None})
         if not request.explain:
-            return [p and Answer(p, None) for p in self.predictor.predictions(model(images), sizes)]
+            return [p and Answer(p, None) for p in self.predictor.predictions(model(images), cuts)]
         output, ((metric, selection, _),) = selections_of(model, images, [request.metric])
-        predictions, maps = self.predictor.predictions(output, sizes), heatmaps_of(selection, images)
+        predictions, maps = self.predictor.predictions(output, cuts), heatmaps_of(selection, images)
         decides, answers = self.decides(request.metric), []
         for p, values, box, size in zip(predictions, maps, selection.boxes.tolist(), sizes, strict=True):
             shown = to_original(box, size, self.preprocessing)

@@ -115,8 +115,11 @@ def images_below(uri: str) -> list[str]:
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
-def schema(embedding: bool) -> Any:
-    """The columns of a part; labels and what follows are null where `error` is not."""
+def schema(embedding: bool, boxes: bool = False) -> Any:
+    """The columns of a part; labels and what follows are null where `error` is not.
+
+    A row of `boxes` is one box of an image, and `path` the name of that region (`glsim.data.regions`).
+    """
     import pyarrow as pa
 
     columns = [
@@ -127,9 +130,20 @@ def schema(embedding: bool) -> Any:
         ("box", pa.list_(pa.int32())),  # left, top, right, bottom in pixels of the upright image
         ("second_pass", pa.bool_()),  # whether the crop was looked into; null where the method does not choose
     ]
+    if boxes:
+        columns += [
+            ("detection", pa.list_(pa.float64())),  # the box that is answered, as `box`
+            ("detection_category", pa.string()),
+            ("detection_confidence", pa.float64()),
+        ]
     if embedding:
         columns.append(("embedding", pa.list_(pa.float32())))
     return pa.schema([*columns, ("error", pa.string())])
+
+
+def schema_of(job: Mapping[str, Any]) -> Any:
+    """The columns of the parts of a job."""
+    return schema(bool(job["embedding"]), bool(job.get("boxes")))
 
 
 def as_row(path: str, answer: Prediction | BadImage) -> dict[str, Any]:
@@ -137,7 +151,8 @@ def as_row(path: str, answer: Prediction | BadImage) -> dict[str, Any]:
     path = path.encode("utf-8", "backslashreplace").decode()
     if isinstance(answer, BadImage):
         return {"path": path, "error": printable(answer.reason)}
-    return answer._asdict() | {"path": path, "confidence": answer.probabilities[0]}
+    found = answer.detection and list(answer.detection.box)
+    return answer._asdict() | {"path": path, "confidence": answer.probabilities[0], "detection": found}
 
 
 def folder_uri(out: str) -> str:
@@ -201,7 +216,7 @@ def read_part(out: str, part: int, images: int, job: dict[str, Any]) -> int:
     errors = told.pop("errors", None)
     if told != {"job": job_hash(job), "part": part} or not isinstance(errors, int):
         raise DataError("not of this job")
-    if footer.num_rows != images or footer.schema.to_arrow_schema().names != schema(bool(job["embedding"])).names:
+    if footer.num_rows != images or footer.schema.to_arrow_schema().names != schema_of(job).names:
         raise DataError(f"{footer.num_rows} rows for {images} images, or other columns")
     return errors
 
@@ -231,9 +246,9 @@ def write_file(out: str, name: str, data: bytes | memoryview) -> None:
     system.move(temporary, f"{path}/{name}")
 
 
-def describe_job(model: Model, paths: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+def describe_job(model: Model, paths: Sequence[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """What has to be the same for a job to go on: the model, the images, and the `settings` that answers depend on."""
-    listed = hashlib.sha256("\n".join(paths).encode("utf-8", "surrogateescape")).hexdigest()
+    listed = hashlib.sha256("\n".join(map(str, paths)).encode("utf-8", "surrogateescape")).hexdigest()
     config = {key: getattr(model.config, key) for key in MODEL_KEYS} | {
         "preprocessing": preprocessing_of(model).as_dict(),
         "labels": labels_of(model),

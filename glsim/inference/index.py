@@ -15,13 +15,15 @@ from typing import Any, NamedTuple, Self, Unpack
 import numpy as np
 
 from glsim.checkpoints.bundle import digest, labels_of, load
+from glsim.data.box_options import Boxed, take_boxed
 from glsim.data.catalog import prepared
-from glsim.data.image_files import find_images
+from glsim.data.detections import find_examples
 from glsim.data.readers import ImageList
+from glsim.data.regions import Cut, file_of
 from glsim.data.splits import read_splits, take_split
 from glsim.files import printable, shorten
 from glsim.inference.index_vectors import TABLE, Floats, Index, Ints, nearest, prototypes, read_index, unit, vote
-from glsim.inference.predictor import Loading, Size, answer_files, embedding_of, probe, without_early_exit
+from glsim.inference.predictor import Loading, answer_files, embedding_of, probe, without_early_exit
 from glsim.models.base import Model
 from glsim.models.heads import are_answers
 from glsim.types import ConfigError, DataError, Output
@@ -123,7 +125,7 @@ class Encoded(NamedTuple):
 def encode(model: Model, paths: Sequence[Path], embedding: str, **loading: Unpack[Loading]) -> Encoded:
     """Vectors and answers of image files. Raises BadImage for one that cannot be read, unless `skip_bad`."""
 
-    def read(output: Output, _: Sequence[Size]) -> list[tuple[np.ndarray, ...] | None]:
+    def read(output: Output, _: Sequence[Cut]) -> list[tuple[np.ndarray, ...] | None]:
         vectors, logits = embedding_of(output, embedding), output.logits.float()
         best = logits.softmax(dim=1).max(dim=1)
         columns = vectors, best.indices, best.values, logits.logsumexp(dim=1)
@@ -166,9 +168,10 @@ def build_index(
     if (Path(out) / TABLE).exists():
         raise ConfigError(f"{out} already holds an index; add to it with glsim index add, or name another --out")
     model = load(source)
-    images = find_split(model, data, dataset, split)
+    boxed, others = take_boxed(loading)
+    images = find_split(model, data, dataset, split, boxed)
     names = [images.classes[label] for label in images.labels]
-    index, encoded = extend(start_index(model, source, out, embedding), out, model, images.paths, names, **loading)
+    index, encoded = extend(start_index(model, source, out, embedding), out, model, images.paths, names, **others)
     return IndexSize.of(out, index, encoded.skipped)
 
 
@@ -192,9 +195,10 @@ def add_to_index(
     meanwhile.
     """
     stored, model = open_index(index, source)
-    paths = find_images(images)
-    names = [label if label is not None else path.absolute().parent.name for path in paths]
-    larger, encoded = extend(stored, index, model, paths, names, **loading)
+    boxed, others = take_boxed(loading)
+    paths = find_examples(images, boxed)
+    names = [label if label is not None else file_of(path).absolute().parent.name for path in paths]
+    larger, encoded = extend(stored, index, model, paths, names, **others)
     number = dict(zip(larger.paths, larger.labels.tolist(), strict=True))
     places = dict.fromkeys(number[str(paths[i].absolute())] for i in encoded.places)
     added = len(larger.paths) - len(stored.paths)
@@ -248,8 +252,9 @@ def query_index(
     The others, and what is raised, are those of `build_index`.
     """
     stored, model = open_index(index, source)
-    paths = find_images(images)
-    encoded, labels = encode(model, paths, stored.embedding, **loading), labels_of(model)
+    boxed, others = take_boxed(loading)
+    paths = find_examples(images, boxed)
+    encoded, labels = encode(model, paths, stored.embedding, **others), labels_of(model)
     means, classes = prototypes(stored.vectors, stored.labels)
     class_similarities, class_rows = nearest(means, encoded.vectors, top_k)
     similarities, rows = nearest(stored.vectors, encoded.vectors, neighbours)
@@ -323,6 +328,8 @@ def start_index(model: Model, source: str | Path, folder: str | Path, embedding:
     return Index(name, weights, remembered, (), np.empty(0, np.int64), (), np.empty((0, told[name]), np.float32))
 
 
-def find_split(model: Model, data: str | Path, dataset: str | None, split: str) -> ImageList:
+def find_split(
+    model: Model, data: str | Path, dataset: str | None, split: str, boxed: Boxed | None = None
+) -> ImageList:
     """The images of `split`, of any classes; DataError when there is no such split, or none in it."""
-    return take_split(read_splits(prepared(data, dataset), model.config.data), split, data)
+    return take_split(read_splits(prepared(data, dataset), model.config.data, boxed=boxed), split, data)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torchmetrics.functional.classification import binary_auroc
 
 from glsim.checkpoints.bundle import labels_of
+from glsim.data.box_options import take_boxed
 from glsim.data.readers import ImageList
 from glsim.inference.index import Encoded, IndexSize, encode, find_split, open_index
 from glsim.inference.index_vectors import Floats, Index, Ints, nearest, prototypes, vote
@@ -120,11 +121,12 @@ def evaluate_index(
             is of a class of the index; BadImage for an image that cannot be read.
     """
     stored, model = open_index(index, source)
-    images = find_split(model, data, dataset, split)
+    boxed, others = take_boxed(loading)
+    images = find_split(model, data, dataset, split, boxed)
     inside = {str(path.absolute()) for path in images.paths} & set(stored.paths)
     if inside:
         raise DataError(f"{len(inside)} of the {len(images)} images are in the index themselves, as {min(inside)}")
-    encoded = encode(model, images.paths, stored.embedding, **loading)
+    encoded = encode(model, images.paths, stored.embedding, **others)
     queries = match_classes(stored, model, images, encoded)
     if not queries.known.any():
         raise DataError(f"{data}: no image of a class of the index, {', '.join(stored.classes[:5])}, ..")

@@ -7,9 +7,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, TypeVar, Unpack
+from typing import Any, NamedTuple, TypeVar, Unpack
 
 import torch
 from PIL import Image
@@ -17,23 +18,28 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from glsim.checkpoints.bundle import labels_of, load, preprocessing_of, temperature_of, threshold_of
+from glsim.checkpoints.bundle import labels_of, load, names_of, preprocessing_of, temperature_of, threshold_of
+from glsim.data.box_options import Boxed, take_boxed
+from glsim.data.class_names import ClassName, read_class_names
+from glsim.data.detections import BoxPaths, find_examples
 from glsim.data.hierarchy import decide, flat, read_taxonomy
-from glsim.data.image_files import find_images
-from glsim.data.images import BadImage
+from glsim.data.images import BadImage, taken_at
 from glsim.data.limits import MAX_MEGAPIXELS, sharing
 from glsim.data.loaders import ImageDataset
+from glsim.data.places import read_allowed
+from glsim.data.regions import Cut, Size, cut_of, file_of
 from glsim.data.transforms import Preprocessing, eval_transform
 from glsim.environment import pick_device
-from glsim.files import expand, make_parent, write_text
+from glsim.files import make_parent, write_text
 from glsim.inference.formats import FORMATS, format_of
+from glsim.inference.results import WRITERS, About
+from glsim.inference.sorting import sort_into as file_images
 from glsim.interpret.heatmaps import Photograph
 from glsim.models.base import EarlyExitModel, Model
 from glsim.models.heads import NO_ANSWER, are_answers, top2_margin
-from glsim.types import ConfigError, Output, choose
+from glsim.types import ConfigError, Output, choose, optional
 
 T = TypeVar("T")
-Size = tuple[int, int]  # width, height of the upright image
 
 
 class Verdict(NamedTuple):
@@ -44,8 +50,27 @@ class Verdict(NamedTuple):
     probability: float  # of that answer; of the best label where it is unknown
 
 
+class Otherwise(NamedTuple):
+    """What is said where all classes are allowed."""
+
+    label: str
+    probability: float
+
+
+class Detection(NamedTuple):
+    """The box of an image that was answered, as its detector or annotator told it."""
+
+    box: tuple[float, float, float, float]  # left, top, right, bottom in pixels of the upright image
+    size: Size  # of that image
+    category: str = ""  # what the detector calls it
+    confidence: float | None = None  # of the detector; None: not told
+    time: str | None = None  # when the image was taken, by its EXIF (ISO 8601); None: not told
+    listed: str = ""  # the path of the image as the file of boxes has it
+    record: tuple[int, int] = (0, 0)  # as in `glsim.data.annotation_formats:Mark`
+
+
 class Prediction(NamedTuple):
-    """The answer for one image."""
+    """The answer for one image, or for one box of it."""
 
     path: str | None  # None for an image that came from memory
     labels: tuple[str, ...]  # best first
@@ -54,6 +79,8 @@ class Prediction(NamedTuple):
     second_pass: bool | None = None  # whether the crop was looked into; None: the method does not choose
     embedding: tuple[float, ...] | None = None  # the vector asked for, as the model gives it (not of unit length)
     verdict: Verdict | None = None  # where unsure answers are rejected
+    detection: Detection | None = None  # the box that is answered; None: all of the image
+    otherwise: Otherwise | None = None  # the best of all classes, where only some are allowed
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -61,10 +88,12 @@ class Prediction(NamedTuple):
         box = list(self.box) if self.box else None
         told: dict[str, Any] = {"path": self.path, "answers": answers, "box": box, "second_pass": self.second_pass}
         told |= {"verdict": self.verdict._asdict()} if self.verdict is not None else {}
+        told |= {"detection": self.detection._asdict()} if self.detection is not None else {}
+        told |= {"otherwise": self.otherwise._asdict()} if self.otherwise is not None else {}
         return told | ({"embedding": list(self.embedding)} if self.embedding is not None else {})
 
 
-class Loading(TypedDict, total=False):
+class Loading(Boxed, total=False):
     """How image files are loaded and answered: keywords of all that does so, whose defaults `answer_files` has."""
 
     batch_size: int  # images at a time
@@ -83,6 +112,8 @@ class Predictions:
     predictions: list[Prediction]
     skipped: list[str]  # files that cannot be read, and why
     second_pass_share: float | None  # of the images that had one; None where the method does not choose
+    class_names: dict[str, ClassName] | None = optional()  # that people use, by label
+    sorted: int | None = optional()  # images that are new in the folder `sort_into`
 
 
 class Predictor:
@@ -94,7 +125,8 @@ class Predictor:
     (`glsim.types:EMBEDDINGS`) to hand out too; for any but "global", no image is spared its second pass. With `reject`
     every answer has a verdict: "unknown" below the threshold of the bundle; with the CSV file `taxonomy`
     (`glsim.data.hierarchy:read_taxonomy`) a coarser level may reach it instead. A file of more than `max_megapixels` is
-    bad (None: `glsim.data.limits:pixel_limit`, by default 110).
+    bad (None: `glsim.data.limits:pixel_limit`, by default 110). With `only`, a file for `place` that
+    `glsim.data.places:read_allowed` reads, no other class is answered: probabilities are normalised over the allowed.
     """
 
     def __init__(
@@ -109,6 +141,8 @@ class Predictor:
         reject: bool = False,
         taxonomy: str | Path | None = None,
         max_megapixels: float | None = None,
+        only: str | Path | None = None,
+        place: str | None = None,
     ) -> None:
         if max_megapixels is not None and not 0 < max_megapixels < math.inf:
             raise ConfigError(f"max_megapixels={max_megapixels}: a number above 0 is needed")
@@ -124,6 +158,13 @@ class Predictor:
         self.max_pixels = None if max_megapixels is None else max(1, round(max_megapixels * 1e6))
         self.threshold = threshold_of(model) if reject else None
         self.taxonomy = read_taxonomy(taxonomy, self.labels) if taxonomy is not None else flat(self.labels)
+        self.refused: Tensor | None = None  # (C,) bool: classes that cannot be
+        if only is not None:
+            groups = self.taxonomy.classes_of_groups()
+            allowed = read_allowed(only, self.labels, place, groups, names_of(model))
+            self.refused = torch.ones(len(self.labels), dtype=torch.bool, device=self.device)
+            self.refused[allowed] = False
+            self.top_k = min(self.top_k, len(allowed))
 
     def __call__(self, images: Photograph | Sequence[Photograph]) -> list[Prediction]:
         """One `Prediction` an image, in order. Raises BadImage, naming the file, for one that cannot be read."""
@@ -133,27 +174,27 @@ class Predictor:
     def stream(self, images: Sequence[Photograph]) -> Iterator[Prediction | BadImage]:
         """The same one by one, without stopping at a bad file: its BadImage stands in the place of the answer."""
         for image, answer in zip(images, self.each(images, self.predictions), strict=True):
-            path = None if isinstance(image, Image.Image) else str(image)
+            path = None if isinstance(image, Image.Image) else str(file_of(image))
             yield answer if isinstance(answer, BadImage) else answer._replace(path=path)
 
     def each(
-        self, images: Sequence[Photograph], read: Callable[[Output, Sequence[Size]], Sequence[T | None]]
+        self, images: Sequence[Photograph], read: Callable[[Output, Sequence[Cut]], Sequence[T | None]]
     ) -> Iterator[T | BadImage]:
-        """One by one what `read` makes of the model's output for some images and their sizes, None for an answer that
+        """One by one what `read` makes of the model's output for some pictures and their cuts, None for an answer that
         is no number; or what is bad about the image."""
         rest = iter(images)
         for output, items in self.outputs(images):
-            sizes = [item for item in items if not isinstance(item, BadImage)]
-            rows = iter(read(output, sizes) if output is not None else ())
+            cuts = [item for item in items if not isinstance(item, BadImage)]
+            rows = iter(read(output, cuts) if output is not None else ())
             for item, image in zip(items, rest, strict=False):
                 row = item if isinstance(item, BadImage) else next(rows)
                 name = "image" if isinstance(image, Image.Image) else image
                 yield row if row is not None else BadImage(name, NO_ANSWER)
 
-    def outputs(self, images: Sequence[Photograph]) -> Iterator[tuple[Output | None, list[Size | BadImage]]]:
+    def outputs(self, images: Sequence[Photograph]) -> Iterator[tuple[Output | None, list[Cut | BadImage]]]:
         """In order, some images at a time: what the model says of those that could be read (None: none could), and for
-        every one its size, or what is bad about it."""
-        read: deque[Size | BadImage] = deque()  # images that wait for their answer
+        every one where it lies in its file, or what is bad about it."""
+        read: deque[Cut | BadImage] = deque()  # images that wait for their answer
 
         def batches() -> Iterator[Tensor]:
             for batch, items in self.loader(images):
@@ -171,9 +212,8 @@ class Predictor:
             yield None, list(read)
 
     def loader(self, images: Sequence[Photograph]) -> DataLoader:
-        """Batches (B, 3, H, W) of what can be read, with every image's size or its BadImage."""
-        images = [expand(image) if isinstance(image, str) else image for image in images]
-        transform = partial(_with_size, eval_transform(self.preprocessing))
+        """Batches (B, 3, H, W) of what can be read, with every image's `Cut` or its BadImage."""
+        transform = partial(_with_cut, eval_transform(self.preprocessing))
         dataset: Any = ImageDataset(images, transform, keep_bad=True, max_pixels=self.max_pixels)
         workers = max(0, min(self.workers, len(images) - 1))
         return DataLoader(
@@ -185,20 +225,30 @@ class Predictor:
             pin_memory=self.device.type != "cpu",
         )
 
-    def predictions(self, output: Output, sizes: Sequence[Size]) -> list[Prediction | None]:
-        """The answers that the model's `output` for images of these `sizes` stands for; None: it is no number."""
-        probabilities = (output.logits.float() / self.temperature).softmax(dim=1)
+    def predictions(self, output: Output, cuts: Sequence[Cut]) -> list[Prediction | None]:
+        """The answers that the model's `output` for pictures from these `cuts` stands for; None: it is no number."""
+        logits = output.logits.float() / self.temperature
+        otherwise: Sequence[Otherwise | None] = [None] * len(cuts)
+        probabilities = logits.softmax(dim=1)
+        if self.refused is not None:
+            best = probabilities.max(dim=1)
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            otherwise = [Otherwise(self.labels[i], p) for i, p in pairs]
+            probabilities = logits.masked_fill(self.refused, -math.inf).softmax(dim=1)
         real = are_answers(output.logits, self.temperature)
         if self.embedding:
             real &= embedding_of(output, self.embedding).isfinite().all(dim=1)
-        top, nothing = probabilities.topk(self.top_k), [None] * len(sizes)
+        top, nothing = probabilities.topk(self.top_k), [None] * len(cuts)
         labels = [tuple(self.labels[i] for i in row) for row in top.indices.tolist()]
         boxes = nothing if output.selection is None else output.selection.boxes.tolist()
-        crops = [box and to_original(box, size, self.preprocessing) for box, size in zip(boxes, sizes, strict=True)]
+        crops = [box and _in_image(box, cut, self.preprocessing) for box, cut in zip(boxes, cuts, strict=True)]
         unsure = nothing if output.needs_second_pass is None else output.needs_second_pass.tolist()
         vectors = map(tuple, embedding_of(output, self.embedding).tolist()) if self.embedding else nothing
         verdicts = self.verdicts(probabilities, self.threshold) if self.threshold is not None else nothing
-        rows = zip(labels, map(tuple, top.values.tolist()), crops, unsure, vectors, verdicts, strict=True)
+        found = [cut.box and Detection(cut.box, cut.whole) for cut in cuts]
+        rows = zip(
+            labels, map(tuple, top.values.tolist()), crops, unsure, vectors, verdicts, found, otherwise, strict=True
+        )
         return [Prediction(None, *row) if told else None for row, told in zip(rows, real.tolist(), strict=True)]
 
     def verdicts(self, probabilities: Tensor, threshold: float) -> list[Verdict]:
@@ -221,19 +271,29 @@ def predict_images(
     flip: bool = False,
     reject: bool = False,
     taxonomy: str | Path | None = None,
+    only: str | Path | None = None,
+    place: str | None = None,
+    class_names: str | Path | None = None,
     embedding: str | None = None,
     format: str | None = None,  # noqa: A002
     out: str | Path | None = None,
+    sort_into: str | Path | None = None,
+    links: bool = False,
     **loading: Unpack[Loading],
 ) -> Predictions:
     """Answer files, folders and globs with a model, and write the answers to a file where one is named.
 
     Args:
         source: what `glsim.load` takes.
-        images: files, folders or globs; `glsim.inference.ray_bulk:predict_bulk` takes lists and object stores too.
+        images: files, folders or globs, or where `boxes` are given, those whose boxes are answered;
+            `glsim.inference.ray_bulk:predict_bulk` takes lists and object stores too.
         options: options of the method to change.
-        format: of `out`, a name of `glsim.inference.formats:FORMATS`; by default by the ending of `out`.
+        class_names: CSV file of `glsim.data.class_names:read_class_names`; by default the names in the bundle.
+        format: of `out`, a name of `glsim.inference.formats:FORMATS` or `glsim.inference.results:WRITERS`; by default
+            by the ending of `out`.
         out: file for the answers.
+        sort_into: folder in which images are filed by their answers (`glsim.inference.sorting:sort_into`).
+        links: file links in place of copies.
         loading: see `Loading`.
 
     The others are those of `Predictor`.
@@ -242,29 +302,45 @@ def predict_images(
         ConfigError: for an option that does not fit, or a bundle without the threshold that `reject` needs.
         DataError: for images or a model that are not there, and BadImage for one that cannot be read.
     """
-    to_text = choose(format or format_of(out), FORMATS, "format")
+    form = format or format_of(out)
+    write = choose(form, {**FORMATS, **WRITERS}, "format")
     if out is not None:
         make_parent(out)  # first: what cannot be made must not come late
-    paths = find_images(images)
-    asked: dict[str, Any] = {
-        "top_k": top_k,
-        "flip": flip,
-        "embedding": embedding,
-        "reject": reject,
-        "taxonomy": taxonomy,
-    }
-    found, skipped = answer_files(load(source, **options or {}), paths, **asked, **loading)
+    boxed, others = take_boxed(loading)
+    if form in WRITERS and (boxed.get("boxes") is None or out is None):
+        raise ConfigError(f"format={form}: it is a file of boxes; add --boxes FILE and --out FILE")
+    paths, model = find_examples(images, boxed), load(source, **options or {})
+    labels = labels_of(model)
+    names = names_of(model) if class_names is None else read_class_names(class_names, labels)
+    asked: dict[str, Any] = {"top_k": top_k, "flip": flip, "embedding": embedding, "reject": reject}
+    asked |= {"taxonomy": taxonomy, "only": only, "place": place}
+    found, skipped = answer_files(model, paths, **asked, **others)
     predictions: list[Prediction] = list(found.values())
-    if out is not None:
-        write_text(out, to_text(predictions))
+    if isinstance(paths, BoxPaths):
+        predictions = list(with_detections(found, paths))
+    if out is not None and form in FORMATS:
+        write_text(out, write(predictions, names))
+    elif out is not None and isinstance(paths, BoxPaths):
+        least = boxed.get("min_confidence", 0.0)
+        about = About(str(boxed["boxes"]), str(source), labels, _now(), names, paths.given, least)
+        write(Path(out), predictions, about)
+    sorted_ = None
+    if sort_into is not None:
+        answered = ((str(p.path), p.labels[0] if p.verdict is None else p.verdict.label) for p in predictions)
+        sorted_ = file_images(sort_into, answered, links)
     again = [a.second_pass for a in predictions if a.second_pass is not None]
-    return Predictions(str(source), predictions, skipped, sum(again) / len(again) if again else None)
+    share = sum(again) / len(again) if again else None
+    return Predictions(str(source), predictions, skipped, share, dict(names) or None, sorted_)
+
+
+def _now() -> str:
+    return datetime.now(UTC).replace(microsecond=0).isoformat().replace("+00:00", "Z")
 
 
 def answer_files(
     model: Model,
     paths: Sequence[Path],
-    read: Callable[[Output, Sequence[Size]], Sequence[Any]] | None = None,
+    read: Callable[[Output, Sequence[Cut]], Sequence[Any]] | None = None,
     *,
     batch_size: int = 32,
     workers: int = 2,
@@ -280,6 +356,19 @@ def answer_files(
     predictor = Predictor(model, **options)
     answers = predictor.each(paths, read) if read else predictor.stream(paths)
     return sift(tqdm(answers, total=len(paths), unit="image", disable=not progress), skip_bad)
+
+
+def with_detections(found: Mapping[int, Prediction], paths: BoxPaths) -> Iterator[Prediction]:
+    """Answers by the number of their box, with what the detector told of it, and when the image was taken."""
+    path, time = "", None
+    for row, answer in found.items():
+        if answer.path != path:
+            path, time = str(answer.path), taken_at(str(answer.path))
+        assert answer.detection is not None
+        boxes = paths.boxes
+        told: dict[str, Any] = {"category": boxes.category_of(row), "confidence": boxes.confidence_of(row)}
+        told |= {"listed": boxes.images[boxes.image[row]], "record": tuple(boxes.record[row].tolist())}
+        yield answer._replace(detection=answer.detection._replace(**told, time=time))
 
 
 def sift(answers: Iterable[T | BadImage], skip_bad: bool = False) -> tuple[dict[int, T], list[str]]:
@@ -387,12 +476,19 @@ def to_original(box: Sequence[int], size: tuple[int, int], p: Preprocessing) -> 
     return left, top, right, bottom
 
 
-def _with_size(transform: Callable[[Image.Image], Tensor], image: Image.Image) -> tuple[Tensor, Size]:
-    return transform(image), image.size
+def _in_image(box: Sequence[int], cut: Cut, p: Preprocessing) -> tuple[int, int, int, int]:
+    """`to_original` of a picture that was cut out of an image, in pixels of the image."""
+    left, top, right, bottom = to_original(box, cut.size, p)
+    x, y = cut.view[:2]
+    return left + x, top + y, right + x, bottom + y
 
 
-def _collate(items: list[Any]) -> tuple[Tensor | None, list[Size | BadImage]]:
-    """Stack what could be read, None where nothing could; each image's size, or what is bad about it."""
+def _with_cut(transform: Callable[[Image.Image], Tensor], image: Image.Image) -> tuple[Tensor, Cut]:
+    return transform(image), cut_of(image)
+
+
+def _collate(items: list[Any]) -> tuple[Tensor | None, list[Cut | BadImage]]:
+    """Stack what could be read, None where nothing could; each one's `Cut`, or what is bad about it."""
     good = [item[0][0] for item in items if not isinstance(item, BadImage)]
     marks = [item if isinstance(item, BadImage) else item[0][1] for item in items]
     return (torch.stack(good) if good else None), marks

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import psutil
 import torch
@@ -27,6 +27,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from glsim.checkpoints.bundle import load
+from glsim.data.box_options import Boxed
+from glsim.data.detections import BoxPaths, find_boxes
 from glsim.data.images import BadImage
 from glsim.data.limits import MAX_MEGAPIXELS
 from glsim.files import one_line, printable, shorten
@@ -73,6 +75,7 @@ def predict_bulk(
     max_megapixels: float = MAX_MEGAPIXELS,
     device: str | None = None,
     progress: bool = False,
+    **boxed: Unpack[Boxed],
 ) -> BulkPrediction:
     """Answer very many images with Ray; the answers are Parquet files in `out`, with the columns of `schema`.
 
@@ -88,6 +91,7 @@ def predict_bulk(
         workers: actors, each with the model and one core.
         max_megapixels: larger images are bad files.
         progress: draw a progress bar.
+        boxed: see `glsim.data.box_options:Boxed`; a row is then one box of an image.
 
     The others are those of `Predictor`.
 
@@ -97,7 +101,9 @@ def predict_bulk(
         GlsimError: when Ray gave up.
     """
     ray = need_ray()
-    paths = files.find_paths(images)
+    paths: Sequence[Any] = files.find_paths(images)
+    if boxed.get("boxes") is not None:
+        paths = find_boxes(paths, boxed)
     model = load(source, **options or {})
     asked: dict[str, Any] = {"top_k": top_k, "flip": flip, "embedding": embedding}
     predictor = Predictor(model, **asked, batch_size=batch_size, device="cpu")
@@ -105,11 +111,13 @@ def predict_bulk(
     folder = files.folder_uri(str(out))
     parts = [paths[i : i + part_size] for i in range(0, len(paths), part_size)]
     start, ticks = time.perf_counter(), []  # when a part was done in this run, and its images
-    job = files.describe_job(model, paths, {"options": dict(options or {}), **asked, "part_size": part_size})
+    settings = {"options": dict(options or {}), **asked, "part_size": part_size}
+    settings |= {"boxes": True} if isinstance(paths, BoxPaths) else {}
+    job = files.describe_job(model, paths, settings)
     with files.lock_folder(folder, job):
         done, again = files.finished_parts(folder, parts, job)
         errors = sum(done.values())
-        todo = [{"part": i, "paths": part} for i, part in enumerate(parts) if i not in done]
+        todo = [{"part": i, **_columns(part)} for i, part in enumerate(parts) if i not in done]
         before = sum(len(parts[i]) for i in done)
         with (
             cluster(ray, address, workers) if todo else nullcontext(),
@@ -143,6 +151,15 @@ def predict_bulk(
         images_per_second=round(sum(count for _, count in ticks) / seconds, 2),
         steady_images_per_second=round(later / (ticks[-1][0] - ticks[0][0]), 2) if later else None,
     )
+
+
+def _columns(part: Sequence[Any]) -> dict[str, Any]:
+    """What a worker has to know of the images of a part, or of its boxes."""
+    columns: dict[str, Any] = {"paths": list(map(str, part))}
+    if isinstance(part, BoxPaths):
+        columns["detection_category"] = [part.boxes.category_of(row) for row in range(len(part))]
+        columns["detection_confidence"] = [part.boxes.confidence_of(row) for row in range(len(part))]
+    return columns
 
 
 def need_ray() -> Any:
@@ -285,13 +302,18 @@ class Worker:
         self.predictor, self.out, self.embedding = Predictor(model, embedding=embedding, **options), out, embedding
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """`part` and `paths` of some parts -> `part`, `images`, `errors` of each."""
-        parts = zip(batch["part"], batch["paths"], strict=True)
-        images, errors = zip(*(self.answer(int(part), [str(p) for p in paths]) for part, paths in parts), strict=True)
-        return {"part": batch["part"], "images": list(images), "errors": list(errors)}
+        """`part` and `paths` of some parts, and what is told of their boxes -> `part`, `images`, `errors` of each."""
+        told = {name: batch[name] for name in batch if name.startswith("detection_")}
+        images, errors = [], []
+        for i, part in enumerate(batch["part"]):
+            more = {name: list(column[i]) for name, column in told.items()}
+            count, bad = self.answer(int(part), list(map(str, batch["paths"][i])), more)
+            images.append(count)
+            errors.append(bad)
+        return {"part": batch["part"], "images": images, "errors": errors}
 
-    def answer(self, part: int, paths: list[str]) -> tuple[int, int]:
-        """Write one part; how many images it has, and how many of them could not be read."""
+    def answer(self, part: int, paths: list[str], more: Mapping[str, Sequence[Any]] | None = None) -> tuple[int, int]:
+        """Write one part, with `more` columns; how many images it has, and how many of them could not be read."""
         import pyarrow as pa
         from pyarrow import parquet
 
@@ -301,9 +323,12 @@ class Worker:
         with suppress(FileNotFoundError, DataError):  # written by a worker that was killed before it could say so
             return len(paths), files.read_part(self.out, part, len(paths), job)
         rows = [files.as_row(path, a) for path, a in zip(paths, self.answers(paths), strict=True)]
+        for name, column in (more or {}).items():
+            for row, value in zip(rows, column, strict=True):
+                row[name] = None if value != value else value  # what is not told comes as NaN
         errors = sum("error" in row for row in rows)
         told = json.dumps({"job": files.job_hash(job), "part": part, "errors": errors}).encode()
-        columns = files.schema(self.embedding is not None).with_metadata({files.OWNER: told})
+        columns = files.schema_of(job).with_metadata({files.OWNER: told})
         sink = pa.BufferOutputStream()
         parquet.write_table(pa.Table.from_pylist(rows, columns), sink)
         files.write_file(self.out, files.part_name(part), memoryview(sink.getvalue()))

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import Any, TypeVar, Unpack
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from glsim.checkpoints.bundle import load, preprocessing_of
-from glsim.data.image_files import find_images
+from glsim.data.box_options import Boxed, boxed_of
+from glsim.data.detections import find_examples
 from glsim.data.images import BadImage, read_image
 from glsim.data.limits import MAX_MEGAPIXELS, pixel_limit
+from glsim.data.regions import file_of, stem_of
 from glsim.data.transforms import eval_transform
 from glsim.environment import pick_device
 from glsim.files import make_folder, real
@@ -53,7 +56,7 @@ class Pictures:
     skipped: list[str]  # files that cannot be read, and why
 
 
-class Looking(TypedDict, total=False):
+class Looking(Boxed, total=False):
     """How a model is shown images: keywords of all that draws some. The defaults are those of `Gallery`."""
 
     options: Mapping[str, Any] | None  # options of the method to change
@@ -78,9 +81,14 @@ class Gallery:
     skip_bad: bool = False
     max_megapixels: float = MAX_MEGAPIXELS
     device: str | None = None
+    boxes: str | Path | None = None
+    min_confidence: float = 0.0
+    categories: Sequence[str] | None = None
+    margin: float = 0.1
+    square: bool = False
 
     def __post_init__(self) -> None:
-        self.paths = find_images(self.images)[: self.limit]
+        self.paths = find_examples(self.images, boxed_of(self))[: self.limit]
         self.model = load(self.source, **self.options or {}).to(pick_device(self.device))
         self.preprocessing = preprocessing_of(self.model)
         self.skipped: list[str] = []
@@ -174,7 +182,9 @@ def targets_of(out: str | Path, paths: Sequence[Path]) -> list[Path]:
         raise DataError(f"out={folder} is a file; name a folder")
     make_folder(folder)
     targets = [folder / f"{name}.png" for name in _unique_names(paths)]
-    taken = {real(path) for path in paths} & {real(target) for target in [*targets, *(folder / name for name in OURS)]}
+    taken = {real(file_of(path)) for path in paths} & {
+        real(target) for target in [*targets, *(folder / name for name in OURS)]
+    }
     if taken:
         raise ConfigError(f"out={folder} would overwrite the image {min(taken)}; name another folder")
     return targets
@@ -182,6 +192,10 @@ def targets_of(out: str | Path, paths: Sequence[Path]) -> list[Path]:
 
 def _unique_names(paths: Sequence[Path]) -> list[str]:
     """A file name for each picture: the image's own, with its folder's name before it where two would collide."""
-    stems = [p.stem for p in paths]
-    names = [p.stem if stems.count(p.stem) == 1 and p.stem != "sheet" else f"{p.parent.name}_{p.stem}" for p in paths]
-    return [n if names.count(n) == 1 else f"{i:04d}_{n}" for i, n in enumerate(names)]
+    stems = [stem_of(path) for path in paths]
+    times = Counter(stems)
+    alone = [times[stem] == 1 and stem != "sheet" for stem in stems]
+    folders = [file_of(path).parent.name for path in paths]
+    names = [s if one else f"{folder}_{s}" for s, folder, one in zip(stems, folders, alone, strict=True)]
+    times = Counter(names)
+    return [n if times[n] == 1 else f"{i:04d}_{n}" for i, n in enumerate(names)]

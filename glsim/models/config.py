@@ -25,6 +25,7 @@ class ModelConfig:
     options: dict[str, Any]  # of the method and of its encoder, all of them
     format: int | None = None  # of the bundle
     label_names: list[str] | None = None  # in the order of the logits
+    class_names: dict[str, dict[str, str]] = field(default_factory=dict)  # that people use, by label
     preprocessing: dict[str, Any] | None = None  # of `glsim.data.transforms:Preprocessing`
     pretrained_cfg: dict[str, Any] = field(default_factory=dict)  # the preprocessing, as timm tells it
     licence: dict[str, str] = field(default_factory=dict)  # of the data, the backbone and the model

@@ -12,10 +12,12 @@ from timm.scheduler.scheduler import Scheduler
 from torchvision.transforms import v2
 
 from glsim.checkpoints.bundle import default_preprocessing
+from glsim.data.box_options import boxed_of
+from glsim.data.boxed import read_boxed
 from glsim.data.catalog import prepared
 from glsim.data.images import BadImage, find_bad
 from glsim.data.loaders import CachedImages, ImageDataset
-from glsim.data.readers import ImageList, hold_out_val, read_data
+from glsim.data.readers import ImageList, hold_out_val
 from glsim.data.splits import drop_bad, take_split
 from glsim.data.transforms import Preprocessing, train_steps
 from glsim.models.base import Model
@@ -30,7 +32,8 @@ def read_splits(s: Train) -> tuple[dict[str, ImageList], list[BadImage]]:
         ConfigError: where val images are asked for and the data has a val split of its own.
         DataError: for data that cannot be read, a single class, or a split or class without images.
     """
-    splits = read_data(prepared(s.data, s.dataset), seed=s.split_seed, test_fraction=s.test_fraction)
+    place = prepared(s.data, s.dataset)
+    splits = read_boxed(place, boxed_of(s), seed=s.split_seed, test_fraction=s.test_fraction)
     take_split(splits, "train", s.data)
     if len(splits["train"].classes) < 2:
         raise DataError(f"{s.data} has one class, {splits['train'].classes[0]!r}; there is nothing to tell apart")

@@ -10,19 +10,30 @@ from typing import Any, Literal
 
 import yaml
 
+from glsim.data.box_options import BoxExamples
 from glsim.data.catalog import SETS
 from glsim.data.limits import MAX_MEGAPIXELS
 from glsim.files import expand, one_line, read_text
 from glsim.models import METHODS
-from glsim.settings import Settings, Size, required, setting
+from glsim.settings import Size, required, setting
 from glsim.training.recipes import find_recipe
 from glsim.types import ConfigError
 
 # Settings that change nothing in a run; the data is watched by hashes.
-WITHOUT_EFFECT = {"workers", "out", "data", "cache", "tracker", "data_licence", "max_megapixels"}
+WITHOUT_EFFECT = {
+    "workers",
+    "out",
+    "data",
+    "boxes",
+    "cache",
+    "tracker",
+    "class_names",
+    "data_licence",
+    "max_megapixels",
+}
 
 
-class Train(Settings):
+class Train(BoxExamples):
     """Train a model on a folder or CSV of images. OUT becomes a bundle: load it, evaluate it, predict with it."""
 
     data: str = required(
@@ -114,6 +125,9 @@ class Train(Settings):
     compile: bool = setting(False, "compile the model with torch.compile")
     seed: int = setting(1, "of everything random")
     data_licence: str | None = setting(None, "of the images, for the model card; default: the named data set's")
+    class_names: str | None = setting(
+        None, "CSV label,name,scientific_name,taxon_id: names that people use, kept in the bundle", path="reads"
+    )
     tracker: Literal["tensorboard", "trackio", "wandb"] | None = setting(None, "log there too; pip install it first")
 
     def check(self) -> None:
@@ -121,6 +135,7 @@ class Train(Settings):
 
         The filled values stand in the resolved recipe. Raises ConfigError for settings that do not fit each other.
         """
+        super().check()
         if not 0 < self.max_megapixels < math.inf:
             raise ConfigError(f"max_megapixels={self.max_megapixels}: a number above 0 is needed")
         chosen: dict[str, Any] = {"resize_ratio": 1.34}

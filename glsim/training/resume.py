@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from glsim.data.images import BadImage
+from glsim.data.regions import file_of
 from glsim.data.uri import open_file
 from glsim.files import (
     MARKER,
@@ -349,8 +350,10 @@ def fingerprints(paths: Sequence[Path], accelerator: Accelerator) -> Tensor:
     found = torch.zeros(share, dtype=torch.int64)
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(own), 1000):  # a pool keeps something of every item it was given
-            part = own[start : start + 1000]
-            found[start : start + len(part)] = torch.tensor(list(pool.map(read, part)))
+            part = [file_of(path) for path in own[start : start + 1000]]  # of many regions one file
+            files = dict.fromkeys(part)
+            files |= zip(files, pool.map(read, files), strict=True)
+            found[start : start + len(part)] = torch.tensor([files[path] for path in part])
     return accelerator.gather(found.to(accelerator.device)).cpu()[: len(paths)]
 
 

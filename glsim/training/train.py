@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from glsim.checkpoints.bundle import CONFIG, save
 from glsim.checkpoints.init_from import Start, init_from
+from glsim.data.class_names import read_class_names
 from glsim.data.images import BadImage
 from glsim.data.limits import pixel_limit
 from glsim.data.loaders import TrainBatches, make_loader, mix, read, train_loader
@@ -202,7 +203,9 @@ def prepare(s: Train, out: Path, accelerator: Accelerator) -> Run:
     named = {"name": out.name}
     shown = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(s).items()}
     accelerator.init_trackers("glsim", shown, {"trackio": named, "wandb": named})
+    names = read_class_names(s.class_names, classes) if s.class_names is not None else {}
     about = {
+        **({"class_names": {label: name._asdict() for label, name in names.items()}} if names else {}),
         "data": {
             "source": Path(s.data).name,  # not the path: bundles travel
             "counts": {name: len(images) for name, images in splits.items()},

@@ -608,7 +608,7 @@ sys.exit(cli.main(["flops", "--json"]))
 WORDS = ["null", "~x", "007", "1e3", "[a]", "true", "{a: 1}", "#x", "a: b", "2020-01-01", "- a"]
 
 
-NEEDS = {"taxonomy": ["--reject"]}
+NEEDS = {"taxonomy": ["--reject"], "place": ["--only=places.csv"]}
 CHECKED = {"method", "backbone", "dataset", "optimizer", "augment", "crop", "against", "out", "repository"}
 TEXTS = settings(
     lambda f, hint: hint in (str, str | None) and f.name not in CHECKED and not f.metadata.get("positional")

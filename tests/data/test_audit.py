@@ -250,15 +250,15 @@ def test_sizes(data):
 
 def test_look_at(tmp_path):
     picture(0, (50, 30)).convert("CMYK").save(tmp_path / "x.jpg")
-    photo = duplicates.look_at(tmp_path / "x.jpg")
+    photo = duplicates.look_at([tmp_path / "x.jpg"])[0]
     assert (photo.size, photo.format, photo.mode, len(photo.hash)) == ((50, 30), "JPEG", "CMYK", 32)
     picture(0, (1, 1)).save(tmp_path / "dot.png")
-    assert duplicates.look_at(tmp_path / "dot.png").hash is None
-    assert isinstance(duplicates.look_at(tmp_path / "none.jpg"), BadImage)
+    assert duplicates.look_at([tmp_path / "dot.png"])[0].hash is None
+    assert isinstance(duplicates.look_at([tmp_path / "none.jpg"])[0], BadImage)
     # The same bytes in another shape are another picture.
     for name, size in (("a.png", (8, 4)), ("b.png", (4, 8))):
         Image.frombytes("RGB", size, bytes(range(96))).save(tmp_path / name)
-    assert duplicates.look_at(tmp_path / "a.png").pixels != duplicates.look_at(tmp_path / "b.png").pixels
+    assert duplicates.look_at([tmp_path / "a.png"])[0].pixels != duplicates.look_at([tmp_path / "b.png"])[0].pixels
 
 
 def test_processes_find_the_same(data):

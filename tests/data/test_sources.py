@@ -19,7 +19,7 @@ from glsim.data.hugging_face import write_out
 from glsim.data.image_files import find_images
 from glsim.data.images import BadImage, find_bad, open_image
 from glsim.data.loaders import ImageDataset
-from glsim.data.readers import hold_out, is_split, read_data, split_hash
+from glsim.data.readers import hold_out, read_data, split_hash
 from glsim.data.sources import parse
 from glsim.evaluation import evaluate
 from glsim.training import train
@@ -74,7 +74,7 @@ def test_shards_are_read_where_they_are(tmp_path):
         "val": [("0003.png", "tit")],
         "test": [("0004.JPG", "tit")],
     }
-    assert splits["train"].paths[2] == tmp_path / "train-001.tar" / "0002.png" and is_split(f"wds:{tmp_path}")
+    assert splits["train"].paths[2] == tmp_path / "train-001.tar" / "0002.png" and not splits["train"].drawn
     for i in (2, 0, 1):  # at random, not as a stream
         seen, label = ImageDataset(splits["train"], np.asarray)[i]
         assert np.array_equal(seen, np.asarray(scene((24, 16), i))) and label == [1, 0, 1][i]
@@ -159,7 +159,7 @@ def test_shards_without_splits_are_drawn_from(tmp_path):
     shard(tmp_path / "a" / "0.tar", samples(*"xy" * 10))
     splits = read_data(f"wds:{tmp_path / 'a'}", seed=3)
     assert {s: len(images) for s, images in splits.items()} == {"train": 16, "test": 4}
-    assert not is_split(f"wds:{tmp_path / 'a'}")
+    assert read_data(f"wds:{tmp_path / 'a'}")["train"].drawn
     drawn = split_hash(splits, f"wds:{tmp_path / 'a'}")
     shutil.move(tmp_path / "a", tmp_path / "b")  # another place, the same split
     assert split_hash(read_data(f"wds:{tmp_path / 'b'}", seed=3), f"wds:{tmp_path / 'b'}") == drawn
@@ -355,7 +355,7 @@ def test_a_saved_data_set(hf, tmp_path):
         "val": [("000000.png", NAMES[2])],
         "test": [("000000.jpg", NAMES[1]), ("000001.jpg", NAMES[0])],
     }  # fmt: skip
-    assert splits["train"].classes == tuple(sorted(NAMES)) and is_split(name)
+    assert splits["train"].classes == tuple(sorted(NAMES)) and not splits["train"].drawn
     for i, path in enumerate(splits["test"].paths):
         assert path.read_bytes() == picture(i, "JPEG")  # nothing is coded anew
     assert split_hash(splits, name) == split_hash(splits, splits["train"].paths[0].parents[1])
@@ -424,7 +424,7 @@ def test_files_that_the_library_would_leave_out_are_not_lost(hf, tmp_path):
 def test_one_split_and_splits_that_are_left_out(hf, tmp_path):
     table(hf, [0, 1] * 5).save_to_disk(tmp_path / "one")
     assert {s: len(i) for s, i in read_data(f"hf:{tmp_path / 'one'}").items()} == {"train": 8, "test": 2}
-    assert not is_split(f"hf:{tmp_path / 'one'}")
+    assert read_data(f"hf:{tmp_path / 'one'}")["train"].drawn
     secret = save(hf, tmp_path / "secret", train=table(hf, [0, 1] * 5), test=table(hf, [-1, -1]), extra=table(hf, [0]))
     with pytest.warns(DataWarning) as told:
         assert {s: len(i) for s, i in read_data(secret).items()} == {"train": 8, "test": 2}

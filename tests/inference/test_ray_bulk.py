@@ -24,7 +24,7 @@ from glsim.cli import predict_bulk as verb
 from glsim.files import MARKER
 from glsim.inference import bulk_files, ray_bulk
 from glsim.inference.bulk_files import find_paths
-from glsim.types import ConfigError, DataError
+from glsim.types import ConfigError, DataError, DataWarning
 
 pytest.importorskip("pyarrow", reason="the extra `scale` is not installed", exc_type=ImportError)
 import pyarrow as pa
@@ -54,7 +54,7 @@ def here(monkeypatch):
         worker = ray_bulk.Worker(model, out, device="cpu", **options)
         for item in todo:
             asked.append(item["part"])
-            batch = worker({"part": np.array([item["part"]]), "paths": [item["paths"]]})
+            batch = worker({name: [value] for name, value in item.items()})
             yield {k: np.array(v) for k, v in batch.items()}
 
     class NoRay:
@@ -126,6 +126,22 @@ def test_a_stopped_job_goes_on_with_what_is_missing(run_folder, photos, tmp_path
     assert (result.answered, result.errors, result.images_per_second) == (6, 1, 0) and not here
     worker = ray_bulk.Worker(load(run_folder), bulk_files.folder_uri(str(out)), None)
     assert worker.answer(1, ["never looked at"] * 3) == (3, 1)  # Ray asks again for a part that was just finished
+
+
+def test_a_row_is_a_box_of_an_image(run_folder, photos, tmp_path, here):
+    lines = ["a.png,5,5,30,40,0.9,animal", "y.png,1,2,50,50,,", "sub/d.jpg,1,2,5,5,0.5,", "a.png,70,5,90,40,0.8,animal"]
+    boxes = tmp_path / "boxes.csv"
+    boxes.write_text("\n".join(["path,left,top,right,bottom,conf,category", *lines]))
+    with pytest.warns(DataWarning, match="no box of 4 of 7 images"):
+        result = job(run_folder, [photos], tmp_path / "out", boxes=boxes)
+    first, outside, bad, last = rows(tmp_path / "out")
+    assert (result.images, result.answered, result.errors) == (4, 2, 2)
+    assert first["path"] == f"{photos / 'a.png'}#xywh=5,5,25,35&margin=0.1" and first["detection"] == [5, 5, 30, 40]
+    assert (first["detection_category"], first["detection_confidence"]) == ("animal", 0.9)
+    assert (last["detection_confidence"], last["error"], bad["labels"]) == (None, None, None)
+    assert outside["error"] == "the box lies outside of 60 x 50 pixels" and outside["detection_confidence"] == 0.8
+    (same_box,) = glsim.Predictor(run_folder)(first["path"])
+    assert same_box.labels == tuple(first["labels"]) and list(same_box.box) == first["box"]
 
 
 def test_answered_and_errors_are_all_images_in_text_too(run_folder, photos, tmp_path, here):
