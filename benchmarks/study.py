@@ -194,7 +194,8 @@ def summarise(a: argparse.Namespace) -> dict[str, Any]:
     for arm, runs in found.items():
         tops = [100 * float(right.float().mean()) for _, right in runs.values()]
         logs = [a.out / arm / f"seed_{seed}" for seed in runs]
-        seconds = [sum(json.loads(line)["seconds"] for line in (log / "log.jsonl").open()) for log in logs]
+        told = [(log / "log.jsonl").read_text().splitlines() for log in logs]
+        seconds = [sum(json.loads(line)["seconds"] for line in lines) for lines in told]
         rows.append(
             {
                 "arm": arm,
