@@ -53,6 +53,7 @@ def build(
     first_size: int | None = None,
     crop_size: int | None = None,
     classifier: str = "cls",
+    aggregator_start: str | None = None,
     dropout: float = 0.0,
     drop_path: float = 0.0,
     norm_eps: float | None = None,
@@ -60,6 +61,7 @@ def build(
     """GLSim of these options; its box is given."""
     options: dict[str, Any] = {
         "classifier": classifier,
+        "aggregator_start": aggregator_start,
         "first_size": first_size,
         "crop_size": crop_size,
         "norm_eps": norm_eps,

@@ -160,7 +160,7 @@ def honest_rows(size: int, backbone: str | None = None, num_classes: int = 200) 
     for name, form in HONEST.items():
         kept = 4 * (shape.depth + MAPS[name]) * shape.heads * shape.tokens**2 if name in MAPS else 0
         rows.append(as_row(size, name, form(shape), whole) | {"attention_mib": kept / 2**20})
-    glsim = build("glsim", backbone, size, num_classes)
+    glsim = build("glsim", backbone, size, num_classes, rule="published")
     seen = 2 * shape.patches * shape.dim  # of gls: the counter has it in `glsim` already
     more = count(glsim) - whole + honest_gls(shape) - seen + crop_flops(size)
     return [*rows, as_row(size, "glsim", more, whole) | {"attention_mib": 0.0}]

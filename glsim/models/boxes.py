@@ -92,7 +92,7 @@ def boxes_from_moments(
     Returns:
         Boxes (B, 4) as those of `boxes_from_indices`.
     """
-    scores = scores.double()  # no pixel of a box depends on the precision of the network's arithmetic
+    scores = scores.nan_to_num(0).double()  # no pixel of a box depends on the precision of the network's arithmetic
     apart = scores - scores.mean(dim=1, keepdim=True)
     weights = (sharpness * apart / (apart.square().mean(dim=1, keepdim=True) + 1e-12).sqrt()).softmax(dim=1)
     lines = weights.unflatten(1, grid)

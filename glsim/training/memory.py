@@ -76,13 +76,13 @@ def estimate_memory(
     place = pick_device(device)
     plan = Train(data="-", out="-", method=method, batch_size=batch_size, optimizer=optimizer)
 
-    def build() -> Model:
+    def build(precision: str) -> Model:
         args = dict(backbone_args or {}) or None
         model = create_model(method, backbone, num_classes, image_size, False, args, **options or {})
         adapt(model, freeze=freeze, precision=precision, device=place)
         return model.train()
 
-    model = build()
+    model = build(precision)
     state = make_optimizer(plan, model)
     fixed, each = measure_activations(model, precision, backward=True)
     state.step()
@@ -104,7 +104,7 @@ def estimate_memory(
             batch = math.ceil(batch_size / accumulate)
             advice.append(f"--batch-size {batch} --accumulate {accumulate}: steps of the same size in smaller parts")
         if precision == "no":
-            half_fixed, half = measure_activations(build(), "bf16")
+            half_fixed, half = measure_activations(build("bf16"), "bf16")
             need = math.ceil(SLACK * (always + half_fixed + half * batch_size))
             advice.append(f"--precision bf16: {as_gib(need)} instead of {as_gib(total)}")
         if usable > 0:

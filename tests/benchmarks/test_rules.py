@@ -62,7 +62,7 @@ def test_contract(rules, name, args):
 @pytest.mark.parametrize("args", [{}, POOLED], ids=["class token", "pooled"])
 def test_published_is_glsim(rules, args):
     """So is a rule that looks into the blocks, once it scores as published: both ways to encode agree."""
-    ruled, glsim = small_model("ruled", args=args, top_o=4), small_model("glsim", args=args)
+    ruled, glsim = small_model("ruled", args=args, top_o=4), small_model("glsim", args=args, rule="published")
     glsim.load_state_dict(ruled.state_dict())
     with torch.inference_mode():
         one, other = ruled(images()), glsim(images())

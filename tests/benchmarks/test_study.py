@@ -16,12 +16,12 @@ from glsim.models.backbone import build_backbone
 
 @pytest.fixture
 def study(monkeypatch):
-    monkeypatch.setattr(models, "METHODS", dict(models.METHODS))
+    for name, module in (("annotated", "annotated"), ("ruled", "rules"), ("tokens", "one_pass")):
+        monkeypatch.setitem(models.METHODS, name, module)  # what the imports below make known, for this test alone
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.chdir(ROOT)
     import study
 
-    monkeypatch.setitem(models.METHODS, "annotated", "annotated")
     return study
 
 

@@ -55,10 +55,11 @@ def test_fused_attention_is_off_while_counting():
     assert flops.count(model) == counter.get_total_flops() > 0
 
 
-def test_glsim_is_two_passes_and_an_aggregator():
-    plain, glsim = (flops.build(method, None, 224) for method in ("plain", "glsim"))
+@pytest.mark.parametrize(("rule", "cosines"), [("published", 1), ("object", 2)])
+def test_glsim_is_two_passes_and_an_aggregator(rule, cosines):
+    plain, glsim = flops.build("plain", None, 224), flops.build("glsim", None, 224, rule=rule)
     d, others = 768, 196
-    gls = 2 * others * d
+    gls = cosines * 2 * others * d  # with the class token, and with the border
     last_mlp = 16 * others * d**2  # of the second pass, whose other tokens nobody reads
     aggregator = 24 * 2 * d**2 + 4 * 2**2 * d  # one block over two tokens
     backbone = flops.count(plain) - 2 * 200 * d

@@ -103,7 +103,7 @@ def test_formats_hold_the_same(run_folder, photos, tmp_path):
     result = predict_images(run_folder, [str(photos)], out=out, top_k=2, workers=0)  # by its ending
     assert out.read_text() == FORMATS["csv"](answers)
     assert document(result)["predictions"] == [json.loads(line) for line in lines]
-    with pytest.raises(ConfigError, match="unknown format 'xml'; choose from: csv, jsonl, text"):
+    with pytest.raises(ConfigError, match="unknown format 'xml'; choose from: camtrap_dp, coco, csv, jsonl"):
         predict_images("gone", ["gone"], format="xml")
 
 

@@ -247,7 +247,9 @@ def test_contract(method, metric, backbone, tmp_path):
 
 
 def test_a_need_that_does_not_exist_is_refused_by_name():
-    with pytest.raises(ConfigError, match="unknown need 'grid'; choose from: class_token, last_block, map, scales"):
+    with pytest.raises(
+        ConfigError, match="unknown need 'grid'; choose from: class_token, last_block, map, places, scales"
+    ):
         build_backbone("test_vit").check_needs("x", ["grid"])
 
 

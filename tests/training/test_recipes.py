@@ -12,6 +12,7 @@ from conftest import ROOT, parsed
 
 import glsim
 from glsim import cli
+from glsim.models import spell_out
 from glsim.training.components import make_optimizer
 from glsim.training.config import read_recipe
 from glsim.training.recipes import PARTS, describe, find_recipe, recipes
@@ -32,7 +33,7 @@ def test_recipe_states_its_claim_and_builds(name, path):
     args = {**s.backbone_args, **least}
     model = glsim.create_model(s.method, s.backbone, 12, s.image_size, False, args, **s.options)
     assert model.config.method == s.method == stated.method
-    for name, value in s.options.items():
+    for name, value in spell_out(s.method, s.options).items():
         assert model.config.options[name] == value
     make_optimizer(s, model)
 
