@@ -25,6 +25,7 @@ def few(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed(cars, few, tmp_path, capsys):
     recipe = tmp_path / "small.yaml"
     recipe.write_text(

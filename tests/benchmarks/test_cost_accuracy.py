@@ -12,7 +12,8 @@ from glsim import models
 from glsim.data import synthetic
 
 
-@pytest.mark.parametrize("val", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("val", [0, 2])
+@pytest.mark.slow
 def test_rows_of_every_recipe(tmp_path, monkeypatch, capsys, val):
     """Without a val split the margin comes from a run of its own, on held-out training images."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

@@ -60,6 +60,7 @@ def test_two_digits(flops, number, printed):
     assert flops.short(number) == printed
 
 
+@pytest.mark.slow
 def test_the_docs_show_what_the_commands_print(capsys, flops):
     shown = 0
     for command, answer in pairwise(blocks(ROOT / "docs" / "results" / "choosing_patches.md")):

@@ -188,6 +188,7 @@ def test_a_program_of_torch(tmp_path):
         glsim.load(out)
 
 
+@pytest.mark.slow
 def test_eight_bits_are_smaller_and_nearly_right(file, tmp_path):
     out, result = exported(small_model(), tmp_path, precision="int8")
     assert result.exit_code == 0 and result.tolerance is None

@@ -426,7 +426,7 @@ def test_every_verb_tells_what_is_missing(capsys, tmp_path, monkeypatch, name):
     "words",
     [
         ["predict", "RUN", "SET/test", "--skip-bad", "--workers", "0"],
-        ["explain", "RUN", "SET/test", "--skip-bad", "--out", "SET/new/pictures"],
+        pytest.param(["explain", "RUN", "SET/test", "--skip-bad", "--out", "SET/new/pictures"], marks=pytest.mark.slow),
         ["localize", "RUN", "--images", "SET/test", "--masks", "SET/masks/part", "--skip-bad"],
         ["eval", "RUN", "--data", "SET", "--skip-bad", "--workers", "0"],
         ["index", "build", "RUN", "--data", "SET", "--split", "test", "--skip-bad", "--workers", "0", "--out", "SET/i"],

@@ -244,6 +244,7 @@ def test_a_training_step_changes_the_weights():
 
 
 @pytest.mark.skipif(not peak_memory.STATUS.exists(), reason="needs /proc")
+@pytest.mark.slow
 def test_a_row_does_not_inherit_what_the_process_before_it_held():
     """A child of a process of 400 MiB and more; `ru_maxrss` would tell that number."""
     held = b"x" * (400 * 2**20)
