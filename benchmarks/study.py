@@ -110,7 +110,10 @@ TITLES = {
     "published_start": "GLSim, published rule and start of the aggregator",
 }
 DRAWS = 10_000  # of the bootstrap
-PAIRS = (("glsim", "plain_large"), ("glsim", "centre"), ("glance", "plain_large"), ("glance", "plain_224"))
+PAIRS = (
+    *(("glsim", other) for other in ("plain_large", "plain_224", "centre")),
+    *(("glance", other) for other in ("plain_large", "plain_224")),
+)
 
 
 def main() -> None:
